@@ -1,0 +1,58 @@
+# `make` alone lists what there is to do. Choose a Python with `make PYTHON=python3.12 ...`.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help quickstart test lint check mlflow clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.* ## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{printf "make %-11s %s\n", $$1, $$2}'
+
+quickstart: runs/emoji/report/metrics.json ## install, prepare the data, train, evaluate, search (about 12 minutes)
+	$(BIN)/python -m metaembed_pl search --model runs/emoji/model --items data/emoji/test/emoji_t2i \
+		--query "flag of Japan" --top 5
+	@echo
+	@echo "The report:   runs/emoji/report/report.md (budgets.png, gallery.png, metrics.json)"
+	@echo "The model:    runs/emoji/model"
+	@echo "The curves:   make mlflow"
+
+test: .venv/.installed-dev ## install, then run every test
+	$(BIN)/pytest
+
+lint: .venv/.installed-dev ## check format, style and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+check: lint test ## everything a change must pass
+
+mlflow: .venv/.installed ## browse the runs at http://127.0.0.1:5000
+	@test -f mlflow.db || { echo "no runs yet: try make quickstart" >&2; exit 2; }
+	$(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db
+
+clean: ## remove .venv, caches and builds; data/, runs/ and mlflow.db stay
+	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch comes first and by itself: pip then settles on the constrained build before anything else
+# can ask for another one.
+.venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python" >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) torch
+	$(PIP) --editable '.[emoji,mlflow]'
+	touch $@
+
+.venv/.installed-dev: .venv/.installed
+	$(PIP) --editable '.[emoji,mlflow,dev]'
+	touch $@
+
+# Data and runs are only made where there are none: order-only prerequisites never remake them.
+data/emoji: | .venv/.installed
+	$(BIN)/python data_prep/emoji.py --out $@
+
+runs/emoji/report/metrics.json: | data/emoji
+	$(BIN)/python -m metaembed_pl fit --config recipes/emoji.yaml

@@ -1,0 +1,87 @@
+"""`python -m metaembed_pl VERB`: finds the verb and leaves the rest to it.
+
+Nothing heavy is imported here: help and the light verbs answer at once.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from metaembed_pl import __version__
+from metaembed_pl.errors import UserError
+
+TRAINING_VERBS = {
+    "fit": "train by a recipe, then test, report and write the model folder",
+    "validate": "score a checkpoint on the recipe's validation sets",
+    "test": "score a checkpoint on the recipe's test sets, and report",
+    "predict": "meta embeddings of the recipe's test sets",
+}
+VERBS = {
+    "search": "search items by text or picture, at a budget",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a verb.
+
+    Returns:
+        The exit status: 0 done, 2 wrong input, 130 interrupted.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
+    if debug:
+        argv.remove("--debug")
+    try:
+        return _dispatch(argv)
+    except UserError as error:
+        if debug:
+            raise
+        print(f"metaembed-pl: {one_line(error)}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # The reader of our output (head, less) has gone; Python would complain again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("metaembed-pl: interrupted", file=sys.stderr)
+        return 130
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message on one line; of one sent by a worker process, what it said itself."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if lines and lines[0].startswith("Caught "):
+        return lines[-1].partition("Error: ")[2] or lines[-1]
+    return " ".join(lines)
+
+
+def _dispatch(argv: list[str]) -> int:
+    if argv and argv[0] in TRAINING_VERBS:
+        from metaembed_pl.cli.train import run
+
+        run(argv)
+        return 0
+    arguments = _parser(argv).parse_args(argv)
+    arguments.run(arguments)
+    return 0
+
+
+def _parser(argv: list[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="metaembed-pl",
+        description="Train a vision-language model into a MetaEmbed retriever, and search with it.",
+        epilog="Any verb takes --help, and --debug for the traceback of an error.",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    for name, does in TRAINING_VERBS.items():
+        verbs.add_parser(name, help=does, add_help=False)
+    for name, does in VERBS.items():
+        verb = verbs.add_parser(name, help=does, description=does)
+        if argv[:1] == [name]:
+            module = importlib.import_module(f"metaembed_pl.cli.{name}")
+            module.add_arguments(verb)
+            verb.set_defaults(run=module.run)
+    return parser

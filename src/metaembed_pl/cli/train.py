@@ -1,0 +1,208 @@
+"""`fit`, `validate`, `test` and `predict`: Lightning's CLI with our defaults.
+
+    python -m metaembed_pl fit --config recipes/emoji.yaml --trainer.max_steps=10
+    python -m metaembed_pl fit --config recipes/emoji.yaml --ckpt_path last
+    python -m metaembed_pl fit --config recipes/emoji.yaml --print_config
+
+A run is the folder RUNS/NAME: `config.fit.yaml`, `checkpoints/`, `model/`, `report/`.
+"""
+
+import difflib
+import logging
+import re
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, Logger
+
+from metaembed_pl.cli.recipe_path import with_recipes_found
+from metaembed_pl.data.datamodule import RetrievalDataModule
+from metaembed_pl.errors import UserError
+from metaembed_pl.evaluation.report import write_report
+from metaembed_pl.evaluation.result import DatasetResult
+from metaembed_pl.files import write_text
+from metaembed_pl.training.callbacks import ProgressBar, ProgressLines, Speed
+from metaembed_pl.training.module import MetaEmbedModule
+from metaembed_pl.training.tracking import MLflowRun, mlflow_missing
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class RunConfig:
+    """Where a run is kept.
+
+    Args:
+        name: the run's folder below `folder`, and its name in MLflow.
+        folder: where all runs are.
+        checkpoint_every_n_steps: how often `checkpoints/last.ckpt` is written.
+        overwrite: start anew although a run of this name exists.
+        mlflow_uri: where MLflow keeps its records.
+        experiment: the MLflow experiment.
+    """
+
+    name: str
+    folder: str = "runs"
+    checkpoint_every_n_steps: int = 200
+    overwrite: bool = False
+    mlflow_uri: str = "sqlite:///mlflow.db"
+    experiment: str = "metaembed"
+
+    @property
+    def path(self) -> Path:
+        """The run's folder."""
+        return Path(self.folder) / self.name
+
+
+class RecipeParser(LightningArgumentParser):
+    """Says what is wrong with a recipe in one line, with the nearest valid key."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raises instead of printing the usage of some two hundred keys."""
+        text = " ".join(str(ex or message).split())
+        raise UserError(text + self._suggestion(text))
+
+    def _suggestion(self, text: str) -> str:
+        quoted = re.search(r"(?:[Kk]ey|for key|arguments?:|option) ['\"-]*([\w.@]+)", text)
+        if not quoted:
+            return ""
+        given = quoted[1]
+        known = [action.dest for action in self._actions]
+        near = difflib.get_close_matches(given, known, n=1, cutoff=0.5) or [
+            key for key in known if key.rpartition(".")[2] == given.rpartition(".")[2]
+        ]
+        return f"; did you mean {near[0]!r}?" if near and near[0] != given else ""
+
+
+class KeepConfig(SaveConfigCallback):
+    """Writes the resolved recipe to `config.VERB.yaml` in the run's folder."""
+
+    def __init__(self, parser: Any, config: Any, *, folder: Path, verb: str):
+        super().__init__(parser, config, save_to_log_dir=False)
+        self.file = folder / f"config.{verb}.yaml"
+
+    def save_config(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Called on rank 0 when the verb starts."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(self.file, self.parser.dump(self.config, skip_none=False))
+
+
+class RecipeCLI(LightningCLI):
+    """Adds what every run has: its folder, checkpoints, progress, tracking and the report."""
+
+    def __init__(self, argv: list[str]):
+        super().__init__(
+            MetaEmbedModule,
+            RetrievalDataModule,
+            save_config_callback=KeepConfig,
+            seed_everything_default=0,
+            parser_class=RecipeParser,
+            parser_kwargs={"parser_mode": "omegaconf+", "prog": "metaembed-pl"},
+            # Our own loaders share the plan over the ranks.
+            trainer_defaults={"use_distributed_sampler": False, "num_sanity_val_steps": 0},
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            args=argv,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The keys that Lightning does not know."""
+        parser.add_class_arguments(RunConfig, "run")
+
+    def before_instantiate_classes(self) -> None:
+        """Fixes the run's folder, and refuses to mix two runs in one."""
+        self.run = RunConfig(**self._get(self.config, "run").as_dict())
+        self.save_config_kwargs = {"folder": self.run.path, "verb": self.subcommand}
+        resuming = self._get(self.config, "ckpt_path")
+        last = self.run.path / "checkpoints" / "last.ckpt"
+        if self.subcommand == "fit" and last.exists() and not (resuming or self.run.overwrite):
+            raise UserError(
+                f"{self.run.path} holds a run already: continue it with --ckpt_path last, start anew "
+                "with --run.overwrite=true, or give another --run.name"
+            )
+        if resuming == "last" and not last.exists():
+            raise UserError(f"there is no {last} to continue from; leave --ckpt_path out to start")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The trainer of the recipe, with our callbacks and logger unless the recipe has its own."""
+        config = self._get(self.config_init, "trainer")
+        kwargs["default_root_dir"] = str(self.run.path)
+        kwargs["callbacks"] = [*(config.get("callbacks") or []), *self._callbacks(config)]
+        if config.get("logger") is None:
+            kwargs["logger"] = self._logger()
+        if not sys.stderr.isatty():
+            kwargs["enable_progress_bar"] = False
+        kwargs["enable_model_summary"] = False
+        return super().instantiate_trainer(**kwargs)
+
+    def _callbacks(self, config: Any) -> list[Callback]:
+        speed = Speed()
+        every = config.get("log_every_n_steps") or 50
+        shown = ProgressBar(speed) if sys.stderr.isatty() else ProgressLines(speed, every)
+        if self.subcommand != "fit" or config.get("fast_dev_run"):
+            return [shown] if self.subcommand == "fit" else []
+        folder = self.run.path / "checkpoints"
+        common = {"dirpath": folder, "auto_insert_metric_name": False, "enable_version_counter": False}
+        best = ModelCheckpoint(filename="best", monitor="val/headline", mode="max", **common)
+        last = ModelCheckpoint(
+            filename="last", every_n_train_steps=self.run.checkpoint_every_n_steps, **common
+        )
+        callbacks = [speed, shown, best, last]
+        if config.get("logger") is not False:
+            callbacks.append(LearningRateMonitor("step"))
+        return callbacks
+
+    def _logger(self) -> Logger | bool:
+        if self.subcommand != "fit":
+            return False
+        if mlflow_missing():
+            log.info("MLflow is not installed (pip install metaembed-pl[mlflow]): metrics go to CSV")
+            return CSVLogger(self.run.path, name="csv", version="")
+        resuming = bool(self._get(self.config, "ckpt_path"))
+        return MLflowRun(
+            self.run.mlflow_uri, self.run.experiment, self.run.name, self.run.path, resuming
+        )
+
+    def after_fit(self) -> None:
+        """Exports the model, tests it and reports."""
+        if self.trainer.fast_dev_run or self.trainer.interrupted:
+            return
+        if self.trainer.is_global_zero:
+            self.model.embedder.save_pretrained(self.run.path / "model", overwrite=True)
+            log.info("model folder: %s", self.run.path / "model")
+        if self.datamodule.eval_sources["test"]:
+            self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+            self.after_test()
+        logger = self.trainer.logger
+        if isinstance(logger, MLflowRun) and self.trainer.is_global_zero:
+            logger.keep([self.run.path / name for name in ("config.fit.yaml", "model", "report")])
+
+    def after_test(self) -> None:
+        """Writes the report of the test sets."""
+        if not self.trainer.is_global_zero:
+            return
+        results = [
+            DatasetResult(pool, *self.model.results("test", pool.name))
+            for pool in self.datamodule.eval_sets["test"]
+        ]
+        write_report(self.run.path / "report", "test", results, self.model.groups)
+        log.info("report: %s", self.run.path / "report")
+
+
+def run(argv: list[str]) -> None:
+    """Runs a training verb.
+
+    Raises:
+        UserError: anything wrong with the recipe, the data or a checkpoint.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for chatty in ("httpx", "alembic", "mlflow", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    RecipeCLI(with_recipes_found(argv))

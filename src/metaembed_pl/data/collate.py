@@ -1,0 +1,122 @@
+"""Pairs -> batches of tensors.
+
+Shape letters: B pairs, N hard negatives a query, A answers of a candidate (padded with -1).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from metaembed_pl.item import Item, Pair, stable_hash
+
+Process = Callable[[Sequence[Item], str], dict[str, Tensor]]
+
+
+@dataclass
+class TrainBatch:
+    """One rank's part of a global batch.
+
+    Args:
+        source: where all its pairs come from.
+        step: its number in the plan, counted over the whole run.
+        keys: names of its pairs, for error messages.
+        queries: processed queries, B rows.
+        candidates: processed candidates, B * (1 + N) rows: the positives, then the hard negatives of
+            query 0, of query 1, ...
+        num_negatives: N.
+        asks: what each query asks for.
+        answers: what each positive answers.
+        negative_answers: what each hard negative answers; None where N = 0.
+        faults: (shard, key, reason) of pairs that could not be used and were replaced.
+    """
+
+    source: str
+    step: int
+    keys: list[str]
+    queries: dict[str, Tensor]
+    candidates: dict[str, Tensor]
+    num_negatives: int
+    asks: Int[Tensor, " B"]
+    answers: Int[Tensor, "B A"]
+    negative_answers: Int[Tensor, "B N A"] | None
+    faults: list[tuple[str, str, str]] = field(default_factory=list)
+
+
+@dataclass
+class EvalBatch:
+    """Some queries or candidates of an evaluation set; `index` says which."""
+
+    dataset: str
+    side: str
+    index: Int[Tensor, " B"]
+    inputs: dict[str, Tensor]
+
+
+def decoded(pair: Pair) -> Pair:
+    """The pair with its pictures decoded, so that a broken one shows now.
+
+    Raises:
+        UserError: a picture does not decode.
+    """
+    return replace(
+        pair,
+        query=_decoded(pair.query),
+        positive=_decoded(pair.positive),
+        negatives=tuple(map(_decoded, pair.negatives)),
+    )
+
+
+def _decoded(item: Item) -> Item:
+    return item if item.image is None else replace(item, image=item.load_image())
+
+
+def choose_negatives(pair: Pair, count: int, turn: int) -> Pair:
+    """The pair with exactly `count` hard negatives, others each time it comes round.
+
+    A pair with too few is filled up with its own positive, which answers the query and is therefore
+    masked in the loss: every row then has the same shape, and no negative is counted twice.
+
+    Args:
+        pair: with any number of hard negatives.
+        count: how many to keep.
+        turn: rotates the choice.
+
+    >>> pair = Pair("1", Item("q"), Item("p"), (Item("a"), Item("b"), Item("c")))
+    >>> [item.text for item in choose_negatives(pair, 2, turn=1).negatives]
+    ['c', 'a']
+    >>> [item.text for item in choose_negatives(pair, 4, turn=0).negatives]
+    ['a', 'b', 'c', 'p']
+    """
+    found = pair.negatives
+    kept = [found[(turn * count + i) % len(found)] for i in range(min(count, len(found)))]
+    filler = replace(pair.positive, answers=(*pair.positive.answered, pair.asked))
+    return replace(pair, negatives=(*kept, *[filler] * (count - len(kept))))
+
+
+def collate(
+    pairs: Sequence[Pair], process: Process, *, source: str, step: int, num_negatives: int
+) -> TrainBatch:
+    """One batch of pairs that each have `num_negatives` hard negatives."""
+    positives = [pair.positive for pair in pairs]
+    negatives = [negative for pair in pairs for negative in pair.negatives]
+    answers = _padded_answers(negatives)
+    return TrainBatch(
+        source=source,
+        step=step,
+        keys=[pair.id for pair in pairs],
+        queries=process([pair.query for pair in pairs], "query"),
+        candidates=process([*positives, *negatives], "candidate"),
+        num_negatives=num_negatives,
+        asks=torch.tensor([stable_hash(pair.asked) for pair in pairs]),
+        answers=_padded_answers(positives),
+        negative_answers=answers.view(len(pairs), num_negatives, -1) if num_negatives else None,
+    )
+
+
+def _padded_answers(items: Sequence[Item]) -> Int[Tensor, "B A"]:
+    rows = [[stable_hash(answer) for answer in item.answered] for item in items]
+    width = max(map(len, rows), default=0)
+    return torch.tensor([row + [-1] * (width - len(row)) for row in rows], dtype=torch.long)

@@ -1,0 +1,304 @@
+"""Streams training batches by the plan, and evaluation sets, into Lightning.
+
+The loaders know nothing of Lightning's samplers: the plan says which pairs make up the batch of each
+step, workers take turns by step, and the checkpoint remembers the next step.
+"""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+
+from metaembed_pl.data.collate import (
+    EvalBatch,
+    Process,
+    TrainBatch,
+    choose_negatives,
+    collate,
+    decoded,
+)
+from metaembed_pl.data.plan import Plan, PlannedSource
+from metaembed_pl.data.retrieval_set import RetrievalSet
+from metaembed_pl.data.shards import ShardedPairs
+from metaembed_pl.errors import BadSample, UserError
+from metaembed_pl.item import Pair
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class TrainSource:
+    """A folder of shards to train on.
+
+    Args:
+        path: the folder.
+        name: how logs call it; None takes the folder's manifest's.
+        weight: share of the batches relative to the other sources; None for all: by size.
+        num_negatives: hard negatives a query; None takes the data module's.
+    """
+
+    path: str
+    name: str | None = None
+    weight: float | None = None
+    num_negatives: int | None = None
+
+
+@dataclass
+class EvalSource:
+    """A folder of shards to evaluate on: its queries search the pool of its positives.
+
+    Args:
+        path: the folder.
+        name: the DATASET of metric names; None takes the folder's manifest's.
+        max_queries: only the first so many pairs; None for all.
+    """
+
+    path: str
+    name: str | None = None
+    max_queries: int | None = None
+
+
+class TrainingBatches(IterableDataset):
+    """The batches of steps `first` to `last` that fall to one rank.
+
+    A pair that cannot be read or decoded is replaced by the next one of its source that can.
+    """
+
+    def __init__(
+        self, sources: list[ShardedPairs], num_negatives: list[int], plan: Plan, process: Process
+    ):
+        self.sources = sources
+        self.num_negatives = num_negatives
+        self.plan = plan
+        self.process = process
+        self.first, self.last, self.rank, self.num_ranks = 0, 0, 0, 1
+
+    def __iter__(self) -> Iterator[TrainBatch]:
+        worker = get_worker_info()
+        offset, stride = (worker.id, worker.num_workers) if worker else (0, 1)
+        for step in range(self.first + offset, self.last, stride):
+            yield self.load(step)
+
+    def load(self, step: int) -> TrainBatch:
+        """This rank's batch of a step."""
+        planned = self.plan.rank_batch(step, self.rank, self.num_ranks)
+        count = self.num_negatives[planned.source]
+        faults: list[tuple[str, str, str]] = []
+        pairs = [
+            self._usable(planned.source, int(position), count, step, faults)
+            for position in planned.positions
+        ]
+        name = self.plan.sources[planned.source].name
+        batch = collate(pairs, self.process, source=name, step=step, num_negatives=count)
+        batch.faults = faults
+        return batch
+
+    def _usable(self, source: int, position: int, count: int, step: int, faults: list) -> Pair:
+        pairs = self.sources[source]
+        for candidate in range(position, position + len(pairs)):
+            index = candidate % len(pairs)
+            try:
+                return decoded(choose_negatives(pairs[index], count, turn=step))
+            except BadSample as fault:
+                faults.append((fault.shard, fault.key, fault.reason))
+            except UserError as error:
+                faults.append((*pairs.locate(index), str(error)))
+        raise UserError(f"{pairs.folder}: not one of its {len(pairs)} pairs can be used")
+
+
+class _ResumingLoader(DataLoader):
+    """Asks where to start each time it is iterated, and tells Lightning the steps of an epoch."""
+
+    def __init__(self, dataset: TrainingBatches, data: "RetrievalDataModule", **kwargs: Any):
+        super().__init__(dataset, batch_size=None, **kwargs)
+        self._data = data
+
+    def __iter__(self) -> Iterator[TrainBatch]:
+        step, length = self._data.next_step, len(self)
+        # Workers get a copy of the dataset as it is now.
+        self.dataset.first, self.dataset.last = step, step - step % length + length
+        return super().__iter__()
+
+    def __len__(self) -> int:
+        return self._data.epoch_length
+
+
+class EvaluationBatches(Dataset):
+    """One rank's batches of an evaluation set: first the candidates, then the queries.
+
+    Every rank has equally many, so that no collective waits: the last ones may repeat an item, which
+    the metric, going by index, counts once.
+    """
+
+    def __init__(
+        self, pool: RetrievalSet, process: Process, batch_size: int, rank: int = 0, num_ranks: int = 1
+    ):
+        self.pool, self.process = pool, process
+        self.batches = [
+            (side, indices)
+            for side, count in (("candidate", len(pool.candidates)), ("query", len(pool.queries)))
+            for indices in _dealt(count, batch_size, rank, num_ranks)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, i: int) -> EvalBatch:
+        side, indices = self.batches[i]
+        items = self.pool.candidates if side == "candidate" else self.pool.queries
+        inputs = self.process([items[index] for index in indices], side)
+        return EvalBatch(self.pool.name, side, torch.tensor(indices), inputs)
+
+
+def _dealt(count: int, batch_size: int, rank: int, num_ranks: int) -> list[list[int]]:
+    """Indices of one rank's batches; all ranks get the same number, the last ones wrap around."""
+    per_rank = -(-count // num_ranks)
+    mine = [(rank * per_rank + i) % count for i in range(per_rank)]
+    return [mine[start : start + batch_size] for start in range(0, per_rank, batch_size)]
+
+
+class RetrievalDataModule(pl.LightningDataModule):
+    """Training sources and evaluation sets.
+
+    Args:
+        train: what to train on.
+        val: what to validate on during training.
+        test: what to test on at the end.
+        global_batch_size: pairs of a step over all ranks; a query's in-batch negatives are the other
+            pairs' positives.
+        eval_batch_size: items at a time in validation; changes speed and memory only.
+        num_negatives: hard negatives a query, where a source does not say.
+        num_workers: processes that prepare batches on each rank; changes speed only.
+        seed: the order of the pairs.
+        steps_per_epoch: None: as many as all pairs make.
+        open_shards: see `Plan`.
+        max_bad_samples: the run stops when more different pairs than this cannot be used.
+    """
+
+    def __init__(
+        self,
+        train: list[TrainSource] | None = None,
+        val: list[EvalSource] | None = None,
+        test: list[EvalSource] | None = None,
+        global_batch_size: int = 128,
+        eval_batch_size: int = 64,
+        num_negatives: int = 1,
+        num_workers: int = 1,
+        seed: int = 0,
+        steps_per_epoch: int | None = None,
+        open_shards: int = 16,
+        max_bad_samples: int = 100,
+    ):
+        super().__init__()
+        self.train_sources = train or []
+        self.eval_sources = {"val": val or [], "test": test or []}
+        self.global_batch_size = global_batch_size
+        self.eval_batch_size = eval_batch_size
+        self.num_negatives = num_negatives
+        self.num_workers = num_workers
+        self.seed = seed
+        self.open_shards = open_shards
+        self.max_bad_samples = max_bad_samples
+        self._steps_per_epoch = steps_per_epoch
+        self.next_step = 0
+        self.bad_samples: dict[tuple[str, str], str] = {}
+        self.eval_sets: dict[str, list[RetrievalSet]] = {}
+
+    def setup(self, stage: str) -> None:
+        """Opens what the stage needs; all faults of the data show here, before any training."""
+        if stage == "fit":
+            self._open_training()
+        for part in {"fit": ["val"], "validate": ["val"], "test": ["test"]}.get(stage, []):
+            self.eval_sets[part] = [_open_pool(source) for source in self.eval_sources[part]]
+
+    def _open_training(self) -> None:
+        if not self.train_sources:
+            raise UserError("the recipe names no training source: set data.train")
+        self._shards = [ShardedPairs(Path(source.path)) for source in self.train_sources]
+        self.plan = Plan(
+            [
+                PlannedSource(
+                    source.name or shards.name, tuple(shards.shard_sizes), source.weight
+                )
+                for source, shards in zip(self.train_sources, self._shards, strict=True)
+            ],
+            self.global_batch_size,
+            self.seed,
+            self.open_shards,
+        )
+        self.epoch_length = self._steps_per_epoch or self.plan.steps_per_epoch
+
+    def _process(self) -> Process:
+        return self.trainer.lightning_module.embedder.processor()
+
+    def train_dataloader(self) -> DataLoader:
+        """Batches from the next step of the plan on."""
+        counts = [
+            self.num_negatives if source.num_negatives is None else source.num_negatives
+            for source in self.train_sources
+        ]
+        dataset = TrainingBatches(self._shards, counts, self.plan, self._process())
+        dataset.rank, dataset.num_ranks = self.trainer.global_rank, self.trainer.world_size
+        self.plan.rank_batch(0, 0, dataset.num_ranks)  # an uneven division shows before workers start
+        return _ResumingLoader(dataset, self, **self._worker_settings())
+
+    def val_dataloader(self) -> list[DataLoader]:
+        """One loader a validation set."""
+        return self._eval_loaders("val")
+
+    def test_dataloader(self) -> list[DataLoader]:
+        """One loader a test set."""
+        return self._eval_loaders("test")
+
+    def _eval_loaders(self, part: str) -> list[DataLoader]:
+        place = self.trainer.global_rank, self.trainer.world_size
+        return [
+            DataLoader(
+                EvaluationBatches(pool, self._process(), self.eval_batch_size, *place),
+                batch_size=None,
+                **self._worker_settings(),
+            )
+            for pool in self.eval_sets[part]
+        ]
+
+    def _worker_settings(self) -> dict[str, Any]:
+        return {"num_workers": self.num_workers, "pin_memory": torch.cuda.is_available()}
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Notes how far the plan has been used, and what could not be."""
+        if isinstance(batch, TrainBatch):
+            self.next_step = batch.step + 1
+            self._note_faults(batch)
+        return batch
+
+    def _note_faults(self, batch: TrainBatch) -> None:
+        for shard, key, reason in batch.faults:
+            if (shard, key) not in self.bad_samples:
+                log.warning("replaced a bad sample: %s/%s, %s: %s", batch.source, shard, key, reason)
+            self.bad_samples[shard, key] = reason
+        if len(self.bad_samples) > self.max_bad_samples:
+            shard, key, reason = batch.faults[-1]
+            raise UserError(
+                f"{len(self.bad_samples)} pairs could not be used, more than max_bad_samples = "
+                f"{self.max_bad_samples}; the last one: {batch.source}/{shard}, {key}: {reason}"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The next step of the plan, and the bad samples met so far."""
+        bad = [[*where, reason] for where, reason in self.bad_samples.items()]
+        return {"next_step": self.next_step, "bad_samples": bad}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on at the very next batch."""
+        self.next_step = state_dict["next_step"]
+        self.bad_samples = {(s, k): reason for s, k, reason in state_dict["bad_samples"]}
+
+
+def _open_pool(source: EvalSource) -> RetrievalSet:
+    shards = ShardedPairs(Path(source.path))
+    return RetrievalSet.from_pairs(source.name or shards.name, shards, source.max_queries)

@@ -1,0 +1,160 @@
+"""The plan: which pairs make up the global batch of step t, for any t, computed from the seed alone.
+
+A source is passed over again and again; in each pass every pair comes exactly once, in an order drawn
+from (seed, source, pass). A batch holds pairs of one source. Which source a step belongs to follows the
+mixing weights, evenly spaced. Nothing depends on the number of workers or ranks: rank r of W takes the
+r-th of W equal parts of each global batch, and resuming at step t means asking for step t.
+"""
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from jaxtyping import Int
+
+from metaembed_pl.errors import UserError
+
+
+@dataclass(frozen=True)
+class PlannedSource:
+    """A source as the plan sees it.
+
+    Args:
+        name: names the source and, with the seed, its order.
+        shard_sizes: pairs in each of its shards.
+        weight: share of the batches, relative to the other sources; None: its share of all pairs.
+    """
+
+    name: str
+    shard_sizes: tuple[int, ...]
+    weight: float | None = None
+
+    @property
+    def num_pairs(self) -> int:
+        return sum(self.shard_sizes)
+
+
+@dataclass(frozen=True)
+class PlannedBatch:
+    """The pairs of one global batch: positions in the source `source` (an index into the sources)."""
+
+    step: int
+    source: int
+    positions: Int[np.ndarray, " B"]
+
+
+class Plan:
+    """The sequence of global batches.
+
+    Args:
+        sources: at least one, none empty; weights for all or for none.
+        global_batch_size: pairs over all ranks; a source with fewer is refused, since its batch would
+            hold a pair twice.
+        seed: the order of pairs; the same seed gives the same batches on every machine.
+        open_shards: pairs are shuffled within this many shards at a time, so that reading stays near
+            a few files however large the source.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[PlannedSource],
+        global_batch_size: int,
+        seed: int = 0,
+        open_shards: int = 16,
+    ):
+        _check(sources, global_batch_size)
+        self.sources = tuple(sources)
+        self.global_batch_size = global_batch_size
+        self.seed = seed
+        self.open_shards = open_shards
+        weights = [s.num_pairs if s.weight is None else s.weight for s in sources]
+        self._shares = np.array(weights, dtype=np.float64) / sum(weights)
+        self._order = np.empty(0, dtype=np.int64)  # source of each step, as far as asked for
+        self._turns = np.zeros(len(sources), dtype=np.int64)
+        self._rounds = np.empty(0, dtype=np.int64)  # batches its source had before each step
+        self._pass = lru_cache(maxsize=2 * len(sources))(self._shuffled)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps in which as many pairs come by as there are, rounded up."""
+        return -(-sum(s.num_pairs for s in self.sources) // self.global_batch_size)
+
+    def batch(self, step: int) -> PlannedBatch:
+        """The global batch of a step, counted from 0 over the whole run."""
+        self._extend(step + 1)
+        source, round_ = int(self._order[step]), int(self._rounds[step])
+        num_pairs = self.sources[source].num_pairs
+        # A batch may straddle two passes: cut it where the first one ends.
+        start = round_ * self.global_batch_size
+        parts = []
+        while (missing := self.global_batch_size - sum(map(len, parts))) > 0:
+            turn, offset = divmod(start, num_pairs)
+            parts.append(self._pass(source, turn)[offset : offset + missing])
+            start += len(parts[-1])
+        return PlannedBatch(step, source, np.concatenate(parts))
+
+    def rank_batch(self, step: int, rank: int, num_ranks: int) -> PlannedBatch:
+        """This rank's part of the global batch of a step.
+
+        Raises:
+            UserError: the global batch cannot be divided evenly.
+        """
+        if self.global_batch_size % num_ranks:
+            raise UserError(
+                f"global_batch_size {self.global_batch_size} cannot be divided evenly over "
+                f"{num_ranks} ranks; choose a multiple of {num_ranks}"
+            )
+        whole = self.batch(step)
+        size = self.global_batch_size // num_ranks
+        return PlannedBatch(step, whole.source, whole.positions[rank * size : (rank + 1) * size])
+
+    def _extend(self, num_steps: int) -> None:
+        """Gives each further step to the source that lags furthest behind its share."""
+        known = len(self._order)
+        if num_steps <= known:
+            return
+        num_steps = max(num_steps, 2 * known, 1024)
+        order, rounds = np.empty((2, num_steps), dtype=np.int64)
+        order[:known], rounds[:known] = self._order, self._rounds
+        for step in range(known, num_steps):
+            source = int(np.argmax(self._shares * (step + 1) - self._turns))
+            order[step], rounds[step] = source, self._turns[source]
+            self._turns[source] += 1
+        self._order, self._rounds = order, rounds
+
+    def _shuffled(self, source: int, turn: int) -> Int[np.ndarray, " N"]:
+        """The order of one pass: shards shuffled, then pairs within windows of shards."""
+        sizes = self.sources[source].shard_sizes
+        name = zlib.crc32(self.sources[source].name.encode())
+        random = np.random.Generator(np.random.PCG64([self.seed, name, turn]))
+        starts = np.concatenate([[0], np.cumsum(sizes)])
+        shards = random.permutation(len(sizes))
+        windows = []
+        for first in range(0, len(shards), self.open_shards):
+            chosen = shards[first : first + self.open_shards]
+            pairs = np.concatenate([np.arange(starts[s], starts[s + 1]) for s in chosen])
+            windows.append(random.permutation(pairs))
+        return np.concatenate(windows)
+
+
+def _check(sources: Sequence[PlannedSource], global_batch_size: int) -> None:
+    if not sources:
+        raise UserError("expected at least one training source, got none")
+    names = [source.name for source in sources]
+    if len(set(names)) < len(names):
+        raise UserError(f"source names must differ, got {', '.join(names)}")
+    if global_batch_size < 2:
+        raise UserError(f"global_batch_size must be at least 2, got {global_batch_size}: "
+                        "the other pairs of a batch are the negatives")
+    if len({source.weight is None for source in sources}) > 1:
+        raise UserError("give a weight to every training source or to none")
+    for source in sources:
+        if source.weight is not None and source.weight <= 0:
+            raise UserError(f"source {source.name}: weight must be positive, got {source.weight}")
+        if source.num_pairs < global_batch_size:
+            raise UserError(
+                f"source {source.name} has {source.num_pairs} pairs, fewer than one global batch of "
+                f"{global_batch_size}; lower global_batch_size or leave the source out"
+            )

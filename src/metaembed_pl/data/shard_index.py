@@ -1,0 +1,154 @@
+"""What lies beside the shards: the manifest and the index, read and checked."""
+
+import hashlib
+import json
+import mmap
+import re
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from metaembed_pl.errors import UserError
+
+FORMAT = 1
+MANIFEST_FILE = "manifest.json"
+INDEX_FILE = "index.jsonl"
+
+# WebDataset's rule: the key ends at the first dot of the base name.
+_MEMBER = re.compile(r"^((?:.*/|)[^./]+)[.]([^/]*)$")
+
+
+class IndexLines:
+    """One JSON line a pair: `["00000.tar", "00000000", {"json": [512, 87], ...}]`.
+
+    Lines are parsed when asked for. A file is mapped into memory, so ranks share its pages.
+
+    Args:
+        path: an index file; or
+        lines: its content.
+    """
+
+    def __init__(self, path: Path | None = None, lines: bytes = b"") -> None:
+        self._path, self._lines, self._map = path, lines, None
+        # One comparison over the whole buffer: a million lines take some 0.1 s.
+        content = self._content()
+        ends = np.flatnonzero(np.frombuffer(content, dtype=np.uint8) == ord("\n"))
+        self._starts = np.concatenate([np.zeros(1, np.int64), ends + 1])
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def __getitem__(self, i: int) -> tuple[str, str, dict[str, list[int]]]:
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"pair {i} of {len(self)}")
+        i %= len(self)
+        line = self._content()[self._starts[i] : self._starts[i + 1]]
+        try:
+            shard, key, spans = json.loads(line)
+            # A shard name from a file is joined to a folder: it must not lead out of it.
+            if Path(shard).name == shard and all(o >= 0 <= s for o, s in spans.values()):
+                return shard, key, spans
+        except (ValueError, TypeError, AttributeError):
+            pass
+        raise UserError(f"{self._path}:{i + 1}: not a line of an index; delete {INDEX_FILE}")
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_map": None}  # a map does not pickle; it is made anew
+
+    def _content(self) -> bytes | mmap.mmap:
+        if self._path is None or self._path.stat().st_size == 0:
+            return self._lines
+        if self._map is None:
+            with self._path.open("rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return self._map
+
+
+def read_manifest(folder: Path, shards: list[str]) -> dict[str, Any] | None:
+    """Read a folder's manifest and check it against the shard files; None if there is none.
+
+    Raises:
+        UserError: no shards, or a manifest that is malformed or disagrees with them.
+    """
+    if not shards:
+        raise UserError(f"no shards (*.tar) in {folder}: prepare the data first")
+    path = folder / MANIFEST_FILE
+    if not path.exists():
+        if (folder / INDEX_FILE).exists():
+            raise UserError(f"{path} is missing beside its {INDEX_FILE}: prepare the data again")
+        return None
+    try:
+        manifest = json.loads(path.read_bytes())
+        sizes = _checked_sizes(manifest)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = str(error) or type(error).__name__
+        raise UserError(f"{path} is malformed ({reason}): prepare the data again") from error
+    if sorted(sizes) != shards:
+        differing = sorted(set(sizes).symmetric_difference(shards))[0]
+        raise UserError(f"{path} and the folder disagree on {differing!r}: prepare the data again")
+    for file, size in sizes.items():
+        found = (folder / file).stat().st_size
+        if found != size:
+            raise UserError(
+                f"{folder / file} has {found} bytes, its manifest says {size}: "
+                "copy or prepare it again"
+            )
+    return manifest
+
+
+def scan_shards(folder: Path, shards: list[str]) -> dict[str, bytes]:
+    """Read the headers of tar shards into index lines, by shard.
+
+    Raises:
+        UserError: not a whole uncompressed tar, or one with links, devices or paths that escape.
+    """
+    return {shard: _index_lines(folder / shard) for shard in shards}
+
+
+def sha256_of(path: Path) -> str:
+    """Return a file's SHA-256 in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _checked_sizes(manifest: dict[str, Any]) -> dict[str, int]:
+    """Return bytes by shard file, after checking the manifest against itself."""
+    if manifest["format"] != FORMAT:
+        raise ValueError(f"its format is {manifest['format']!r}; this version reads {FORMAT}")
+    if not isinstance(manifest["name"], str):
+        raise ValueError("its name must be a string")
+    counts = [int(shard["num_pairs"]) for shard in manifest["shards"]]
+    if min(counts, default=0) < 0 or sum(counts) != manifest["num_pairs"]:
+        raise ValueError("num_pairs is not the sum over its shards")
+    return {shard["file"]: shard["bytes"] for shard in manifest["shards"]}
+
+
+def _index_lines(path: Path) -> bytes:
+    size = path.stat().st_size
+    samples: list[tuple[str, dict[str, list[int]]]] = []
+    try:
+        with tarfile.open(path, mode="r:") as tar:
+            for member in tar:
+                if member.isdir():
+                    continue
+                if not member.isreg() or member.name.startswith("/") or ".." in member.name:
+                    raise UserError(
+                        f"{path}: member {member.name!r} is a link, a device or a path that "
+                        "escapes; shards hold plain files only"
+                    )
+                if member.offset_data + member.size > size:
+                    raise tarfile.ReadError(f"{member.name} is cut off")
+                match = _MEMBER.match(member.name)
+                if match is None or member.name.startswith("__"):
+                    continue  # as WebDataset does: no suffix, or its own notes
+                key, suffix = match[1], match[2].lower()
+                if not samples or samples[-1][0] != key:
+                    samples.append((key, {}))
+                samples[-1][1][suffix] = [member.offset_data, member.size]
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise UserError(f"{path} is not a whole, uncompressed tar: {error}") from error
+    return b"".join(
+        json.dumps([path.name, *sample], ensure_ascii=False).encode() + b"\n" for sample in samples
+    )

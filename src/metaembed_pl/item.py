@@ -1,0 +1,301 @@
+"""What a user brings: items (text, image or both) and pairs (query, positive, hard negatives).
+
+    >>> pair = Pair.parse({"id": "1", "query": "a red apple", "positive": {"text": "fruit"}})
+    >>> pair.query.text, pair.asked == pair.positive.uid
+    ('a red apple', True)
+
+Everything that makes one valid is checked here, once; the rest of the package trusts it.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from metaembed_pl.errors import UserError
+from metaembed_pl.picture import PICTURE_SUFFIXES, open_picture
+
+_ITEM_KEYS = ("text", "image", "id", "answers")
+_PAIR_KEYS = ("id", "asks", "query", "positive", "negatives")
+
+
+@dataclass(frozen=True)
+class Item:
+    """A text, an image, or both: a query or a candidate.
+
+    Args:
+        text: what is to be read; not only white space.
+        image: a file, the encoded content of one (bytes), or a PIL image.
+        id: the name of the thing this item stands for.
+        answers: ids of all things this candidate answers; empty means itself alone.
+
+    Raises:
+        UserError: neither text nor image, or a value of the wrong type.
+
+    Example:
+        >>> Item("flag of Japan", id="1F1EF-1F1F5").answered
+        ('1F1EF-1F1F5',)
+    """
+
+    text: str | None = None
+    image: Path | bytes | Image.Image | None = None
+    id: str | None = None
+    answers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("text", "id"):
+            _check_string(getattr(self, name), f"an item's {name}")
+        if isinstance(self.image, str):
+            object.__setattr__(self, "image", Path(self.image))
+        if self.image is not None and not isinstance(self.image, (Path, bytes, Image.Image)):
+            raise UserError(
+                "an item's image must be a path, bytes or a PIL image, "
+                f"not {type(self.image).__name__}"
+            )
+        if self.text is None and self.image is None:
+            raise UserError('an item needs a "text" or an "image"; it has neither')
+        if not isinstance(self.answers, (list, tuple)):
+            raise UserError(f"an item's answers must be a list of ids, not {self.answers!r}")
+        for answer in self.answers:
+            _check_string(answer or "", "each of an item's answers")
+        object.__setattr__(self, "answers", tuple(self.answers))
+
+    @classmethod
+    def parse(cls, value: "str | dict | Item", folder: Path | None = None) -> "Item":
+        """Make an item of what JSON or a Python caller gives; a bare string is a text.
+
+        Args:
+            value: a string, a dict with keys of `Item`, or an item (returned as it is).
+            folder: where image paths start and below which they must stay. None leaves a path
+                as typed: for callers whose paths are their own.
+
+        Raises:
+            UserError: unknown key, neither text nor image, a path that leaves `folder`.
+        """
+        if isinstance(value, Item):
+            return value
+        if isinstance(value, str):
+            return cls(text=value)
+        value = _checked_keys(value, _ITEM_KEYS, "an item")
+        if isinstance(value.get("image"), str) and folder is not None:
+            value["image"] = _path_below(value["image"], folder)
+        return cls(**value)
+
+    def load_image(self) -> Image.Image | None:
+        """Decode the image, upright, in RGB and over white; None if the item is text alone.
+
+        Raises:
+            UserError: the file is missing, does not decode or is too large.
+        """
+        return None if self.image is None else open_picture(self.image)
+
+    @cached_property
+    def uid(self) -> str:
+        """The id, or else a hash of the content: equal items have equal uids."""
+        if self.id is not None:
+            return self.id
+        digest = hashlib.sha256()
+        # Lengths keep text and image apart: "ab" + "c" must differ from "a" + "bc".
+        for part in ((self.text or "").encode(), self.image_content()):
+            digest.update(len(part).to_bytes(8, "big") + part)
+        return f"sha256:{digest.hexdigest()}"
+
+    @property
+    def answered(self) -> tuple[str, ...]:
+        """`answers`, or this item's own uid where none are given."""
+        return self.answers or (self.uid,)
+
+    def to_json(self) -> dict:
+        """The item as JSON holds it, without empty fields; image bytes are left out."""
+        image = str(self.image) if isinstance(self.image, Path) else None
+        fields = {"text": self.text, "image": image, "id": self.id, "answers": list(self.answers)}
+        return {key: value for key, value in fields.items() if value}
+
+    def image_content(self) -> bytes:
+        """Return the image's encoded bytes (a PIL image: its mode, size and pixels), or none.
+
+        Raises:
+            UserError: the file cannot be read.
+        """
+        if isinstance(self.image, Path):
+            try:
+                return self.image.read_bytes()
+            except OSError as error:
+                raise UserError(f"cannot read the image {self.image}: {error.strerror}") from error
+        if isinstance(self.image, Image.Image):
+            return f"{self.image.mode} {self.image.size}".encode() + self.image.tobytes()
+        return self.image or b""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A query, the candidate that answers it, and candidates mined to look like it.
+
+    Args:
+        id: the pair's name, unique in its source.
+        query: what is asked.
+        positive: the match.
+        negatives: hard negatives.
+        asks: id of the thing asked for. A candidate of the batch whose `answers` hold it is an
+            accidental positive, which the loss masks. None means the positive's first answer.
+    """
+
+    id: str
+    query: Item
+    positive: Item
+    negatives: tuple[Item, ...] = ()
+    asks: str | None = None
+
+    @classmethod
+    def parse(
+        cls, value: dict, folder: Path | None = None, default_id: str | None = None
+    ) -> "Pair":
+        """Make a pair of its JSON form (`docs/data.md`).
+
+        Args:
+            value: a dict with "query" and "positive", perhaps "id", "asks" and "negatives".
+            folder: where image paths start, as in `Item.parse`.
+            default_id: the id where `value` has none.
+
+        Raises:
+            UserError: a key unknown or missing, or an item that is not valid.
+        """
+        value = _checked_keys(value, _PAIR_KEYS, "a pair")
+        identifier = value.get("id", default_id)
+        for name in ("query", "positive"):
+            if name not in value:
+                raise UserError(f'a pair needs a "{name}"; it has {", ".join(value) or "no keys"}')
+        if identifier is None:
+            raise UserError('a pair needs an "id"')
+        _check_string(identifier, "a pair's id")
+        _check_string(value.get("asks"), "a pair's asks")
+        negatives = value.get("negatives", [])
+        if not isinstance(negatives, (list, tuple)):
+            raise UserError(f'"negatives" must be a list of items, not {type(negatives).__name__}')
+        query, positive = (Item.parse(value[side], folder) for side in ("query", "positive"))
+        negatives = tuple(Item.parse(negative, folder) for negative in negatives)
+        return cls(identifier, query, positive, negatives, value.get("asks"))
+
+    @property
+    def asked(self) -> str:
+        """The id of what the query asks for."""
+        return self.asks if self.asks is not None else self.positive.answered[0]
+
+
+def read_pairs(path: Path) -> Iterator[Pair]:
+    """Read pairs from JSON Lines, one at a time; image paths start at the file's folder.
+
+    A pair without an id is named by the file and its line.
+
+    Raises:
+        UserError: names file and line.
+    """
+    path = Path(path)
+    lines: dict[str, int] = {}
+    for number, value in _read_json_lines(path):
+        try:
+            pair = Pair.parse(value, path.parent, default_id=f"{path.stem}:{number}")
+            _check_unique(pair.id, number, lines)
+        except UserError as error:
+            raise UserError(f"{path}:{number}: {error}") from error
+        yield pair
+
+
+def read_items(path: Path) -> list[Item]:
+    """Read items from JSON Lines, or the pictures of a folder (sorted; id = path in the folder).
+
+    Raises:
+        UserError: nothing there, or a line that is not an item (names file and line).
+    """
+    path = Path(path)
+    if path.is_dir():
+        items = [
+            Item(image=file, id=file.relative_to(path).as_posix())
+            for file in sorted(path.rglob("*"))
+            if file.suffix.lower() in PICTURE_SUFFIXES and file.is_file()
+        ]
+        if not items:
+            raise UserError(f"{path} holds no pictures ({', '.join(sorted(PICTURE_SUFFIXES))})")
+        return items
+    items, lines = [], {}
+    for number, value in _read_json_lines(path):
+        try:
+            items.append(Item.parse(value, path.parent))
+            if items[-1].id is not None:
+                _check_unique(items[-1].id, number, lines)
+        except UserError as error:
+            raise UserError(f"{path}:{number}: {error}") from error
+    if not items:
+        raise UserError(f"{path} holds no items: expected one JSON object or string a line")
+    return items
+
+
+def stable_hash(id: str) -> int:
+    """An id as a number that tensors hold: the first 63 bits of its SHA-256, never negative.
+
+    Python's own hash() differs from process to process, hence from rank to rank.
+    """
+    return int.from_bytes(hashlib.sha256(id.encode()).digest()[:8], "big") >> 1
+
+
+def _read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    # utf-8-sig: editors on Windows put a byte order mark before the first line.
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                    if text:
+                        yield number, json.loads(text)
+                except (ValueError, RecursionError) as error:
+                    raise UserError(f"{path}:{number}: not a line of JSON: {error}") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _checked_keys(value: object, known: tuple[str, ...], what: str) -> dict:
+    """Return the dict without its nulls, after refusing anything but `known` keys."""
+    if not isinstance(value, dict):
+        raise UserError(f"{what} must be a JSON object, not {type(value).__name__}")
+    unknown = [str(key) for key in value if key not in known]
+    if unknown:
+        raise UserError(f"{what} has unknown key {unknown[0]!r}; known are {', '.join(known)}")
+    return {key: given for key, given in value.items() if given is not None}
+
+
+def _check_string(value: object, what: str) -> None:
+    if value is None:
+        return
+    if not isinstance(value, str):
+        raise UserError(f"{what} must be a string, not {type(value).__name__}")
+    if not value.strip():
+        raise UserError(f"{what} is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{what} is not valid Unicode: a lone surrogate") from error
+
+
+def _check_unique(id: str, number: int, lines: dict[str, int]) -> None:
+    first = lines.setdefault(id, number)
+    if first != number:
+        raise UserError(f"id {id!r} was used before, in line {first}")
+
+
+def _path_below(image: str, folder: Path) -> Path:
+    """Return the path of an image that data name, which may not reach outside their folder."""
+    where = "give a path relative to the data file and below its folder"
+    if "://" in image:
+        raise UserError(f"image {image!r} is an address, which is not fetched: {where}")
+    if Path(image).is_absolute() or ".." in Path(image).parts or "\0" in image:
+        raise UserError(f"image {image!r} leaves the data folder: {where}")
+    path = folder / image
+    # resolve() follows links: one inside the folder may point outside it.
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"image {image!r} leaves the data folder through a link: {where}")
+    return path

@@ -1,0 +1,195 @@
+"""Backbones: a vision-language model from the hub, from a folder, or a tiny one made from a config.
+
+Only the base model is ever built: its last hidden states are all that MetaEmbed reads, so no
+language-model head is computed or kept in memory.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
+
+from metaembed_pl.data.shards import ShardedPairs
+from metaembed_pl.errors import UserError
+from metaembed_pl.item import Pair
+from metaembed_pl.model.family import Family, family_of
+from metaembed_pl.model.processing import Processing, Prompt, load_processors
+
+# Heads that the checkpoint of a generative model brings and the base model has no place for.
+UNUSED_HEADS = ("lm_head.", "model.lm_head.")
+
+
+@dataclass
+class ScratchTokenizer:
+    """A byte-level BPE tokenizer trained on the texts of shards.
+
+    Args:
+        vocab_size: entries, special tokens included.
+        sources: folders of shards whose texts it is trained on.
+    """
+
+    vocab_size: int
+    sources: list[str]
+
+
+@dataclass
+class BackboneConfig:
+    """Which vision-language model, and how it is run. Give either `path` or `scratch`.
+
+    Args:
+        path: hub id or folder of a pretrained model.
+        revision: hub revision of `path`.
+        scratch: transformers config of a model with random weights, `model_type` included.
+        tokenizer: the tokenizer of a `scratch` model.
+        min_pixels: smaller images are enlarged to it; None keeps the image processor's own limit.
+        max_pixels: larger images are shrunk to it: bounds the image tokens of an item.
+        max_text_tokens: longer texts are cut; image tokens never are.
+        dtype: of the weights of a pretrained model.
+        attention: `sdpa`, `flash_attention_2` or `eager`.
+        gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
+    """
+
+    path: str | None = None
+    revision: str | None = None
+    scratch: dict[str, Any] | None = None
+    tokenizer: ScratchTokenizer | None = None
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    max_text_tokens: int = 512
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.path is None) == (self.scratch is None):
+            raise UserError("a backbone needs either `path` or `scratch`, and not both")
+        if self.scratch is not None and self.tokenizer is None:
+            raise UserError("a `scratch` backbone needs a `tokenizer` (vocab_size and sources)")
+
+
+def build_processing(config: BackboneConfig, prompt: Prompt) -> Processing:
+    """The preprocessing that goes with a backbone."""
+    if config.path is not None:
+        tokenizer, image_processor = load_processors(config.path, config.revision)
+        family = family_of(AutoConfig.from_pretrained(config.path, revision=config.revision).model_type)
+        limits = {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels}
+        size = dict(image_processor.size) | {k: v for k, v in limits.items() if v is not None}
+        image_processor.size = size
+    else:
+        assert config.scratch is not None and config.tokenizer is not None
+        family = family_of(config.scratch.get("model_type", ""))
+        tokenizer = train_tokenizer(
+            _texts(config.tokenizer.sources), config.tokenizer.vocab_size, family
+        )
+        image_processor = family.image_processor(
+            config.scratch["vision_config"], config.min_pixels, config.max_pixels
+        )
+    return Processing(family, tokenizer, image_processor, prompt, config.max_text_tokens)
+
+
+def build_backbone(config: BackboneConfig, processing: Processing) -> nn.Module:
+    """The base model, on the CPU, in train mode; pretrained weights are checked one by one."""
+    if config.path is not None:
+        model = load_backbone(
+            config.path, config.dtype, revision=config.revision, attn_implementation=config.attention
+        )
+    else:
+        model = AutoModel.from_config(
+            scratch_config(config.scratch or {}, processing), attn_implementation=config.attention
+        )
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
+def scratch_config(values: dict[str, Any], processing: Processing) -> Any:
+    """A transformers config whose vocabulary and special tokens are the tokenizer's."""
+    tokenizer = processing.tokenizer
+    text = dict(values.get("text_config", {}))
+    text |= {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.pad_token_id,
+    }
+    ids = {
+        name: tokenizer.convert_tokens_to_ids(token)
+        for token, name in processing.family.special_tokens
+        if name
+    }
+    return AutoConfig.for_model(**(values | {"text_config": text} | ids))
+
+
+def load_backbone(path: str, dtype: str = "float32", **kwargs: Any) -> nn.Module:
+    """A pretrained base model, with every weight accounted for.
+
+    Raises:
+        UserError: a weight is missing, unexpected (but for a language-model head) or mis-shaped:
+            transformers would go on with random values there.
+    """
+    try:
+        model, report = AutoModel.from_pretrained(
+            path, dtype=getattr(torch, dtype), output_loading_info=True, **kwargs
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path}: no model could be loaded from there: {str(error).splitlines()[0]}"
+        ) from error
+    unexpected = [key for key in report["unexpected_keys"] if not key.startswith(UNUSED_HEADS)]
+    faults = {
+        "missing": sorted(report["missing_keys"]),
+        "unexpected": sorted(unexpected),
+        "mis-shaped": sorted(str(key) for key in report["mismatched_keys"]),
+    }
+    refuse_faults(path, faults)
+    return model
+
+
+def refuse_faults(path: str | Path, faults: dict[str, list[str]]) -> None:
+    """Raises one UserError that counts and names the weights that do not fit."""
+    told = [
+        f"{len(keys)} {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+        for kind, keys in faults.items()
+        if keys
+    ]
+    if told:
+        raise UserError(
+            f"{path}: its weights do not fit this model: {'; '.join(told)}; "
+            "is it of another architecture or only partly saved?"
+        )
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, family: Family) -> Any:
+    """A byte-level BPE tokenizer with the family's special tokens; the first of them pads."""
+    special = [token for token, _ in family.special_tokens]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=special[0],
+        eos_token=special[0],
+        additional_special_tokens=special[1:],
+    )
+
+
+def _texts(sources: list[str]) -> Iterator[str]:
+    for source in sources:
+        for pair in ShardedPairs(Path(source)):
+            yield from _pair_texts(pair)
+
+
+def _pair_texts(pair: Pair) -> list[str]:
+    items = (pair.query, pair.positive, *pair.negatives)
+    return [item.text for item in items if item.text]

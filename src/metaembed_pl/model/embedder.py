@@ -1,0 +1,246 @@
+"""MetaEmbedder: a backbone, its meta tokens and an optional projection; encode, score, save, load.
+
+    >>> model = MetaEmbedder.from_pretrained("runs/emoji/model")          # doctest: +SKIP
+    >>> queries = model.encode_query(["flag of Japan"])                   # doctest: +SKIP
+    >>> candidates = model.encode_candidate([{"image": "a.png"}])         # doctest: +SKIP
+    >>> model.score(queries, candidates, budget="4x8")                    # doctest: +SKIP
+
+A model folder holds `metaembed.json`, `meta_tokens.safetensors` (meta tokens and projection),
+`backbone/` (config and weights in safetensors) and the tokenizer and image processor in `processing/`.
+
+Shape letters: B items of a batch, N items, R meta embeddings an item (R_q or R_c), D their width.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from metaembed_pl.budget import Budget, check_budget, parse_groups
+from metaembed_pl.environment import versions
+from metaembed_pl.errors import UserError
+from metaembed_pl.files import new_folder
+from metaembed_pl.item import Item
+from metaembed_pl.late_interaction import maxsim
+from metaembed_pl.model.backbone import load_backbone, refuse_faults
+from metaembed_pl.model.meta_tokens import Layout, MetaTokens
+from metaembed_pl.model.processing import Processing, Side
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Processor:
+    """The processing and how many meta-token slots each side's rows end in."""
+
+    processing: Processing
+    num_slots: dict[Side, int]
+
+    def __call__(self, items: Sequence[Item], side: Side) -> dict[str, Tensor]:
+        """The tensors `MetaEmbedder.forward` takes."""
+        return self.processing(items, side, self.num_slots[side])
+
+
+class MetaEmbedder(nn.Module):
+    """Turns items into meta embeddings.
+
+    Args:
+        backbone: a transformers base model.
+        processing: its preprocessing.
+        groups: the nested groups the model is trained for; the largest sets R_q and R_c.
+        layout: see `MetaTokens`.
+        projection: width of the meta embeddings; None keeps the backbone's hidden width.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        processing: Processing,
+        groups: Sequence[Budget],
+        layout: Layout = "both",
+        projection: int | None = None,
+    ):
+        super().__init__()
+        self.groups = parse_groups(groups)
+        self.processing = processing
+        self.backbone = backbone
+        text: Any = backbone.config.get_text_config()
+        self.meta_tokens = MetaTokens(
+            *self.groups[-1], text.hidden_size, layout, std=text.initializer_range
+        )
+        self.width = projection or text.hidden_size
+        self.projection = (
+            nn.Linear(text.hidden_size, projection, bias=False) if projection else nn.Identity()
+        )
+
+    def processor(self) -> "Processor":
+        """What turns items into the tensors `forward` takes; holds no weights, so workers can have it."""
+        slots = {side: self.meta_tokens.num_slots(side) for side in get_args(Side)}
+        return Processor(self.processing, slots)
+
+    def forward(self, inputs: dict[str, Tensor], side: Side) -> Float[Tensor, "B R D"]:
+        """Meta embeddings of a processed batch: unit vectors, fp32."""
+        inputs = dict(inputs)
+        slot_index = inputs.pop("slot_index")
+        with self.meta_tokens.inserted(self.backbone.get_input_embeddings(), slot_index, side):
+            output = self.backbone(**inputs, use_cache=False)
+        states = self.meta_tokens.read(output.last_hidden_state, slot_index, side)
+        # bf16 would cost three digits of the score: normalise in fp32.
+        return nn.functional.normalize(self.projection(states).float(), dim=-1)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the meta tokens are, and so where inputs must go."""
+        return self.meta_tokens.embedding.weight.device
+
+    def encode_query(
+        self, items: Iterable[Item | str | dict], batch_size: int = 32, progress: bool = False
+    ) -> Float[Tensor, "N R D"]:
+        """Meta embeddings of queries.
+
+        Args:
+            items: texts, `{"text": ..., "image": ...}` or `Item`s.
+            batch_size: items at a time; changes speed and memory, not the result.
+            progress: show a progress bar.
+
+        Returns:
+            fp32 unit vectors on the CPU; R = R_q.
+        """
+        return self._encode(items, "query", batch_size, progress)
+
+    def encode_candidate(
+        self, items: Iterable[Item | str | dict], batch_size: int = 32, progress: bool = False
+    ) -> Float[Tensor, "N R D"]:
+        """Meta embeddings of candidates; as `encode_query`, with R = R_c."""
+        return self._encode(items, "candidate", batch_size, progress)
+
+    def _encode(
+        self, items: Iterable[Item | str | dict], side: Side, batch_size: int, progress: bool
+    ) -> Float[Tensor, "N R D"]:
+        parsed = [Item.parse(item) for item in items]
+        num_vectors = self.groups[-1].r_q if side == "query" else self.groups[-1].r_c
+        found = torch.empty(len(parsed), num_vectors, self.width)
+        process, was_training = self.processor(), self.training
+        self.eval()
+        try:
+            with torch.inference_mode():
+                for start in _steps(len(parsed), batch_size, progress, side):
+                    batch = process(parsed[start : start + batch_size], side)
+                    batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+                    found[start : start + batch_size] = self(batch, side).cpu()
+        finally:
+            self.train(was_training)
+        return found
+
+    def score(
+        self,
+        queries: Float[Tensor, "Q Rq D"],
+        candidates: Float[Tensor, "C Rc D"],
+        budget: Budget | str | None = None,
+    ) -> Float[Tensor, "Q C"]:
+        """MaxSim scores at a budget; None spends all vectors. Not divided by r_q.
+
+        Raises:
+            UserError: the model was not trained for this budget.
+        """
+        r_q, r_c = check_budget(budget or self.groups[-1], self.groups)
+        return maxsim(queries[:, :r_q], candidates[:, :r_c])
+
+    def save_pretrained(self, folder: str | Path, overwrite: bool = False) -> None:
+        """Writes a model folder, whole or not at all; safetensors only.
+
+        Raises:
+            UserError: the folder exists and `overwrite` is not set.
+        """
+        settings = {
+            "format": FORMAT,
+            "groups": [str(group) for group in self.groups],
+            "layout": self.meta_tokens.layout,
+            "projection": None if isinstance(self.projection, nn.Identity) else self.width,
+            "width": self.width,
+            "model_type": self.processing.family.model_type,
+            "versions": versions(),
+        }
+        with new_folder(Path(folder), overwrite) as temporary:
+            self.backbone.save_pretrained(temporary / "backbone", safe_serialization=True)
+            (temporary / "processing").mkdir()
+            self.processing.save(temporary / "processing")
+            save_file(self._own_tensors(), temporary / "meta_tokens.safetensors")
+            (temporary / "metaembed.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+    def _own_tensors(self) -> dict[str, Tensor]:
+        own = {"meta_tokens": self.meta_tokens.embedding.weight}
+        if not isinstance(self.projection, nn.Identity):
+            own["projection"] = self.projection.weight
+        return {name: tensor.detach().contiguous() for name, tensor in own.items()}
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, device: str = "cpu") -> "MetaEmbedder":
+        """Loads a model folder; every weight must be there and fit.
+
+        Raises:
+            UserError: not a model folder, or its weights are missing, unexpected or mis-shaped.
+        """
+        folder = Path(folder)
+        settings = _read_settings(folder)
+        model = cls(
+            load_backbone(str(folder / "backbone")),
+            Processing.load(folder / "processing"),
+            parse_groups(settings["groups"]),
+            settings["layout"],
+            settings["projection"],
+        )
+        model._load_own_tensors(folder / "meta_tokens.safetensors")
+        return model.eval().to(device)
+
+    def _load_own_tensors(self, file: Path) -> None:
+        try:
+            found = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file}: not a readable safetensors file: {error}") from error
+        own = self._own_tensors()
+        refuse_faults(
+            file,
+            {
+                "missing": sorted(own.keys() - found.keys()),
+                "unexpected": sorted(found.keys() - own.keys()),
+                "mis-shaped": [n for n in own.keys() & found.keys() if own[n].shape != found[n].shape],
+            },
+        )
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(found[name])
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    file = folder / "metaembed.json"
+    if not file.is_file():
+        raise UserError(
+            f"{folder} is not a model folder: it has no metaembed.json; "
+            "expected what `fit` leaves in runs/NAME/model"
+        )
+    try:
+        settings = json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f"{file}: not valid JSON: {error}") from error
+    if settings.get("format") != FORMAT:
+        raise UserError(f"{file}: format {settings.get('format')!r}, this version reads {FORMAT}")
+    return settings
+
+
+def _steps(count: int, batch_size: int, progress: bool, side: Side) -> Iterable[int]:
+    if batch_size < 1:
+        raise UserError(f"batch_size must be at least 1, got {batch_size}")
+    starts = range(0, count, batch_size)
+    if not progress:
+        return starts
+    from rich.progress import track
+
+    return track(starts, description=f"encoding {side}s")

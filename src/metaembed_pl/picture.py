@@ -1,0 +1,65 @@
+"""Decoding one picture, whatever a user brings, to upright 8-bit RGB over white."""
+
+import io
+import warnings
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from metaembed_pl.errors import UserError
+
+MAX_PIXELS = 100_000_000
+"""Larger pictures are refused: a few kB of PNG can unpack to gigabytes."""
+
+PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+
+# Only these decoders are tried: some of Pillow's others start programs (EPS runs Ghostscript).
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+
+
+def open_picture(source: Path | bytes | Image.Image) -> Image.Image:
+    """Decode a picture: first frame, upright by its EXIF tag, RGB, transparency over white.
+
+    Args:
+        source: a file, the encoded content of one, or an image already decoded.
+
+    Returns:
+        A fully loaded RGB image, independent of the source.
+
+    Raises:
+        UserError: missing, larger than `MAX_PIXELS`, or not a picture that decodes.
+    """
+    if isinstance(source, Image.Image):
+        return _upright_rgb(source)
+    name = f"the image {source}" if isinstance(source, Path) else "the image"
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns at a limit of its own; ours is checked before a pixel is decoded.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            file = io.BytesIO(source) if isinstance(source, bytes) else source
+            with Image.open(file, formats=_FORMATS) as image:
+                return _upright_rgb(image)
+    except FileNotFoundError as error:
+        raise UserError(f"{name} does not exist") from error
+    except (UserError, Image.DecompressionBombError) as error:
+        raise UserError(f"{name} is refused: {error}") from error
+    except Exception as error:  # Pillow's decoders raise nearly anything on corrupt data
+        reason = str(error).split(" <_io")[0] or type(error).__name__
+        raise UserError(
+            f"{name} does not decode ({reason}): expected a whole {', '.join(_FORMATS)} file"
+        ) from error
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    if image.width * image.height > MAX_PIXELS:
+        raise UserError(f"{image.width} x {image.height} pixels; at most {MAX_PIXELS:,} are read")
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise UserError("floating-point pixels have no agreed white: save it with 8 bits a channel")
+    if image.mode.startswith("I"):
+        # 16-bit grey: convert("RGB") would clip at 255 and turn nearly all of it white.
+        return image.convert("I").point(lambda value: value / 257).convert("L").convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")

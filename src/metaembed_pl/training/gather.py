@@ -1,0 +1,92 @@
+"""Rows of all ranks on every rank, with and without gradient.
+
+Every function is the identity in one process, so the code above it knows nothing of ranks.
+
+B: rows of this rank    W: ranks
+"""
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Shaped
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from metaembed_pl.errors import UserError
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's rank and the number of ranks; (0, 1) outside torch.distributed."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def gather(x: Shaped[Tensor, "B ..."]) -> Shaped[Tensor, "W*B ..."]:
+    """Concatenate `x` of all ranks in rank order; no gradient flows back.
+
+    Raises:
+        UserError: the ranks' shapes differ.
+    """
+    world = rank_and_world()[1]
+    if world == 1:
+        return x.detach()
+    _check_equal_shapes(x, world)
+    x = x.detach().contiguous()
+    gathered = x.new_empty(world * x.shape[0], *x.shape[1:])
+    dist.all_gather_into_tensor(gathered, x)
+    return gathered
+
+
+def gather_with_gradient(x: Shaped[Tensor, "B ..."]) -> Shaped[Tensor, "W*B ..."]:
+    """Concatenate `x` of all ranks in rank order; gradients of all ranks flow back, summed.
+
+    Each rank's loss depends on these rows, so a row's gradient is the sum over the losses. The mean
+    over ranks that DDP then takes of the parameters' gradients makes it the gradient of the mean
+    loss: no factor of the world size is wanted anywhere.
+
+    Raises:
+        UserError: the ranks' shapes differ.
+    """
+    if rank_and_world()[1] == 1:
+        return x
+    return _Gather.apply(x)
+
+
+def maximum_over_ranks(count: int, device: torch.device) -> int:
+    """The maximum of `count` over all ranks."""
+    if rank_and_world()[1] == 1:
+        return count
+    count = torch.tensor(count, device=device)
+    dist.all_reduce(count, dist.ReduceOp.MAX)
+    return int(count)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return gather(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        world = rank_and_world()[1]
+        local = grad.new_empty(grad.shape[0] // world, *grad.shape[1:])
+        dist.reduce_scatter_tensor(local, grad.contiguous())
+        return local
+
+
+def _check_equal_shapes(x: Tensor, world: int) -> None:
+    # A fixed length, so that ranks that disagree on the number of dimensions still meet here
+    # instead of hanging in a collective.
+    shape = torch.zeros(8, dtype=torch.int64)
+    shape[: x.dim()] = torch.tensor(x.shape)
+    shape = shape.to(x.device)
+    shapes = shape.new_empty(world * 8)
+    dist.all_gather_into_tensor(shapes, shape)
+    shapes = shapes.view(world, 8)
+    if not (shapes == shapes[0]).all():
+        sizes = [[size for size in row if size] for row in shapes.tolist()]
+        raise UserError(
+            f"every rank must bring the same shape to a gather; ranks 0 to {world - 1} brought "
+            f"{sizes}: give each rank the same number of pairs"
+        )

@@ -1,0 +1,206 @@
+"""MMR: InfoNCE at every nested group, summed. The loss that makes every prefix a good embedding.
+
+Each query must find its own positive among the positives of all queries of all ranks and its own
+hard negatives, at every group (r_q, r_c) separately.
+
+Q: queries of this rank    P: positives of all ranks    N: hard negatives of a query    G: groups
+Rq, Rc: vectors of a query, of a candidate    D: width    A: things one candidate answers, padded
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from metaembed_pl.budget import Budget, parse_groups
+from metaembed_pl.errors import UserError
+from metaembed_pl.late_interaction import nested_scores, paired_scores
+from metaembed_pl.training.gather import (
+    gather,
+    gather_with_gradient,
+    maximum_over_ranks,
+    rank_and_world,
+)
+
+PADDING = -1
+"""Fills `answers` of candidates that answer fewer things than others; an id is never negative."""
+
+
+class MMRLossOutput(NamedTuple):
+    """What a training step needs and what it logs.
+
+    Args:
+        loss: the weighted sum of `per_group`; what to minimise.
+        per_group: InfoNCE of each group, unweighted and detached.
+        num_negatives: candidates a query is compared with beside its positive, before masking.
+    """
+
+    loss: Float[Tensor, ""]
+    per_group: Float[Tensor, " G"]
+    num_negatives: int
+
+
+class MMRLoss(nn.Module):
+    """The MMR loss over in-batch negatives of all ranks and own hard negatives.
+
+    With the one group (1, 1) it is the InfoNCE of a single-vector model.
+
+    Args:
+        groups: nested budgets, smallest first.
+        temperature: scores are divided by it; above 0. At the paper's 0.03 the logits of (16, 64)
+            reach 533, hence the softmax in float32.
+        weights: of the groups' losses; None weighs each 1, as the paper does.
+        both_directions: average with the loss of each positive finding its query among all
+            queries. The paper: False.
+        mean_over_query: divide scores by r_q, so that logits of all groups are of one size. The
+            paper: False.
+
+    Raises:
+        UserError: a setting out of range.
+
+    Source: MetaEmbed, arXiv 2509.18095, section 3.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Budget | str | tuple[int, int]],
+        temperature: float = 0.03,
+        weights: Sequence[float] | None = None,
+        both_directions: bool = False,
+        mean_over_query: bool = False,
+    ):
+        super().__init__()
+        self.groups = parse_groups(groups)
+        if not 0 < temperature < float("inf"):
+            raise UserError(f"the temperature must be a number above 0, got {temperature}")
+        self.temperature = temperature
+        self.weights = _check_weights(weights, len(self.groups))
+        self.both_directions = both_directions
+        self.mean_over_query = mean_over_query
+
+    def forward(
+        self,
+        queries: Float[Tensor, "Q Rq D"],
+        positives: Float[Tensor, "Q Rc D"],
+        negatives: Float[Tensor, "Q N Rc D"] | None = None,
+        *,
+        asks: Int[Tensor, " Q"] | None = None,
+        answers: Int[Tensor, "Q A"] | None = None,
+        negative_answers: Int[Tensor, "Q N An"] | None = None,
+    ) -> MMRLossOutput:
+        """The loss of this rank's queries; its mean over ranks is the loss of the global batch.
+
+        Args:
+            queries: unit vectors. Every rank brings equally many.
+            positives: unit vectors; row i is the match of query i.
+            negatives: unit vectors; row i holds the hard negatives of query i alone.
+            asks: id (at least 0) of what each query asks for. A candidate that answers it is no
+                negative and is left out.
+            answers: ids of all things each positive answers, padded with -1.
+            negative_answers: likewise of the hard negatives.
+
+        Raises:
+            UserError: shapes that do not fit together, or scores that are not finite.
+        """
+        _check_batch(queries, positives, negatives, asks, answers, negative_answers)
+        rank, world = rank_and_world()
+        own = torch.arange(len(queries), device=queries.device) + rank * len(queries)
+        if answers is not None:
+            answers = _pad(answers, maximum_over_ranks(answers.shape[1], answers.device))
+
+        scores = nested_scores(queries, gather_with_gradient(positives), self.groups)
+        mask = None if asks is None else _is_answered(asks, gather(answers))
+        logits = self._logits(scores, mask, own)
+        if negatives is not None:
+            mask = None if negative_answers is None else _is_answered(asks, negative_answers)
+            hard = paired_scores(queries, negatives, self.groups)
+            logits = torch.cat([logits, self._logits(hard, mask)], dim=2)
+        per_group = _info_nce(logits, own)
+
+        if self.both_directions:
+            # On one process the scores of the other direction are these, transposed.
+            if world > 1:
+                scores = nested_scores(gather_with_gradient(queries), positives, self.groups)
+            mask = None if asks is None else _is_answered(gather(asks), answers).T
+            per_group = (per_group + _info_nce(self._logits(scores.mT, mask, own), own)) / 2
+        return MMRLossOutput(
+            loss=per_group @ per_group.new_tensor(self.weights),
+            per_group=per_group.detach(),
+            num_negatives=logits.shape[2] - 1,
+        )
+
+    def _logits(
+        self,
+        scores: Float[Tensor, "G Q P"],
+        mask: Bool[Tensor, "Q P"] | None,
+        own: Int[Tensor, " Q"] | None = None,
+    ) -> Float[Tensor, "G Q P"]:
+        """Scores over temperature, -inf where masked; the own positive never is."""
+        finite = scores.isfinite().flatten(1).all(dim=1).tolist()
+        if not all(finite):
+            raise UserError(
+                f"scores of group {self.groups[finite.index(False)]} are not finite: the "
+                "embeddings hold NaN or infinity; lower the learning rate or the precision's risk "
+                "(bf16 instead of fp16)"
+            )
+        if self.mean_over_query:
+            scores = scores / scores.new_tensor([r_q for r_q, _ in self.groups]).view(-1, 1, 1)
+        logits = scores / self.temperature
+        if mask is None:
+            return logits
+        if own is not None:
+            mask = mask.scatter(1, own[:, None], False)
+        return logits.masked_fill(mask, -torch.inf)
+
+
+def _info_nce(logits: Float[Tensor, "G Q P"], own: Int[Tensor, " Q"]) -> Float[Tensor, " G"]:
+    targets = own.repeat(len(logits))
+    losses = F.cross_entropy(logits.flatten(0, 1), targets, reduction="none")
+    return losses.view(len(logits), -1).mean(dim=1)
+
+
+def _is_answered(
+    asks: Int[Tensor, " Q"], answers: Int[Tensor, "#Q P A"] | Int[Tensor, "P A"]
+) -> Bool[Tensor, "Q P"]:
+    return (asks[:, None, None] == answers).any(dim=2)
+
+
+def _pad(answers: Int[Tensor, "Q A"], width: int) -> Int[Tensor, "Q width"]:
+    return F.pad(answers, (0, width - answers.shape[1]), value=PADDING)
+
+
+def _check_weights(weights: Sequence[float] | None, num_groups: int) -> list[float]:
+    weights = [1.0] * num_groups if weights is None else [float(weight) for weight in weights]
+    in_range = all(0 <= weight < float("inf") for weight in weights)
+    if len(weights) != num_groups or not in_range or not any(weights):
+        raise UserError(
+            f"expected {num_groups} loss weights, one a group, none below 0 and not all 0; "
+            f"got {weights}"
+        )
+    return weights
+
+
+def _check_batch(queries, positives, negatives, asks, answers, negative_answers) -> None:
+    for name, rows in (
+        ("positives", positives),
+        ("hard negatives", negatives),
+        ("asks", asks),
+        ("answers", answers),
+        ("negative_answers", negative_answers),
+    ):
+        if rows is not None and len(rows) != len(queries):
+            raise UserError(f"{len(queries)} queries came with {len(rows)} rows of {name}")
+    if len(queries) == 0:
+        raise UserError("the batch is empty: the loss needs at least one pair")
+    if (asks is None) != (answers is None):
+        raise UserError("asks and answers come together: one says what the other is masked by")
+    if negative_answers is not None and (negatives is None or asks is None):
+        raise UserError("negative_answers needs the hard negatives and asks")
+    if negative_answers is not None and negative_answers.shape[1] != negatives.shape[1]:
+        raise UserError(
+            f"{negatives.shape[1]} hard negatives a query came with the answers of "
+            f"{negative_answers.shape[1]}"
+        )

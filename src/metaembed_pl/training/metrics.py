@@ -1,0 +1,214 @@
+"""Retrieval metrics at every group: recall@k, mean reciprocal rank, nDCG@5.
+
+Ties count against the model: a wrong candidate with the score of a right one ranks before it, so a
+model that gives every candidate the same vector scores 0, not 1.
+
+Q: queries    C: candidates    G: groups    B: rows of one update    R: vectors of a row    D: width
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+from metaembed_pl.budget import Budget, parse_groups
+from metaembed_pl.errors import UserError
+from metaembed_pl.late_interaction import nested_scores
+
+NDCG_AT = 5
+SCORES_AT_A_TIME = 2**24
+"""Scores held while ranking: 64 MiB of float32."""
+
+
+def ranking_metrics(
+    scores: Float[Tensor, "Q C"], relevant: Sequence[Sequence[int]], ks: Sequence[int] = (1, 5, 10)
+) -> dict[str, Float[Tensor, " Q"]]:
+    """How well each query ranks its relevant candidates.
+
+    Args:
+        scores: higher is better; finite.
+        relevant: for each query the indices of its right candidates, at least one.
+        ks: the cut-offs of recall.
+
+    Returns:
+        For each query `recall@k` (the share of its relevant candidates among the first k), `mrr`
+        (1 / rank of the first one) and `ndcg@5` (binary gains), each in [0, 1].
+
+    Raises:
+        UserError: scores that are not finite, or lists that do not fit them.
+
+    >>> ranking_metrics(torch.tensor([[0.9, 0.7, 0.1]]), [[1]], ks=[1, 2])["recall@2"]
+    tensor([1.])
+    """
+    _check_scores(scores, relevant)
+    ranks = _ranks(scores, relevant)
+    found, num_relevant = ranks.isfinite(), ranks.isfinite().sum(dim=1)
+    values = {f"recall@{k}": (ranks <= k).sum(dim=1) / num_relevant for k in ks}
+    values["mrr"] = 1 / ranks[:, 0]
+    gains = 1 / torch.log2(1 + ranks)
+    ideal = 1 / torch.log2(torch.arange(2, 2 + ranks.shape[1], device=ranks.device).float())
+    ideal = torch.where(found, ideal, 0)[:, :NDCG_AT].sum(dim=1)
+    values[f"ndcg@{NDCG_AT}"] = torch.where(ranks <= NDCG_AT, gains, 0).sum(dim=1) / ideal
+    return values
+
+
+class RetrievalMetrics(Metric):
+    """Ranks all candidates for all queries at every group, across all ranks.
+
+    Feed it each query and candidate by index, in any order, on any rank; a row that comes twice (a
+    sampler that pads its last batch) counts once. `update` keeps the vectors, `compute` scores.
+
+    Args:
+        groups: nested budgets, smallest first.
+        relevant: for each query the indices of its right candidates.
+        num_candidates: how many there are.
+        ks: the cut-offs of recall.
+    """
+
+    full_state_update = False
+    higher_is_better = True
+
+    def __init__(
+        self,
+        groups: Sequence[Budget | str | tuple[int, int]],
+        relevant: Sequence[Sequence[int]],
+        num_candidates: int,
+        ks: Sequence[int] = (1, 5, 10),
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.groups = parse_groups(groups)
+        self.relevant = [sorted(set(indices)) for indices in relevant]
+        self.num_candidates = num_candidates
+        self.ks = tuple(ks)
+        for side in ("query", "candidate"):
+            self.add_state(f"{side}_index", [], dist_reduce_fx="cat")
+            self.add_state(f"{side}_vectors", [], dist_reduce_fx="cat")
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all rows."""
+        super().reset()
+        # A rank that saw no row still takes part in the gather, with the dtype of the others. Rows
+        # are kept flat, because it cannot know their width.
+        for side in ("query", "candidate"):
+            getattr(self, f"{side}_index").append(torch.empty(0, dtype=torch.int64, device=self.device))
+            getattr(self, f"{side}_vectors").append(torch.empty(0, device=self.device))
+
+    def update(
+        self,
+        side: Literal["query", "candidate"],
+        index: Int[Tensor, " B"],
+        embeddings: Float[Tensor, "B R D"],
+    ) -> None:
+        """Keep the vectors of some queries or candidates.
+
+        Args:
+            side: which of the two.
+            index: place of each row among all queries, or all candidates.
+            embeddings: unit vectors, at least as many a row as the largest group takes.
+
+        Raises:
+            UserError: an index out of range, too few vectors, or vectors that are not finite.
+        """
+        total, vectors = self._sizes(side)
+        if len(index) != len(embeddings):
+            raise UserError(f"{len(index)} {side} indices came with {len(embeddings)} embeddings")
+        if len(index) and not 0 <= int(index.min()) <= int(index.max()) < total:
+            raise UserError(
+                f"{side} indices must lie in 0 to {total - 1}, got {int(index.min())} to "
+                f"{int(index.max())}"
+            )
+        if embeddings.shape[1] < vectors:
+            raise UserError(
+                f"group {self.groups[-1]} needs {vectors} vectors of a {side}, "
+                f"got {embeddings.shape[1]}"
+            )
+        if not embeddings.isfinite().all():
+            raise UserError(f"{side} embeddings hold NaN or infinity: they cannot be ranked")
+        getattr(self, f"{side}_index").append(index.long())
+        getattr(self, f"{side}_vectors").append(embeddings[:, :vectors].detach().float().flatten())
+
+    def compute(self) -> dict[str, Float[Tensor, ""]]:
+        """Means over queries, named `recall@1/4x8`, `mrr/4x8`, `ndcg@5/4x8` and so on.
+
+        Raises:
+            UserError: a query or candidate was never given, or scores are not finite.
+        """
+        queries, candidates = self.rows("query"), self.rows("candidate")
+        step = max(1, SCORES_AT_A_TIME // (len(self.groups) * self.num_candidates))
+        parts: dict[str, list[Tensor]] = {}
+        for start in range(0, len(queries), step):
+            chunk = slice(start, start + step)
+            for group, scores in zip(
+                self.groups, nested_scores(queries[chunk], candidates, self.groups), strict=True
+            ):
+                for name, values in ranking_metrics(scores, self.relevant[chunk], self.ks).items():
+                    parts.setdefault(f"{name}/{group}", []).append(values)
+        return {name: torch.cat(values).mean() for name, values in parts.items()}
+
+    def scores(self, group: Budget | str | tuple[int, int]) -> Float[Tensor, "Q C"]:
+        """All scores at one group, for a report. Sees this rank's rows alone."""
+        return nested_scores(self.rows("query"), self.rows("candidate"), [group])[0]
+
+    def _sizes(self, side: str) -> tuple[int, int]:
+        """How many rows the side has, and vectors a row."""
+        if side == "query":
+            return len(self.relevant), self.groups[-1].r_q
+        if side == "candidate":
+            return self.num_candidates, self.groups[-1].r_c
+        raise UserError(f'side is "query" or "candidate", got {side!r}')
+
+    def rows(self, side: str) -> Float[Tensor, "rows R D"]:
+        """The vectors in the order of their index, each once."""
+        total, vectors = self._sizes(side)
+        index = dim_zero_cat(getattr(self, f"{side}_index"))
+        rows = dim_zero_cat(getattr(self, f"{side}_vectors"))
+        place = torch.full((total,), -1, device=index.device)
+        place[index] = torch.arange(len(index), device=index.device)
+        num_missing = int((place < 0).sum())
+        if num_missing:
+            raise UserError(
+                f"{num_missing} of {total} {side} rows were never given, first of all "
+                f"{int((place < 0).nonzero()[0])}: update the metric with every row"
+            )
+        return rows.view(len(index), vectors, -1)[place]
+
+
+def _ranks(scores: Float[Tensor, "Q C"], relevant: Sequence[Sequence[int]]) -> Float[Tensor, "Q P"]:
+    """The ranks of each query's P relevant candidates, best first, from 1; inf where it has fewer."""
+    most = max(map(len, relevant))
+    index = torch.full((len(relevant), most), -1)
+    for row, indices in zip(index, relevant, strict=True):
+        row[: len(indices)] = torch.tensor(indices)
+    index = index.to(scores.device)
+    real = index >= 0
+    own = scores.gather(1, index.clamp(min=0)).masked_fill(~real, -torch.inf)
+    own, order = own.sort(dim=1, descending=True)
+    real = real.gather(1, order)
+    # Relevant candidates fall to -inf, so that they never count as wrong ones ranked before.
+    is_relevant = torch.zeros_like(scores, dtype=torch.bool)
+    rows = torch.arange(len(scores), device=scores.device).unsqueeze(1).expand_as(index)
+    is_relevant[rows[index >= 0], index[index >= 0]] = True
+    wrong = scores.masked_fill(is_relevant, -torch.inf).sort(dim=1).values
+    num_wrong_before = scores.shape[1] - torch.searchsorted(wrong, own)
+    ranks = num_wrong_before + torch.arange(1, most + 1, device=scores.device)
+    return ranks.float().masked_fill(~real, torch.inf)
+
+
+def _check_scores(scores: Tensor, relevant: Sequence[Sequence[int]]) -> None:
+    if len(scores) != len(relevant) or not len(scores):
+        raise UserError(f"{len(scores)} rows of scores came with {len(relevant)} lists of relevant")
+    for query, indices in enumerate(relevant):
+        if not indices or len(set(indices)) != len(indices):
+            raise UserError(f"query {query} needs relevant candidates, each once; got {indices}")
+        if not 0 <= min(indices) <= max(indices) < scores.shape[1]:
+            raise UserError(
+                f"query {query}: relevant candidates lie in 0 to {scores.shape[1] - 1}, got {indices}"
+            )
+    if not scores.isfinite().all():
+        raise UserError("scores hold NaN or infinity: they cannot be ranked")

@@ -1,0 +1,211 @@
+"""MetaEmbedModule: wires the embedder, the MMR loss, the metrics and the optimiser to Lightning.
+
+All arithmetic is elsewhere; this file says only what happens when.
+"""
+
+import logging
+import os
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from metaembed_pl.budget import PAPER_GROUPS
+from metaembed_pl.data.collate import EvalBatch, TrainBatch
+from metaembed_pl.errors import UserError
+from metaembed_pl.model.backbone import BackboneConfig, build_backbone, build_processing
+from metaembed_pl.model.embedder import MetaEmbedder
+from metaembed_pl.model.meta_tokens import Layout
+from metaembed_pl.model.processing import Prompt
+from metaembed_pl.training.loss import MMRLoss, MMRLossOutput
+from metaembed_pl.training.metrics import RetrievalMetrics
+from metaembed_pl.training.optimizer import OptimizerConfig, build_optimizer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class LossConfig:
+    """See `MMRLoss`; the defaults are the paper's."""
+
+    temperature: float = 0.03
+    weights: list[float] | None = None
+    both_directions: bool = False
+    mean_over_query: bool = False
+
+
+class MetaEmbedModule(pl.LightningModule):
+    """A MetaEmbed retriever in training.
+
+    Args:
+        backbone: the vision-language model.
+        groups: nested budgets, smallest first, such as `["1x1", "2x4"]`; the paper's by default.
+        layout: which meta tokens an input ends in, see `MetaTokens`.
+        projection: width of the meta embeddings; None keeps the backbone's.
+        prompt: the words around an item.
+        loss: the MMR loss.
+        optimizer: AdamW and its schedule.
+    """
+
+    def __init__(
+        self,
+        backbone: BackboneConfig,
+        groups: list[str] | None = None,
+        layout: Layout = "both",
+        projection: int | None = None,
+        prompt: Prompt | None = None,
+        loss: LossConfig | None = None,
+        optimizer: OptimizerConfig | None = None,
+    ):
+        super().__init__()
+        self.backbone_config = backbone
+        self.layout: Layout = layout
+        self.projection = projection
+        self.prompt = prompt or Prompt()
+        self.optimizer_config = optimizer or OptimizerConfig()
+        self.loss = MMRLoss(groups or PAPER_GROUPS, **asdict(loss or LossConfig()))
+        self.groups = self.loss.groups
+        self.metrics: dict[str, dict[str, RetrievalMetrics]] = {}
+        self.values: dict[str, dict[str, dict[str, float]]] = {}
+        self._sources_seen: set[str] = set()
+
+    def configure_model(self) -> None:
+        """Builds the embedder, once; strategies that shard the weights call this in their own place."""
+        if hasattr(self, "embedder"):
+            return
+        processing = build_processing(self.backbone_config, self.prompt)
+        self.embedder = MetaEmbedder(
+            build_backbone(self.backbone_config, processing),
+            processing,
+            self.groups,
+            self.layout,
+            self.projection,
+        )
+
+    def configure_optimizers(self) -> Any:
+        """AdamW and its schedule over the steps the trainer will take."""
+        optimizer, scheduler = build_optimizer(
+            self,
+            self.embedder.meta_tokens.parameters(),
+            self.optimizer_config,
+            int(self.trainer.estimated_stepping_batches),
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    def training_step(self, batch: TrainBatch, batch_idx: int) -> Tensor:
+        """The MMR loss of this rank's queries."""
+        # Dropout depends on the step alone, so that a resumed run draws what an unbroken one would.
+        torch.manual_seed(int(os.environ.get("PL_GLOBAL_SEED", 0)) + batch.step)
+        queries = self.embedder(batch.queries, "query")
+        candidates = self.embedder(batch.candidates, "candidate")
+        count = len(queries)
+        negatives = candidates[count:].unflatten(0, (count, -1)) if batch.num_negatives else None
+        output = self.loss(
+            queries,
+            candidates[:count],
+            negatives,
+            asks=batch.asks,
+            answers=batch.answers,
+            negative_answers=batch.negative_answers,
+        )
+        self._note(output, batch)
+        return output.loss
+
+    def _note(self, output: MMRLossOutput, batch: TrainBatch) -> None:
+        if not output.loss.isfinite():
+            raise UserError(
+                f"the loss is {output.loss.item()} at step {batch.step}, source {batch.source}, "
+                f"pairs {', '.join(batch.keys[:5])}, ...; lower optimizer.lr or look at these pairs"
+            )
+        if batch.source not in self._sources_seen:
+            self._sources_seen.add(batch.source)
+            log.info(
+                "%s: each query sees %d negatives: %d of its batch and %d hard ones of its own",
+                batch.source,
+                output.num_negatives,
+                output.num_negatives - batch.num_negatives,
+                batch.num_negatives,
+            )
+        size = len(batch.keys)
+        self.log("train/loss", output.loss, prog_bar=True, batch_size=size)
+        for group, value in zip(self.groups, output.per_group, strict=True):
+            self.log(f"train/loss/{group}", value, batch_size=size)
+            self.log(f"train/{batch.source}/loss/{group}", value, batch_size=size)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Refuses gradients that are not finite before they reach the weights."""
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if not norm.isfinite():
+            raise UserError(
+                f"the gradient norm is {norm.item()} at step {self.global_step}: lower optimizer.lr "
+                "or train in bf16 or fp32 instead of fp16"
+            )
+        self.log("train/grad_norm", norm)
+
+    def on_validation_epoch_start(self) -> None:
+        """Empty metrics for each validation set."""
+        self._start("val")
+
+    def on_test_epoch_start(self) -> None:
+        """Empty metrics for each test set."""
+        self._start("test")
+
+    def validation_step(
+        self, batch: EvalBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Keeps the meta embeddings of a batch."""
+        self._keep("val", batch)
+
+    def test_step(self, batch: EvalBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Keeps the meta embeddings of a batch."""
+        self._keep("test", batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs `val/DATASET/recall@1/16x64` and its like."""
+        self._finish("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Logs `test/DATASET/recall@1/16x64` and its like."""
+        self._finish("test")
+
+    def _start(self, part: str) -> None:
+        self.metrics[part] = {
+            pool.name: RetrievalMetrics(self.groups, pool.relevant, len(pool.candidates)).to(
+                self.device
+            )
+            for pool in self.trainer.datamodule.eval_sets[part]
+        }
+
+    def _keep(self, part: str, batch: EvalBatch) -> None:
+        embeddings = self.embedder(batch.inputs, batch.side)
+        self.metrics[part][batch.dataset].update(batch.side, batch.index, embeddings)
+
+    def _finish(self, part: str) -> None:
+        """Logs every metric and, as what checkpoints go by, the mean recall@1 of the largest group."""
+        headline = f"recall@1/{self.groups[-1]}"
+        values = {name: metric.compute() for name, metric in self.metrics[part].items()}
+        for dataset, found in values.items():
+            self.log_dict({f"{part}/{dataset}/{name}": value for name, value in found.items()})
+        if values:
+            mean = torch.stack([found[headline] for found in values.values()]).mean()
+            self.log(f"{part}/headline", mean, prog_bar=True)
+        self.values[part] = {
+            name: {key: float(value) for key, value in found.items()}
+            for name, found in values.items()
+        }
+
+    def results(self, part: str, dataset: str) -> tuple[dict[str, float], Tensor, Tensor]:
+        """Metrics of a finished evaluation, and the meta embeddings of its queries and candidates."""
+        metric = self.metrics[part][dataset]
+        return self.values[part][dataset], metric.rows("query").cpu(), metric.rows("candidate").cpu()
+
+    def predict_step(self, batch: EvalBatch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """Meta embeddings of a batch."""
+        return self.embedder(batch.inputs, batch.side)
+

@@ -1,0 +1,315 @@
+"""Shards: what is written is read again, by us and by webdataset; what is broken is named."""
+
+import io
+import json
+import pickle
+import tarfile
+
+import pytest
+import webdataset
+from PIL import Image
+
+from metaembed_pl.data.shards import ShardedPairs, ShardWriter, verify
+from metaembed_pl.errors import BadSample, UserError
+from metaembed_pl.item import Item, Pair
+
+
+def picture(value, format="PNG"):
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4), (value, value, value)).save(buffer, format=format)
+    return buffer.getvalue()
+
+
+def make_pair(i):
+    return Pair(
+        id=f"a/b.{i}",  # dots and slashes mean something in a tar
+        query=Item(f"query {i}", image=picture(i, "JPEG")),
+        positive=Item(image=picture(i), id=f"p{i}", answers=(f"p{i}", "twin")),
+        negatives=(Item("wrong"), Item(image=picture(i + 1, "WEBP"), id="n")),
+        asks="twin",
+    )
+
+
+def write(folder, count=5, **options):
+    with ShardWriter(folder, "pets", pairs_per_shard=2, **options) as writer:
+        for i in range(count):
+            writer.write(make_pair(i))
+    return folder
+
+
+def write_tar(path, members):
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path.parent
+
+
+def as_json(value):
+    return json.dumps(value).encode()
+
+
+def test_what_is_written_is_read_again(tmp_path):
+    pairs = ShardedPairs(write(tmp_path / "pets"))
+    assert list(pairs) == [make_pair(i) for i in range(5)]
+    assert pairs[-1] == make_pair(4)
+    assert pairs.name == "pets"
+    assert pairs.shard_sizes == [2, 2, 1]
+    assert pairs.locate(3) == ("00001.tar", "00000003")
+
+
+# webdataset leaves its last file open.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_plain_webdataset_reads_the_same_bytes(tmp_path):
+    folder = write(tmp_path / "pets")
+    shards = [str(path) for path in sorted(folder.glob("*.tar"))]
+    dataset = webdataset.WebDataset(shards, shardshuffle=False, empty_check=False)
+    for i, sample in enumerate(dataset):
+        pair = make_pair(i)
+        assert json.loads(sample["json"])["id"] == pair.id
+        assert sample["query.jpg"] == pair.query.image
+        assert sample["positive.png"] == pair.positive.image
+        assert sample["negative.1.webp"] == pair.negatives[1].image
+    assert i == 4
+
+
+def test_a_picture_of_another_kind_becomes_png(tmp_path):
+    images = [Image.new("CMYK", (4, 4)), picture(7, "BMP")]
+    with ShardWriter(tmp_path / "pets", "pets") as writer:
+        for i, image in enumerate(images):
+            writer.write(Pair(str(i), Item("q"), Item(image=image)))
+    for pair, image in zip(ShardedPairs(tmp_path / "pets"), images, strict=True):
+        assert pair.positive.image.startswith(b"\x89PNG")
+        assert pair.positive.load_image().tobytes() == Item(image=image).load_image().tobytes()
+
+
+def test_equal_pairs_make_equal_shards(tmp_path):
+    first, second = (write(tmp_path / name) for name in ("a", "b"))
+    for file in ("00000.tar", "manifest.json", "index.jsonl"):
+        assert (first / file).read_bytes() == (second / file).read_bytes()
+
+
+def test_the_manifest_carries_the_licence(tmp_path):
+    folder = write(tmp_path / "pets", licence="CC0-1.0", attribution="nobody", settings={"n": 1})
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["num_pairs"] == 5
+    assert (manifest["licence"], manifest["attribution"]) == ("CC0-1.0", "nobody")
+    assert manifest["settings"] == {"n": 1}
+    assert [shard["bytes"] for shard in manifest["shards"]] == [
+        path.stat().st_size for path in sorted(folder.glob("*.tar"))
+    ]
+
+
+def test_reads_after_pickling(tmp_path):
+    pairs = ShardedPairs(write(tmp_path / "pets"))
+    assert pairs[0] == pickle.loads(pickle.dumps(pairs))[0]
+
+
+def test_nothing_is_left_of_a_failed_write(tmp_path):
+    def fail():
+        with ShardWriter(tmp_path / "pets", "pets") as writer:
+            writer.write(make_pair(0))
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError, match="no pairs were written"):
+        write(tmp_path / "pets", count=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_overwrite_leaves_the_old_shards(tmp_path):
+    folder = write(tmp_path / "pets")
+    with pytest.raises(UserError, match="no pairs were written"):
+        write(folder, count=0, overwrite=True)
+    assert len(ShardedPairs(folder)) == 5
+
+
+def test_overwrites_shards_only_and_only_when_asked(tmp_path):
+    folder = write(tmp_path / "pets")
+    with pytest.raises(UserError, match="is not empty"):
+        write(folder)
+    assert len(ShardedPairs(write(folder, count=3, overwrite=True))) == 3
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters" / "dear.txt").touch()
+    with pytest.raises(UserError, match="not shards to overwrite"):
+        write(tmp_path / "letters", overwrite=True)
+
+
+def test_the_writer_names_the_pair_whose_picture_is_bad(tmp_path):
+    with (
+        pytest.raises(UserError, match=r"pair 'x'.*does not decode"),
+        ShardWriter(tmp_path / "pets", "pets") as writer,
+    ):
+        writer.write(Pair("x", Item("q"), Item(image=b"no picture")))
+
+
+def test_foreign_tars_are_scanned(tmp_path):
+    folder = write_tar(
+        tmp_path / "theirs" / "b.tar",
+        {
+            "./dir/1.json": as_json({"query": "a cat", "positive": {"text": "fur"}}),
+            "./dir/1.negative.0.PNG": picture(1),
+            "./dir/1.cls": b"3",
+            "README": b"no suffix",
+            "2.json": as_json({"query": {}, "positive": "fur", "negatives": ["x", {"text": "y"}]}),
+            "2.query.jpeg": picture(2, "JPEG"),
+            "2.negative.1.png": picture(3),
+        },
+    )
+    first, second = pairs = ShardedPairs(folder)
+    assert pairs.name == "theirs"
+    assert (first.id, first.negatives) == ("./dir/1", (Item(image=picture(1)),))
+    assert second.query.image == picture(2, "JPEG")
+    assert second.negatives == (Item("x"), Item("y", image=picture(3)))
+
+
+def test_an_index_can_be_lost(tmp_path):
+    folder = write(tmp_path / "pets")
+    (folder / "index.jsonl").unlink()
+    assert list(ShardedPairs(folder)) == [make_pair(i) for i in range(5)]
+    (folder / "manifest.json").unlink()
+    assert len(ShardedPairs(folder)) == 5
+
+
+@pytest.mark.parametrize(
+    ("members", "reason"),
+    [
+        ({"k.json": b"{"}, "its JSON is broken"),
+        ({"k.json": b"[" * 100_000}, "its JSON is broken"),
+        ({"k.json": b"[]"}, "must be an object, not list"),
+        ({"k.query.png": picture(1)}, r"no member \.json"),
+        ({"k.json": as_json({"query": "a"})}, 'needs a "positive"'),
+        ({"k.json": as_json({"query": "a", "positive": {}})}, "neither"),
+        ({"k.json": as_json({"query": "a", "positive": {"image": "positive.png"}})}, "is missing"),
+        ({"k.json": as_json({"query": "a", "positive": {"image": "/etc/passwd"}})}, "is missing"),
+        ({"k.json": as_json({"query": "a", "positive": "b", "negatives": {}})}, "must be a list"),
+        ({"k.json": as_json({"query": "a", "positive": 3})}, "must be a JSON object, not int"),
+    ],
+)
+def test_a_bad_sample_is_named_with_its_reason(tmp_path, members, reason):
+    pairs = ShardedPairs(write_tar(tmp_path / "theirs" / "x.tar", members))
+    with pytest.raises(BadSample, match=reason) as caught:
+        pairs[0]
+    assert (caught.value.shard, caught.value.key) == ("x.tar", "k")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_negative_with_an_absurd_number_is_not_believed(tmp_path):
+    members = {
+        "k.json": as_json({"query": "a", "positive": "b"}),
+        "k.negative.999999999.png": picture(1),
+        "k.negative.x.png": picture(1),
+    }
+    assert ShardedPairs(write_tar(tmp_path / "theirs" / "x.tar", members))[0].negatives == ()
+
+
+def test_a_shard_cut_off_after_opening_is_a_bad_sample(tmp_path):
+    folder = write(tmp_path / "pets")
+    pairs = ShardedPairs(folder)
+    content = (folder / "00001.tar").read_bytes()
+    (folder / "00001.tar").write_bytes(content[:1000])
+    with pytest.raises(BadSample, match="is cut off"):
+        pairs[2]
+    (folder / "00001.tar").unlink()
+    with pytest.raises(BadSample, match="No such file"):
+        pairs[2]
+    assert pairs[0] == make_pair(0)
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage" * 500, b"\0" * 5000])
+def test_refuses_a_shard_that_is_no_tar(tmp_path, content):
+    (tmp_path / "x.tar").write_bytes(content)
+    with pytest.raises(UserError, match=r"not a whole, uncompressed tar|hold no pairs"):
+        ShardedPairs(tmp_path)
+
+
+def test_refuses_a_foreign_shard_that_is_cut_off(tmp_path):
+    content = {"k.json": as_json({"query": "a", "positive": "b"}), "k.query.png": picture(1)}
+    path = write_tar(tmp_path / "theirs" / "x.tar", content) / "x.tar"
+    path.write_bytes(path.read_bytes()[:1600])
+    with pytest.raises(UserError, match="not a whole, uncompressed tar"):
+        ShardedPairs(path.parent)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("/etc/passwd.json", tarfile.REGTYPE),
+        ("../../k.json", tarfile.REGTYPE),
+        ("k.json", tarfile.SYMTYPE),
+        ("k.json", tarfile.LNKTYPE),
+        ("k.json", tarfile.CHRTYPE),
+        ("k.json", tarfile.FIFOTYPE),
+    ],
+)
+def test_refuses_members_that_are_not_plain_files(tmp_path, name, kind):
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, "/etc/passwd"
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        tar.addfile(member)
+    with pytest.raises(UserError, match=r"x\.tar: member .* is a link, a device or a path"):
+        ShardedPairs(tmp_path)
+
+
+def test_refuses_a_missing_or_empty_folder(tmp_path):
+    with pytest.raises(UserError, match=r"no folder of shards at .*nowhere: prepare the data"):
+        ShardedPairs(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"no shards \(\*\.tar\)"):
+        ShardedPairs(tmp_path)
+
+
+def set_manifest(folder, **changes):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, **changes}))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda f: (f / "manifest.json").unlink(), r"manifest\.json is missing"),
+        (lambda f: (f / "manifest.json").write_text("{"), "is malformed"),
+        (lambda f: (f / "manifest.json").write_text("[]"), "is malformed"),
+        (lambda f: (f / "manifest.json").write_text('{"format": 1}'), "malformed .'shards'|name"),
+        (lambda f: set_manifest(f, format=9), "its format is 9; this version reads 1"),
+        (lambda f: set_manifest(f, num_pairs=9), "num_pairs is not the sum"),
+        (lambda f: set_manifest(f, shards=[], num_pairs=0), r"disagree on '00000\.tar'"),
+        (lambda f: (f / "00001.tar").unlink(), r"disagree on '00001\.tar'"),
+        (lambda f: (f / "extra.tar").touch(), r"disagree on 'extra\.tar'"),
+        (lambda f: (f / "00001.tar").write_bytes(b"x"), "has 1 bytes, its manifest says"),
+        (lambda f: (f / "index.jsonl").write_text(""), "disagrees with manifest"),
+        (lambda f: (f / "index.jsonl").write_text("{}\n" * 5), r"index\.jsonl:1: not a line"),
+    ],
+)
+def test_refuses_a_folder_whose_files_disagree(tmp_path, spoil, message):
+    folder = write(tmp_path / "pets")
+    spoil(folder)
+    with pytest.raises(UserError, match=message):
+        ShardedPairs(folder)
+
+
+def test_refuses_an_index_that_leads_out_of_the_folder(tmp_path):
+    folder = write(tmp_path / "pets", count=3)
+    lines = (folder / "index.jsonl").read_text().splitlines()
+    line = json.loads(lines[1])
+    for wrong in (["../" + line[0], *line[1:]], [*line[:2], {"json": [-1, 4]}], [1, 2]):
+        lines[1] = json.dumps(wrong)
+        (folder / "index.jsonl").write_text("\n".join(lines) + "\n")
+        with pytest.raises(UserError, match=r"index\.jsonl:2: not a line of an index"):
+            ShardedPairs(folder)
+
+
+def test_verify_finds_a_flipped_byte(tmp_path):
+    folder = write(tmp_path / "pets")
+    verify(folder)
+    content = bytearray((folder / "00001.tar").read_bytes())
+    content[600] ^= 1
+    (folder / "00001.tar").write_bytes(content)
+    with pytest.raises(UserError, match=r"00001\.tar does not have the checksum"):
+        verify(folder)
+    with pytest.raises(UserError, match="nothing to check against"):
+        verify(write_tar(tmp_path / "theirs" / "x.tar", {"k.json": b"{}"}))
