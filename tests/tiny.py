@@ -19,7 +19,9 @@ from metaembed_pl.model.embedder import MetaEmbedder
 from metaembed_pl.model.family import family_of
 from metaembed_pl.model.processing import Processing, Prompt
 
-WORDS = "red green blue round square small large apple flag cat tree star moon sun fish bird".split()
+WORDS = (
+    "red green blue round square small large apple flag cat tree star moon sun fish bird".split()
+)
 
 QWEN25_VL = {
     "model_type": "qwen2_5_vl",
@@ -111,4 +113,13 @@ def embedder(
 
 
 tiny_embedder = embedder
-__all__ = ["embedder", "pairs", "picture", "processing", "scratch_config", "shards", "text", "tiny_embedder"]
+__all__ = [
+    "embedder",
+    "pairs",
+    "picture",
+    "processing",
+    "scratch_config",
+    "shards",
+    "text",
+    "tiny_embedder",
+]

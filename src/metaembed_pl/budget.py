@@ -43,7 +43,8 @@ class Budget(NamedTuple):
         whole = all(isinstance(count, int) and not isinstance(count, bool) for count in counts)
         if len(counts) != 2 or not whole or min(counts) < 1:
             raise UserError(
-                f"a budget is two whole numbers of at least 1, r_q x r_c, such as 4x8; got {value!r}"
+                "a budget is two whole numbers of at least 1, r_q and r_c, written 4x8; "
+                f"got {value!r}"
             )
         return cls(*counts)
 

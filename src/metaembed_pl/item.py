@@ -155,7 +155,7 @@ class Pair:
     def parse(
         cls, value: dict, folder: Path | None = None, default_id: str | None = None
     ) -> "Pair":
-        """Make a pair of its JSON form (`docs/data.md`).
+        """Make a pair of its JSON form.
 
         Args:
             value: a dict with "query" and "positive", perhaps "id", "asks" and "negatives".

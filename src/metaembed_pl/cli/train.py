@@ -9,10 +9,12 @@ A run is the folder RUNS/NAME: `config.fit.yaml`, `checkpoints/`, `model/`, `rep
 
 import difflib
 import logging
+import pickle
 import re
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,8 +23,10 @@ from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelChec
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger
 
+from transformers.utils import logging as transformers_logging
+
 from metaembed_pl.cli.recipe_path import with_recipes_found
-from metaembed_pl.data.datamodule import RetrievalDataModule
+from metaembed_pl.data.datamodule import EvalSource, RetrievalDataModule, TrainSource
 from metaembed_pl.errors import UserError
 from metaembed_pl.evaluation.report import write_report
 from metaembed_pl.evaluation.result import DatasetResult
@@ -32,6 +36,15 @@ from metaembed_pl.training.module import MetaEmbedModule
 from metaembed_pl.training.tracking import MLflowRun, mlflow_missing
 
 log = logging.getLogger(__name__)
+
+# `omegaconf+` resolves relative interpolations after command-line flags have had their say.
+PARSING = {"parser_mode": "omegaconf+", "allow_abbrev": False, "prog": "metaembed-pl"}
+
+QUIET = (  # what libraries warn of and a user of this package can do nothing about
+    ".*does not have many workers.*",
+    ".*`IterableDataset` has `__len__` defined.*",
+    ".*LeafSpec.* is deprecated.*",
+)
 
 
 @dataclass
@@ -69,15 +82,15 @@ class RecipeParser(LightningArgumentParser):
         raise UserError(text + self._suggestion(text))
 
     def _suggestion(self, text: str) -> str:
-        quoted = re.search(r"(?:[Kk]ey|for key|arguments?:|option) ['\"-]*([\w.@]+)", text)
+        quoted = re.search(r"(?:[Kk]ey|arguments?:|[Oo]ption) ['\"-]*([\w.@]+)", text)
         if not quoted:
             return ""
         given = quoted[1]
-        known = [action.dest for action in self._actions]
-        near = difflib.get_close_matches(given, known, n=1, cutoff=0.5) or [
-            key for key in known if key.rpartition(".")[2] == given.rpartition(".")[2]
-        ]
-        return f"; did you mean {near[0]!r}?" if near and near[0] != given else ""
+        parsers = [self, *getattr(self, "_subcommand_parsers", {}).values()]
+        known = {action.dest for parser in parsers for action in parser._actions}
+        known |= {field.name for part in (TrainSource, EvalSource) for field in fields(part)}
+        near = difflib.get_close_matches(given, known, n=1, cutoff=0.5)
+        return f"; did you mean {near[0]!r}?" if near and near[0] not in text else ""
 
 
 class KeepConfig(SaveConfigCallback):
@@ -103,13 +116,17 @@ class RecipeCLI(LightningCLI):
             save_config_callback=KeepConfig,
             seed_everything_default=0,
             parser_class=RecipeParser,
-            parser_kwargs={"parser_mode": "omegaconf+", "prog": "metaembed-pl"},
+            parser_kwargs={verb: PARSING for verb in ("fit", "validate", "test", "predict")} | PARSING,
             # Our own loaders share the plan over the ranks.
             trainer_defaults={"use_distributed_sampler": False, "num_sanity_val_steps": 0},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             args=argv,
         )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses what `main` passes on: Lightning's own form warns that `sys.argv` is there too."""
+        self.config = parser.parse_args(args)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The keys that Lightning does not know."""
@@ -134,6 +151,8 @@ class RecipeCLI(LightningCLI):
         config = self._get(self.config_init, "trainer")
         kwargs["default_root_dir"] = str(self.run.path)
         kwargs["callbacks"] = [*(config.get("callbacks") or []), *self._callbacks(config)]
+        if isinstance(config.get("val_check_interval"), int):
+            kwargs["check_val_every_n_epoch"] = None  # count steps of the run, not of an epoch
         if config.get("logger") is None:
             kwargs["logger"] = self._logger()
         if not sys.stderr.isatty():
@@ -148,7 +167,11 @@ class RecipeCLI(LightningCLI):
         if self.subcommand != "fit" or config.get("fast_dev_run"):
             return [shown] if self.subcommand == "fit" else []
         folder = self.run.path / "checkpoints"
-        common = {"dirpath": folder, "auto_insert_metric_name": False, "enable_version_counter": False}
+        common = {
+            "dirpath": folder,
+            "auto_insert_metric_name": False,
+            "enable_version_counter": False,
+        }
         best = ModelCheckpoint(filename="best", monitor="val/headline", mode="max", **common)
         last = ModelCheckpoint(
             filename="last", every_n_train_steps=self.run.checkpoint_every_n_steps, **common
@@ -162,7 +185,9 @@ class RecipeCLI(LightningCLI):
         if self.subcommand != "fit":
             return False
         if mlflow_missing():
-            log.info("MLflow is not installed (pip install metaembed-pl[mlflow]): metrics go to CSV")
+            log.info(
+                "MLflow is not installed (pip install metaembed-pl[mlflow]): metrics go to CSV"
+            )
             return CSVLogger(self.run.path, name="csv", version="")
         resuming = bool(self._get(self.config, "ckpt_path"))
         return MLflowRun(
@@ -173,6 +198,7 @@ class RecipeCLI(LightningCLI):
         """Exports the model, tests it and reports."""
         if self.trainer.fast_dev_run or self.trainer.interrupted:
             return
+        self.trainer.save_checkpoint(self.run.path / "checkpoints" / "last.ckpt")
         if self.trainer.is_global_zero:
             self.model.embedder.save_pretrained(self.run.path / "model", overwrite=True)
             log.info("model folder: %s", self.run.path / "model")
@@ -204,5 +230,17 @@ def run(argv: list[str]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for chatty in ("httpx", "alembic", "mlflow", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    RecipeCLI(with_recipes_found(argv))
+    transformers_logging.disable_progress_bar()
+    for harmless in QUIET:
+        warnings.filterwarnings("ignore", message=harmless)
+    try:
+        RecipeCLI(with_recipes_found(argv))
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{_checkpoint_in(argv)}: not a checkpoint of this package: it is broken or holds Python "
+            "objects, which could run code when loaded; give a .ckpt that `fit` wrote"
+        ) from error
+
+
+def _checkpoint_in(argv: list[str]) -> str:
+    return next((a.partition("=")[2] or b for a, b in pairwise([*argv, ""]) if "ckpt_path" in a), "")

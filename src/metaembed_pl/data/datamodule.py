@@ -136,7 +136,12 @@ class EvaluationBatches(Dataset):
     """
 
     def __init__(
-        self, pool: RetrievalSet, process: Process, batch_size: int, rank: int = 0, num_ranks: int = 1
+        self,
+        pool: RetrievalSet,
+        process: Process,
+        batch_size: int,
+        rank: int = 0,
+        num_ranks: int = 1,
     ):
         self.pool, self.process = pool, process
         self.batches = [
@@ -222,9 +227,7 @@ class RetrievalDataModule(pl.LightningDataModule):
         self._shards = [ShardedPairs(Path(source.path)) for source in self.train_sources]
         self.plan = Plan(
             [
-                PlannedSource(
-                    source.name or shards.name, tuple(shards.shard_sizes), source.weight
-                )
+                PlannedSource(source.name or shards.name, tuple(shards.shard_sizes), source.weight)
                 for source, shards in zip(self.train_sources, self._shards, strict=True)
             ],
             self.global_batch_size,
@@ -244,7 +247,9 @@ class RetrievalDataModule(pl.LightningDataModule):
         ]
         dataset = TrainingBatches(self._shards, counts, self.plan, self._process())
         dataset.rank, dataset.num_ranks = self.trainer.global_rank, self.trainer.world_size
-        self.plan.rank_batch(0, 0, dataset.num_ranks)  # an uneven division shows before workers start
+        self.plan.rank_batch(
+            0, 0, dataset.num_ranks
+        )  # an uneven division shows before workers start
         return _ResumingLoader(dataset, self, **self._worker_settings())
 
     def val_dataloader(self) -> list[DataLoader]:
@@ -279,7 +284,9 @@ class RetrievalDataModule(pl.LightningDataModule):
     def _note_faults(self, batch: TrainBatch) -> None:
         for shard, key, reason in batch.faults:
             if (shard, key) not in self.bad_samples:
-                log.warning("replaced a bad sample: %s/%s, %s: %s", batch.source, shard, key, reason)
+                log.warning(
+                    "replaced a bad sample: %s/%s, %s: %s", batch.source, shard, key, reason
+                )
             self.bad_samples[shard, key] = reason
         if len(self.bad_samples) > self.max_bad_samples:
             shard, key, reason = batch.faults[-1]

@@ -146,8 +146,10 @@ def _check(sources: Sequence[PlannedSource], global_batch_size: int) -> None:
     if len(set(names)) < len(names):
         raise UserError(f"source names must differ, got {', '.join(names)}")
     if global_batch_size < 2:
-        raise UserError(f"global_batch_size must be at least 2, got {global_batch_size}: "
-                        "the other pairs of a batch are the negatives")
+        raise UserError(
+            f"global_batch_size must be at least 2, got {global_batch_size}: "
+            "the other pairs of a batch are the negatives"
+        )
     if len({source.weight is None for source in sources}) > 1:
         raise UserError("give a weight to every training source or to none")
     for source in sources:

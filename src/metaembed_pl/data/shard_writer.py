@@ -44,7 +44,7 @@ class ShardWriter:
         settings: dict[str, Any] | None = None,
         overwrite: bool = False,
     ) -> None:
-        self.folder, self.overwrite = Path(folder), overwrite
+        self.folder = Path(folder)
         self.pairs_per_shard = pairs_per_shard
         self._describe = {
             "name": name,
@@ -56,15 +56,16 @@ class ShardWriter:
         }
         self._partial = self.folder.with_name(f".{self.folder.name}.partial")
         self._counts: list[int] = []
-        self._file, self._tar = None, None
-
-    def __enter__(self) -> "ShardWriter":
+        self._file: Any = None
+        self._tar: Any = None
         if self.folder.exists() and any(self.folder.iterdir()):
-            if not self.overwrite:
+            if not overwrite:
                 raise UserError(f"{self.folder} is not empty: choose another or ask to overwrite")
             # Overwriting removes the folder, so it must be one of ours.
             if not (self.folder / MANIFEST_FILE).exists():
                 raise UserError(f"{self.folder} holds no {MANIFEST_FILE}: not shards to overwrite")
+
+    def __enter__(self) -> "ShardWriter":
         shutil.rmtree(self._partial, ignore_errors=True)  # left by a run that was killed
         self._partial.mkdir(parents=True)
         return self
@@ -75,15 +76,13 @@ class ShardWriter:
         Raises:
             UserError: a picture that cannot be read; names the pair.
         """
-        if self._tar is None or self._counts[-1] == self.pairs_per_shard:
-            self._next_shard()
         try:
             members = _members(pair)
         except UserError as error:
             raise UserError(f"pair {pair.id!r}: {error}") from error
         # Ids may hold dots and slashes, which mean something in a member's name: keys are numbers.
         key = f"{sum(self._counts):08d}"
-        self._tar.write({"__key__": key, **members})
+        self._open_shard().write({"__key__": key, **members})
         self._counts[-1] += 1
 
     def __exit__(
@@ -104,15 +103,19 @@ class ShardWriter:
         finally:
             shutil.rmtree(self._partial, ignore_errors=True)
 
-    def _next_shard(self) -> None:
+    def _open_shard(self) -> Any:
+        """Return the tar that takes the next pair."""
+        if self._tar is not None and self._counts[-1] < self.pairs_per_shard:
+            return self._tar
         # webdataset imports torch: deferred, so that reading alone stays light.
-        from webdataset import TarWriter
+        from webdataset.writer import TarWriter
 
         self._close_shard()
         self._file = (self._partial / f"{len(self._counts):05d}.tar").open("wb")
         # A fixed time makes equal pairs equal shards, checksum and all.
         self._tar = TarWriter(self._file, encoder=False, mtime=0)
         self._counts.append(0)
+        return self._tar
 
     def _close_shard(self) -> None:
         if self._tar is not None:
@@ -154,7 +157,7 @@ def _members(pair: Pair) -> dict[str, bytes]:
     value["negatives"] = [
         _add_item(negative, f"negative.{n}", members) for n, negative in enumerate(pair.negatives)
     ]
-    members["json"] = json.dumps(value, ensure_ascii=False).encode()
+    members["json"] = json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
     return members
 
 
@@ -177,5 +180,7 @@ def _encoded(item: Item) -> tuple[bytes, str]:
     if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
         return content, "webp"
     buffer = io.BytesIO()
-    item.load_image().save(buffer, format="PNG")
+    picture = item.load_image()
+    assert picture is not None, "an item without a picture has nothing to encode"
+    picture.save(buffer, format="PNG")
     return buffer.getvalue(), "png"

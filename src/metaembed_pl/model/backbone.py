@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 from metaembed_pl.data.shards import ShardedPairs
 from metaembed_pl.errors import UserError
 from metaembed_pl.item import Pair
+from metaembed_pl.model.attention import FP32, set_attention
 from metaembed_pl.model.family import Family, family_of
 from metaembed_pl.model.processing import Processing, Prompt, load_processors
 
@@ -50,7 +51,7 @@ class BackboneConfig:
         max_pixels: larger images are shrunk to it: bounds the image tokens of an item.
         max_text_tokens: longer texts are cut; image tokens never are.
         dtype: of the weights of a pretrained model.
-        attention: `sdpa`, `flash_attention_2` or `eager`.
+        attention: `sdpa`, `sdpa_fp32` (for bf16 on a CPU), `flash_attention_2` or `eager`.
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
     """
 
@@ -62,7 +63,7 @@ class BackboneConfig:
     max_pixels: int | None = None
     max_text_tokens: int = 512
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
+    attention: Literal["sdpa", "sdpa_fp32", "flash_attention_2", "eager"] = "sdpa"
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
@@ -76,7 +77,9 @@ def build_processing(config: BackboneConfig, prompt: Prompt) -> Processing:
     """The preprocessing that goes with a backbone."""
     if config.path is not None:
         tokenizer, image_processor = load_processors(config.path, config.revision)
-        family = family_of(AutoConfig.from_pretrained(config.path, revision=config.revision).model_type)
+        family = family_of(
+            AutoConfig.from_pretrained(config.path, revision=config.revision).model_type
+        )
         limits = {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels}
         size = dict(image_processor.size) | {k: v for k, v in limits.items() if v is not None}
         image_processor.size = size
@@ -94,14 +97,17 @@ def build_processing(config: BackboneConfig, prompt: Prompt) -> Processing:
 
 def build_backbone(config: BackboneConfig, processing: Processing) -> nn.Module:
     """The base model, on the CPU, in train mode; pretrained weights are checked one by one."""
+    attention = "sdpa" if config.attention == FP32 else config.attention
     if config.path is not None:
         model = load_backbone(
-            config.path, config.dtype, revision=config.revision, attn_implementation=config.attention
+            config.path, config.dtype, revision=config.revision, attn_implementation=attention
         )
     else:
         model = AutoModel.from_config(
-            scratch_config(config.scratch or {}, processing), attn_implementation=config.attention
+            scratch_config(config.scratch or {}, processing), attn_implementation=attention
         )
+    if attention == "sdpa":
+        set_attention(model, config.attention, processing.family)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train()
@@ -146,6 +152,8 @@ def load_backbone(path: str, dtype: str = "float32", **kwargs: Any) -> nn.Module
         "mis-shaped": sorted(str(key) for key in report["mismatched_keys"]),
     }
     refuse_faults(path, faults)
+    if kwargs.get("attn_implementation", "sdpa") == "sdpa":
+        set_attention(model, "sdpa", family_of(model.config.model_type))
     return model
 
 

@@ -63,7 +63,7 @@ class MetaEmbedder(nn.Module):
         self,
         backbone: nn.Module,
         processing: Processing,
-        groups: Sequence[Budget],
+        groups: Sequence[Budget | str],
         layout: Layout = "both",
         projection: int | None = None,
     ):
@@ -211,7 +211,9 @@ class MetaEmbedder(nn.Module):
             {
                 "missing": sorted(own.keys() - found.keys()),
                 "unexpected": sorted(found.keys() - own.keys()),
-                "mis-shaped": [n for n in own.keys() & found.keys() if own[n].shape != found[n].shape],
+                "mis-shaped": [
+                    n for n in own.keys() & found.keys() if own[n].shape != found[n].shape
+                ],
             },
         )
         with torch.no_grad():

@@ -32,6 +32,7 @@ class Family:
         token_types: name of the tensor that marks image tokens with 1, or None where there is none.
         special_tokens: what a tokenizer trained from scratch must have, with the config's name of each
             (None: the config does not name it). The first one pads.
+        packs_images: its vision tower runs over the patches of all images as one sequence.
     """
 
     model_type: str
@@ -40,6 +41,7 @@ class Family:
     lora_targets: str = LANGUAGE_LAYERS
     token_types: str | None = None
     special_tokens: tuple[tuple[str, str | None], ...] = ()
+    packs_images: bool = False
 
 
 def _qwen_image_tokens(tokenizer: Any, image_processor: Any, images: Any) -> list[list[int]]:
@@ -60,7 +62,10 @@ def _qwen_image_processor(
         patch_size=patch,
         merge_size=merge,
         temporal_patch_size=vision.get("temporal_patch_size", 2),
-        size={"shortest_edge": min_pixels or smallest, "longest_edge": max_pixels or 1280 * smallest},
+        size={
+            "shortest_edge": min_pixels or smallest,
+            "longest_edge": max_pixels or 1280 * smallest,
+        },
     )
 
 
@@ -83,6 +88,7 @@ FAMILIES = {
             image_processor=_qwen_image_processor,
             token_types="mm_token_type_ids",
             special_tokens=_QWEN_TOKENS,
+            packs_images=True,
         ),
     )
 }

@@ -93,7 +93,9 @@ class Processing:
         present = [image for image in images if image is not None]
         pixels = self.image_processor(images=present, return_tensors="pt") if present else {}
         image_ids = iter(
-            self.family.image_tokens(self.tokenizer, self.image_processor, pixels) if present else []
+            self.family.image_tokens(self.tokenizer, self.image_processor, pixels)
+            if present
+            else []
         )
         texts = self._text_ids(items, side)
         rows = [
@@ -114,11 +116,15 @@ class Processing:
         before = self.prompt.query if side == "query" else ""
         texts = [before + (item.text or self.prompt.image_only) for item in items]
         # split_special_tokens: "<|image_pad|>" typed by a user is plain text, not a placeholder.
-        ids = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        ids = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)[
+            "input_ids"
+        ]
         return [row[: self.max_text_tokens] for row in ids]
 
     def _pad(self, rows: list[list[int]], num_slots: int) -> dict[str, Tensor]:
-        slot_id = self.tokenizer.pad_token_id  # any ordinary id: the slots' embeddings are overwritten
+        slot_id = (
+            self.tokenizer.pad_token_id
+        )  # any ordinary id: the slots' embeddings are overwritten
         length = max(map(len, rows)) + num_slots
         ids = torch.full((len(rows), length), slot_id, dtype=torch.long)
         mask = torch.zeros_like(ids)

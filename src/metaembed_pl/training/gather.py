@@ -2,8 +2,10 @@
 
 Every function is the identity in one process, so the code above it knows nothing of ranks.
 
-B: rows of this rank    W: ranks
+B: rows of this rank    WB: rows of all ranks
 """
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,7 +23,7 @@ def rank_and_world() -> tuple[int, int]:
     return 0, 1
 
 
-def gather(x: Shaped[Tensor, "B ..."]) -> Shaped[Tensor, "W*B ..."]:
+def gather(x: Shaped[Tensor, "B ..."]) -> Shaped[Tensor, "WB ..."]:
     """Concatenate `x` of all ranks in rank order; no gradient flows back.
 
     Raises:
@@ -37,7 +39,7 @@ def gather(x: Shaped[Tensor, "B ..."]) -> Shaped[Tensor, "W*B ..."]:
     return gathered
 
 
-def gather_with_gradient(x: Shaped[Tensor, "B ..."]) -> Shaped[Tensor, "W*B ..."]:
+def gather_with_gradient(x: Shaped[Tensor, "B ..."]) -> Shaped[Tensor, "WB ..."]:
     """Concatenate `x` of all ranks in rank order; gradients of all ranks flow back, summed.
 
     Each rank's loss depends on these rows, so a row's gradient is the sum over the losses. The mean
@@ -63,12 +65,12 @@ def maximum_over_ranks(count: int, device: torch.device) -> int:
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         return gather(x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         world = rank_and_world()[1]
         local = grad.new_empty(grad.shape[0] // world, *grad.shape[1:])
         dist.reduce_scatter_tensor(local, grad.contiguous())

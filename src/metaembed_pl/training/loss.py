@@ -127,7 +127,8 @@ class MMRLoss(nn.Module):
             mask = None if asks is None else _is_answered(gather(asks), answers).T
             per_group = (per_group + _info_nce(self._logits(scores.mT, mask, own), own)) / 2
         return MMRLossOutput(
-            loss=per_group @ per_group.new_tensor(self.weights),
+            # Not as a dot product: autocast would round it to bf16.
+            loss=(per_group * per_group.new_tensor(self.weights)).sum(),
             per_group=per_group.detach(),
             num_negatives=logits.shape[2] - 1,
         )
@@ -168,7 +169,7 @@ def _is_answered(
     return (asks[:, None, None] == answers).any(dim=2)
 
 
-def _pad(answers: Int[Tensor, "Q A"], width: int) -> Int[Tensor, "Q width"]:
+def _pad(answers: Int[Tensor, "Q A"], width: int) -> Int[Tensor, "Q W"]:
     return F.pad(answers, (0, width - answers.shape[1]), value=PADDING)
 
 
@@ -183,7 +184,14 @@ def _check_weights(weights: Sequence[float] | None, num_groups: int) -> list[flo
     return weights
 
 
-def _check_batch(queries, positives, negatives, asks, answers, negative_answers) -> None:
+def _check_batch(
+    queries: Tensor,
+    positives: Tensor,
+    negatives: Tensor | None,
+    asks: Tensor | None,
+    answers: Tensor | None,
+    negative_answers: Tensor | None,
+) -> None:
     for name, rows in (
         ("positives", positives),
         ("hard negatives", negatives),

@@ -7,7 +7,7 @@ Q: queries    C: candidates    G: groups    B: rows of one update    R: vectors 
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -78,7 +78,7 @@ class RetrievalMetrics(Metric):
         relevant: Sequence[Sequence[int]],
         num_candidates: int,
         ks: Sequence[int] = (1, 5, 10),
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.groups = parse_groups(groups)
@@ -96,7 +96,9 @@ class RetrievalMetrics(Metric):
         # A rank that saw no row still takes part in the gather, with the dtype of the others. Rows
         # are kept flat, because it cannot know their width.
         for side in ("query", "candidate"):
-            getattr(self, f"{side}_index").append(torch.empty(0, dtype=torch.int64, device=self.device))
+            getattr(self, f"{side}_index").append(
+                torch.empty(0, dtype=torch.int64, device=self.device)
+            )
             getattr(self, f"{side}_vectors").append(torch.empty(0, device=self.device))
 
     def update(
@@ -180,24 +182,21 @@ class RetrievalMetrics(Metric):
 
 
 def _ranks(scores: Float[Tensor, "Q C"], relevant: Sequence[Sequence[int]]) -> Float[Tensor, "Q P"]:
-    """The ranks of each query's P relevant candidates, best first, from 1; inf where it has fewer."""
-    most = max(map(len, relevant))
-    index = torch.full((len(relevant), most), -1)
-    for row, indices in zip(index, relevant, strict=True):
-        row[: len(indices)] = torch.tensor(indices)
-    index = index.to(scores.device)
-    real = index >= 0
-    own = scores.gather(1, index.clamp(min=0)).masked_fill(~real, -torch.inf)
-    own, order = own.sort(dim=1, descending=True)
-    real = real.gather(1, order)
-    # Relevant candidates fall to -inf, so that they never count as wrong ones ranked before.
-    is_relevant = torch.zeros_like(scores, dtype=torch.bool)
-    rows = torch.arange(len(scores), device=scores.device).unsqueeze(1).expand_as(index)
-    is_relevant[rows[index >= 0], index[index >= 0]] = True
-    wrong = scores.masked_fill(is_relevant, -torch.inf).sort(dim=1).values
-    num_wrong_before = scores.shape[1] - torch.searchsorted(wrong, own)
-    ranks = num_wrong_before + torch.arange(1, most + 1, device=scores.device)
-    return ranks.float().masked_fill(~real, torch.inf)
+    """Ranks from 1 of each query's P relevant candidates, best first; inf where it has fewer."""
+    lengths = torch.tensor([len(indices) for indices in relevant])
+    queries = torch.arange(len(scores)).repeat_interleave(lengths)
+    candidates = torch.tensor([index for indices in relevant for index in indices])
+    is_right = torch.zeros(scores.shape, dtype=torch.bool)
+    is_right[queries, candidates] = True
+    is_right = is_right.to(scores.device)
+
+    num_right = int(lengths.max())
+    right = scores.masked_fill(~is_right, -torch.inf).topk(num_right, dim=1).values
+    wrong = scores.masked_fill(is_right, -torch.inf).sort(dim=1).values
+    # Counts the wrong ones that score as high or higher: here ties turn against the model.
+    num_wrong_before = scores.shape[1] - torch.searchsorted(wrong, right)
+    ranks = num_wrong_before + torch.arange(1, num_right + 1, device=scores.device)
+    return torch.where(right > -torch.inf, ranks.float(), torch.inf)
 
 
 def _check_scores(scores: Tensor, relevant: Sequence[Sequence[int]]) -> None:
@@ -208,7 +207,8 @@ def _check_scores(scores: Tensor, relevant: Sequence[Sequence[int]]) -> None:
             raise UserError(f"query {query} needs relevant candidates, each once; got {indices}")
         if not 0 <= min(indices) <= max(indices) < scores.shape[1]:
             raise UserError(
-                f"query {query}: relevant candidates lie in 0 to {scores.shape[1] - 1}, got {indices}"
+                f"query {query}: relevant candidates lie in 0 to {scores.shape[1] - 1}, "
+                f"got {indices}"
             )
     if not scores.isfinite().all():
         raise UserError("scores hold NaN or infinity: they cannot be ranked")

@@ -156,9 +156,7 @@ class MetaEmbedModule(pl.LightningModule):
         """Empty metrics for each test set."""
         self._start("test")
 
-    def validation_step(
-        self, batch: EvalBatch, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
+    def validation_step(self, batch: EvalBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Keeps the meta embeddings of a batch."""
         self._keep("val", batch)
 
@@ -203,9 +201,12 @@ class MetaEmbedModule(pl.LightningModule):
     def results(self, part: str, dataset: str) -> tuple[dict[str, float], Tensor, Tensor]:
         """Metrics of a finished evaluation, and the meta embeddings of its queries and candidates."""
         metric = self.metrics[part][dataset]
-        return self.values[part][dataset], metric.rows("query").cpu(), metric.rows("candidate").cpu()
+        return (
+            self.values[part][dataset],
+            metric.rows("query").cpu(),
+            metric.rows("candidate").cpu(),
+        )
 
     def predict_step(self, batch: EvalBatch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Meta embeddings of a batch."""
         return self.embedder(batch.inputs, batch.side)
-

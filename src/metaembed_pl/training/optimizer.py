@@ -33,7 +33,9 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.warmup < 1:
-            raise UserError(f"optimizer.warmup is a share of all steps, 0 to below 1, got {self.warmup}")
+            raise UserError(
+                f"optimizer.warmup is a share of all steps, 0 to below 1, got {self.warmup}"
+            )
         if self.lr <= 0:
             raise UserError(f"optimizer.lr must be positive, got {self.lr}")
 
@@ -64,7 +66,7 @@ def build_optimizer(
         },
     ]
     optimizer = torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=config.lr, betas=config.betas, fused=True
+        [group for group in groups if group["params"]], lr=config.lr, betas=config.betas
     )
     warmup = round(config.warmup * num_steps)
     return optimizer, get_scheduler(config.schedule, optimizer, warmup, num_steps)

@@ -1,0 +1,133 @@
+"""The picture of what a budget buys: quality against bytes a candidate and against time."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from metaembed_pl.budget import Budget
+from metaembed_pl.display import shortened
+from metaembed_pl.evaluation.canvas import FAINT, INK, LINES, MUTED, spread
+from metaembed_pl.evaluation.result import DatasetResult
+
+METRIC = "recall@1"
+
+
+class Cost(NamedTuple):
+    """What a budget costs: to keep one candidate, and to score one query with 10,000 of them."""
+
+    candidate_bytes: int
+    scoring_s: float
+
+
+def draw_budgets(
+    results: Sequence[DatasetResult], groups: Sequence[Budget], costs: Sequence[Cost]
+) -> Figure:
+    """One line a dataset and one marker a budget, over what the budget costs.
+
+    Args:
+        results: with `recall@1` of every group.
+        groups: smallest first.
+        costs: one a group.
+    """
+    figure = Figure(figsize=(11, 4.4))
+    panels = figure.subplots(1, 2, sharey=True)
+    figure.subplots_adjust(left=0.035, right=0.84, top=0.81, bottom=0.14, wspace=0.54)
+    sizes = [cost.candidate_bytes for cost in costs]
+    times_ms = [1000 * cost.scoring_s for cost in costs]
+    _draw_panel(panels[0], results, groups, sizes, [format_bytes(size) for size in sizes])
+    _draw_panel(panels[1], results, groups, times_ms, [format_ms(time) for time in times_ms])
+    _title(panels[0], "Quality and index size", f"{METRIC} against bytes a candidate, in bf16")
+    _title(
+        panels[1],
+        "Quality and search time",
+        f"{METRIC} against time to score 10,000 candidates",
+    )
+    return figure
+
+
+def _draw_panel(
+    axes: Axes,
+    results: Sequence[DatasetResult],
+    groups: Sequence[Budget],
+    costs: Sequence[float],
+    cost_labels: Sequence[str],
+) -> None:
+    axes.set_xscale("log")
+    # Room of a twentieth on each side, also where there is one group alone.
+    low, high = min(costs), max(costs)
+    margin = (high / low) ** 0.05 if high > low else 2.0
+    axes.set_xlim(low / margin, high * margin)
+    axes.set_ylim(0, 1)
+    _clear(axes)
+    _label_budgets(axes, groups, costs, cost_labels)
+    ends = [result.metrics[f"{METRIC}/{groups[-1]}"] for result in results]
+    labels = spread(ends, gap=0.075, highest=1)
+    for i, (result, end, label_y) in enumerate(zip(results, ends, labels, strict=True)):
+        values = [result.metrics[f"{METRIC}/{group}"] for group in groups]
+        colour = LINES[i % len(LINES)]
+        dots = {"marker": "o", "markersize": 7, "markeredgecolor": "white", "markeredgewidth": 1.2}
+        axes.plot(costs, values, color=colour, linewidth=2, clip_on=False, zorder=3, **dots)
+        name = shortened(result.name, 20)
+        _write(axes, f"{end:.2f}  {name}", (1, label_y), (8, 0), color=colour, fontweight="bold")
+
+
+def _clear(axes: Axes) -> None:
+    axes.spines[:].set_visible(False)
+    axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
+    axes.grid(axis="y", color=FAINT, linewidth=0.8)
+    axes.tick_params(length=0, labelleft=True)
+    axes.set_xticks([], minor=True)
+    axes.set_xticks([])
+
+
+def _label_budgets(
+    axes: Axes, groups: Sequence[Budget], costs: Sequence[float], cost_labels: Sequence[str]
+) -> None:
+    """Write each budget and its cost beneath its markers; a thin line leads up to them."""
+    axes.vlines(costs, 0, 1, color=FAINT, linewidth=0.8, zorder=1)
+    to_axes = axes.transData + axes.transAxes.inverted()
+    at = [float(to_axes.transform((cost, 0))[0]) for cost in costs]
+    for x, group, label in zip(spread(at, gap=0.17), groups, cost_labels, strict=True):
+        _write(axes, str(group), (x, 0), (0, -11), ha="center", fontweight="bold")
+        _write(axes, label, (x, 0), (0, -26), ha="center", color=MUTED)
+
+
+def _title(axes: Axes, title: str, subtitle: str) -> None:
+    _write(axes, title, (0, 1), (0, 35), fontsize=14, fontweight="bold")
+    _write(axes, subtitle, (0, 1), (0, 17), color=MUTED)
+
+
+def _write(
+    axes: Axes, text: str, at: tuple[float, float], points: tuple[float, float], **style: Any
+) -> None:
+    """Write at a place in fractions of the panel, moved by so many points."""
+    # Without parse_math a name with two dollar signs would be read as a formula.
+    style = {"color": INK, "va": "center", "parse_math": False, **style}
+    axes.annotate(
+        text, at, xycoords="axes fraction", xytext=points, textcoords="offset points", **style
+    )
+
+
+def format_bytes(count: float) -> str:
+    """Bytes as people read them.
+
+    >>> [format_bytes(count) for count in (256, 2048, 2560, 3 * 2**20)]
+    ['256 B', '2 KiB', '2.5 KiB', '3 MiB']
+    """
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024 or unit == "MiB":
+            break
+        count /= 1024
+    return f"{count:.1f}".removesuffix(".0") + f" {unit}"
+
+
+def format_ms(time_ms: float) -> str:
+    """A time with two digits that mean something.
+
+    >>> [format_ms(time) for time in (0.314, 2.71, 31.4)]
+    ['0.31 ms', '2.7 ms', '31 ms']
+    """
+    digits = 2 if time_ms < 1 else 1 if time_ms < 10 else 0
+    return f"{time_ms:.{digits}f} ms"

@@ -1,0 +1,187 @@
+import io
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+from torch.utils.data import DataLoader
+
+from metaembed_pl.data.collate import TrainBatch, choose_negatives, collate
+from metaembed_pl.data.datamodule import (
+    EvalSource,
+    EvaluationBatches,
+    RetrievalDataModule,
+    TrainingBatches,
+    TrainSource,
+)
+from metaembed_pl.data.plan import Plan, PlannedSource
+from metaembed_pl.data.retrieval_set import RetrievalSet
+from metaembed_pl.data.shards import ShardedPairs, ShardWriter
+from metaembed_pl.errors import UserError
+from metaembed_pl.item import Item, Pair, stable_hash
+
+
+def count_items(items, side):
+    """Stands in for a processing where only the pairs matter."""
+    return {"count": torch.tensor(len(items))}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("shards")
+    return [tiny.shards(root / "a", 23), tiny.shards(root / "b", 31, first=100)]
+
+
+def batches_of(folders, process=count_items, num_steps=12, num_negatives=1) -> TrainingBatches:
+    shards = [ShardedPairs(folder) for folder in folders]
+    planned = [PlannedSource(s.name, tuple(s.shard_sizes), 1.0) for s in shards]
+    batches = TrainingBatches(shards, [num_negatives] * len(shards), Plan(planned, 8), process)
+    batches.last = num_steps
+    return batches
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("num_workers", [1, 4])
+def test_workers_change_nothing(folders, num_workers):
+    process = tiny.embedder().processor()
+    alone = list(DataLoader(batches_of(folders, process), batch_size=None))
+    shared = DataLoader(batches_of(folders, process), batch_size=None, num_workers=num_workers)
+    for one, other in zip(alone, shared, strict=True):
+        assert (one.step, one.source, one.keys) == (other.step, other.source, other.keys)
+        for part in ("queries", "candidates"):
+            tensors, others = getattr(one, part), getattr(other, part)
+            assert tensors.keys() == others.keys()
+            assert all(torch.equal(tensors[name], others[name]) for name in tensors)
+
+
+def test_two_ranks_share_the_batches_of_one(folders):
+    whole = batches_of(folders)
+    halves = [batches_of(folders) for _ in range(2)]
+    for rank, half in enumerate(halves):
+        half.rank, half.num_ranks = rank, 2
+    for step in range(12):
+        keys = [key for half in halves for key in half.load(step).keys]
+        assert keys == whole.load(step).keys
+
+
+def test_candidates_are_positives_then_each_querys_negatives():
+    pairs = [choose_negatives(pair, 2, turn=0) for pair in tiny.pairs(3, num_negatives=2)]
+    seen = {}
+    batch = collate(pairs, lambda items, side: seen.update({side: items}) or {}, source="s",
+                    step=0, num_negatives=2)
+    positives = [pair.positive for pair in pairs]
+    negatives = [negative for pair in pairs for negative in pair.negatives]
+    assert seen["candidate"] == positives + negatives
+    assert batch.asks.tolist() == [stable_hash(f"picture-{i}") for i in range(3)]
+    assert batch.negative_answers.shape == (3, 2, 1)
+
+
+def test_a_pair_without_negatives_is_filled_with_its_masked_positive():
+    pair = choose_negatives(Pair("1", Item("q"), Item("p", answers=("x",)), asks="x"), 2, turn=3)
+    assert [item.text for item in pair.negatives] == ["p", "p"]
+    assert all("x" in item.answers for item in pair.negatives)
+
+
+def test_negatives_take_turns():
+    pair = tiny.pairs(1, num_negatives=3)[0]
+    chosen = {choose_negatives(pair, 1, turn).negatives[0].uid for turn in range(3)}
+    assert len(chosen) == 3
+
+
+def _with_broken_pictures(folder, count, broken):
+    with ShardWriter(folder, "broken", pairs_per_shard=100) as writer:
+        for i, pair in enumerate(tiny.pairs(count)):
+            if i in broken:
+                png = io.BytesIO()
+                tiny.picture(i).save(png, "PNG")
+                image = png.getvalue()[:200]
+                pair = Pair(pair.id, pair.query, Item(image=image, id=f"broken-{i}"), pair.negatives)
+            writer.write(pair)
+    return folder
+
+
+def test_a_picture_that_does_not_decode_is_replaced_and_counted(tmp_path):
+    folder = _with_broken_pictures(tmp_path / "s", 16, broken={3, 4})
+    batches = batches_of([folder])
+    found = [batches.load(step) for step in range(2)]  # one pass over all 16
+    assert all(len(batch.keys) == 8 for batch in found)
+    keys = [key for batch in found for key in batch.keys]
+    assert "pair-3" not in keys and "pair-4" not in keys
+    assert keys.count("pair-5") == 3  # itself, and in place of both
+    faults = {(shard, key) for batch in found for shard, key, _ in batch.faults}
+    assert len(faults) == 2
+
+
+def test_too_many_bad_samples_stop_the_run(tmp_path):
+    data = RetrievalDataModule(max_bad_samples=1)
+    batch = TrainBatch("s", 4, [], {}, {}, 0, torch.empty(0), torch.empty(0), None)
+    batch.faults = [("0.tar", "k1", "broken")]
+    data.on_before_batch_transfer(batch, 0)
+    data.on_before_batch_transfer(batch, 0)  # the same pair again is not another one
+    batch.faults = [("0.tar", "k2", "broken")]
+    with pytest.raises(UserError, match="2 pairs could not be used.*max_bad_samples = 1.*k2"):
+        data.on_before_batch_transfer(batch, 0)
+
+
+def test_a_source_of_broken_pairs_alone_is_an_error(tmp_path):
+    folder = _with_broken_pictures(tmp_path / "s", 8, broken=set(range(8)))
+    with pytest.raises(UserError, match="not one of its 8 pairs"):
+        batches_of([folder]).load(0)
+
+
+def test_an_unreadable_shard_is_an_error_before_training(tmp_path):
+    folder = tiny.shards(tmp_path / "s", 10)
+    shard = next(folder.glob("*.tar"))
+    shard.write_bytes(b"no tar at all")
+    data = RetrievalDataModule([TrainSource(str(folder))], global_batch_size=4)
+    with pytest.raises(UserError, match=shard.name):
+        data.setup("fit")
+
+
+@pytest.mark.parametrize("make", [lambda p: None, lambda p: p.mkdir()], ids=["missing", "empty"])
+def test_a_folder_without_shards_is_an_error(tmp_path, make):
+    make(tmp_path / "s")
+    data = RetrievalDataModule([TrainSource(str(tmp_path / "s"))])
+    with pytest.raises(UserError, match=str(tmp_path / "s")):
+        data.setup("fit")
+
+
+def test_state_names_the_very_next_batch(folders):
+    data = RetrievalDataModule([TrainSource(str(folders[0]))], global_batch_size=4, num_workers=0)
+    data.setup("fit")
+    module = SimpleNamespace(embedder=SimpleNamespace(processor=lambda: count_items))
+    data.trainer = SimpleNamespace(lightning_module=module, global_rank=0, world_size=1)
+    loader = data.train_dataloader()
+    assert len(loader) == 6
+    seen = []
+    for batch in loader:
+        seen.append(data.on_before_batch_transfer(batch, 0).step)
+        if len(seen) == 4:
+            break
+    again = RetrievalDataModule([TrainSource(str(folders[0]))], global_batch_size=4, num_workers=0)
+    again.setup("fit")
+    again.trainer = data.trainer
+    again.load_state_dict(data.state_dict())
+    loader = again.train_dataloader()
+    rest = [again.on_before_batch_transfer(batch, 0).step for batch in loader]
+    assert seen + rest == list(range(6))
+    assert [batch.step for batch in loader] == list(range(6, 12))  # the next epoch
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_every_item_is_evaluated_and_all_ranks_have_equally_many_batches(num_ranks):
+    pool = RetrievalSet.from_pairs("pool", tiny.pairs(10))
+    ranks = [EvaluationBatches(pool, count_items, 4, r, num_ranks) for r in range(num_ranks)]
+    assert len({len(rank) for rank in ranks}) == 1
+    for side in ("query", "candidate"):
+        seen = [i for rank in ranks for b in map(rank.__getitem__, range(len(rank)))
+                if b.side == side for i in b.index.tolist()]
+        assert set(seen) == set(range(10))
+
+
+def test_max_queries_shrinks_the_pool(folders):
+    data = RetrievalDataModule(test=[EvalSource(str(folders[0]), "mine", max_queries=5)])
+    data.setup("test")
+    (pool,) = data.eval_sets["test"]
+    assert (pool.name, len(pool.queries), len(pool.candidates)) == ("mine", 5, 5)
+

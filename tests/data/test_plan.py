@@ -1,0 +1,110 @@
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from metaembed_pl.data.plan import Plan, PlannedSource
+from metaembed_pl.errors import UserError
+
+SOURCES = [
+    PlannedSource("a", (10, 10, 7), weight=1),
+    PlannedSource("b", (40, 13), weight=3),
+]
+
+
+def drawn(plan: Plan, steps: range) -> list[tuple[int, int]]:
+    return [(b.source, int(i)) for step in steps for b in [plan.batch(step)] for i in b.positions]
+
+
+def test_each_pair_comes_once_a_pass():
+    plan = Plan([PlannedSource("a", (10, 10, 10))], global_batch_size=6)
+    for turn in range(3):
+        counts = Counter(drawn(plan, range(5 * turn, 5 * turn + 5)))
+        assert counts == {(0, i): 1 for i in range(30)}
+
+
+def test_a_pass_that_ends_within_a_batch_loses_no_pair():
+    plan = Plan([PlannedSource("a", (10, 7))], global_batch_size=4)
+    pairs = drawn(plan, range(17))  # 68 = four passes of 17
+    for turn in range(4):
+        assert len(set(pairs[17 * turn : 17 * turn + 17])) == 17
+
+
+def test_passes_differ_in_order():
+    plan = Plan([PlannedSource("a", (30,))], global_batch_size=30)
+    assert drawn(plan, range(1)) != drawn(plan, range(1, 2))
+
+
+def test_batches_are_of_one_source_and_follow_the_weights():
+    plan = Plan(SOURCES, global_batch_size=8)
+    turns = Counter(plan.batch(step).source for step in range(400))
+    assert turns == {0: 100, 1: 300}
+
+
+def test_no_source_waits_longer_than_its_share():
+    plan = Plan(SOURCES, global_batch_size=8)
+    order = [plan.batch(step).source for step in range(100)]
+    for end in range(1, 101):
+        assert abs(order[:end].count(0) - end / 4) <= 1
+
+
+def test_without_weights_sources_share_by_size():
+    sources = [PlannedSource("a", (30,)), PlannedSource("b", (90,))]
+    plan = Plan(sources, global_batch_size=10)
+    assert plan.steps_per_epoch == 12
+    assert Counter(drawn(plan, range(12))) == (
+        {(0, i): 1 for i in range(30)} | {(1, i): 1 for i in range(90)}
+    )
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_ranks_together_hold_the_same_global_batch(num_ranks):
+    plan = Plan(SOURCES, global_batch_size=8)
+    for step in (0, 5, 77):
+        parts = [plan.rank_batch(step, rank, num_ranks) for rank in range(num_ranks)]
+        assert np.array_equal(
+            np.concatenate([part.positions for part in parts]), plan.batch(step).positions
+        )
+
+
+def test_any_step_can_be_asked_for_first():
+    in_order, jumped = Plan(SOURCES, 8), Plan(SOURCES, 8)
+    steps = range(2000)
+    expected = {step: in_order.batch(step) for step in steps}
+    for step in (1999, 3, 1024, 0):
+        found = jumped.batch(step)
+        assert found.source == expected[step].source
+        assert np.array_equal(found.positions, expected[step].positions)
+
+
+def test_the_seed_decides():
+    assert drawn(Plan(SOURCES, 8, seed=1), range(9)) == drawn(Plan(SOURCES, 8, seed=1), range(9))
+    assert drawn(Plan(SOURCES, 8, seed=1), range(9)) != drawn(Plan(SOURCES, 8, seed=2), range(9))
+
+
+def test_pairs_stay_within_the_open_shards():
+    plan = Plan([PlannedSource("a", (10,) * 20)], global_batch_size=10, open_shards=3)
+    for first in range(0, 18, 3):
+        shards = {i // 10 for _, i in drawn(plan, range(first, first + 3))}
+        assert len(shards) == 3
+
+
+@pytest.mark.parametrize(
+    ("sources", "batch", "message"),
+    [
+        ([], 8, "at least one training source"),
+        ([PlannedSource("a", (5,))], 8, "a has 5 pairs, fewer than one global batch of 8"),
+        ([PlannedSource("a", (9,)), PlannedSource("a", (9,))], 8, "names must differ"),
+        ([PlannedSource("a", (9,), 1.0), PlannedSource("b", (9,))], 8, "to every .* or to none"),
+        ([PlannedSource("a", (9,), -1.0)], 8, "positive, got -1"),
+        ([PlannedSource("a", (9,))], 1, "at least 2, got 1"),
+    ],
+)
+def test_refuses(sources, batch, message):
+    with pytest.raises(UserError, match=message):
+        Plan(sources, batch)
+
+
+def test_refuses_an_uneven_division():
+    with pytest.raises(UserError, match="8 cannot be divided evenly over 3 ranks"):
+        Plan(SOURCES, 8).rank_batch(0, 0, 3)

@@ -1,0 +1,106 @@
+"""The two ways through the house stay one-way: what imports what, read from the sources."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parent.parent / "src" / "metaembed_pl"
+# From the top of the house to the bottom: a module imports from its own room or from rooms above.
+ROOMS = (
+    ("errors", "display", "files", "environment", "picture"),
+    ("item", "budget", "late_interaction_kernel", "late_interaction"),
+    ("data",),
+    ("model",),
+    ("training",),
+    ("retrieval",),
+    ("evaluation",),
+    ("cli",),
+)
+APART = {"training", "retrieval", "evaluation"}
+# What takes longer to import than a light verb may take in all.
+HEAVY = set(
+    "deepspeed jsonargparse lightning matplotlib mlflow numpy peft PIL rich tokenizers torch "
+    "torchmetrics transformers webdataset".split()
+)
+MODULES = sorted(
+    path for path in SOURCE.rglob("*.py") if path.parent != SOURCE or path.stem[0] != "_"
+)
+
+
+def imports(tree):
+    """What a file imports, wherever it does; of our modules with the name taken from them."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports name their module in full"
+            ours = node.module.partition(".")[0] == "metaembed_pl"
+            yield from (
+                f"{node.module}.{alias.name}" if ours else node.module for alias in node.names
+            )
+
+
+def imports_at_once(path):
+    """What importing a file imports: not inside functions, not what type checkers alone see."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef):
+            continue
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        yield from imports(node)
+
+
+def room(module):
+    """The part of `metaembed_pl.PART...`; None for what is outside of the package."""
+    package, _, rest = module.partition(".")
+    part = rest.partition(".")[0]
+    return part if package == "metaembed_pl" and part != "__version__" else None
+
+
+def floor(part):
+    """How far down the house a part is."""
+    floors = [floor for floor, parts in enumerate(ROOMS) if part in parts]
+    assert floors, f"{part} has no place in ROOMS: give it one"
+    return floors[0]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_imports_from_rooms_above_only(path):
+    own = path.relative_to(SOURCE).with_suffix("").parts[0]
+    for module in imports(ast.parse(path.read_text())):
+        other = room(module)
+        if other is None or other == own:
+            continue
+        assert floor(other) <= floor(own), f"{own} is above {other}, and must not import {module}"
+        assert not {own, other} <= APART, f"{own} and {other} stay apart: {module}"
+
+
+def light_modules():
+    """cli/main.py, the verbs that are not training, and all of ours that these import at once."""
+    found, waiting = set(), [SOURCE / "cli" / "main.py", SOURCE / "cli" / "search.py"]
+    while waiting:
+        path = waiting.pop()
+        if path in found or not path.exists():
+            continue
+        found.add(path)
+        for module in imports_at_once(path):
+            package, *parts = module.split(".")
+            if package == "metaembed_pl":
+                # The last part may be a module or something in one: what is no file is skipped.
+                places = [SOURCE.joinpath(*parts[:count]) for count in range(len(parts) + 1)]
+                waiting += [place / "__init__.py" for place in places]
+                waiting += [place.with_suffix(".py") for place in places[1:]]
+    return sorted(found)
+
+
+@pytest.mark.parametrize("path", light_modules(), ids=lambda path: str(path.relative_to(SOURCE)))
+def test_light_verbs_import_nothing_heavy(path):
+    heavy = HEAVY & {module.partition(".")[0] for module in imports_at_once(path)}
+    assert not heavy, f"import {', '.join(heavy)} where it is used: --help must answer at once"
+
+
+def test_the_rules_have_something_to_check():
+    assert len(MODULES) > 10
+    names = {str(path.relative_to(SOURCE)) for path in light_modules()}
+    assert {"cli/main.py", "cli/search.py", "errors.py", "__init__.py"} <= names

@@ -1,0 +1,217 @@
+"""The command line, on a tiny recipe: fit, resume, refuse."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import yaml
+
+from metaembed_pl.cli.main import main
+from metaembed_pl.model.embedder import MetaEmbedder
+
+
+def recipe(root: Path) -> dict:
+    """A recipe for a tiny model on tiny shards below `root`."""
+    train, test = str(root / "train"), str(root / "test")
+    return {
+        "run": {"name": "tiny", "folder": str(root / "runs"), "checkpoint_every_n_steps": 1,
+                "mlflow_uri": f"sqlite:///{root}/mlflow.db"},
+        "model": {
+            "backbone": {
+                "scratch": tiny.QWEN25_VL,
+                "tokenizer": {"vocab_size": 300, "sources": [train]},
+                "max_pixels": 56 * 56,
+            },
+            "groups": ["1x1", "2x4"],
+            "layout": "own",
+            "optimizer": {"lr": 1e-3},
+        },
+        "data": {
+            "train": [{"path": train}],
+            "val": [{"path": test}],
+            "test": [{"path": test, "name": "pool"}],
+            "global_batch_size": 8,
+            "num_workers": 0,
+        },
+        "trainer": {"max_steps": 6, "val_check_interval": 3, "accelerator": "cpu",
+                    "log_every_n_steps": 1, "logger": False},
+    }
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("fit")
+    tiny.shards(root / "train", 40)
+    tiny.shards(root / "test", 12, first=500)
+    return root
+
+
+def write_recipe(folder: Path, values: dict) -> str:
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return str(file)
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "metaembed_pl", *arguments]
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory) -> tuple[Path, str]:
+    """A whole run with MLflow, in its own process."""
+    folder = tmp_path_factory.mktemp("whole")
+    values = recipe(data)
+    values["run"]["folder"] = str(folder / "runs")
+    del values["trainer"]["logger"]
+    values["run"]["mlflow_uri"] = f"sqlite:///{folder}/mlflow.db"
+    done = subprocess.run(
+        command("fit", "--config", write_recipe(folder, values)),
+        capture_output=True, text=True, timeout=300, cwd=folder,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder, done.stderr
+
+
+def test_a_run_leaves_config_checkpoints_model_and_report(finished):
+    run = finished[0] / "runs" / "tiny"
+    for name in ("config.fit.yaml", "checkpoints/last.ckpt", "checkpoints/best.ckpt",
+                 "model/metaembed.json", "report/metrics.json", "report/budgets.png",
+                 "report/gallery.png"):
+        assert (run / name).is_file(), name
+    metrics = json.loads((run / "report" / "metrics.json").read_text())
+    assert 0 <= metrics["test/pool/recall@1/2x4"] <= 1
+    assert {f"test/pool/{m}/1x1" for m in ("recall@5", "recall@10", "mrr", "ndcg@5")} <= metrics.keys()
+
+
+def test_the_log_says_how_many_negatives_a_query_sees(finished):
+    assert "each query sees 8 negatives: 7 of its batch and 1 hard" in finished[1]
+
+
+def test_a_pipe_gets_plain_lines_and_no_traceback(finished):
+    assert "step 6 of 6" in finished[1]
+    assert "Traceback" not in finished[1]
+    assert "\r" not in finished[1]
+
+
+def test_the_exported_model_has_the_checkpoints_weights(finished):
+    run = finished[0] / "runs" / "tiny"
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    model = MetaEmbedder.from_pretrained(run / "model")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, checkpoint["state_dict"][f"embedder.{name}"]), name
+
+
+def test_mlflow_has_parameters_versions_curves_and_artifacts(finished):
+    mlflow = pytest.importorskip("mlflow")
+    folder = finished[0]
+    client = mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    note = json.loads((folder / "runs" / "tiny" / "mlflow.json").read_text())
+    run = client.get_run(note["run_id"])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["model/optimizer/lr"] == "0.001"
+    assert run.data.tags["version.torch"] == torch.__version__
+    steps = [point.step for point in client.get_metric_history(run.info.run_id, "train/loss/2x4")]
+    assert len(steps) == 6
+    assert "test/pool/recall_at_1/2x4" in run.data.metrics
+    assert {"config.fit.yaml", "model", "report"} <= {
+        item.path for item in client.list_artifacts(run.info.run_id)
+    }
+
+
+def test_a_second_fit_of_the_same_name_is_refused(finished, capsys):
+    recipe_file = str(finished[0] / "recipe.yaml")
+    assert main(["fit", "--config", recipe_file]) == 2
+    assert "--ckpt_path last" in capsys.readouterr().err
+
+
+def test_killed_at_any_step_and_resumed_ends_with_the_same_weights(data, tmp_path):
+    """Bitwise: SIGKILL after the third, the first and the fifth checkpoint, then `--ckpt_path last`."""
+    weights = []
+    for name, kills in (("whole", []), ("killed", [3, 4, 5])):
+        values = recipe(data)
+        values["run"] |= {"folder": str(tmp_path / name)}
+        (tmp_path / name).mkdir()
+        file = write_recipe(tmp_path / name, values)
+        last = tmp_path / name / "tiny" / "checkpoints" / "last.ckpt"
+        for kill in kills:
+            _fit_until(file, last, kill)
+        resume = ["--ckpt_path", "last"] if kills else []
+        done = subprocess.run(
+            command("fit", "--config", file, *resume), capture_output=True, text=True, timeout=200
+        )
+        assert done.returncode == 0, done.stderr
+        weights.append(torch.load(last, weights_only=True))
+    assert weights[0]["global_step"] == weights[1]["global_step"] == 6
+    states = [checkpoint["state_dict"] for checkpoint in weights]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def _fit_until(file: str, last: Path, step: int) -> None:
+    """Runs `fit` and kills it once the checkpoint of this step, or a later one, is there."""
+    resume = ["--ckpt_path", "last"] if last.exists() else []
+    process = subprocess.Popen(
+        command("fit", "--config", file, *resume), stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL, env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if last.exists() and torch.load(last, weights_only=True)["global_step"] >= step:
+            break
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model.layuot=own"], "model.layout"),
+        (["--trainer.max_step=3"], "trainer.max_steps"),
+        (["--model.groups=[4x8,1x1]"], "nested"),
+        (["--model.layout=neither"], "own"),
+        (["--data.train=[{path: nowhere}]"], "nowhere"),
+        (["--data.global_batch_size=1000"], "fewer than one global batch of 1000"),
+        (["--ckpt_path=last"], "no .*last.ckpt to continue from"),
+    ],
+)
+def test_a_faulty_recipe_is_one_line_and_exit_2(data, tmp_path, capsys, arguments, message):
+    file = write_recipe(tmp_path, recipe(data) | {"run": {"name": "x", "folder": str(tmp_path)}})
+    assert main(["fit", "--config", file, *arguments]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("metaembed-pl: ")
+    import re
+
+    assert re.search(message, error), error
+    assert not (tmp_path / "x" / "checkpoints").exists()
+
+
+def test_an_unknown_key_in_the_file_names_the_nearest(data, tmp_path, capsys):
+    values = recipe(data)
+    values["model"]["temprature"] = 1
+    values["model"]["lay_out"] = values["model"].pop("layout")
+    assert main(["fit", "--config", write_recipe(tmp_path, values)]) == 2
+    assert "did you mean" in capsys.readouterr().err
+
+
+def test_yaml_object_tags_are_refused(data, tmp_path, capsys):
+    file = tmp_path / "evil.yaml"
+    file.write_text(f"run: !!python/object/apply:os.system ['touch {tmp_path}/owned']\n")
+    assert main(["fit", "--config", str(file)]) == 2
+    assert "tag" in capsys.readouterr().err
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_checkpoint_that_unpickles_objects_is_refused(data, tmp_path, capsys):
+    file = tmp_path / "evil.ckpt"
+    torch.save({"state_dict": {}, "x": Path("anything")}, file)
+    recipe_file = write_recipe(tmp_path, recipe(data) | {"run": {"name": "x", "folder": str(tmp_path)}})
+    assert main(["fit", "--config", recipe_file, "--ckpt_path", str(file)]) == 2
+    assert "evil.ckpt" in capsys.readouterr().err

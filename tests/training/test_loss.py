@@ -1,0 +1,276 @@
+"""The MMR loss against the paper's formula, written as a loop."""
+
+import itertools
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from metaembed_pl.budget import PAPER_GROUPS, parse_groups
+from metaembed_pl.errors import UserError
+from metaembed_pl.training.loss import MMRLoss
+from two_ranks import on_two_ranks
+from unchecked import shapes_unchecked
+
+GROUPS = parse_groups(["1x1", "2x3", "3x5"])
+SWITCHES = [
+    {"both_directions": both, "mean_over_query": mean, "weights": weights}
+    for both, mean, weights in itertools.product(
+        [False, True], [False, True], [None, [0.5, 0.0, 2.0]]
+    )
+]
+
+
+def vectors(*shape, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(*shape, generator=generator, dtype=dtype), dim=-1)
+
+
+def a_batch(size=6):
+    """Vectors of `size` pairs with two hard negatives each, and who answers what."""
+    batch = {
+        "queries": vectors(size, 3, 4),
+        "positives": vectors(size, 5, 4, seed=1),
+        "negatives": vectors(size, 2, 5, 4, seed=2),
+        "asks": torch.arange(size) + 100,
+        "answers": torch.full((size, 3), -1),
+        "negative_answers": torch.full((size, 2, 2), -1),
+    }
+    batch["answers"][:, 0] = batch["asks"]
+    batch["answers"][0, 1:] = torch.tensor([101, 105])  # answers what queries 1 and 5 ask, too
+    batch["answers"][4, 1] = 100
+    batch["negative_answers"][3, 1, 0] = 103  # a hard negative that is none
+    batch["negative_answers"][2, 0] = torch.tensor([7, 102])
+    batch["negative_answers"][5, 0, 1] = 100  # answers another's query: still a negative here
+    return batch
+
+
+def score_by_loop(query, candidate, group, mean):
+    r_q, r_c = group
+    score = sum(max(q @ c for c in candidate[:r_c]) for q in query[:r_q])
+    return score / r_q if mean else score
+
+
+def info_nce_by_loop(own, others, temperature):
+    exponentials = [math.e ** ((score - own) / temperature) for score in others]
+    return torch.log(1 + sum(exponentials, torch.zeros_like(own)))
+
+
+def loss_by_loop(
+    batch, temperature, weights=None, both_directions=False, mean_over_query=False
+):  # fmt: skip
+    queries, positives = batch["queries"], batch["positives"]
+    asks, answers = batch.get("asks"), batch.get("answers")
+    size, total = len(queries), 0
+
+    def is_match(query, ids):
+        return asks is not None and int(asks[query]) in ids.tolist()
+
+    for group, weight in zip(GROUPS, weights or [1] * len(GROUPS), strict=True):
+        score = partial(score_by_loop, group=group, mean=mean_over_query)
+        for i in range(size):
+            own = score(queries[i], positives[i])
+            others = [j for j in range(size) if j != i]
+            wrong = [
+                score(queries[i], positives[j])
+                for j in others
+                if asks is None or not is_match(i, answers[j])
+            ]
+            for n in range(2 if "negatives" in batch else 0):
+                ids = batch.get("negative_answers")
+                if ids is None or not is_match(i, ids[i, n]):
+                    wrong.append(score(queries[i], batch["negatives"][i, n]))
+            loss = info_nce_by_loop(own, wrong, temperature)
+            if both_directions:
+                wrong = [
+                    score(queries[j], positives[i])
+                    for j in others
+                    if asks is None or not is_match(j, answers[i])
+                ]
+                loss = (loss + info_nce_by_loop(own, wrong, temperature)) / 2
+            total = total + weight * loss / size
+    return total
+
+
+def loss_and_gradients(function, batch):
+    """The loss, and its gradient in every floating point input."""
+    batch = {
+        name: x.clone().requires_grad_() if x.is_floating_point() else x
+        for name, x in batch.items()
+    }
+    loss = function(batch)
+    loss.backward()
+    return loss.detach(), {name: x.grad for name, x in batch.items() if x.is_floating_point()}
+
+
+def without(batch, *names):
+    return {name: x for name, x in batch.items() if name not in names}
+
+
+INPUTS = {
+    "everything": (),
+    "unmasked": ("asks", "answers", "negative_answers"),
+    "unmasked hard negatives": ("negative_answers",),
+    "in-batch negatives": ("negatives", "negative_answers"),
+}
+
+
+@pytest.mark.parametrize("switches", SWITCHES, ids=str)
+@pytest.mark.parametrize("left_out", INPUTS.values(), ids=INPUTS)
+def test_the_loss_and_its_gradients_are_the_loop_of_the_paper(switches, left_out):
+    batch = without(a_batch(), *left_out)
+    ours = loss_and_gradients(lambda b: MMRLoss(GROUPS, 0.3, **switches)(**b).loss, batch)
+    loop = loss_and_gradients(lambda b: loss_by_loop(b, 0.3, **switches), batch)
+    torch.testing.assert_close(ours, loop)
+
+
+def test_the_one_group_1x1_is_the_info_nce_of_a_single_vector():
+    queries, positives = vectors(8, 1, 4), vectors(8, 1, 4, seed=1)
+    logits = queries[:, 0] @ positives[:, 0].T / 0.03
+    expected = F.cross_entropy(logits, torch.arange(8))
+    torch.testing.assert_close(MMRLoss(["1x1"])(queries, positives).loss, expected)
+
+
+def test_the_loss_passes_gradcheck():
+    batch = a_batch(6)
+    names = ["queries", "positives", "negatives"]
+
+    def loss(*inputs):
+        return MMRLoss(GROUPS, 0.3, both_directions=True)(
+            **batch | dict(zip(names, inputs, strict=True))
+        ).loss
+
+    assert torch.autograd.gradcheck(
+        loss, [batch[name].requires_grad_() for name in names], fast_mode=True
+    )
+
+
+@pytest.mark.parametrize("both_directions", [False, True])
+def test_the_order_of_the_pairs_does_not_matter(both_directions):
+    batch = a_batch()
+    order = torch.tensor([3, 0, 5, 1, 2, 4])
+    loss = MMRLoss(GROUPS, both_directions=both_directions)
+    shuffled = {name: x[order] for name, x in batch.items()}
+    torch.testing.assert_close(loss(**shuffled).loss, loss(**batch).loss)
+
+
+def test_a_masked_candidate_gets_no_gradient_from_the_query_it_answers():
+    batch = a_batch(6)
+    batch["answers"][:, 0] = 100  # all answer what query 0 asks
+    batch["asks"] = torch.tensor([100, 1, 2, 3, 4, 5])
+    batch = without(batch, "negatives", "negative_answers")
+    _, grads = loss_and_gradients(lambda b: MMRLoss(GROUPS)(**b).loss, batch)
+    assert torch.equal(grads["queries"][0], torch.zeros(3, 4, dtype=torch.float64))
+    assert grads["queries"][1].abs().sum() > 0
+
+
+def test_reports_each_group_and_the_number_of_negatives():
+    batch = a_batch()
+    output = MMRLoss(GROUPS, weights=[1, 2.5, 0])(**batch)
+    assert not output.per_group.requires_grad
+    torch.testing.assert_close(output.per_group @ output.per_group.new([1, 2.5, 0]), output.loss)
+    assert output.num_negatives == 5 + 2
+    assert MMRLoss(GROUPS)(batch["queries"], batch["positives"]).num_negatives == 5
+
+
+def test_the_largest_logits_of_the_paper_stay_finite():
+    same = F.normalize(torch.ones(4, 64, 8), dim=-1)
+    queries = (same[:, :16] * torch.tensor([1.0, -1, 1, -1]).view(4, 1, 1)).requires_grad_()
+    output = MMRLoss(PAPER_GROUPS)(queries, -queries[:, :1].expand(4, 64, 8))
+    output.loss.backward()
+    # Every wrong score of the opposite sign is 2 x 16 higher, and there are two of them.
+    torch.testing.assert_close(output.per_group[4], torch.tensor(2 * 16 / 0.03 + math.log(2)))
+    assert queries.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bf16_embeddings_have_a_float32_loss(autocast):
+    batch = {n: x.bfloat16() if x.is_floating_point() else x for n, x in a_batch().items()}
+    exact = {n: x.double() if x.is_floating_point() else x for n, x in batch.items()}
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        output = MMRLoss(GROUPS, both_directions=True)(**batch)
+    assert output.loss.dtype == torch.float32
+    expected = MMRLoss(GROUPS, both_directions=True)(**exact)
+    torch.testing.assert_close(output.loss.double(), expected.loss, rtol=1e-5, atol=1e-5)
+
+
+def half(batch, rank):
+    """One rank's pairs; its answers only as wide as they must be."""
+    part = {name: x[3 * rank : 3 * rank + 3] for name, x in batch.items()}
+    if rank == 1 and "answers" in part:
+        part["answers"] = part["answers"][:, :2]
+    return part
+
+
+def cases():
+    for both, left_out in itertools.product([False, True], INPUTS.values()):
+        yield {"both_directions": both}, without(a_batch(), *left_out)
+
+
+def work(rank):
+    results = []
+    for switches, batch in cases():
+        loss = MMRLoss(GROUPS, 0.3, **switches)
+        results.append(loss_and_gradients(lambda b, loss=loss: loss(**b).loss, half(batch, rank)))
+    return {"results": results, "num_negatives": loss(**half(batch, rank)).num_negatives}
+
+
+def test_two_ranks_equal_one_process_on_the_whole_batch(tmp_path):
+    first, second = on_two_ranks(work, tmp_path)
+    for (switches, batch), *halves in zip(
+        cases(), first["results"], second["results"], strict=True
+    ):
+        whole = MMRLoss(GROUPS, 0.3, **switches)
+        loss, grads = loss_and_gradients(lambda b, whole=whole: whole(**b).loss, batch)
+        torch.testing.assert_close((halves[0][0] + halves[1][0]) / 2, loss)
+        # DDP averages gradients over ranks: the factor of a half, and no other.
+        both = {name: torch.cat([grads[name] for _, grads in halves]) / 2 for name in grads}
+        torch.testing.assert_close(both, grads)
+    assert first["num_negatives"] == second["num_negatives"] == 5
+
+
+@pytest.mark.parametrize("side", ["queries", "positives", "negatives"])
+def test_refuses_scores_that_are_not_finite_and_names_the_group(side):
+    batch = a_batch()
+    batch[side][..., 2, :] = torch.nan
+    with pytest.raises(UserError, match=r"scores of group (2x3|3x5) are not finite"):
+        MMRLoss(GROUPS)(**batch)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -0.03, math.inf, math.nan])
+def test_refuses_a_temperature_that_is_not_above_0(temperature):
+    with pytest.raises(UserError, match=f"above 0, got {temperature}"):
+        MMRLoss(GROUPS, temperature)
+
+
+@pytest.mark.parametrize("weights", [[1.0], [1.0, 1, -1], [0.0, 0, 0], [1, 1, math.nan], []])
+def test_refuses_weights_that_do_not_fit_the_groups(weights):
+    with pytest.raises(UserError, match="expected 3 loss weights"):
+        MMRLoss(GROUPS, weights=weights)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda b: b | {"positives": b["positives"][:5]},
+            "6 queries came with 5 rows of positives",
+        ),
+        (lambda b: b | {"negatives": b["negatives"][:1]}, "with 1 rows of hard negatives"),
+        (lambda b: b | {"asks": b["asks"][:4]}, "with 4 rows of asks"),
+        (lambda b: {name: x[:0] for name, x in b.items()}, "the batch is empty"),
+        (lambda b: without(b, "asks"), "asks and answers come together"),
+        (lambda b: without(b, "answers"), "asks and answers come together"),
+        (lambda b: without(b, "asks", "answers"), "negative_answers needs"),
+        (lambda b: without(b, "negatives"), "negative_answers needs"),
+        (
+            lambda b: b | {"negative_answers": b["negative_answers"][:, :1]},
+            "2 hard negatives a query came with the answers of 1",
+        ),
+    ],
+)
+def test_refuses_a_batch_that_does_not_fit_together(change, message):
+    with shapes_unchecked(), pytest.raises(UserError, match=message):
+        MMRLoss(GROUPS)(**change(a_batch()))
