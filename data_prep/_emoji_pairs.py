@@ -99,7 +99,7 @@ class Neighbours:
 def name_pairs(drawn: Drawn, split: str, languages: list[str], seed: int) -> Iterator[Pair]:
     """Name -> picture."""
     ids = split_ids(drawn, split)
-    neighbours = Neighbours(drawn, drawn.named(), seed)
+    neighbours = Neighbours(drawn, ids if split == "train" else drawn.named(), seed)
     for id in ids:
         negatives = tuple(picture_item(drawn, n) for n in neighbours.of(id, NUM_PICTURE_NEGATIVES))
         for language, name in _names(drawn, id, languages):
@@ -110,7 +110,7 @@ def name_pairs(drawn: Drawn, split: str, languages: list[str], seed: int) -> Ite
 def picture_pairs(drawn: Drawn, split: str, languages: list[str], seed: int) -> Iterator[Pair]:
     """Picture -> name; the hard negatives are names in the same language."""
     ids = split_ids(drawn, split)
-    neighbours = Neighbours(drawn, drawn.named(), seed)
+    neighbours = Neighbours(drawn, ids if split == "train" else drawn.named(), seed)
     answers: dict[str, set[str]] = {}
     for id in drawn.named():
         for _, name in _names(drawn, id, languages):
@@ -135,7 +135,7 @@ def edit_pairs(drawn: Drawn, split: str, seed: int) -> Iterator[Pair]:
     split the target is held out; the source may be any picture.
     """
     ids = split_ids(drawn, split)
-    neighbours = Neighbours(drawn, drawn.named(), seed)
+    neighbours = Neighbours(drawn, ids if split == "train" else drawn.named(), seed)
     for id in ids:
         kind = drawn.pictures[id].kind
         sources = [

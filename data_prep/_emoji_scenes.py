@@ -1,6 +1,7 @@
 """Scenes: nine pictures in a grid, of which a query names one. The layout is made, by chance."""
 
 import random
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -69,8 +70,9 @@ def make_scenes(
         Training scenes and test scenes; no training scene has the nine pictures of a test scene.
     """
     rng = random.Random(f"emoji scenes {seed}")
-    rounds = (_deal(pictures, ids, rng) for _ in count())
-    test = next(rounds)
+    test = _deal(pictures, ids, Counter(), rng)
+    times_asked: Counter[str] = Counter()
+    rounds = (_deal(pictures, ids, times_asked, rng) for _ in count())
     tested = {frozenset(scene.tiles) for scene in test}
     train = (s for scenes in rounds for s in scenes if frozenset(s.tiles) not in tested)
     return list(islice(train, num_train)) if test else [], test
@@ -96,14 +98,21 @@ def scene_pairs(drawn: Drawn, split: str, scenes: list[Scene], num_jobs: int) ->
             yield Pair(f"{name}/{id}", query, positive, (negative,), asks=id)
 
 
-def _deal(pictures: dict[str, Picture], ids: list[str], rng: random.Random) -> list[Scene]:
-    """Deal each picture once; what does not fill a scene is left over."""
+def _deal(
+    pictures: dict[str, Picture], ids: list[str], times_asked: Counter[str], rng: random.Random
+) -> list[Scene]:
+    """Deal each picture once, and ask for those that were asked for least often.
+
+    What does not fill a scene is left over.
+    """
     deck = rng.sample(ids, len(ids))
     scenes = []
     for start in range(0, len(deck) - NUM_TILES + 1, NUM_TILES):
         tiles = tuple(deck[start : start + NUM_TILES])
         named = [id for id in tiles if pictures[id].names]
-        asked = tuple(rng.sample(named, min(NUM_QUERIES, len(named))))
+        rng.shuffle(named)
+        asked = tuple(sorted(named, key=times_asked.__getitem__)[:NUM_QUERIES])
+        times_asked.update(asked)
         others = [id for id in rng.sample(ids, min(len(ids), 2 * NUM_TILES)) if id not in tiles]
         if len(others) < len(asked):
             break  # so few pictures that nothing is left to exchange

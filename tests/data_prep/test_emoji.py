@@ -5,6 +5,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -180,6 +181,8 @@ def test_all_named_pictures_and_some_without_names_fill_200_test_scenes():
     # Dealt in rounds of 200: in two whole rounds each picture is seen twice.
     seen = [id for scene in train[:400] for id in scene.tiles]
     assert {seen.count(id) for id in plain[:1800:100]} == {2}
+    asked = Counter(id for scene in train for id in scene.asked)
+    assert max(asked.values()) - min(asked[id] for id in plain[:1800]) <= 2
 
 
 def test_a_scene_shows_what_it_says_and_its_hard_negative_lacks_what_is_asked():

@@ -135,6 +135,8 @@ class RecipeCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Fixes the run's folder, and refuses to mix two runs in one."""
         self.run = RunConfig(**self._get(self.config, "run").as_dict())
+        # A checkpoint is data: never let it bring Python objects to life.
+        self.config[self.subcommand]["weights_only"] = True
         self.save_config_kwargs = {"folder": self.run.path, "verb": self.subcommand}
         resuming = self._get(self.config, "ckpt_path")
         last = self.run.path / "checkpoints" / "last.ckpt"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
@@ -127,7 +128,10 @@ def scratch_config(values: dict[str, Any], processing: Processing) -> Any:
         for token, name in processing.family.special_tokens
         if name
     }
-    return AutoConfig.for_model(**(values | {"text_config": text} | ids))
+    try:
+        return AutoConfig.for_model(**(values | {"text_config": text} | ids))
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        raise UserError(f"the backbone's `scratch` config is not valid: {error}") from error
 
 
 def load_backbone(path: str, dtype: str = "float32", **kwargs: Any) -> nn.Module:

@@ -58,9 +58,9 @@ def maximum_over_ranks(count: int, device: torch.device) -> int:
     """The maximum of `count` over all ranks."""
     if rank_and_world()[1] == 1:
         return count
-    count = torch.tensor(count, device=device)
-    dist.all_reduce(count, dist.ReduceOp.MAX)
-    return int(count)
+    maximum = torch.tensor(count, device=device)
+    dist.all_reduce(maximum, dist.ReduceOp.MAX)
+    return int(maximum)
 
 
 class _Gather(torch.autograd.Function):

@@ -108,24 +108,24 @@ class MMRLoss(nn.Module):
         _check_batch(queries, positives, negatives, asks, answers, negative_answers)
         rank, world = rank_and_world()
         own = torch.arange(len(queries), device=queries.device) + rank * len(queries)
-        if answers is not None:
-            answers = _pad(answers, maximum_over_ranks(answers.shape[1], answers.device))
+        all_asks = None if asks is None else gather(asks)
+        all_answers = None if answers is None else gather(_pad(answers))
 
         scores = nested_scores(queries, gather_with_gradient(positives), self.groups)
-        mask = None if asks is None else _is_answered(asks, gather(answers))
-        logits = self._logits(scores, mask, own)
+        logits = self._logits(scores, _is_answered(asks, all_answers), own)
         if negatives is not None:
-            mask = None if negative_answers is None else _is_answered(asks, negative_answers)
             hard = paired_scores(queries, negatives, self.groups)
-            logits = torch.cat([logits, self._logits(hard, mask)], dim=2)
+            hard = self._logits(hard, _is_answered(asks, negative_answers))
+            logits = torch.cat([logits, hard], dim=2)
         per_group = _info_nce(logits, own)
 
         if self.both_directions:
             # On one process the scores of the other direction are these, transposed.
             if world > 1:
                 scores = nested_scores(gather_with_gradient(queries), positives, self.groups)
-            mask = None if asks is None else _is_answered(gather(asks), answers).T
-            per_group = (per_group + _info_nce(self._logits(scores.mT, mask, own), own)) / 2
+            mask = _is_answered(all_asks, answers)
+            reverse = self._logits(scores.mT, None if mask is None else mask.T, own)
+            per_group = (per_group + _info_nce(reverse, own)) / 2
         return MMRLossOutput(
             # Not as a dot product: autocast would round it to bf16.
             loss=(per_group * per_group.new_tensor(self.weights)).sum(),
@@ -164,12 +164,17 @@ def _info_nce(logits: Float[Tensor, "G Q P"], own: Int[Tensor, " Q"]) -> Float[T
 
 
 def _is_answered(
-    asks: Int[Tensor, " Q"], answers: Int[Tensor, "#Q P A"] | Int[Tensor, "P A"]
-) -> Bool[Tensor, "Q P"]:
+    asks: Int[Tensor, " Q"] | None, answers: Int[Tensor, "*Q P A"] | None
+) -> Bool[Tensor, "Q P"] | None:
+    """Which candidates answer what a query asks; None where nobody says."""
+    if asks is None or answers is None:
+        return None
     return (asks[:, None, None] == answers).any(dim=2)
 
 
-def _pad(answers: Int[Tensor, "Q A"], width: int) -> Int[Tensor, "Q W"]:
+def _pad(answers: Int[Tensor, "Q A"]) -> Int[Tensor, "Q W"]:
+    """As wide as the widest of all ranks."""
+    width = maximum_over_ranks(answers.shape[1], answers.device)
     return F.pad(answers, (0, width - answers.shape[1]), value=PADDING)
 
 
@@ -205,9 +210,11 @@ def _check_batch(
         raise UserError("the batch is empty: the loss needs at least one pair")
     if (asks is None) != (answers is None):
         raise UserError("asks and answers come together: one says what the other is masked by")
-    if negative_answers is not None and (negatives is None or asks is None):
+    if negative_answers is None:
+        return
+    if negatives is None or asks is None:
         raise UserError("negative_answers needs the hard negatives and asks")
-    if negative_answers is not None and negative_answers.shape[1] != negatives.shape[1]:
+    if negative_answers.shape[1] != negatives.shape[1]:
         raise UserError(
             f"{negatives.shape[1]} hard negatives a query came with the answers of "
             f"{negative_answers.shape[1]}"

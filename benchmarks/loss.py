@@ -1,0 +1,179 @@
+"""The MMR loss against one einsum per group, the form that other retrievers train with.
+
+    python benchmarks/loss.py [--save] [--device cuda] [--num_threads 1]
+
+One step is the scores of every group, their InfoNCE and the gradients of all vectors. Prints for
+each shape the time of the fastest of some steps and the most memory a step takes beside its inputs.
+Each is measured in a process of its own: memory as the resident set's high-water mark there (Linux)
+or by torch's allocator on CUDA. --save writes benchmarks/results/loss-MACHINE.json.
+"""
+
+import argparse
+import json
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from metaembed_pl.budget import PAPER_GROUPS, Budget
+from metaembed_pl.late_interaction import nested_scores
+
+RESULTS = Path(__file__).parent / "results"
+TEMPERATURE = 0.03
+MIN_S = 1.0
+"""Steps are repeated for about this long; the fastest counts."""
+
+# Queries, candidates, width, number of the paper's groups.
+SHAPES = [(128, 128, 128, 3), (128, 128, 128, 4), (128, 128, 128, 5), (512, 512, 128, 4)]
+SHAPES += [(512, 512, 128, 5), (16, 256, 2048, 5)]
+
+
+def ours(queries: Tensor, candidates: Tensor, groups: tuple[Budget, ...]) -> Tensor:
+    """One product for all groups, in tiles."""
+    return nested_scores(queries, candidates, groups)
+
+
+def einsums(queries: Tensor, candidates: Tensor, groups: tuple[Budget, ...]) -> Tensor:
+    """One product a group, kept whole for autograd."""
+    products = (
+        torch.einsum("qid,cjd->qcij", queries[:, :r_q], candidates[:, :r_c]) for r_q, r_c in groups
+    )
+    return torch.stack([product.amax(dim=3).sum(dim=2) for product in products])
+
+
+FORMS: dict[str, Callable[..., Tensor]] = {"ours": ours, "einsums": einsums}
+
+
+def step(form: str, queries: Tensor, candidates: Tensor, groups: tuple[Budget, ...]) -> None:
+    """Forward and backward of the InfoNCE summed over groups."""
+    queries.grad = candidates.grad = None
+    targets = torch.arange(len(queries), device=queries.device)
+    scores = FORMS[form](queries, candidates, groups)
+    sum(F.cross_entropy(of_group / TEMPERATURE, targets) for of_group in scores).backward()
+    if queries.is_cuda:
+        torch.cuda.synchronize()
+
+
+def vectors(*shape: int, device: str) -> Tensor:
+    """Random unit vectors that want a gradient."""
+    generator = torch.Generator().manual_seed(0)
+    unit = F.normalize(torch.randn(*shape, generator=generator), dim=-1)
+    return unit.to(device).requires_grad_()
+
+
+def peak_bytes(device: str, run: Callable[[], None]) -> int:
+    """The most memory that `run` holds at a time, beside what was held before."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to what is held now
+    before = resident_bytes("VmRSS")
+    run()
+    return resident_bytes("VmHWM") - before
+
+
+def resident_bytes(field: str) -> int:
+    """A line of this process's memory accounting."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) * 1024
+
+
+def measure(form: str, shape: tuple[int, int, int, int], device: str) -> dict[str, float]:
+    """Time and memory of a step, in this process."""
+    num_queries, num_candidates, width, num_groups = shape
+    groups = PAPER_GROUPS[:num_groups]
+    r_q, r_c = groups[-1]
+    # A tiny step first: libraries are loaded and threads started at first use.
+    tiny = [vectors(2, r_q, width, device=device), vectors(2, r_c, width, device=device)]
+    step(form, *tiny, groups)
+    queries = vectors(num_queries, r_q, width, device=device)
+    candidates = vectors(num_candidates, r_c, width, device=device)
+    memory = peak_bytes(device, lambda: step(form, queries, candidates, groups))
+    times = []
+    while len(times) < 3 or sum(times) < MIN_S:
+        start = time.perf_counter()
+        step(form, queries, candidates, groups)
+        times.append(time.perf_counter() - start)
+    return {"time_s": min(times), "memory_bytes": memory}
+
+
+def rows(device: str, num_threads: int) -> Iterator[dict]:
+    """Both forms at every shape, each in a fresh process."""
+    for shape in SHAPES:
+        row = {"shape": shape[:3], "groups": [str(group) for group in PAPER_GROUPS[: shape[3]]]}
+        for form in FORMS:
+            command = [sys.executable, __file__, "--device", device]
+            command += ["--num_threads", str(num_threads), "--one", json.dumps([form, shape])]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise SystemExit(f"{form} failed at {shape}:\n{done.stderr}")
+            row[form] = json.loads(done.stdout)
+        yield row
+
+
+def machine(device: str) -> str:
+    """What the numbers were measured on."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    cpus = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", cpus.read_text() if cpus.exists() else "")
+    return names[0] if names else platform.machine()
+
+
+def main() -> None:
+    """Measure all shapes, print a table, save it if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--num_threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.num_threads)
+    if options.one:
+        print(json.dumps(measure(*options.one, options.device)))  # noqa: T201
+        return
+
+    name = machine(options.device)
+    result = {
+        "machine": name,
+        "device": options.device,
+        "num_threads": options.num_threads,
+        "torch": torch.__version__,
+        "rows": [],
+    }
+    print(f"{name}, {options.num_threads} threads, torch {torch.__version__}")
+    line = "{:>15} {:>7}   {:>9} {:>9} {:>6}   {:>9} {:>9} {:>6}"
+    print(line.format("Q x C x D", "up to", "ours", "einsums", "ratio", "ours", "einsums", "ratio"))
+    for row in rows(options.device, options.num_threads):
+        result["rows"].append(row)
+        ours, einsums = row["ours"], row["einsums"]
+        print(
+            line.format(
+                "x".join(map(str, row["shape"])),
+                row["groups"][-1],
+                f"{1e3 * ours['time_s']:.1f} ms",
+                f"{1e3 * einsums['time_s']:.1f} ms",
+                f"{einsums['time_s'] / ours['time_s']:.1f}",
+                f"{ours['memory_bytes'] / 1e6:.0f} MB",
+                f"{einsums['memory_bytes'] / 1e6:.0f} MB",
+                f"{einsums['memory_bytes'] / ours['memory_bytes']:.0f}",
+            ),
+            flush=True,
+        )
+    if options.save:
+        slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"loss-{slug}.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
