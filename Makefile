@@ -1,6 +1,8 @@
 # `make` alone lists what there is to do. Choose a Python with `make PYTHON=python3.12 ...`.
 PYTHON ?= python3
 BIN := .venv/bin
+SEARCH := $(BIN)/python -m metaembed_pl search --model runs/emoji/model \
+	--items data/emoji/test/emoji_scene --query dolphin --top 3
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
@@ -11,8 +13,8 @@ help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.* ## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{printf "make %-11s %s\n", $$1, $$2}'
 
 quickstart: runs/emoji/report/metrics.json ## install, prepare the data, train, evaluate, search (about 12 minutes)
-	$(BIN)/python -m metaembed_pl search --model runs/emoji/model --items data/emoji/test/emoji_t2i \
-		--query "flag of Japan" --top 5
+	$(SEARCH) --budget 1x1
+	$(SEARCH) --budget 8x16
 	@echo
 	@echo "The report:   runs/emoji/report/report.md (budgets.png, gallery.png, metrics.json)"
 	@echo "The model:    runs/emoji/model"

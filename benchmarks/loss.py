@@ -56,7 +56,8 @@ def step(form: str, queries: Tensor, candidates: Tensor, groups: tuple[Budget, .
     queries.grad = candidates.grad = None
     targets = torch.arange(len(queries), device=queries.device)
     scores = FORMS[form](queries, candidates, groups)
-    sum(F.cross_entropy(of_group / TEMPERATURE, targets) for of_group in scores).backward()
+    losses = [F.cross_entropy(of_group / TEMPERATURE, targets) for of_group in scores]
+    torch.stack(losses).sum().backward()
     if queries.is_cuda:
         torch.cuda.synchronize()
 
@@ -84,7 +85,7 @@ def peak_bytes(device: str, run: Callable[[], None]) -> int:
 def resident_bytes(field: str) -> int:
     """A line of this process's memory accounting."""
     status = Path("/proc/self/status").read_text()
-    return int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) * 1024
+    return int(re.findall(rf"{field}:\s+(\d+) kB", status)[0]) * 1024
 
 
 def measure(form: str, shape: tuple[int, int, int, int], device: str) -> dict[str, float]:
@@ -93,8 +94,8 @@ def measure(form: str, shape: tuple[int, int, int, int], device: str) -> dict[st
     groups = PAPER_GROUPS[:num_groups]
     r_q, r_c = groups[-1]
     # A tiny step first: libraries are loaded and threads started at first use.
-    tiny = [vectors(2, r_q, width, device=device), vectors(2, r_c, width, device=device)]
-    step(form, *tiny, groups)
+    tiny = vectors(2, r_q, width, device=device), vectors(2, r_c, width, device=device)
+    step(form, tiny[0], tiny[1], groups)
     queries = vectors(num_queries, r_q, width, device=device)
     candidates = vectors(num_candidates, r_c, width, device=device)
     memory = peak_bytes(device, lambda: step(form, queries, candidates, groups))
@@ -131,7 +132,7 @@ def machine(device: str) -> str:
 
 def main() -> None:
     """Measure all shapes, print a table, save it if asked to."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description="The MMR loss against one einsum per group.")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--num_threads", type=int, default=torch.get_num_threads())
@@ -139,7 +140,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.num_threads)
     if options.one:
-        print(json.dumps(measure(*options.one, options.device)))  # noqa: T201
+        form, shape = options.one
+        print(json.dumps(measure(form, shape, options.device)))
         return
 
     name = machine(options.device)
@@ -165,7 +167,7 @@ def main() -> None:
                 f"{einsums['time_s'] / ours['time_s']:.1f}",
                 f"{ours['memory_bytes'] / 1e6:.0f} MB",
                 f"{einsums['memory_bytes'] / 1e6:.0f} MB",
-                f"{einsums['memory_bytes'] / ours['memory_bytes']:.0f}",
+                f"{einsums['memory_bytes'] / ours['memory_bytes']:.1f}",
             ),
             flush=True,
         )

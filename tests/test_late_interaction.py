@@ -167,26 +167,39 @@ def test_no_query_and_no_candidate_make_an_empty_score():
     assert nested_scores(vectors(3, 16, 8), vectors(0, 64, 8), PAPER_GROUPS).shape == (5, 3, 0)
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-def test_bf16_vectors_are_scored_in_float32(autocast):
+def test_bf16_vectors_are_scored_in_float32():
     queries, candidates = vectors(3, 16, 8).bfloat16(), vectors(3, 64, 8, seed=1).bfloat16()
-    exact = nested_scores(queries.double(), candidates.double(), PAPER_GROUPS).float()
 
     def score(queries, candidates):
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            return nested_scores(queries, candidates, PAPER_GROUPS)
+        return nested_scores(queries, candidates, PAPER_GROUPS)
 
-    torch.testing.assert_close(score(queries, candidates), exact, rtol=0, atol=1e-5)
-    torch.testing.assert_close(score(queries.float(), candidates), exact, rtol=0, atol=1e-5)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        of_pairs = paired_scores(queries, candidates.unsqueeze(1), PAPER_GROUPS)
-        grads = gradients(score, queries, candidates)
-    torch.testing.assert_close(of_pairs[:, :, 0], exact.diagonal(dim1=1, dim2=2), rtol=0, atol=1e-5)
-    expected = gradients(score, queries.float(), candidates.float())
+    scores = score(queries, candidates)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores.double(), score(queries.double(), candidates.double()))
+    of_pairs = paired_scores(queries, candidates.unsqueeze(1), PAPER_GROUPS)
+    torch.testing.assert_close(of_pairs[:, :, 0], scores.diagonal(dim1=1, dim2=2))
+
+    grads = gradients(score, queries, candidates)
     assert all(grad.dtype == torch.bfloat16 for grad in grads)
-    torch.testing.assert_close(
-        [grad.float() for grad in grads], list(expected), rtol=1e-2, atol=1e-3
-    )
+    exact = gradients(score, queries.float(), candidates.float())
+    torch.testing.assert_close(grads, tuple(grad.bfloat16() for grad in exact))
+
+
+@pytest.mark.usefixtures("one_backward")
+@each_backward
+def test_autocast_changes_neither_scores_nor_gradients():
+    queries, candidates = vectors(3, 4, 8).float(), vectors(3, 9, 8, seed=1).float()
+
+    def results():
+        return (
+            nested_scores(queries, candidates, SMALL),
+            paired_scores(queries, candidates.unsqueeze(1), SMALL),
+            gradients(lambda q, c: nested_scores(q, c, SMALL), queries, candidates),
+        )
+
+    expected = results()
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(results(), expected)
 
 
 def test_nan_reaches_the_score():

@@ -123,12 +123,13 @@ def _gradients(
     # From a quarter up, the product wins on the CPU too: (1, 1) has no zeros at all.
     few = not grad.is_cuda and 4 * num_winners <= r_q * r_c
     tile_gradients = _by_lookup if few else _by_product
-    pairs = tile_elements // (num_winners if few else r_q * r_c)
+    # A lookup holds no products: its tile is as large as its winners, and its rows if wide, allow.
+    a_pair = num_winners * max(1, queries.shape[2] // 128) if few else r_q * r_c
 
     grad_queries = torch.zeros_like(queries, dtype=grad.dtype)
     grad_candidates = torch.zeros_like(candidates, dtype=grad.dtype)
     by_slot, candidates = queries[:, :r_q].transpose(0, 1), candidates[:, :r_c]
-    for q, c in _tiles(len(queries), len(candidates), pairs):
+    for q, c in _tiles(len(queries), len(candidates), tile_elements // a_pair):
         of_queries, of_candidates = tile_gradients(
             accurate(by_slot[:, q]),
             accurate(candidates[c]),

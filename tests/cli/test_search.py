@@ -104,6 +104,12 @@ def test_shards_are_searched_by_their_positives_each_once(model, tmp_path, capsy
     ]
 
 
+def test_a_folder_of_folders_of_shards_is_told_to_choose_one(tmp_path, capsys):
+    folder = tiny.shards(tmp_path / "data" / "pets", 2)
+    assert search("--model", tmp_path, "--items", tmp_path / "data", "--query", "cat") == 2
+    assert f"choose one folder of shards, such as {folder}" in capsys.readouterr().err
+
+
 def test_progress_never_reaches_standard_output(model, pictures, capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert search("--model", model, "--items", pictures, "--query", "cat", "--json") == 0

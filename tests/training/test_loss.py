@@ -34,16 +34,16 @@ def a_batch(size=6):
         "queries": vectors(size, 3, 4),
         "positives": vectors(size, 5, 4, seed=1),
         "negatives": vectors(size, 2, 5, 4, seed=2),
-        "asks": torch.arange(size) + 100,
+        "asks": torch.arange(size),
         "answers": torch.full((size, 3), -1),
         "negative_answers": torch.full((size, 2, 2), -1),
     }
     batch["answers"][:, 0] = batch["asks"]
-    batch["answers"][0, 1:] = torch.tensor([101, 105])  # answers what queries 1 and 5 ask, too
-    batch["answers"][4, 1] = 100
-    batch["negative_answers"][3, 1, 0] = 103  # a hard negative that is none
-    batch["negative_answers"][2, 0] = torch.tensor([7, 102])
-    batch["negative_answers"][5, 0, 1] = 100  # answers another's query: still a negative here
+    batch["answers"][0, 1:] = torch.tensor([1, 5])  # answers what queries 1 and 5 ask, too
+    batch["answers"][4, 1] = 0
+    batch["negative_answers"][3, 1, 0] = 3  # a hard negative that is none
+    batch["negative_answers"][2, 0] = torch.tensor([70, 2])
+    batch["negative_answers"][5, 0, 1] = 0  # answers another's query: still a negative here
     return batch
 
 

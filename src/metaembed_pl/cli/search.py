@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
         budget, hits = _search(args, query, pool, budget)
     found = [(pool.items[candidate], score) for candidate, score in hits]
     if args.json:
-        print(json.dumps(_as_json(query, str(budget), found), ensure_ascii=False))
+        print(json.dumps(_as_json(query, str(budget), found)))
     else:
         _print_table([_row(place, *hit, pool) for place, hit in enumerate(found, start=1)])
 
@@ -95,7 +95,12 @@ def _read_pool(path: Path) -> Pool:
     from metaembed_pl.item import read_items
 
     if not path.is_dir() or not any(path.glob("*.tar")):
-        return Pool(read_items(path), {})
+        try:
+            return Pool(read_items(path), {})
+        except UserError as error:
+            deeper = next(path.rglob("*.tar"), None)
+            hint = f"; choose one folder of shards, such as {deeper.parent}" if deeper else ""
+            raise UserError(f"{error}{hint}") from error
     from metaembed_pl.data.shards import ShardedPairs
 
     items: dict[str, Item] = {}
@@ -163,9 +168,7 @@ def _row(place: int, item: "Item", score: float, pool: Pool) -> tuple[str, str, 
         text = "asked for as " + ", ".join(f'"{asked}"' for asked in pool.asked_as[item.uid])
     elif not text and isinstance(item.image, Path):
         text = str(item.image)
-    # A hash is long and tells people nothing: its beginning is enough to find it in the JSON.
-    name = item.uid if item.id is not None else item.uid[:15]
-    return str(place), f"{score:.4f}", plain(name), plain(text)
+    return str(place), f"{score:.4f}", plain(item.id or ""), plain(text)
 
 
 def _print_table(rows: Sequence[tuple[str, ...]]) -> None:

@@ -22,7 +22,7 @@ _STYLE = {
     "axes.labelcolor": INK,
     "xtick.color": MUTED,
     "ytick.color": MUTED,
-    "savefig.dpi": 200,
+    "savefig.dpi": 150,
 }
 
 

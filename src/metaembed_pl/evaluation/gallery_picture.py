@@ -23,7 +23,7 @@ from metaembed_pl.item import Item
 NUM_QUERIES = 4
 MARGIN, CELL, GAP, QUERY_WIDTH, RANK_WIDTH = 0.3, 1.0, 0.12, 2.15, 0.55
 TOP, HEADING, ROW = 0.85, 0.8, CELL + 0.35
-PIXELS_AN_INCH = 200
+PIXELS_AN_INCH = 150
 
 
 class Strip(NamedTuple):

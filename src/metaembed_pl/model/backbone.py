@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 from metaembed_pl.data.shards import ShardedPairs
 from metaembed_pl.errors import UserError
 from metaembed_pl.item import Pair
-from metaembed_pl.model.attention import FP32, set_attention
+from metaembed_pl.model.kernels import FP32, use_fast_kernels
 from metaembed_pl.model.family import Family, family_of
 from metaembed_pl.model.processing import Processing, Prompt, load_processors
 
@@ -108,7 +108,7 @@ def build_backbone(config: BackboneConfig, processing: Processing) -> nn.Module:
             scratch_config(config.scratch or {}, processing), attn_implementation=attention
         )
     if attention == "sdpa":
-        set_attention(model, config.attention, processing.family)
+        use_fast_kernels(model, config.attention, processing.family)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train()
@@ -157,7 +157,7 @@ def load_backbone(path: str, dtype: str = "float32", **kwargs: Any) -> nn.Module
     }
     refuse_faults(path, faults)
     if kwargs.get("attn_implementation", "sdpa") == "sdpa":
-        set_attention(model, "sdpa", family_of(model.config.model_type))
+        use_fast_kernels(model, "sdpa", family_of(model.config.model_type))
     return model
 
 

@@ -57,6 +57,7 @@ class MetaEmbedder(nn.Module):
         groups: the nested groups the model is trained for; the largest sets R_q and R_c.
         layout: see `MetaTokens`.
         projection: width of the meta embeddings; None keeps the backbone's hidden width.
+        meta_token_std: of their random start; None: the backbone's `initializer_range`, as the paper.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class MetaEmbedder(nn.Module):
         groups: Sequence[Budget | str],
         layout: Layout = "both",
         projection: int | None = None,
+        meta_token_std: float | None = None,
     ):
         super().__init__()
         self.groups = parse_groups(groups)
@@ -73,7 +75,7 @@ class MetaEmbedder(nn.Module):
         self.backbone = backbone
         text: Any = backbone.config.get_text_config()
         self.meta_tokens = MetaTokens(
-            *self.groups[-1], text.hidden_size, layout, std=text.initializer_range
+            *self.groups[-1], text.hidden_size, layout, std=meta_token_std or text.initializer_range
         )
         self.width = projection or text.hidden_size
         self.projection = (

@@ -77,6 +77,7 @@ class ProgressLines(pl.Callback):
     def __init__(self, speed: Speed, every_n_steps: int):
         self._speed = speed
         self._every = every_n_steps
+        self._losses: list[float] = []
 
     def on_train_batch_end(
         self,
@@ -86,17 +87,19 @@ class ProgressLines(pl.Callback):
         batch: TrainBatch,
         batch_idx: int,
     ) -> None:
-        """Logs step, loss, speed and time left."""
+        """Logs step, mean loss since the last line, speed and time left."""
         step = trainer.global_step
+        self._losses.append(float(trainer.callback_metrics["train/loss"]))
         if step % self._every == 0 and trainer.is_global_zero:
             log.info(
                 "step %d of %d, loss %.3f, %d pairs/s, %s left",
                 step,
                 trainer.estimated_stepping_batches,
-                float(trainer.callback_metrics.get("train/loss", float("nan"))),
+                sum(self._losses) / len(self._losses),
                 self._speed.pairs_per_s,
                 self._speed.time_left(),
             )
+            self._losses.clear()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Logs the headline metric."""

@@ -44,6 +44,7 @@ class MetaEmbedModule(pl.LightningModule):
         groups: nested budgets, smallest first, such as `["1x1", "2x4"]`; the paper's by default.
         layout: which meta tokens an input ends in, see `MetaTokens`.
         projection: width of the meta embeddings; None keeps the backbone's.
+        meta_token_std: of the meta tokens' random start; None: the backbone's `initializer_range`.
         prompt: the words around an item.
         loss: the MMR loss.
         optimizer: AdamW and its schedule.
@@ -55,6 +56,7 @@ class MetaEmbedModule(pl.LightningModule):
         groups: list[str] | None = None,
         layout: Layout = "both",
         projection: int | None = None,
+        meta_token_std: float | None = None,
         prompt: Prompt | None = None,
         loss: LossConfig | None = None,
         optimizer: OptimizerConfig | None = None,
@@ -63,6 +65,7 @@ class MetaEmbedModule(pl.LightningModule):
         self.backbone_config = backbone
         self.layout: Layout = layout
         self.projection = projection
+        self.meta_token_std = meta_token_std
         self.prompt = prompt or Prompt()
         self.optimizer_config = optimizer or OptimizerConfig()
         self.loss = MMRLoss(groups or PAPER_GROUPS, **asdict(loss or LossConfig()))
@@ -82,6 +85,7 @@ class MetaEmbedModule(pl.LightningModule):
             self.groups,
             self.layout,
             self.projection,
+            self.meta_token_std,
         )
 
     def configure_optimizers(self) -> Any:

@@ -1,7 +1,7 @@
 import tiny
 import torch
 
-from metaembed_pl.model.attention import FP32, PACKED, set_attention
+from metaembed_pl.model.kernels import FP32, PACKED, PatchProjection, set_attention
 
 ITEMS = [
     {"image": tiny.picture(1)},
@@ -45,3 +45,12 @@ def test_fp32_attention_runs_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         after = model.encode_candidate(ITEMS)
     torch.testing.assert_close(after, before, atol=0.02, rtol=0)
+
+
+def test_the_patch_projection_equals_the_convolution():
+    model = tiny.embedder()
+    projection = model.backbone.visual.patch_embed.proj
+    assert type(projection) is PatchProjection
+    fast = model.encode_candidate(ITEMS)
+    projection.__class__ = torch.nn.Conv3d
+    torch.testing.assert_close(fast, model.encode_candidate(ITEMS), atol=1e-6, rtol=0)
