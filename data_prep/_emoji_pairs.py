@@ -100,11 +100,12 @@ def name_pairs(drawn: Drawn, split: str, languages: list[str], seed: int) -> Ite
     """Name -> picture."""
     ids = split_ids(drawn, split)
     neighbours = Neighbours(drawn, ids if split == "train" else drawn.named(), seed)
-    for id in ids:
-        negatives = tuple(picture_item(drawn, n) for n in neighbours.of(id, NUM_PICTURE_NEGATIVES))
+    for id, small in _sizes(drawn, split, ids):
+        others = neighbours.of(id, NUM_PICTURE_NEGATIVES)
+        negatives = tuple(picture_item(drawn, other, small) for other in others)
         for language, name in _names(drawn, id, languages):
-            query, positive = Item(name), picture_item(drawn, id)
-            yield Pair(f"{id}/{language}", query, positive, negatives, asks=id)
+            query, positive = Item(name), picture_item(drawn, id, small)
+            yield Pair(_pair_id(id, language, small), query, positive, negatives, asks=id)
 
 
 def picture_pairs(drawn: Drawn, split: str, languages: list[str], seed: int) -> Iterator[Pair]:
@@ -115,7 +116,7 @@ def picture_pairs(drawn: Drawn, split: str, languages: list[str], seed: int) -> 
     for id in drawn.named():
         for _, name in _names(drawn, id, languages):
             answers.setdefault(name, set()).update(drawn.answers(id))
-    for id in ids:
+    for id, small in _sizes(drawn, split, ids):
         for language, name in _names(drawn, id, languages):
             texts = []
             # Some neighbours have no name in this language, or one that is right here too.
@@ -124,8 +125,21 @@ def picture_pairs(drawn: Drawn, split: str, languages: list[str], seed: int) -> 
                 if id not in answers[text] and text not in texts:
                     texts.append(text)
             negatives = tuple(_name_item(text, answers) for text in texts[:NUM_TEXT_NEGATIVES])
-            query, positive = Item(image=drawn.pngs[id]), _name_item(name, answers)
-            yield Pair(f"{id}/{language}", query, positive, negatives, asks=id)
+            query = Item(image=drawn.small(id) if small else drawn.pngs[id])
+            positive = _name_item(name, answers)
+            yield Pair(_pair_id(id, language, small), query, positive, negatives, asks=id)
+
+
+def _sizes(drawn: Drawn, split: str, ids: list[str]) -> Iterator[tuple[str, bool]]:
+    """Each picture, and in training, small once more where scenes show it small."""
+    for id in ids:
+        yield id, False
+        if split == "train" and not drawn.pictures[id].has_tone:
+            yield id, True
+
+
+def _pair_id(id: str, language: str, small: bool) -> str:
+    return f"{id}/{language}/small" if small else f"{id}/{language}"
 
 
 def edit_pairs(drawn: Drawn, split: str, seed: int) -> Iterator[Pair]:
@@ -164,9 +178,10 @@ def split_ids(drawn: Drawn, split: str) -> list[str]:
     return [id for id in drawn.named() if drawn.is_trainable(id)]
 
 
-def picture_item(drawn: Drawn, id: str) -> Item:
+def picture_item(drawn: Drawn, id: str, small: bool = False) -> Item:
     """Return a picture as a candidate."""
-    return Item(image=drawn.pngs[id], id=id, answers=drawn.answers(id))
+    image = drawn.small(id) if small else drawn.pngs[id]
+    return Item(image=image, id=id, answers=drawn.answers(id))
 
 
 def _name_item(name: str, answers: dict[str, set[str]]) -> Item:

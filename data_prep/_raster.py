@@ -45,6 +45,10 @@ class Drawn:
         others = {*self.twins[id], *self.same.get(id, ())} - {id}
         return (id, *sorted(others))
 
+    def small(self, id: str) -> bytes:
+        """The picture as scenes show it: a tile, encoded."""
+        return encode(Image.fromarray(self.tiles[id]), 128, Image.Quantize.FASTOCTREE)
+
     def named(self) -> list[str]:
         """The ids that have a name."""
         return [id for id, picture in self.pictures.items() if picture.names]

@@ -7,6 +7,7 @@
 A run is the folder RUNS/NAME: `config.fit.yaml`, `checkpoints/`, `model/`, `report/`.
 """
 
+import argparse
 import difflib
 import logging
 import pickle
@@ -86,7 +87,8 @@ class RecipeParser(LightningArgumentParser):
         if not quoted:
             return ""
         given = quoted[1]
-        parsers = [self, *getattr(self, "_subcommand_parsers", {}).values()]
+        verbs = [a.choices for a in self._actions if isinstance(a, argparse._SubParsersAction)]
+        parsers = [self, *(parser for choices in verbs for parser in choices.values())]
         known = {action.dest for parser in parsers for action in parser._actions}
         known |= {field.name for part in (TrainSource, EvalSource) for field in fields(part)}
         near = difflib.get_close_matches(given, known, n=1, cutoff=0.5)
@@ -102,6 +104,8 @@ class KeepConfig(SaveConfigCallback):
 
     def save_config(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Called on rank 0 when the verb starts."""
+        if isinstance(trainer.logger, MLflowRun):
+            trainer.logger.log_recipe(self.config.as_dict())
         self.file.parent.mkdir(parents=True, exist_ok=True)
         write_text(self.file, self.parser.dump(self.config, skip_none=False))
 
@@ -213,12 +217,12 @@ class RecipeCLI(LightningCLI):
 
     def after_test(self) -> None:
         """Writes the report of the test sets."""
-        if not self.trainer.is_global_zero:
-            return
         results = [
             DatasetResult(pool, *self.model.results("test", pool.name))
             for pool in self.datamodule.eval_sets["test"]
         ]
+        if not self.trainer.is_global_zero:
+            return
         write_report(self.run.path / "report", "test", results, self.model.groups)
         log.info("report: %s", self.run.path / "report")
 

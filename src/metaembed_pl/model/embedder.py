@@ -245,6 +245,7 @@ def _steps(count: int, batch_size: int, progress: bool, side: Side) -> Iterable[
     starts = range(0, count, batch_size)
     if not progress:
         return starts
+    from rich.console import Console
     from rich.progress import track
 
-    return track(starts, description=f"encoding {side}s")
+    return track(starts, description=f"encoding {side}s", console=Console(stderr=True))

@@ -1,10 +1,10 @@
 """One MLflow run for every training run: parameters, versions, curves, artifacts."""
 
 import json
-import warnings
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch.loggers import MLFlowLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -42,14 +42,14 @@ class MLflowRun(MLFlowLogger):
 
     def __init__(self, uri: str, experiment: str, name: str, folder: Path, resuming: bool):
         self._note = folder / RUN_FILE
-        known = resuming and self._note.exists()
+        self._known = resuming and self._note.exists()
         super().__init__(
             experiment_name=experiment,
             run_name=name,
             tracking_uri=uri,
             tags={f"version.{package}": number for package, number in versions().items()}
             | {"commit": commit() or "none"},
-            run_id=json.loads(self._note.read_text())["run_id"] if known else None,
+            run_id=json.loads(self._note.read_text())["run_id"] if self._known else None,
         )
 
     @rank_zero_only
@@ -64,9 +64,10 @@ class MLflowRun(MLFlowLogger):
             write_text(self._note, json.dumps({"run_id": self.run_id}) + "\n")
 
     @rank_zero_only
-    def log_config(self, config: Mapping[str, object]) -> None:
-        """Logs a nested recipe as flat parameters."""
-        self.log_hyperparams(dict(config))
+    def log_recipe(self, recipe: Mapping[str, Any]) -> None:
+        """Logs a recipe as flat parameters, `model/optimizer/lr`; once, since MLflow fixes them."""
+        if not self._known:
+            self.log_hyperparams(dict(recipe))
 
     @rank_zero_only
     def keep(self, paths: list[Path]) -> None:
@@ -77,7 +78,3 @@ class MLflowRun(MLFlowLogger):
             elif path.exists():
                 self.experiment.log_artifact(self.run_id, str(path))
 
-
-def quiet_mlflow() -> None:
-    """MLflow's client warns of matters that a user of this package can do nothing about."""
-    warnings.filterwarnings("ignore", module="mlflow")
