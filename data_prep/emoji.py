@@ -182,8 +182,8 @@ def _card(written: dict[tuple[str, str], ShardedPairs]) -> str:
 - **Made, not found**: the scenes. Which nine pictures share a grid, and where, is chance; they
   are no photographs and no layout that a person drew. The wording of the edits ("with dark skin
   tone", "as a woman") is ours too.
-- **Two sizes**: training names each picture without a skin tone twice: large, and as small as scenes
-  show it. Tests show the large ones.
+- **Two sizes**: training names each picture without a skin tone twice: large, and as small as
+  scenes show it. Tests show the large ones.
 - **Held out**: a picture whose id (OpenMoji's hexcode) has a SHA-256 that begins with a byte
   below 26. It is in no training pair, on either side, nor as a hard negative; nor is a picture
   that looks the same. Test scenes show training pictures, in combinations never trained on.

@@ -1,1 +1,27 @@
+"""Lightning recipes that make a vision-language model a MetaEmbed retriever, and its retrieval."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from metaembed_pl.budget import Budget
+    from metaembed_pl.item import Item, Pair
+    from metaembed_pl.model.embedder import MetaEmbedder
+
 __version__ = "0.1.0"
+__all__ = ["Budget", "Item", "MetaEmbedder", "Pair", "__version__"]
+
+_HOMES = {
+    "Budget": "metaembed_pl.budget",
+    "Item": "metaembed_pl.item",
+    "MetaEmbedder": "metaembed_pl.model.embedder",
+    "Pair": "metaembed_pl.item",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when first asked for: torch and transformers take seconds, `--help` should not.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

@@ -18,6 +18,6 @@ class BadSample(UserError):
         super().__init__(f"{shard}: sample {key!r} cannot be used: {reason}")
         self.shard, self.key, self.reason = shard, key, reason
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
         # DataLoader workers send exceptions to the main process by pickling their arguments.
         return type(self), (self.shard, self.key, self.reason)

@@ -2,10 +2,10 @@ import io
 from types import SimpleNamespace
 
 import pytest
-import tiny
 import torch
 from torch.utils.data import DataLoader
 
+import tiny
 from metaembed_pl.data.collate import TrainBatch, choose_negatives, collate
 from metaembed_pl.data.datamodule import (
     EvalSource,
@@ -67,8 +67,13 @@ def test_two_ranks_share_the_batches_of_one(folders):
 def test_candidates_are_positives_then_each_querys_negatives():
     pairs = [choose_negatives(pair, 2, turn=0) for pair in tiny.pairs(3, num_negatives=2)]
     seen = {}
-    batch = collate(pairs, lambda items, side: seen.update({side: items}) or {}, source="s",
-                    step=0, num_negatives=2)
+    batch = collate(
+        pairs,
+        lambda items, side: seen.update({side: items}) or {},
+        source="s",
+        step=0,
+        num_negatives=2,
+    )
     positives = [pair.positive for pair in pairs]
     negatives = [negative for pair in pairs for negative in pair.negatives]
     assert seen["candidate"] == positives + negatives
@@ -95,7 +100,9 @@ def _with_broken_pictures(folder, count, broken):
                 png = io.BytesIO()
                 tiny.picture(i).save(png, "PNG")
                 image = png.getvalue()[:200]
-                pair = Pair(pair.id, pair.query, Item(image=image, id=f"broken-{i}"), pair.negatives)
+                pair = Pair(
+                    pair.id, pair.query, Item(image=image, id=f"broken-{i}"), pair.negatives
+                )
             writer.write(pair)
     return folder
 
@@ -106,7 +113,8 @@ def test_a_picture_that_does_not_decode_is_replaced_and_counted(tmp_path):
     found = [batches.load(step) for step in range(2)]  # one pass over all 16
     assert all(len(batch.keys) == 8 for batch in found)
     keys = [key for batch in found for key in batch.keys]
-    assert "pair-3" not in keys and "pair-4" not in keys
+    assert "pair-3" not in keys
+    assert "pair-4" not in keys
     assert keys.count("pair-5") == 3  # itself, and in place of both
     faults = {(shard, key) for batch in found for shard, key, _ in batch.faults}
     assert len(faults) == 2
@@ -119,7 +127,7 @@ def test_too_many_bad_samples_stop_the_run(tmp_path):
     data.on_before_batch_transfer(batch, 0)
     data.on_before_batch_transfer(batch, 0)  # the same pair again is not another one
     batch.faults = [("0.tar", "k2", "broken")]
-    with pytest.raises(UserError, match="2 pairs could not be used.*max_bad_samples = 1.*k2"):
+    with pytest.raises(UserError, match=r"2 pairs could not be used.*max_bad_samples = 1.*k2"):
         data.on_before_batch_transfer(batch, 0)
 
 
@@ -174,8 +182,13 @@ def test_every_item_is_evaluated_and_all_ranks_have_equally_many_batches(num_ran
     ranks = [EvaluationBatches(pool, count_items, 4, r, num_ranks) for r in range(num_ranks)]
     assert len({len(rank) for rank in ranks}) == 1
     for side in ("query", "candidate"):
-        seen = [i for rank in ranks for b in map(rank.__getitem__, range(len(rank)))
-                if b.side == side for i in b.index.tolist()]
+        seen = [
+            i
+            for rank in ranks
+            for b in map(rank.__getitem__, range(len(rank)))
+            if b.side == side
+            for i in b.index.tolist()
+        ]
         assert set(seen) == set(range(10))
 
 
@@ -184,4 +197,3 @@ def test_max_queries_shrinks_the_pool(folders):
     data.setup("test")
     (pool,) = data.eval_sets["test"]
     assert (pool.name, len(pool.queries), len(pool.candidates)) == ("mine", 5, 5)
-

@@ -48,6 +48,13 @@ def test_no_source_waits_longer_than_its_share():
         assert abs(order[:end].count(0) - end / 4) <= 1
 
 
+def test_a_source_joins_at_its_first_step():
+    sources = [PlannedSource("a", (40,), 1), PlannedSource("b", (40,), 3, first_step=10)]
+    order = [Plan(sources, 8).batch(step).source for step in range(50)]
+    assert order[:10] == [0] * 10
+    assert Counter(order[10:]) == {0: 10, 1: 30}
+
+
 def test_without_weights_sources_share_by_size():
     sources = [PlannedSource("a", (30,)), PlannedSource("b", (90,))]
     plan = Plan(sources, global_batch_size=10)
@@ -97,6 +104,7 @@ def test_pairs_stay_within_the_open_shards():
         ([PlannedSource("a", (9,)), PlannedSource("a", (9,))], 8, "names must differ"),
         ([PlannedSource("a", (9,), 1.0), PlannedSource("b", (9,))], 8, "to every .* or to none"),
         ([PlannedSource("a", (9,), -1.0)], 8, "positive, got -1"),
+        ([PlannedSource("a", (9,), first_step=1)], 8, "no training source starts at step 0"),
         ([PlannedSource("a", (9,))], 1, "at least 2, got 1"),
     ],
 )

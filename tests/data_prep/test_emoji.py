@@ -90,6 +90,27 @@ def test_the_test_split_holds_401_named_pictures_of_which_half_have_a_tone():
     assert sum(picture.has_tone for picture in pictures) == 207
 
 
+@pytest.mark.parametrize("source", SOURCES[:2])
+def test_training_has_untoned_pictures_in_both_sizes_and_test_has_them_large(pairs, source):
+    known = _openmoji.load_pictures(["en"])
+    found = {"train": Counter(), "test": Counter()}
+    for split, counts in found.items():
+        for pair in pairs[split, source]:
+            small = pair.id.endswith("/small")
+            for item in (pair.query, pair.positive, *pair.negatives):
+                if item.image:
+                    assert item.load_image().size == ((28, 28) if small else (84, 84))
+            counts[pair.asks, small] += 1
+    untoned = {id for id, _ in found["train"] if not known[id].has_tone}
+    assert len(untoned) > 100
+    toned = {id for id, _ in found["train"]} - untoned
+    assert len(toned) > 20
+    assert found["train"] == Counter(
+        [(id, False) for id in untoned | toned] + [(id, True) for id in untoned]
+    )
+    assert not [id for id, small in found["test"] if small]
+
+
 @pytest.mark.parametrize("split", ["train", "test"])
 @pytest.mark.parametrize("source", SOURCES)
 def test_hard_negatives_are_as_many_for_all_and_never_right(pairs, split, source):

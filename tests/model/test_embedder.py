@@ -3,10 +3,10 @@ import subprocess
 import sys
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+import tiny
 from metaembed_pl.errors import UserError
 from metaembed_pl.model.embedder import MetaEmbedder
 
@@ -134,19 +134,19 @@ def test_refuses_a_model_folder_with_a_missing_tensor(tmp_path):
     gone = next(name for name in weights if "q_proj" in name)
     del weights[gone]
     save_file(weights, file, metadata={"format": "pt"})
-    with pytest.raises(UserError, match="1 missing .*q_proj"):
+    with pytest.raises(UserError, match=r"1 missing .*q_proj"):
         MetaEmbedder.from_pretrained(folder)
 
 
 def test_refuses_meta_tokens_of_another_shape(tmp_path):
     folder = _saved(tmp_path)
     save_file({"meta_tokens": torch.zeros(3, 32)}, folder / "meta_tokens.safetensors")
-    with pytest.raises(UserError, match="mis-shaped .*meta_tokens"):
+    with pytest.raises(UserError, match=r"mis-shaped .*meta_tokens"):
         MetaEmbedder.from_pretrained(folder)
 
 
 def test_refuses_a_folder_that_is_no_model(tmp_path):
-    with pytest.raises(UserError, match="metaembed.json"):
+    with pytest.raises(UserError, match=r"metaembed\.json"):
         MetaEmbedder.from_pretrained(tmp_path)
 
 

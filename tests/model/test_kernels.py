@@ -1,6 +1,6 @@
-import tiny
 import torch
 
+import tiny
 from metaembed_pl.model.kernels import FP32, PACKED, PatchProjection, set_attention
 
 ITEMS = [

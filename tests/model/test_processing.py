@@ -1,7 +1,7 @@
 import pytest
-import tiny
 import torch
 
+import tiny
 from metaembed_pl.errors import UserError
 from metaembed_pl.item import Item
 from metaembed_pl.model.processing import Processing, Prompt

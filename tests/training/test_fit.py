@@ -9,10 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 import yaml
 
+import tiny
 from metaembed_pl.cli.main import main
 from metaembed_pl.model.embedder import MetaEmbedder
 
@@ -21,8 +21,12 @@ def recipe(root: Path) -> dict:
     """A recipe for a tiny model on tiny shards below `root`."""
     train, test = str(root / "train"), str(root / "test")
     return {
-        "run": {"name": "tiny", "folder": str(root / "runs"), "checkpoint_every_n_steps": 1,
-                "mlflow_uri": f"sqlite:///{root}/mlflow.db"},
+        "run": {
+            "name": "tiny",
+            "folder": str(root / "runs"),
+            "checkpoint_every_n_steps": 1,
+            "mlflow_uri": f"sqlite:///{root}/mlflow.db",
+        },
         "model": {
             "backbone": {
                 "scratch": tiny.QWEN25_VL,
@@ -40,8 +44,13 @@ def recipe(root: Path) -> dict:
             "global_batch_size": 8,
             "num_workers": 0,
         },
-        "trainer": {"max_steps": 6, "val_check_interval": 3, "accelerator": "cpu",
-                    "log_every_n_steps": 1, "logger": False},
+        "trainer": {
+            "max_steps": 6,
+            "val_check_interval": 3,
+            "accelerator": "cpu",
+            "log_every_n_steps": 1,
+            "logger": False,
+        },
     }
 
 
@@ -73,7 +82,10 @@ def finished(data, tmp_path_factory) -> tuple[Path, str]:
     values["run"]["mlflow_uri"] = f"sqlite:///{folder}/mlflow.db"
     done = subprocess.run(
         command("fit", "--config", write_recipe(folder, values)),
-        capture_output=True, text=True, timeout=300, cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=folder,
     )
     assert done.returncode == 0, done.stderr
     return folder, done.stderr
@@ -81,13 +93,21 @@ def finished(data, tmp_path_factory) -> tuple[Path, str]:
 
 def test_a_run_leaves_config_checkpoints_model_and_report(finished):
     run = finished[0] / "runs" / "tiny"
-    for name in ("config.fit.yaml", "checkpoints/last.ckpt", "checkpoints/best.ckpt",
-                 "model/metaembed.json", "report/metrics.json", "report/budgets.png",
-                 "report/gallery.png"):
+    for name in (
+        "config.fit.yaml",
+        "checkpoints/last.ckpt",
+        "checkpoints/best.ckpt",
+        "model/metaembed.json",
+        "report/metrics.json",
+        "report/budgets.png",
+        "report/gallery.png",
+    ):
         assert (run / name).is_file(), name
     metrics = json.loads((run / "report" / "metrics.json").read_text())
     assert 0 <= metrics["test/pool/recall@1/2x4"] <= 1
-    assert {f"test/pool/{m}/1x1" for m in ("recall@5", "recall@10", "mrr", "ndcg@5")} <= metrics.keys()
+    assert {
+        f"test/pool/{m}/1x1" for m in ("recall@5", "recall@10", "mrr", "ndcg@5")
+    } <= metrics.keys()
 
 
 def test_the_log_says_how_many_negatives_a_query_sees(finished):
@@ -132,7 +152,7 @@ def test_a_second_fit_of_the_same_name_is_refused(finished, capsys):
 
 
 def test_killed_at_any_step_and_resumed_ends_with_the_same_weights(data, tmp_path):
-    """Bitwise: SIGKILL after the third, the first and the fifth checkpoint, then `--ckpt_path last`."""
+    """Bitwise: SIGKILL after checkpoints 3, 4 and 5, each time then `--ckpt_path last`."""
     weights = []
     for name, kills in (("whole", []), ("killed", [3, 4, 5])):
         values = recipe(data)
@@ -158,8 +178,10 @@ def _fit_until(file: str, last: Path, step: int) -> None:
     """Runs `fit` and kills it once the checkpoint of this step, or a later one, is there."""
     resume = ["--ckpt_path", "last"] if last.exists() else []
     process = subprocess.Popen(
-        command("fit", "--config", file, *resume), stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL, env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        command("fit", "--config", file, *resume),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
     )
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
@@ -212,6 +234,8 @@ def test_yaml_object_tags_are_refused(data, tmp_path, capsys):
 def test_a_checkpoint_that_unpickles_objects_is_refused(data, tmp_path, capsys):
     file = tmp_path / "evil.ckpt"
     torch.save({"state_dict": {}, "x": Path("anything")}, file)
-    recipe_file = write_recipe(tmp_path, recipe(data) | {"run": {"name": "x", "folder": str(tmp_path)}})
+    recipe_file = write_recipe(
+        tmp_path, recipe(data) | {"run": {"name": "x", "folder": str(tmp_path)}}
+    )
     assert main(["fit", "--config", recipe_file, "--ckpt_path", str(file)]) == 2
     assert "evil.ckpt" in capsys.readouterr().err

@@ -31,7 +31,10 @@ def with_recipes_found(argv: list[str]) -> list[str]:
 
 
 def find_recipe(name: str) -> str:
-    """A recipe's path: the file itself, or one of ours by name, such as `emoji` or `recipes/emoji.yaml`."""
+    """A recipe's path: the file itself, or one of ours by name.
+
+    Such as `emoji` or `recipes/emoji.yaml`.
+    """
     if Path(name).exists():
         return name
     folder = recipe_folder()

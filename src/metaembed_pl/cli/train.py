@@ -23,7 +23,6 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger
-
 from transformers.utils import logging as transformers_logging
 
 from metaembed_pl.cli.recipe_path import with_recipes_found
@@ -120,7 +119,8 @@ class RecipeCLI(LightningCLI):
             save_config_callback=KeepConfig,
             seed_everything_default=0,
             parser_class=RecipeParser,
-            parser_kwargs={verb: PARSING for verb in ("fit", "validate", "test", "predict")} | PARSING,
+            parser_kwargs={verb: PARSING for verb in ("fit", "validate", "test", "predict")}
+            | PARSING,
             # Our own loaders share the plan over the ranks.
             trainer_defaults={"use_distributed_sampler": False, "num_sanity_val_steps": 0},
             auto_configure_optimizers=False,
@@ -140,20 +140,20 @@ class RecipeCLI(LightningCLI):
         """Fixes the run's folder, and refuses to mix two runs in one."""
         self.run = RunConfig(**self._get(self.config, "run").as_dict())
         # A checkpoint is data: never let it bring Python objects to life.
-        self.config[self.subcommand]["weights_only"] = True
+        self.config[str(self.subcommand)]["weights_only"] = True
         self.save_config_kwargs = {"folder": self.run.path, "verb": self.subcommand}
         resuming = self._get(self.config, "ckpt_path")
         last = self.run.path / "checkpoints" / "last.ckpt"
         if self.subcommand == "fit" and last.exists() and not (resuming or self.run.overwrite):
             raise UserError(
-                f"{self.run.path} holds a run already: continue it with --ckpt_path last, start anew "
-                "with --run.overwrite=true, or give another --run.name"
+                f"{self.run.path} holds a run already: continue it with --ckpt_path last, start "
+                "anew with --run.overwrite=true, or give another --run.name"
             )
         if resuming == "last" and not last.exists():
             raise UserError(f"there is no {last} to continue from; leave --ckpt_path out to start")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """The trainer of the recipe, with our callbacks and logger unless the recipe has its own."""
+        """The recipe's trainer, with our callbacks and logger unless the recipe has its own."""
         config = self._get(self.config_init, "trainer")
         kwargs["default_root_dir"] = str(self.run.path)
         kwargs["callbacks"] = [*(config.get("callbacks") or []), *self._callbacks(config)]
@@ -202,7 +202,9 @@ class RecipeCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Exports the model, tests it and reports."""
-        if self.trainer.fast_dev_run or self.trainer.interrupted:
+        # Lightning sets `fast_dev_run` from outside its class.
+        dry = self.trainer.fast_dev_run  # pyright: ignore[reportAttributeAccessIssue]
+        if dry or self.trainer.interrupted:
             return
         self.trainer.save_checkpoint(self.run.path / "checkpoints" / "last.ckpt")
         if self.trainer.is_global_zero:
@@ -243,10 +245,12 @@ def run(argv: list[str]) -> None:
         RecipeCLI(with_recipes_found(argv))
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{_checkpoint_in(argv)}: not a checkpoint of this package: it is broken or holds Python "
-            "objects, which could run code when loaded; give a .ckpt that `fit` wrote"
+            f"{_checkpoint_in(argv)}: not a checkpoint of this package: it is broken or holds "
+            "Python objects, which could run code when loaded; give a .ckpt that `fit` wrote"
         ) from error
 
 
 def _checkpoint_in(argv: list[str]) -> str:
-    return next((a.partition("=")[2] or b for a, b in pairwise([*argv, ""]) if "ckpt_path" in a), "")
+    return next(
+        (a.partition("=")[2] or b for a, b in pairwise([*argv, ""]) if "ckpt_path" in a), ""
+    )

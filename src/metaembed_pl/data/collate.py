@@ -5,6 +5,7 @@ Shape letters: B pairs, N hard negatives a query, A answers of a candidate (padd
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from jaxtyping import Int
@@ -24,8 +25,8 @@ class TrainBatch:
         step: its number in the plan, counted over the whole run.
         keys: names of its pairs, for error messages.
         queries: processed queries, B rows.
-        candidates: processed candidates, B * (1 + N) rows: the positives, then the hard negatives of
-            query 0, of query 1, ...
+        candidates: processed candidates, B * (1 + N) rows: the positives, then the hard negatives
+            of query 0, of query 1, ...
         num_negatives: N.
         asks: what each query asks for.
         answers: what each positive answers.
@@ -50,7 +51,7 @@ class EvalBatch:
     """Some queries or candidates of an evaluation set; `index` says which."""
 
     dataset: str
-    side: str
+    side: Literal["query", "candidate"]
     index: Int[Tensor, " B"]
     inputs: dict[str, Tensor]
 

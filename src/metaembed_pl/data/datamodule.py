@@ -1,14 +1,14 @@
 """Streams training batches by the plan, and evaluation sets, into Lightning.
 
-The loaders know nothing of Lightning's samplers: the plan says which pairs make up the batch of each
-step, workers take turns by step, and the checkpoint remembers the next step.
+The loaders know nothing of Lightning's samplers: the plan says which pairs make up the batch of
+each step, workers take turns by step, and the checkpoint remembers the next step.
 """
 
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -40,12 +40,14 @@ class TrainSource:
         name: how logs call it; None takes the folder's manifest's.
         weight: share of the batches relative to the other sources; None for all: by size.
         num_negatives: hard negatives a query; None takes the data module's.
+        first_step: the source joins the mixture at this step: names before scenes, say.
     """
 
     path: str
     name: str | None = None
     weight: float | None = None
     num_negatives: int | None = None
+    first_step: int = 0
 
 
 @dataclass
@@ -116,12 +118,12 @@ class _ResumingLoader(DataLoader):
 
     def __init__(self, dataset: TrainingBatches, data: "RetrievalDataModule", **kwargs: Any):
         super().__init__(dataset, batch_size=None, **kwargs)
-        self._data = data
+        self._batches, self._data = dataset, data
 
     def __iter__(self) -> Iterator[TrainBatch]:
         step, length = self._data.next_step, len(self)
         # Workers get a copy of the dataset as it is now.
-        self.dataset.first, self.dataset.last = step, step - step % length + length
+        self._batches.first, self._batches.last = step, step - step % length + length
         return super().__iter__()
 
     def __len__(self) -> int:
@@ -131,8 +133,8 @@ class _ResumingLoader(DataLoader):
 class EvaluationBatches(Dataset):
     """One rank's batches of an evaluation set: first the candidates, then the queries.
 
-    Every rank has equally many, so that no collective waits: the last ones may repeat an item, which
-    the metric, going by index, counts once.
+    Every rank has equally many, so that no collective waits: the last ones may repeat an item,
+    which the metric, going by index, counts once.
     """
 
     def __init__(
@@ -144,9 +146,13 @@ class EvaluationBatches(Dataset):
         num_ranks: int = 1,
     ):
         self.pool, self.process = pool, process
-        self.batches = [
+        counts: dict[Literal["query", "candidate"], int] = {
+            "candidate": len(pool.candidates),
+            "query": len(pool.queries),
+        }
+        self.batches: list[tuple[Literal["query", "candidate"], list[int]]] = [
             (side, indices)
-            for side, count in (("candidate", len(pool.candidates)), ("query", len(pool.queries)))
+            for side, count in counts.items()
             for indices in _dealt(count, batch_size, rank, num_ranks)
         ]
 
@@ -174,8 +180,8 @@ class RetrievalDataModule(pl.LightningDataModule):
         train: what to train on.
         val: what to validate on during training.
         test: what to test on at the end.
-        global_batch_size: pairs of a step over all ranks; a query's in-batch negatives are the other
-            pairs' positives.
+        global_batch_size: pairs of a step over all ranks; a query's in-batch negatives are the
+            other pairs' positives.
         eval_batch_size: items at a time in validation; changes speed and memory only.
         num_negatives: hard negatives a query, where a source does not say.
         num_workers: processes that prepare batches on each rank; changes speed only.
@@ -227,7 +233,12 @@ class RetrievalDataModule(pl.LightningDataModule):
         self._shards = [ShardedPairs(Path(source.path)) for source in self.train_sources]
         self.plan = Plan(
             [
-                PlannedSource(source.name or shards.name, tuple(shards.shard_sizes), source.weight)
+                PlannedSource(
+                    source.name or shards.name,
+                    tuple(shards.shard_sizes),
+                    source.weight,
+                    source.first_step,
+                )
                 for source, shards in zip(self.train_sources, self._shards, strict=True)
             ],
             self.global_batch_size,
@@ -236,8 +247,13 @@ class RetrievalDataModule(pl.LightningDataModule):
         )
         self.epoch_length = self._steps_per_epoch or self.plan.steps_per_epoch
 
+    def _attached(self) -> pl.Trainer:
+        assert self.trainer is not None, "loaders are made once a trainer has taken the data"
+        return self.trainer
+
     def _process(self) -> Process:
-        return self.trainer.lightning_module.embedder.processor()
+        module: Any = self._attached().lightning_module
+        return module.embedder.processor()
 
     def train_dataloader(self) -> DataLoader:
         """Batches from the next step of the plan on."""
@@ -246,7 +262,8 @@ class RetrievalDataModule(pl.LightningDataModule):
             for source in self.train_sources
         ]
         dataset = TrainingBatches(self._shards, counts, self.plan, self._process())
-        dataset.rank, dataset.num_ranks = self.trainer.global_rank, self.trainer.world_size
+        trainer = self._attached()
+        dataset.rank, dataset.num_ranks = trainer.global_rank, trainer.world_size
         self.plan.rank_batch(
             0, 0, dataset.num_ranks
         )  # an uneven division shows before workers start
@@ -261,7 +278,8 @@ class RetrievalDataModule(pl.LightningDataModule):
         return self._eval_loaders("test")
 
     def _eval_loaders(self, part: str) -> list[DataLoader]:
-        place = self.trainer.global_rank, self.trainer.world_size
+        trainer = self._attached()
+        place = trainer.global_rank, trainer.world_size
         return [
             DataLoader(
                 EvaluationBatches(pool, self._process(), self.eval_batch_size, *place),

@@ -1,9 +1,10 @@
-"""The plan: which pairs make up the global batch of step t, for any t, computed from the seed alone.
+"""The plan: which pairs make up the global batch of step t, any t, computed from the seed alone.
 
-A source is passed over again and again; in each pass every pair comes exactly once, in an order drawn
-from (seed, source, pass). A batch holds pairs of one source. Which source a step belongs to follows the
-mixing weights, evenly spaced. Nothing depends on the number of workers or ranks: rank r of W takes the
-r-th of W equal parts of each global batch, and resuming at step t means asking for step t.
+A source is passed over again and again; in each pass every pair comes exactly once, in an order
+drawn from (seed, source, pass). A batch holds pairs of one source. Which source a step belongs to
+follows the mixing weights, evenly spaced. Nothing depends on the number of workers or ranks: rank r
+of W takes the r-th of W equal parts of each global batch, and resuming at step t means asking for
+step t.
 """
 
 import zlib
@@ -25,20 +26,23 @@ class PlannedSource:
         name: names the source and, with the seed, its order.
         shard_sizes: pairs in each of its shards.
         weight: share of the batches, relative to the other sources; None: its share of all pairs.
+        first_step: the source joins at this step; the others share the batches before.
     """
 
     name: str
     shard_sizes: tuple[int, ...]
     weight: float | None = None
+    first_step: int = 0
 
     @property
     def num_pairs(self) -> int:
+        """Pairs in all its shards."""
         return sum(self.shard_sizes)
 
 
 @dataclass(frozen=True)
 class PlannedBatch:
-    """The pairs of one global batch: positions in the source `source` (an index into the sources)."""
+    """The pairs of one global batch: positions in source `source` (an index into the sources)."""
 
     step: int
     source: int
@@ -50,11 +54,11 @@ class Plan:
 
     Args:
         sources: at least one, none empty; weights for all or for none.
-        global_batch_size: pairs over all ranks; a source with fewer is refused, since its batch would
-            hold a pair twice.
+        global_batch_size: pairs over all ranks; a source with fewer is refused, since its batch
+            would hold a pair twice.
         seed: the order of pairs; the same seed gives the same batches on every machine.
-        open_shards: pairs are shuffled within this many shards at a time, so that reading stays near
-            a few files however large the source.
+        open_shards: pairs are shuffled within this many shards at a time, so that reading stays
+            near a few files however large the source.
     """
 
     def __init__(
@@ -70,7 +74,9 @@ class Plan:
         self.seed = seed
         self.open_shards = open_shards
         weights = [s.num_pairs if s.weight is None else s.weight for s in sources]
-        self._shares = np.array(weights, dtype=np.float64) / sum(weights)
+        self._weights = np.array(weights, dtype=np.float64)
+        self._first_steps = np.array([source.first_step for source in sources])
+        self._due = np.zeros(len(sources))  # batches each source should have had so far
         self._order = np.empty(0, dtype=np.int64)  # source of each step, as far as asked for
         self._turns = np.zeros(len(sources), dtype=np.int64)
         self._rounds = np.empty(0, dtype=np.int64)  # batches its source had before each step
@@ -119,7 +125,9 @@ class Plan:
         order, rounds = np.empty((2, num_steps), dtype=np.int64)
         order[:known], rounds[:known] = self._order, self._rounds
         for step in range(known, num_steps):
-            source = int(np.argmax(self._shares * (step + 1) - self._turns))
+            weights = np.where(self._first_steps <= step, self._weights, 0.0)
+            self._due += weights / weights.sum()
+            source = int(np.argmax(self._due - self._turns))
             order[step], rounds[step] = source, self._turns[source]
             self._turns[source] += 1
         self._order, self._rounds = order, rounds
@@ -129,7 +137,7 @@ class Plan:
         sizes = self.sources[source].shard_sizes
         name = zlib.crc32(self.sources[source].name.encode())
         random = np.random.Generator(np.random.PCG64([self.seed, name, turn]))
-        starts = np.concatenate([[0], np.cumsum(sizes)])
+        starts = np.concatenate([[0], np.cumsum(sizes)]).tolist()
         shards = random.permutation(len(sizes))
         windows = []
         for first in range(0, len(shards), self.open_shards):
@@ -152,11 +160,13 @@ def _check(sources: Sequence[PlannedSource], global_batch_size: int) -> None:
         )
     if len({source.weight is None for source in sources}) > 1:
         raise UserError("give a weight to every training source or to none")
+    if all(source.first_step > 0 for source in sources):
+        raise UserError("no training source starts at step 0: set first_step to 0 for at least one")
     for source in sources:
         if source.weight is not None and source.weight <= 0:
             raise UserError(f"source {source.name}: weight must be positive, got {source.weight}")
         if source.num_pairs < global_batch_size:
             raise UserError(
-                f"source {source.name} has {source.num_pairs} pairs, fewer than one global batch of "
-                f"{global_batch_size}; lower global_batch_size or leave the source out"
+                f"source {source.name} has {source.num_pairs} pairs, fewer than one global batch "
+                f"of {global_batch_size}; lower global_batch_size or leave the source out"
             )

@@ -12,14 +12,13 @@ from typing import Any, Literal
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerFast
 
 from metaembed_pl.data.shards import ShardedPairs
 from metaembed_pl.errors import UserError
 from metaembed_pl.item import Pair
-from metaembed_pl.model.kernels import FP32, use_fast_kernels
 from metaembed_pl.model.family import Family, family_of
+from metaembed_pl.model.kernels import FP32, use_fast_kernels
 from metaembed_pl.model.processing import Processing, Prompt, load_processors
 
 # Heads that the checkpoint of a generative model brings and the base model has no place for.
@@ -85,7 +84,8 @@ def build_processing(config: BackboneConfig, prompt: Prompt) -> Processing:
         size = dict(image_processor.size) | {k: v for k, v in limits.items() if v is not None}
         image_processor.size = size
     else:
-        assert config.scratch is not None and config.tokenizer is not None
+        assert config.scratch is not None
+        assert config.tokenizer is not None
         family = family_of(config.scratch.get("model_type", ""))
         tokenizer = train_tokenizer(
             _texts(config.tokenizer.sources), config.tokenizer.vocab_size, family
@@ -96,7 +96,7 @@ def build_processing(config: BackboneConfig, prompt: Prompt) -> Processing:
     return Processing(family, tokenizer, image_processor, prompt, config.max_text_tokens)
 
 
-def build_backbone(config: BackboneConfig, processing: Processing) -> nn.Module:
+def build_backbone(config: BackboneConfig, processing: Processing) -> PreTrainedModel:
     """The base model, on the CPU, in train mode; pretrained weights are checked one by one."""
     attention = "sdpa" if config.attention == FP32 else config.attention
     if config.path is not None:
@@ -128,13 +128,14 @@ def scratch_config(values: dict[str, Any], processing: Processing) -> Any:
         for token, name in processing.family.special_tokens
         if name
     }
+    config: dict[str, Any] = values | {"text_config": text} | ids
     try:
-        return AutoConfig.for_model(**(values | {"text_config": text} | ids))
+        return AutoConfig.for_model(**config)
     except (TypeError, ValueError, StrictDataclassError) as error:
         raise UserError(f"the backbone's `scratch` config is not valid: {error}") from error
 
 
-def load_backbone(path: str, dtype: str = "float32", **kwargs: Any) -> nn.Module:
+def load_backbone(path: str, dtype: str = "float32", **kwargs: Any) -> PreTrainedModel:
     """A pretrained base model, with every weight accounted for.
 
     Raises:

@@ -6,7 +6,8 @@
     >>> model.score(queries, candidates, budget="4x8")                    # doctest: +SKIP
 
 A model folder holds `metaembed.json`, `meta_tokens.safetensors` (meta tokens and projection),
-`backbone/` (config and weights in safetensors) and the tokenizer and image processor in `processing/`.
+`backbone/` (config and weights in safetensors) and the tokenizer and image processor in
+`processing/`.
 
 Shape letters: B items of a batch, N items, R meta embeddings an item (R_q or R_c), D their width.
 """
@@ -22,6 +23,7 @@ from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from metaembed_pl.budget import Budget, check_budget, parse_groups
 from metaembed_pl.environment import versions
@@ -57,12 +59,13 @@ class MetaEmbedder(nn.Module):
         groups: the nested groups the model is trained for; the largest sets R_q and R_c.
         layout: see `MetaTokens`.
         projection: width of the meta embeddings; None keeps the backbone's hidden width.
-        meta_token_std: of their random start; None: the backbone's `initializer_range`, as the paper.
+        meta_token_std: of their random start; None: the backbone's `initializer_range`, as the
+            paper.
     """
 
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: PreTrainedModel,
         processing: Processing,
         groups: Sequence[Budget | str],
         layout: Layout = "both",
@@ -83,7 +86,10 @@ class MetaEmbedder(nn.Module):
         )
 
     def processor(self) -> "Processor":
-        """What turns items into the tensors `forward` takes; holds no weights, so workers can have it."""
+        """What turns items into the tensors `forward` takes.
+
+        Holds no weights, so workers can have it.
+        """
         slots = {side: self.meta_tokens.num_slots(side) for side in get_args(Side)}
         return Processor(self.processing, slots)
 

@@ -1,8 +1,8 @@
 """Backbone families: what differs between vision-language models, as rows of data.
 
 Everything the rest of the code must know about Qwen2.5-VL or its peers stands here: how an image
-appears in the token sequence, which inputs the model wants, which layers LoRA adapts. Adding a family
-means adding a row to `FAMILIES`.
+appears in the token sequence, which inputs the model wants, which layers LoRA adapts. Adding a
+family means adding a row to `FAMILIES`.
 """
 
 import difflib
@@ -25,13 +25,14 @@ class Family:
 
     Args:
         model_type: the `model_type` of its transformers config.
-        image_tokens: from (tokenizer, image processor, its output) to one list of token ids an image.
-        image_processor: from (vision config, min pixels, max pixels) to the image processor of a model
-            made from scratch.
+        image_tokens: from (tokenizer, image processor, its output) to one list of token ids an
+            image.
+        image_processor: from (vision config, min pixels, max pixels) to the image processor of a
+            model made from scratch.
         lora_targets: regular expression over module names that LoRA adapts.
         token_types: name of the tensor that marks image tokens with 1, or None where there is none.
-        special_tokens: what a tokenizer trained from scratch must have, with the config's name of each
-            (None: the config does not name it). The first one pads.
+        special_tokens: what a tokenizer trained from scratch must have, with the config's name of
+            each (None: the config does not name it). The first one pads.
         packs_images: its vision tower runs over the patches of all images as one sequence.
     """
 
@@ -45,7 +46,7 @@ class Family:
 
 
 def _qwen_image_tokens(tokenizer: Any, image_processor: Any, images: Any) -> list[list[int]]:
-    """`<|vision_start|>`, one `<|image_pad|>` for every merged square of patches, `<|vision_end|>`."""
+    """`<|vision_start|>`, `<|image_pad|>` for every merged square of patches, `<|vision_end|>`."""
     start, pad, end = tokenizer.convert_tokens_to_ids(
         ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>"]
     )

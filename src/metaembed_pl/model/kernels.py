@@ -1,14 +1,14 @@
 """The same computations as transformers', done with fewer or faster kernel calls.
 
-`packed`: vision towers of the Qwen family put the patches of all images of a batch one after the other.
-Without flash attention, transformers calls the kernel once an image (or window) and layer: thousands
-of small calls a batch. Chunks of equal length can share one call, with the same result.
+`packed`: vision towers of the Qwen family put the patches of all images of a batch one after the
+other. Without flash attention, transformers calls the kernel once an image (or window) and layer:
+thousands of small calls a batch. Chunks of equal length can share one call, with the same result.
 
-`sdpa_fp32`: attention in fp32 inside a model that otherwise runs in bf16. torch's CPU kernel takes 8
-times as long for the backward pass in bf16 as in fp32 (docs/log.md).
+`sdpa_fp32`: attention in fp32 inside a model that otherwise runs in bf16. torch's CPU kernel takes
+8 times as long for the backward pass in bf16 as in fp32 (docs/log.md).
 
-`PatchProjection`: the patch embedding is a convolution whose stride is its kernel, that is, one matrix
-product; as a convolution its backward pass alone was a tenth of a training step on a CPU.
+`PatchProjection`: the patch embedding is a convolution whose stride is its kernel, that is, one
+matrix product; as a convolution its backward pass alone was a tenth of a training step on a CPU.
 
 Shape letters: S patches of all images, H heads, E width of a head, n chunks of one length L.
 """
@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -91,14 +91,15 @@ class PatchProjection(nn.Conv3d):
         return projected[:, :, None, None, None]
 
 
-def use_fast_kernels(model: nn.Module, attention: str, family: Family) -> None:
+def use_fast_kernels(model: PreTrainedModel, attention: str, family: Family) -> None:
     """Swaps in what this file has, for a model built with `sdpa`; weights and names stay."""
     set_attention(model, attention, family)
     if family.packs_images:
-        model.visual.patch_embed.proj.__class__ = PatchProjection
+        visual: Any = model.visual
+        visual.patch_embed.proj.__class__ = PatchProjection
 
 
-def set_attention(model: nn.Module, name: str, family: Family) -> None:
+def set_attention(model: PreTrainedModel, name: str, family: Family) -> None:
     """Sets the attention of a model that was built with `sdpa`.
 
     Args:
@@ -109,7 +110,8 @@ def set_attention(model: nn.Module, name: str, family: Family) -> None:
     if name == FP32:
         model.set_attn_implementation(FP32)
     if family.packs_images:
-        model.visual.config._attn_implementation = PACKED_FP32 if name == FP32 else PACKED
+        visual: Any = model.visual
+        visual.config._attn_implementation = PACKED_FP32 if name == FP32 else PACKED
 
 
 AttentionInterface.register(PACKED, packed_attention)

@@ -1,9 +1,9 @@
 """Meta tokens: the learned input vectors whose last hidden states are the meta embeddings.
 
 They are an ordinary `nn.Embedding` of ours, outside the vocabulary and outside peft. A row of token
-ids ends in K slots (see processing.py); while the backbone runs, a forward hook on its input embedding
-writes the learned vectors into these slots. So every family keeps its own way of making positions and
-masks from token ids, and no vocabulary is resized.
+ids ends in K slots (see processing.py); while the backbone runs, a forward hook on its input
+embedding writes the learned vectors into these slots. So every family keeps its own way of making
+positions and masks from token ids, and no vocabulary is resized.
 
 Shape letters: B rows, L tokens, H hidden width, K slots.
 """
@@ -30,9 +30,9 @@ class MetaTokens(nn.Module):
         num_candidate: R_c.
         hidden_size: H.
         layout: `both`: every input ends in [query tokens ; candidate tokens], as in the paper's
-            release. `own`: queries end in the query tokens, candidates in the candidate tokens, which
-            is shorter. Under the causal mask a query cannot see the candidate tokens behind its own,
-            so they are left out of queries in either layout: the result is the same.
+            release. `own`: queries end in the query tokens, candidates in the candidate tokens,
+            which is shorter. Under the causal mask a query cannot see the candidate tokens behind
+            its own, so they are left out of queries in either layout: the result is the same.
         std: standard deviation of the initial values; the backbone's `initializer_range`.
     """
 

@@ -1,8 +1,8 @@
 """Items -> tensors: the one preprocessing for training, encoding, evaluation and serving.
 
-A row is  [prefix ; image ; text ; suffix ; slots]: the slots are the places that the meta tokens take.
-The row is put together from token ids, piece by piece, so that a user's text can neither forge an
-image placeholder nor push one out when it is too long.
+A row is  [prefix ; image ; text ; suffix ; slots]: the slots are the places that the meta tokens
+take. The row is put together from token ids, piece by piece, so that a user's text can neither
+forge an image placeholder nor push one out when it is too long.
 
 Shape letters: B rows, L tokens of the longest row, K slots a row.
 """
@@ -81,8 +81,8 @@ class Processing:
             num_slots: K, places for meta tokens after each row's last token.
 
         Returns:
-            `input_ids`, `attention_mask` (B, L), `slot_index` (B, K; column of each slot), the family's
-            token types (B, L), and where there are images what the image processor gives.
+            `input_ids`, `attention_mask` (B, L), `slot_index` (B, K; column of each slot), the
+            family's token types (B, L), and where there are images what the image processor gives.
 
         Raises:
             UserError: an image does not decode.
@@ -177,8 +177,8 @@ class Processing:
 def load_processors(path: str, revision: str | None = None) -> tuple[Any, Any]:
     """Tokenizer and image processor of a model folder or hub id.
 
-    Loaded one by one: the whole processor of the Qwen family asks for torchvision only because of its
-    video part, which a retriever of texts and images has no use for.
+    Loaded one by one: the whole processor of the Qwen family asks for torchvision only because of
+    its video part, which a retriever of texts and images has no use for.
 
     Raises:
         UserError: the files are missing.

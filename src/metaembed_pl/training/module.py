@@ -75,7 +75,10 @@ class MetaEmbedModule(pl.LightningModule):
         self._sources_seen: set[str] = set()
 
     def configure_model(self) -> None:
-        """Builds the embedder, once; strategies that shard the weights call this in their own place."""
+        """Builds the embedder, once.
+
+        Strategies that shard the weights call this in their own place.
+        """
         if hasattr(self, "embedder"):
             return
         processing = build_processing(self.backbone_config, self.prompt)
@@ -147,8 +150,8 @@ class MetaEmbedModule(pl.LightningModule):
         norm = torch.nn.utils.get_total_norm(gradients)
         if not norm.isfinite():
             raise UserError(
-                f"the gradient norm is {norm.item()} at step {self.global_step}: lower optimizer.lr "
-                "or train in bf16 or fp32 instead of fp16"
+                f"the gradient norm is {norm.item()} at step {self.global_step}: lower "
+                "optimizer.lr or train in bf16 or fp32 instead of fp16"
             )
         self.log("train/grad_norm", norm)
 
@@ -177,11 +180,13 @@ class MetaEmbedModule(pl.LightningModule):
         self._finish("test")
 
     def _start(self, part: str) -> None:
+        # Lightning sets `datamodule` from outside its class.
+        data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         self.metrics[part] = {
             pool.name: RetrievalMetrics(self.groups, pool.relevant, len(pool.candidates)).to(
                 self.device
             )
-            for pool in self.trainer.datamodule.eval_sets[part]
+            for pool in data.eval_sets[part]
         }
 
     def _keep(self, part: str, batch: EvalBatch) -> None:
@@ -189,7 +194,7 @@ class MetaEmbedModule(pl.LightningModule):
         self.metrics[part][batch.dataset].update(batch.side, batch.index, embeddings)
 
     def _finish(self, part: str) -> None:
-        """Logs every metric and, as what checkpoints go by, the mean recall@1 of the largest group."""
+        """Logs every metric and, what checkpoints go by, the mean recall@1 of the largest group."""
         headline = f"recall@1/{self.groups[-1]}"
         values = {name: metric.compute() for name, metric in self.metrics[part].items()}
         for dataset, found in values.items():
@@ -203,7 +208,10 @@ class MetaEmbedModule(pl.LightningModule):
         }
 
     def results(self, part: str, dataset: str) -> tuple[dict[str, float], Tensor, Tensor]:
-        """Metrics of a finished evaluation, and the meta embeddings of its queries and candidates."""
+        """Metrics of a finished evaluation, and the meta embeddings of its two sides.
+
+        Queries first, then candidates.
+        """
         metric = self.metrics[part][dataset]
         return (
             self.values[part][dataset],

@@ -6,8 +6,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import MLFlowLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from metaembed_pl.environment import commit, versions
 from metaembed_pl.files import write_text
@@ -77,4 +77,3 @@ class MLflowRun(MLFlowLogger):
                 self.experiment.log_artifacts(self.run_id, str(path), path.name)
             elif path.exists():
                 self.experiment.log_artifact(self.run_id, str(path))
-
