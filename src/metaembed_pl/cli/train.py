@@ -10,6 +10,7 @@ A run is the folder RUNS/NAME: `config.fit.yaml`, `checkpoints/`, `model/`, `rep
 import argparse
 import difflib
 import logging
+import os
 import pickle
 import re
 import sys
@@ -235,6 +236,7 @@ def run(argv: list[str]) -> None:
     Raises:
         UserError: anything wrong with the recipe, the data or a checkpoint.
     """
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for chatty in ("httpx", "alembic", "mlflow", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
