@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--languages", default="en", help="languages of the names, as in en,de,ja (default: en)")
     add("--seed", type=int, default=0, help="decides scenes, edits and ties (default: 0)")
     add("--size", type=int, default=84, help="side of a picture in pixels (default: 84)")
-    add("--scenes", type=int, default=10_500, help="training pairs of scenes (default: 10500)")
+    add("--scenes", type=int, default=21_000, help="training pairs of scenes (default: 21000)")
     add("--pictures", type=int, help="use only about so many pictures: for a quick trial")
     add("--jobs", type=int, help="processes (default: one a core, at most 8)")
     add("--force", action="store_true", help="build anew what is there already")
