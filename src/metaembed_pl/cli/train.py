@@ -212,7 +212,9 @@ class RecipeCLI(LightningCLI):
             self.model.embedder.save_pretrained(self.run.path / "model", overwrite=True)
             log.info("model folder: %s", self.run.path / "model")
         if self.datamodule.eval_sources["test"]:
-            self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+            self.trainer.test(
+                self.model, datamodule=self.datamodule, verbose=False, weights_only=True
+            )
             self.after_test()
         logger = self.trainer.logger
         if isinstance(logger, MLflowRun) and self.trainer.is_global_zero:
