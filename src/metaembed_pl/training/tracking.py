@@ -43,6 +43,7 @@ class MLflowRun(MLFlowLogger):
     def __init__(self, uri: str, experiment: str, name: str, folder: Path, resuming: bool):
         self._note = folder / RUN_FILE
         self._known = resuming and self._note.exists()
+        self._noted = self._known
         super().__init__(
             experiment_name=experiment,
             run_name=name,
@@ -59,9 +60,11 @@ class MLflowRun(MLFlowLogger):
         super().log_metrics({mlflow_name(name): value for name, value in metrics.items()}, step)
 
     def _remember(self) -> None:
-        if not self._note.exists() and self.run_id:
+        # A note may be there that an overwritten run of this name has left.
+        if not self._noted and self.run_id:
             self._note.parent.mkdir(parents=True, exist_ok=True)
             write_text(self._note, json.dumps({"run_id": self.run_id}) + "\n")
+            self._noted = True
 
     @rank_zero_only
     def log_recipe(self, recipe: Mapping[str, Any]) -> None:
