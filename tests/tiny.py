@@ -12,7 +12,6 @@ from metaembed_pl.model.backbone import (
     BackboneConfig,
     ScratchTokenizer,
     build_backbone,
-    scratch_config,
     train_tokenizer,
 )
 from metaembed_pl.model.embedder import MetaEmbedder
@@ -118,7 +117,6 @@ __all__ = [
     "pairs",
     "picture",
     "processing",
-    "scratch_config",
     "shards",
     "text",
     "tiny_embedder",

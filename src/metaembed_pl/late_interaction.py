@@ -26,6 +26,8 @@ CPU_TILE_ELEMENTS = 2**19
 """2 MiB of float32, about a core's cache; the fastest of 2^16 to 2^22, or within 10 % of it."""
 GPU_TILE_ELEMENTS = 2**25
 """128 MiB of float32, enough to fill a GPU. Not measured."""
+SCORES_AT_A_TIME = 2**24
+"""Scores that ranking a large pool holds at once: 64 MiB of float32."""
 
 
 def maxsim(

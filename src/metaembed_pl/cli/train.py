@@ -73,6 +73,11 @@ class RunConfig:
         """The run's folder."""
         return Path(self.folder) / self.name
 
+    @property
+    def last_checkpoint(self) -> Path:
+        """What `--ckpt_path last` goes on from."""
+        return self.path / "checkpoints" / "last.ckpt"
+
 
 class RecipeParser(LightningArgumentParser):
     """Says what is wrong with a recipe in one line, with the nearest valid key."""
@@ -144,7 +149,7 @@ class RecipeCLI(LightningCLI):
         self.config[str(self.subcommand)]["weights_only"] = True
         self.save_config_kwargs = {"folder": self.run.path, "verb": self.subcommand}
         resuming = self._get(self.config, "ckpt_path")
-        last = self.run.path / "checkpoints" / "last.ckpt"
+        last = self.run.last_checkpoint
         if self.subcommand == "fit" and last.exists() and not (resuming or self.run.overwrite):
             raise UserError(
                 f"{self.run.path} holds a run already: continue it with --ckpt_path last, start "
@@ -173,9 +178,8 @@ class RecipeCLI(LightningCLI):
         shown = ProgressBar(speed) if sys.stderr.isatty() else ProgressLines(speed, every)
         if self.subcommand != "fit" or config.get("fast_dev_run"):
             return [shown] if self.subcommand == "fit" else []
-        folder = self.run.path / "checkpoints"
         common = {
-            "dirpath": folder,
+            "dirpath": self.run.last_checkpoint.parent,
             "auto_insert_metric_name": False,
             "enable_version_counter": False,
         }
@@ -207,7 +211,7 @@ class RecipeCLI(LightningCLI):
         dry = self.trainer.fast_dev_run  # pyright: ignore[reportAttributeAccessIssue]
         if dry or self.trainer.interrupted:
             return
-        self.trainer.save_checkpoint(self.run.path / "checkpoints" / "last.ckpt")
+        self.trainer.save_checkpoint(self.run.last_checkpoint)
         if self.trainer.is_global_zero:
             self.model.embedder.save_pretrained(self.run.path / "model", overwrite=True)
             log.info("model folder: %s", self.run.path / "model")

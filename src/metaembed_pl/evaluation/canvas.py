@@ -1,7 +1,6 @@
 """What the report's pictures share: colours, type, and how they reach the disk."""
 
 import math
-import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,6 +8,8 @@ from pathlib import Path
 
 import matplotlib.style
 from matplotlib.figure import Figure
+
+from metaembed_pl.files import new_file
 
 # Colour-blind people tell these apart, and all are dark enough for letters on white (Okabe and
 # Ito's blue, vermillion and green, Tol's purple, a dark yellow, grey).
@@ -37,9 +38,8 @@ def report_style() -> Iterator[None]:
 
 def save_picture(figure: Figure, path: Path) -> None:
     """Save a figure as PNG, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, path)
+    with new_file(path) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def spread(positions: Sequence[float], gap: float, highest: float = math.inf) -> list[float]:

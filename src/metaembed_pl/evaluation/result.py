@@ -11,10 +11,7 @@ from torch import Tensor
 
 from metaembed_pl.budget import Budget
 from metaembed_pl.data.retrieval_set import RetrievalSet
-from metaembed_pl.late_interaction import maxsim
-
-SCORES_AT_A_TIME = 2**24
-"""Scores held while ranking: 64 MiB of float32."""
+from metaembed_pl.late_interaction import SCORES_AT_A_TIME, maxsim
 
 
 @dataclass(frozen=True)

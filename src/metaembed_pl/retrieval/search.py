@@ -12,10 +12,8 @@ from torch import Tensor
 from metaembed_pl.budget import Budget, check_budget
 from metaembed_pl.errors import UserError
 from metaembed_pl.item import Item
+from metaembed_pl.late_interaction import SCORES_AT_A_TIME
 from metaembed_pl.model.embedder import MetaEmbedder
-
-SCORES_AT_A_TIME = 2**24
-"""Scores held while ranking: 64 MiB of float32."""
 
 
 class Hit(NamedTuple):

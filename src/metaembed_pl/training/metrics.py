@@ -17,11 +17,9 @@ from torchmetrics.utilities import dim_zero_cat
 
 from metaembed_pl.budget import Budget, parse_groups
 from metaembed_pl.errors import UserError
-from metaembed_pl.late_interaction import nested_scores
+from metaembed_pl.late_interaction import SCORES_AT_A_TIME, nested_scores
 
 NDCG_AT = 5
-SCORES_AT_A_TIME = 2**24
-"""Scores held while ranking: 64 MiB of float32."""
 
 
 def ranking_metrics(
