@@ -45,6 +45,9 @@ QUIET = (  # what libraries warn of and a user of this package can do nothing ab
     ".*does not have many workers.*",
     ".*`IterableDataset` has `__len__` defined.*",
     ".*LeafSpec.* is deprecated.*",
+    ".*Total length of `list` across ranks is zero.*",  # a run without validation sets
+    ".*sync_dist=True.*",  # our metrics have gathered all ranks' rows already
+    ".*torch.distributed.* is deprecated.*",  # their successors came with torch 2.13
 )
 
 
@@ -243,7 +246,9 @@ def run(argv: list[str]) -> None:
         UserError: anything wrong with the recipe, the data or a checkpoint.
     """
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0  # the others would say the same once more
+    level = logging.INFO if first else logging.WARNING
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     for chatty in ("httpx", "alembic", "mlflow", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     transformers_logging.disable_progress_bar()

@@ -139,7 +139,7 @@ class RetrievalMetrics(Metric):
         Raises:
             UserError: a query or candidate was never given, or scores are not finite.
         """
-        queries, candidates = self.rows("query"), self.rows("candidate")
+        queries, candidates = self._own_rows("query"), self._own_rows("candidate")
         step = max(1, SCORES_AT_A_TIME // (len(self.groups) * self.num_candidates))
         parts: dict[str, list[Tensor]] = {}
         for start in range(0, len(queries), step):
@@ -152,7 +152,7 @@ class RetrievalMetrics(Metric):
         return {name: torch.cat(values).mean() for name, values in parts.items()}
 
     def scores(self, group: Budget | str | tuple[int, int]) -> Float[Tensor, "Q C"]:
-        """All scores at one group, for a report. Sees this rank's rows alone."""
+        """All scores at one group, for a report; as `rows`, to be asked for on every rank."""
         return nested_scores(self.rows("query"), self.rows("candidate"), [group])[0]
 
     def _sizes(self, side: str) -> tuple[int, int]:
@@ -164,7 +164,15 @@ class RetrievalMetrics(Metric):
         raise UserError(f'side is "query" or "candidate", got {side!r}')
 
     def rows(self, side: str) -> Float[Tensor, "rows R D"]:
-        """The vectors in the order of their index, each once."""
+        """The vectors of all ranks in the order of their index, each once.
+
+        Every rank must ask: they are gathered.
+        """
+        with self.sync_context():
+            return self._own_rows(side)
+
+    def _own_rows(self, side: str) -> Float[Tensor, "rows R D"]:
+        """`rows` of what this rank holds: everything, inside `compute` and `rows`."""
         total, vectors = self._sizes(side)
         index = dim_zero_cat(getattr(self, f"{side}_index"))
         rows = dim_zero_cat(getattr(self, f"{side}_vectors"))
