@@ -52,9 +52,12 @@ clean: ## remove .venv, caches and builds; data/, runs/ and mlflow.db stay
 	$(PIP) --editable '.[emoji,mlflow,dev]'
 	touch $@
 
-# Data and runs are only made where there are none: order-only prerequisites never remake them.
-data/emoji: | .venv/.installed
-	$(BIN)/python data_prep/emoji.py --out $@
+# Data and runs are only made where there are none: order-only prerequisites never remake them. The
+# card is written last, so data that a kill left unfinished is finished first.
+data/emoji/README.md: | .venv/.installed
+	$(BIN)/python data_prep/emoji.py --out $(@D)
 
-runs/emoji/report/metrics.json: | data/emoji
-	$(BIN)/python -m metaembed_pl fit --config recipes/emoji.yaml
+# A run that was interrupted goes on where it was.
+runs/emoji/report/metrics.json: | data/emoji/README.md
+	$(BIN)/python -m metaembed_pl fit --config recipes/emoji.yaml \
+		$$(test -f runs/emoji/checkpoints/last.ckpt && echo --ckpt_path last)

@@ -1,31 +1,38 @@
-"""Scenes: nine pictures in a grid, of which a query names one. The layout is made, by chance."""
+"""Scenes: pictures in a grid, of which a query names one. The layout is made, by chance.
+
+Tests have scenes of nine. Training has smaller ones too: what a scene of nine asks of a model is
+learned sooner on two and four.
+"""
 
 import random
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import count, islice
+from itertools import chain, count, islice
 
 import numpy as np
 from _openmoji import Picture
-from _raster import GRID, Drawn, encode, run
-from PIL import Image
+from _raster import GRID, Drawn, encode_shown, run
 
 from metaembed_pl.item import Item, Pair
 
 NUM_TILES = GRID * GRID
+SMALL_SCENES = {"emoji_scene_1x2": (1, 2), "emoji_scene_2x2": (2, 2)}  # rows, columns
 NUM_TEST_SCENES = 200
-NUM_QUERIES = 3  # of a scene
+# Of a scene. Training asks each scene once: of fewer scenes, asked more often, a model learns the
+# scenes by heart (docs/log.md).
+NUM_QUERIES = {"train": 1, "test": 3}
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Nine pictures, the three that are asked for, and what replaces each in its hard negative."""
+    """Pictures row by row, which of them are asked for, what replaces each in its hard negative."""
 
     tiles: tuple[str, ...]
     asked: tuple[str, ...]
     replacements: tuple[str, ...]
+    num_columns: int = GRID
 
     def layouts(self) -> list[tuple[str, ...]]:
         """The scene, and the scene with each asked picture exchanged."""
@@ -70,23 +77,47 @@ def make_scenes(
         Training scenes and test scenes; no training scene has the nine pictures of a test scene.
     """
     rng = random.Random(f"emoji scenes {seed}")
-    test = _deal(pictures, ids, Counter(), rng)
+    test = _deal(pictures, ids, Counter(), rng, NUM_QUERIES["test"])
     times_asked: Counter[str] = Counter()
-    rounds = (_deal(pictures, ids, times_asked, rng) for _ in count())
+    rounds = (_deal(pictures, ids, times_asked, rng, NUM_QUERIES["train"]) for _ in count())
     tested = {frozenset(scene.tiles) for scene in test}
     train = (s for scenes in rounds for s in scenes if frozenset(s.tiles) not in tested)
     return list(islice(train, num_train)) if test else [], test
 
 
+def make_small_scenes(
+    pictures: dict[str, Picture], ids: list[str], num_scenes: int, seed: int, shape: tuple[int, int]
+) -> list[Scene]:
+    """Training scenes of fewer pictures, dealt alike.
+
+    Args:
+        pictures: by id.
+        ids: what scenes may show.
+        num_scenes: how many.
+        seed: decides the deal.
+        shape: rows and columns.
+    """
+    rng = random.Random(f"emoji scenes {shape} {seed}")
+    times_asked: Counter[str] = Counter()
+    asked = NUM_QUERIES["train"]
+    if not _deal(pictures, ids, Counter(), rng, asked, shape):
+        return []
+    rounds = (_deal(pictures, ids, times_asked, rng, asked, shape) for _ in count())
+    return list(islice(chain.from_iterable(rounds), num_scenes))
+
+
 def scene_pairs(drawn: Drawn, split: str, scenes: list[Scene], num_jobs: int) -> Iterator[Pair]:
     """Name of one picture -> scene; the hard negative is the scene without that picture."""
     shown = {id for scene in scenes for layout in scene.layouts() for id in layout}
-    compose = partial(_compose, {id: drawn.tiles[id] for id in sorted(shown)})
+    num_columns = scenes[0].num_columns if scenes else GRID
+    tiles = {id: drawn.shown[id] for id in sorted(shown)}
+    compose = partial(_compose, tiles, drawn.palette, num_columns)
     layouts = (scene.layouts() for scene in scenes)
+    size = f"-of-{len(scenes[0].tiles)}" if scenes and len(scenes[0].tiles) < NUM_TILES else ""
     for number, (scene, pngs) in enumerate(
         zip(scenes, run(compose, layouts, num_jobs, f"{split} scenes"), strict=True)
     ):
-        name = f"{split}-scene-{number:05d}"
+        name = f"{split}-scene{size}-{number:05d}"
         positive, *swapped = (
             Item(image=png, id=f"{name}{suffix}", answers=_answers(drawn, layout))
             for png, layout, suffix in zip(
@@ -99,24 +130,29 @@ def scene_pairs(drawn: Drawn, split: str, scenes: list[Scene], num_jobs: int) ->
 
 
 def _deal(
-    pictures: dict[str, Picture], ids: list[str], times_asked: Counter[str], rng: random.Random
+    pictures: dict[str, Picture],
+    ids: list[str],
+    times_asked: Counter[str],
+    rng: random.Random,
+    num_queries: int,
+    shape: tuple[int, int] = (GRID, GRID),
 ) -> list[Scene]:
     """Deal each picture once, and ask for those that were asked for least often.
 
     What does not fill a scene is left over.
     """
     deck = rng.sample(ids, len(ids))
-    scenes = []
-    for start in range(0, len(deck) - NUM_TILES + 1, NUM_TILES):
-        tiles = tuple(deck[start : start + NUM_TILES])
+    scenes, num_tiles = [], shape[0] * shape[1]
+    for start in range(0, len(deck) - num_tiles + 1, num_tiles):
+        tiles = tuple(deck[start : start + num_tiles])
         named = [id for id in tiles if pictures[id].names]
         rng.shuffle(named)
-        asked = tuple(sorted(named, key=times_asked.__getitem__)[:NUM_QUERIES])
+        asked = tuple(sorted(named, key=times_asked.__getitem__)[:num_queries])
         times_asked.update(asked)
         others = [id for id in rng.sample(ids, min(len(ids), 2 * NUM_TILES)) if id not in tiles]
         if len(others) < len(asked):
             break  # so few pictures that nothing is left to exchange
-        scenes.append(Scene(tiles, asked, tuple(others[: len(asked)])))
+        scenes.append(Scene(tiles, asked, tuple(others[: len(asked)]), shape[1]))
     return scenes
 
 
@@ -126,11 +162,13 @@ def _answers(drawn: Drawn, layout: tuple[str, ...]) -> tuple[str, ...]:
     return (*layout, *sorted(twins - set(layout)))
 
 
-def _compose(tiles: dict[str, np.ndarray], layouts: list[tuple[str, ...]]) -> list[bytes]:
-    return [_compose_one([tiles[id] for id in layout]) for layout in layouts]
-
-
-def _compose_one(tiles: list[np.ndarray]) -> bytes:
-    rows = [np.hstack(tiles[start : start + GRID]) for start in range(0, NUM_TILES, GRID)]
-    # 128 colours leave no visible trace; the octree is 8 times as fast as the median cut.
-    return encode(Image.fromarray(np.vstack(rows)), 128, Image.Quantize.FASTOCTREE)
+def _compose(
+    tiles: dict[str, np.ndarray], palette: bytes, num_columns: int, layouts: list[tuple[str, ...]]
+) -> list[bytes]:
+    """Encode each layout's tiles, row by row."""
+    grids = []
+    for layout in layouts:
+        starts = range(0, len(layout), num_columns)
+        rows = [np.hstack([tiles[id] for id in layout[s : s + num_columns]]) for s in starts]
+        grids.append(encode_shown(np.vstack(rows), palette))
+    return grids

@@ -29,7 +29,9 @@ class Drawn:
     Args:
         pictures: by id, with names.
         pngs: encoded, by id.
-        tiles: uint8 RGB of a third of the side, as scenes show them.
+        tiles: uint8 RGB of a third of the side.
+        shown: the tiles as scenes show them: places in `palette`, which all of them share.
+        palette: 256 colours, RGB RGB RGB ...
         twins: for each id the ids that look the same at the size of a tile, itself among them.
         same: for each id the ids that share a name with it; absent where there are none.
     """
@@ -37,6 +39,8 @@ class Drawn:
     pictures: dict[str, Picture]
     pngs: dict[str, bytes]
     tiles: dict[str, np.ndarray]
+    shown: dict[str, np.ndarray]
+    palette: bytes
     twins: dict[str, tuple[str, ...]]
     same: dict[str, set[str]]
 
@@ -47,7 +51,7 @@ class Drawn:
 
     def small(self, id: str) -> bytes:
         """The picture as scenes show it: a tile, encoded."""
-        return encode(Image.fromarray(self.tiles[id]), 128, Image.Quantize.FASTOCTREE)
+        return encode_shown(self.shown[id], self.palette)
 
     def named(self) -> list[str]:
         """The ids that have a name."""
@@ -70,21 +74,38 @@ def draw(pictures: dict[str, Picture], size: int, num_jobs: int) -> Drawn:
     drawn = run(partial(_draw_one, size=size), pictures, num_jobs, "drawing")
     for id, (png, tile) in zip(pictures, drawn, strict=True):
         pngs[id], tiles[id] = png, tile
-    return Drawn(pictures, pngs, tiles, find_twins(tiles), same_names(pictures.values()))
+    twins, same = find_twins(tiles), same_names(pictures.values())
+    return Drawn(pictures, pngs, tiles, *_share_palette(tiles), twins, same)
 
 
-def encode(image: Image.Image, num_colours: int, method: Image.Quantize) -> bytes:
+def encode(image: Image.Image) -> bytes:
     """Encode as a PNG with a palette: smallest and fastest of what was measured.
 
-    A picture and a scene of 84 px take 1.1 and 2.3 kB and decode in 57 and 71 us, with an error
-    (root mean square, of 255) of 0.7 and 2.8. RGB PNG: 2.3 and 6.3 kB, 119 and 135 us, no error.
-    JPEG at quality 90: 3.2 and 5.6 kB, 130 and 191 us, 2.8 and 4.4. WebP without loss: 1.0 and
-    3.9 kB, 112 and 212 us.
+    A picture of 84 px takes 1.1 kB and decodes in 57 us, with an error (root mean square, of 255)
+    of 0.7. RGB PNG: 2.3 kB, 119 us, no error. JPEG at quality 90: 3.2 kB, 130 us, 2.8. WebP
+    without loss: 1.0 kB, 112 us.
     """
     buffer = io.BytesIO()
-    palette = image.quantize(num_colours, method=method, dither=Image.Dither.NONE)
-    palette.save(buffer, format="PNG")
+    # Half of the pictures have over 110 colours, nearly all of them on smoothed edges.
+    image.quantize(64, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def encode_shown(places: np.ndarray, palette: bytes) -> bytes:
+    """Encode tiles put together. One palette for all: equal tiles are equal in every scene."""
+    image = Image.fromarray(places)
+    image.putpalette(palette)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _share_palette(tiles: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], bytes]:
+    """Bring all tiles to the 256 colours that serve them best."""
+    sheet = Image.fromarray(np.vstack(list(tiles.values())))
+    sheet = sheet.quantize(256, Image.Quantize.MEDIANCUT, kmeans=1, dither=Image.Dither.NONE)
+    places = np.split(np.asarray(sheet), len(tiles))
+    return dict(zip(tiles, places, strict=True)), bytes(sheet.getpalette("RGB") or b"")
 
 
 def run(
@@ -124,5 +145,4 @@ def _draw_one(id: str, size: int) -> tuple[bytes, np.ndarray]:
         skip_system_fonts=True,  # all is outlines; searching for fonts takes longer than drawing
     )
     image = Image.open(io.BytesIO(png)).convert("RGB")
-    # Half of the pictures have over 110 colours, nearly all of them on smoothed edges.
-    return encode(image, 64, Image.Quantize.MEDIANCUT), np.asarray(image.reduce(GRID))
+    return encode(image), np.asarray(image.reduce(GRID))

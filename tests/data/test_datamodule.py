@@ -21,7 +21,7 @@ from metaembed_pl.errors import UserError
 from metaembed_pl.item import Item, Pair, stable_hash
 
 
-def count_items(items, side):
+def count_items(items, side, always_image=False):
     """Stands in for a processing where only the pairs matter."""
     return {"count": torch.tensor(len(items))}
 
@@ -69,7 +69,7 @@ def test_candidates_are_positives_then_each_querys_negatives():
     seen = {}
     batch = collate(
         pairs,
-        lambda items, side: seen.update({side: items}) or {},
+        lambda items, side, always_image: seen.update({side: items}) or {},
         source="s",
         step=0,
         num_negatives=2,

@@ -55,6 +55,18 @@ def test_a_source_joins_at_its_first_step():
     assert Counter(order[10:]) == {0: 10, 1: 30}
 
 
+def test_a_source_leaves_at_its_last_step():
+    sources = [
+        PlannedSource("a", (40,), 1),
+        PlannedSource("b", (40,), 2, first_step=5, last_step=9),
+        PlannedSource("c", (40,), 3, first_step=9),
+    ]
+    order = [Plan(sources, 8).batch(step).source for step in range(49)]
+    assert order[:5] == [0] * 5
+    assert set(order[5:9]) == {0, 1}
+    assert Counter(order[9:]) == {0: 10, 2: 30}
+
+
 def test_without_weights_sources_share_by_size():
     sources = [PlannedSource("a", (30,)), PlannedSource("b", (90,))]
     plan = Plan(sources, global_batch_size=10)
@@ -104,7 +116,14 @@ def test_pairs_stay_within_the_open_shards():
         ([PlannedSource("a", (9,)), PlannedSource("a", (9,))], 8, "names must differ"),
         ([PlannedSource("a", (9,), 1.0), PlannedSource("b", (9,))], 8, "to every .* or to none"),
         ([PlannedSource("a", (9,), -1.0)], 8, "positive, got -1"),
-        ([PlannedSource("a", (9,), first_step=1)], 8, "no training source starts at step 0"),
+        ([PlannedSource("a", (9,), first_step=1)], 8, "no training source is there at step 0"),
+        ([PlannedSource("a", (9,), last_step=7)], 8, "no training source is there at step 7"),
+        (
+            [PlannedSource("a", (9,), 1, last_step=7), PlannedSource("b", (9,), 1, first_step=8)],
+            8,
+            "no training source is there at step 7",
+        ),
+        ([PlannedSource("a", (9,), first_step=3, last_step=3)], 8, "3 must come after first_step 3"),
         ([PlannedSource("a", (9,))], 1, "at least 2, got 1"),
     ],
 )

@@ -34,7 +34,7 @@ script = load_script()
 import _openmoji  # noqa: E402  (found once the script has put its folder on the path)
 import _raster  # noqa: E402
 from _emoji_pairs import edit_pairs, name_pairs, picture_pairs  # noqa: E402
-from _emoji_scenes import make_scenes, scene_pairs  # noqa: E402
+from _emoji_scenes import make_scenes, make_small_scenes, scene_pairs  # noqa: E402
 
 
 def make(folder, *options):
@@ -221,8 +221,32 @@ def test_a_scene_shows_what_it_says_and_its_hard_negative_lacks_what_is_asked():
             row, column = 28 * (place // 3), 28 * (place % 3)
             tile, other = (s[row : row + 28, column : column + 28] for s in (scene, swapped))
             assert np.abs(tile - drawn.tiles[id]).mean() < 5  # the palette's error
-            assert (np.abs(tile - other).mean() > 5) == (id == pair.asks)
+            assert np.array_equal(tile, other) == (id != pair.asks)
         assert pair.query.text == pictures[pair.asks].names["en"]
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (2, 2)])
+def test_small_scenes_show_what_they_say(shape):
+    pictures = _openmoji.load_pictures(["en"])
+    ids = [id for id in pictures if id.startswith("1F34") and len(id) == 5]  # food
+    drawn = draw(*ids)
+    scenes = make_small_scenes(drawn.pictures, ids, 20, 0, shape)
+    assert len(scenes) == 20
+    for pair in scene_pairs(drawn, "train", scenes, num_jobs=1):
+        picture = pair.positive.load_image()
+        assert picture.size == (28 * shape[1], 28 * shape[0])
+        row, column = divmod(pair.positive.answers.index(pair.asks), shape[1])
+        tile = picture.crop((28 * column, 28 * row, 28 * column + 28, 28 * row + 28))
+        assert np.abs(np.asarray(tile, np.int16) - drawn.tiles[pair.asks]).mean() < 5
+        assert pair.asks not in pair.negatives[0].answers
+
+
+def test_small_scenes_are_for_training_alone(built, pairs):
+    for name, num_pictures in (("emoji_scene_1x2", 2), ("emoji_scene_2x2", 4)):
+        assert not (built / "test" / name).exists()
+        found = ShardedPairs(built / "train" / name)
+        assert {len(pair.positive.answers) >= num_pictures for pair in found} == {True}
+        assert len(found) >= 14
 
 
 def test_only_named_pictures_without_tones_are_asked_for(pairs):

@@ -41,6 +41,7 @@ class TrainSource:
         weight: share of the batches relative to the other sources; None for all: by size.
         num_negatives: hard negatives a query; None takes the data module's.
         first_step: the source joins the mixture at this step: names before scenes, say.
+        last_step: the source leaves the mixture at this step; None: it stays.
     """
 
     path: str
@@ -48,6 +49,7 @@ class TrainSource:
     weight: float | None = None
     num_negatives: int | None = None
     first_step: int = 0
+    last_step: int | None = None
 
 
 @dataclass
@@ -146,6 +148,7 @@ class EvaluationBatches(Dataset):
         num_ranks: int = 1,
     ):
         self.pool, self.process = pool, process
+        self.always_image = num_ranks > 1  # ZeRO-3: all ranks must run the same modules
         counts: dict[Literal["query", "candidate"], int] = {
             "candidate": len(pool.candidates),
             "query": len(pool.queries),
@@ -162,7 +165,7 @@ class EvaluationBatches(Dataset):
     def __getitem__(self, i: int) -> EvalBatch:
         side, indices = self.batches[i]
         items = self.pool.candidates if side == "candidate" else self.pool.queries
-        inputs = self.process([items[index] for index in indices], side)
+        inputs = self.process([items[index] for index in indices], side, self.always_image)
         return EvalBatch(self.pool.name, side, torch.tensor(indices), inputs)
 
 
@@ -238,6 +241,7 @@ class RetrievalDataModule(pl.LightningDataModule):
                     tuple(shards.shard_sizes),
                     source.weight,
                     source.first_step,
+                    source.last_step,
                 )
                 for source, shards in zip(self.train_sources, self._shards, strict=True)
             ],

@@ -27,12 +27,14 @@ class PlannedSource:
         shard_sizes: pairs in each of its shards.
         weight: share of the batches, relative to the other sources; None: its share of all pairs.
         first_step: the source joins at this step; the others share the batches before.
+        last_step: the source leaves at this step; None: it stays to the end.
     """
 
     name: str
     shard_sizes: tuple[int, ...]
     weight: float | None = None
     first_step: int = 0
+    last_step: int | None = None
 
     @property
     def num_pairs(self) -> int:
@@ -76,6 +78,9 @@ class Plan:
         weights = [s.num_pairs if s.weight is None else s.weight for s in sources]
         self._weights = np.array(weights, dtype=np.float64)
         self._first_steps = np.array([source.first_step for source in sources])
+        self._last_steps = np.array(
+            [np.inf if s.last_step is None else s.last_step for s in sources]
+        )
         self._due = np.zeros(len(sources))  # batches each source should have had so far
         self._order = np.empty(0, dtype=np.int64)  # source of each step, as far as asked for
         self._turns = np.zeros(len(sources), dtype=np.int64)
@@ -125,9 +130,10 @@ class Plan:
         order, rounds = np.empty((2, num_steps), dtype=np.int64)
         order[:known], rounds[:known] = self._order, self._rounds
         for step in range(known, num_steps):
-            weights = np.where(self._first_steps <= step, self._weights, 0.0)
+            present = (self._first_steps <= step) & (step < self._last_steps)
+            weights = np.where(present, self._weights, 0.0)
             self._due += weights / weights.sum()
-            source = int(np.argmax(self._due - self._turns))
+            source = int(np.argmax(np.where(present, self._due - self._turns, -np.inf)))
             order[step], rounds[step] = source, self._turns[source]
             self._turns[source] += 1
         self._order, self._rounds = order, rounds
@@ -160,8 +166,7 @@ def _check(sources: Sequence[PlannedSource], global_batch_size: int) -> None:
         )
     if len({source.weight is None for source in sources}) > 1:
         raise UserError("give a weight to every training source or to none")
-    if all(source.first_step > 0 for source in sources):
-        raise UserError("no training source starts at step 0: set first_step to 0 for at least one")
+    _check_presence(sources)
     for source in sources:
         if source.weight is not None and source.weight <= 0:
             raise UserError(f"source {source.name}: weight must be positive, got {source.weight}")
@@ -170,3 +175,24 @@ def _check(sources: Sequence[PlannedSource], global_batch_size: int) -> None:
                 f"source {source.name} has {source.num_pairs} pairs, fewer than one global batch "
                 f"of {global_batch_size}; lower global_batch_size or leave the source out"
             )
+
+
+def _check_presence(sources: Sequence[PlannedSource]) -> None:
+    """Refuses sources that never come, and steps at which no source is there."""
+    for source in sources:
+        if source.last_step is not None and source.last_step <= source.first_step:
+            raise UserError(
+                f"source {source.name}: last_step {source.last_step} must come after first_step "
+                f"{source.first_step}"
+            )
+    covered = 0
+    for source in sorted(sources, key=lambda source: source.first_step):
+        if source.first_step > covered:
+            break
+        if source.last_step is None:
+            return
+        covered = max(covered, source.last_step)
+    raise UserError(
+        f"no training source is there at step {covered}: set first_step to 0 for at least one, and "
+        "leave last_step out of one that stays"
+    )

@@ -1,8 +1,8 @@
 """The optimiser and its schedule."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -18,6 +18,9 @@ class OptimizerConfig:
     Args:
         lr: the highest learning rate.
         meta_token_lr: that of the meta tokens; None: the same.
+        muon_lr: trains the backbone's matrices with Muon at this rate and only the rest with AdamW:
+            for a model from scratch, which then needs about half the steps (docs/log.md). Updates
+            are scaled to AdamW's size, so the rate is of AdamW's order. None: AdamW for all.
         weight_decay: of matrices; never of norms, biases, embeddings and meta tokens.
         betas: AdamW's.
         schedule: how the learning rate falls after the warm-up.
@@ -26,6 +29,7 @@ class OptimizerConfig:
 
     lr: float = 1e-4
     meta_token_lr: float | None = None
+    muon_lr: float | None = None
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.999)
     schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
@@ -36,8 +40,51 @@ class OptimizerConfig:
             raise UserError(
                 f"optimizer.warmup is a share of all steps, 0 to below 1, got {self.warmup}"
             )
-        if self.lr <= 0:
-            raise UserError(f"optimizer.lr must be positive, got {self.lr}")
+        for name in ("lr", "muon_lr", "meta_token_lr"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise UserError(f"optimizer.{name} must be positive, got {value}")
+
+
+class MuonAndAdamW(torch.optim.Optimizer):
+    """Two optimisers that step, are scheduled and are saved as one.
+
+    Args:
+        muon: of the matrices.
+        adamw: of all other parameters.
+
+    Source: Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024, in
+    torch's implementation, which takes matrices alone.
+    """
+
+    def __init__(self, muon: torch.optim.Optimizer, adamw: torch.optim.Optimizer):
+        self.parts = (muon, adamw)
+        super().__init__([{"params": g["params"]} for part in self.parts for g in part.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        """A schedule writes its rate into our groups: let them be the parts' own."""
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of both."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self.parts:
+            part.step()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """Both states."""
+        return {"muon": self.parts[0].state_dict(), "adamw": self.parts[1].state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over both states."""
+        for part, name in zip(self.parts, ("muon", "adamw"), strict=True):
+            part.load_state_dict(state_dict[name])
+        self._share()
 
 
 def build_optimizer(
@@ -53,9 +100,11 @@ def build_optimizer(
     }
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     plain = {id(p) for p in trainable if p.ndim < 2} | embeddings | own
+    matrices = [p for p in trainable if p.ndim == 2 and id(p) not in plain]
+    by_muon = {id(p) for p in matrices} if config.muon_lr else set()
     groups = [
         {
-            "params": [p for p in trainable if id(p) not in plain],
+            "params": [p for p in trainable if id(p) not in plain | by_muon],
             "weight_decay": config.weight_decay,
         },
         {"params": [p for p in trainable if id(p) in plain - own], "weight_decay": 0.0},
@@ -65,8 +114,16 @@ def build_optimizer(
             "lr": config.meta_token_lr or config.lr,
         },
     ]
-    optimizer = torch.optim.AdamW(
+    optimizer: torch.optim.Optimizer = torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=config.lr, betas=config.betas
     )
+    if config.muon_lr:
+        muon = torch.optim.Muon(
+            matrices,
+            lr=config.muon_lr,
+            weight_decay=config.weight_decay,
+            adjust_lr_fn="match_rms_adamw",
+        )
+        optimizer = MuonAndAdamW(muon, optimizer)
     warmup = round(config.warmup * num_steps)
     return optimizer, get_scheduler(config.schedule, optimizer, warmup, num_steps)
