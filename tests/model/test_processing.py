@@ -1,9 +1,13 @@
+import json
+
 import pytest
 import torch
 
 import tiny
 from metaembed_pl.errors import UserError
 from metaembed_pl.item import Item
+from metaembed_pl.model.family import family_of
+from metaembed_pl.model.image_processors import load_image_processor
 from metaembed_pl.model.processing import Processing, Prompt
 
 IMAGE_PAD = "<|image_pad|>"
@@ -69,6 +73,75 @@ def test_what_is_saved_loads_to_the_same_tensors(tmp_path):
     before, after = (p(items, "query", 4) for p in (processing, loaded))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_prompt_given_in_part_keeps_the_rest_of_its_familys():
+    processing = tiny.processing(tiny.CONFIGS["mllama"], prompt=Prompt(query="Find: "))
+    batch = processing([Item("red")], "query", num_slots=1)
+    assert processing.tokenizer.decode(batch["input_ids"][0, :-1]) == (
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nFind: red<|eot_id|>"
+    )
+
+
+def test_refuses_marks_that_the_tokenizer_would_read_as_letters():
+    smol = tiny.processing(tiny.CONFIGS["smolvlm"])
+    parts = family_of("idefics3"), smol.tokenizer, smol.image_processor
+    with pytest.raises(UserError, match=r"idefics3 has <\|begin_of_text\|>.* set prompt\.prefix"):
+        Processing(*parts)
+    batch = Processing(*parts, Prompt(prefix="<|im_start|>User:"))([Item("red")], "query", 1)
+    assert batch["input_ids"][0, 0] == smol.tokenizer.convert_tokens_to_ids("<|im_start|>")
+
+
+def test_a_prompt_may_be_empty():
+    prompt = Prompt(prefix="", query="", image_only="", suffix="")
+    batch = tiny.processing(prompt=prompt)([Item("red")], "query", num_slots=1)
+    assert batch["input_ids"].shape == (1, 2)
+
+
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+def test_only_a_batch_without_images_gets_a_picture_that_does_not_count(name):
+    processing = tiny.processing(tiny.CONFIGS[name])
+    texts, image = [Item("red"), Item("blue")], Item(image=tiny.picture(0))
+    made = processing(texts, "query", 3, always_image=True)
+    assert made["slot_index"].shape == (2, 3)
+    assert len(made["input_ids"]) == len(made["attention_mask"]) == 3
+    assert "pixel_values" in made
+    assert "pixel_values" not in processing(texts, "query", 3)
+    assert len(processing([*texts, image], "query", 3, always_image=True)["input_ids"]) == 3
+
+
+def test_the_picture_that_does_not_count_is_not_cut_into_tiles():
+    made = tiny.processing(tiny.CONFIGS["smolvlm"])([Item("red")], "query", 1, always_image=True)
+    assert made["pixel_values"].shape[:2] == (1, 1)
+
+
+def test_names_the_size_of_an_image_that_cannot_be_prepared(processing):
+    with pytest.raises(UserError, match=r"images of 300 x 1: .* aspect ratio"):
+        processing([Item(image=tiny.picture(0, (300, 1)))], "query", 1)
+
+
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+def test_an_image_processor_loads_by_any_name_of_its_kind(name, tmp_path):
+    processing = tiny.processing(tiny.CONFIGS[name])
+    processing.save(tmp_path)
+    file = tmp_path / "preprocessor_config.json"
+    settings = json.loads(file.read_text())
+    kind = settings["image_processor_type"].removesuffix("Pil")
+    for named in (kind, f"{kind}Fast", f"{kind}Pil"):
+        file.write_text(json.dumps(settings | {"image_processor_type": named}))
+        loaded = load_image_processor(str(tmp_path))
+        assert type(loaded) is type(processing.image_processor)
+        assert loaded.size == processing.image_processor.size
+    file.write_text(json.dumps(settings | {"image_processor_type": "CLIPImageProcessor"}))
+    with pytest.raises(UserError, match=r"is of CLIPImageProcessor, expected one of Gemma3Image"):
+        Processing.load(tmp_path)
+
+
+def test_refuses_a_tokenizer_without_its_words():
+    processing = tiny.processing()
+    empty = tiny.train_tokenizer(["red"], 300, family_of("gemma3"))
+    with pytest.raises(UserError, match=r"does not know <\|image_pad\|>: are its files missing"):
+        Processing(processing.family, empty, processing.image_processor)
 
 
 def test_refuses_no_items(processing):

@@ -19,7 +19,10 @@ TRAINING_VERBS = {
     "predict": "meta embeddings of the recipe's test sets",
 }
 VERBS = {
+    "recipes": "list the recipes that come with the package, print one, start your own",
+    "check": "would a recipe run, and on what: all faults, parameters, steps, memory",
     "search": "search items by text or picture, at a budget",
+    "export": "a run as a folder that loads anywhere, or on the Hugging Face hub",
 }
 
 

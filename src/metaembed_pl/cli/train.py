@@ -46,6 +46,7 @@ QUIET = (  # what libraries warn of and a user of this package can do nothing ab
     ".*`IterableDataset` has `__len__` defined.*",
     ".*LeafSpec.* is deprecated.*",
     ".*Total length of `list` across ranks is zero.*",  # a run without validation sets
+    ".*could not find the monitored key.*",  # likewise: it has no best checkpoint
     ".*sync_dist=True.*",  # our metrics have gathered all ranks' rows already
     ".*torch.distributed.* is deprecated.*",  # their successors came with torch 2.13
 )

@@ -3,9 +3,9 @@
 Shape letters: B pairs, N hard negatives a query, A answers of a candidate (padded with -1).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from jaxtyping import Int
@@ -13,7 +13,17 @@ from torch import Tensor
 
 from metaembed_pl.item import Item, Pair, stable_hash
 
-Process = Callable[[Sequence[Item], str], dict[str, Tensor]]
+Side = Literal["query", "candidate"]
+
+
+class Process(Protocol):
+    """Turns items into tensors; see `Processing` for what `always_image` is for."""
+
+    def __call__(
+        self, items: Sequence[Item], side: Side, always_image: bool = False
+    ) -> dict[str, Tensor]:
+        """Tensors of a batch of items of one side."""
+        ...
 
 
 @dataclass
@@ -51,7 +61,7 @@ class EvalBatch:
     """Some queries or candidates of an evaluation set; `index` says which."""
 
     dataset: str
-    side: Literal["query", "candidate"]
+    side: Side
     index: Int[Tensor, " B"]
     inputs: dict[str, Tensor]
 
@@ -100,7 +110,11 @@ def choose_negatives(pair: Pair, count: int, turn: int) -> Pair:
 def collate(
     pairs: Sequence[Pair], process: Process, *, source: str, step: int, num_negatives: int
 ) -> TrainBatch:
-    """One batch of pairs that each have `num_negatives` hard negatives."""
+    """One batch of pairs that each have `num_negatives` hard negatives.
+
+    Both of its sides run through the vision tower even where they have no image, so that ranks
+    whose pairs differ run the same modules.
+    """
     positives = [pair.positive for pair in pairs]
     negatives = [negative for pair in pairs for negative in pair.negatives]
     answers = _padded_answers(negatives)
@@ -108,8 +122,8 @@ def collate(
         source=source,
         step=step,
         keys=[pair.id for pair in pairs],
-        queries=process([pair.query for pair in pairs], "query"),
-        candidates=process([*positives, *negatives], "candidate"),
+        queries=process([pair.query for pair in pairs], "query", always_image=True),
+        candidates=process([*positives, *negatives], "candidate", always_image=True),
         num_negatives=num_negatives,
         asks=torch.tensor([stable_hash(pair.asked) for pair in pairs]),
         answers=_padded_answers(positives),

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerFast
@@ -19,10 +18,15 @@ from metaembed_pl.errors import UserError
 from metaembed_pl.item import Pair
 from metaembed_pl.model.family import Family, family_of
 from metaembed_pl.model.kernels import FP32, use_fast_kernels
+from metaembed_pl.model.options import (
+    checkpoint_activations,
+    compile_layers,
+    nf4_weights,
+    refuse_missing_flash,
+    use_liger,
+)
 from metaembed_pl.model.processing import Processing, Prompt, load_processors
-
-# Heads that the checkpoint of a generative model brings and the base model has no place for.
-UNUSED_HEADS = ("lm_head.", "model.lm_head.")
+from metaembed_pl.model.weights import load_backbone
 
 
 @dataclass
@@ -40,7 +44,7 @@ class ScratchTokenizer:
 
 @dataclass
 class BackboneConfig:
-    """Which vision-language model, and how it is run. Give either `path` or `scratch`.
+    """Which vision-language model (`path` or `scratch`), and how it is run (from `dtype` on).
 
     Args:
         path: hub id or folder of a pretrained model.
@@ -53,6 +57,9 @@ class BackboneConfig:
         dtype: of the weights of a pretrained model.
         attention: `sdpa`, `sdpa_fp32` (for bf16 on a CPU), `flash_attention_2` or `eager`.
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
+        quantization: `nf4` holds the weights of linear layers in 4 bits (QLoRA: with `lora` only).
+        liger: use Liger's kernels.
+        compile: torch.compile for the layers of the language model.
     """
 
     path: str | None = None
@@ -65,43 +72,59 @@ class BackboneConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     attention: Literal["sdpa", "sdpa_fp32", "flash_attention_2", "eager"] = "sdpa"
     gradient_checkpointing: bool = False
+    quantization: Literal["nf4"] | None = None
+    liger: bool = False
+    compile: bool = False
 
     def __post_init__(self) -> None:
-        if (self.path is None) == (self.scratch is None):
+        if self.path is not None and self.scratch is not None:
             raise UserError("a backbone needs either `path` or `scratch`, and not both")
         if self.scratch is not None and self.tokenizer is None:
             raise UserError("a `scratch` backbone needs a `tokenizer` (vocab_size and sources)")
+        if self.scratch is not None and self.quantization:
+            raise UserError("quantization is of a pretrained backbone: give `path`, not `scratch`")
 
 
 def build_processing(config: BackboneConfig, prompt: Prompt) -> Processing:
     """The preprocessing that goes with a backbone."""
     if config.path is not None:
         tokenizer, image_processor = load_processors(config.path, config.revision)
-        family = family_of(
-            AutoConfig.from_pretrained(config.path, revision=config.revision).model_type
-        )
-        limits = {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels}
-        size = dict(image_processor.size) | {k: v for k, v in limits.items() if v is not None}
-        image_processor.size = size
+        settings = AutoConfig.from_pretrained(config.path, revision=config.revision)
+        family = family_of(settings.model_type)
+        limits = config.min_pixels, config.max_pixels
+        family.set_up(image_processor, settings.to_dict(), *limits)
     else:
-        assert config.scratch is not None
-        assert config.tokenizer is not None
+        if config.scratch is None or config.tokenizer is None:
+            raise UserError(
+                "a backbone needs either `path` or `scratch`, or model.start_from a trained one: "
+                "the recipe has none of them"
+            )
         family = family_of(config.scratch.get("model_type", ""))
         tokenizer = train_tokenizer(
             _texts(config.tokenizer.sources), config.tokenizer.vocab_size, family
         )
         image_processor = family.image_processor(
-            config.scratch["vision_config"], config.min_pixels, config.max_pixels
+            config.scratch, config.min_pixels, config.max_pixels
         )
     return Processing(family, tokenizer, image_processor, prompt, config.max_text_tokens)
 
 
 def build_backbone(config: BackboneConfig, processing: Processing) -> PreTrainedModel:
-    """The base model, on the CPU, in train mode; pretrained weights are checked one by one."""
+    """The base model, in train mode; pretrained weights are checked one by one.
+
+    It is on the CPU, or quantized on its GPU.
+    """
     attention = "sdpa" if config.attention == FP32 else config.attention
+    if attention == "flash_attention_2":
+        refuse_missing_flash()
     if config.path is not None:
+        quantized = nf4_weights() if config.quantization else {}
         model = load_backbone(
-            config.path, config.dtype, revision=config.revision, attn_implementation=attention
+            config.path,
+            config.dtype,
+            revision=config.revision,
+            attn_implementation=attention,
+            **quantized,
         )
     else:
         model = AutoModel.from_config(
@@ -109,8 +132,12 @@ def build_backbone(config: BackboneConfig, processing: Processing) -> PreTrained
         )
     if attention == "sdpa":
         use_fast_kernels(model, config.attention, processing.family)
+    if config.liger:
+        use_liger(model)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model)
+    if config.compile:
+        compile_layers(model, processing.family)
     return model.train()
 
 
@@ -133,47 +160,6 @@ def scratch_config(values: dict[str, Any], processing: Processing) -> Any:
         return AutoConfig.for_model(**config)
     except (TypeError, ValueError, StrictDataclassError) as error:
         raise UserError(f"the backbone's `scratch` config is not valid: {error}") from error
-
-
-def load_backbone(path: str, dtype: str = "float32", **kwargs: Any) -> PreTrainedModel:
-    """A pretrained base model, with every weight accounted for.
-
-    Raises:
-        UserError: a weight is missing, unexpected (but for a language-model head) or mis-shaped:
-            transformers would go on with random values there.
-    """
-    try:
-        model, report = AutoModel.from_pretrained(
-            path, dtype=getattr(torch, dtype), output_loading_info=True, **kwargs
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: no model could be loaded from there: {str(error).splitlines()[0]}"
-        ) from error
-    unexpected = [key for key in report["unexpected_keys"] if not key.startswith(UNUSED_HEADS)]
-    faults = {
-        "missing": sorted(report["missing_keys"]),
-        "unexpected": sorted(unexpected),
-        "mis-shaped": sorted(str(key) for key in report["mismatched_keys"]),
-    }
-    refuse_faults(path, faults)
-    if kwargs.get("attn_implementation", "sdpa") == "sdpa":
-        use_fast_kernels(model, "sdpa", family_of(model.config.model_type))
-    return model
-
-
-def refuse_faults(path: str | Path, faults: dict[str, list[str]]) -> None:
-    """Raises one UserError that counts and names the weights that do not fit."""
-    told = [
-        f"{len(keys)} {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-        for kind, keys in faults.items()
-        if keys
-    ]
-    if told:
-        raise UserError(
-            f"{path}: its weights do not fit this model: {'; '.join(told)}; "
-            "is it of another architecture or only partly saved?"
-        )
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, family: Family) -> Any:

@@ -5,9 +5,7 @@
     >>> candidates = model.encode_candidate([{"image": "a.png"}])         # doctest: +SKIP
     >>> model.score(queries, candidates, budget="4x8")                    # doctest: +SKIP
 
-A model folder holds `metaembed.json`, `meta_tokens.safetensors` (meta tokens and projection),
-`backbone/` (config and weights in safetensors) and the tokenizer and image processor in
-`processing/`.
+What a model folder holds: see model_folder.py.
 
 Shape letters: B items of a batch, N items, R meta embeddings an item (R_q or R_c), D their width.
 """
@@ -20,8 +18,7 @@ from typing import Any, get_args
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -31,11 +28,18 @@ from metaembed_pl.errors import UserError
 from metaembed_pl.files import new_folder
 from metaembed_pl.item import Item
 from metaembed_pl.late_interaction import maxsim
-from metaembed_pl.model.backbone import load_backbone, refuse_faults
+from metaembed_pl.model.backbone import BackboneConfig
 from metaembed_pl.model.meta_tokens import Layout, MetaTokens
+from metaembed_pl.model.model_folder import (
+    FORMAT,
+    SETTINGS,
+    find_model_folder,
+    load_folder_backbone,
+    read_settings,
+    save_backbone,
+)
 from metaembed_pl.model.processing import Processing, Side
-
-FORMAT = 1
+from metaembed_pl.model.weights import load_into
 
 
 @dataclass(frozen=True)
@@ -45,9 +49,11 @@ class Processor:
     processing: Processing
     num_slots: dict[Side, int]
 
-    def __call__(self, items: Sequence[Item], side: Side) -> dict[str, Tensor]:
-        """The tensors `MetaEmbedder.forward` takes."""
-        return self.processing(items, side, self.num_slots[side])
+    def __call__(
+        self, items: Sequence[Item], side: Side, always_image: bool = False
+    ) -> dict[str, Tensor]:
+        """The tensors `MetaEmbedder.forward` takes; `always_image` as in `Processing`."""
+        return self.processing(items, side, self.num_slots[side], always_image)
 
 
 class MetaEmbedder(nn.Module):
@@ -97,11 +103,17 @@ class MetaEmbedder(nn.Module):
         """Meta embeddings of a processed batch: unit vectors, fp32."""
         inputs = dict(inputs)
         slot_index = inputs.pop("slot_index")
+        inputs = self.processing.family.prepare(self.backbone, inputs)
         with self.meta_tokens.inserted(self.backbone.get_input_embeddings(), slot_index, side):
             output = self.backbone(**inputs, use_cache=False)
-        states = self.meta_tokens.read(output.last_hidden_state, slot_index, side)
-        # bf16 would cost three digits of the score: normalise in fp32.
-        return nn.functional.normalize(self.projection(states).float(), dim=-1)
+        hidden = output.last_hidden_state
+        states = self.meta_tokens.read(hidden, slot_index, side)
+        # bf16 would cost three digits of the score: project and normalise in fp32.
+        states = states.to(self.meta_tokens.embedding.weight.dtype)
+        found = nn.functional.normalize(self.projection(states).float(), dim=-1)
+        # The grey picture of `always_image` must take part in the backward pass as well.
+        stand_in = hidden[len(slot_index) :].float()
+        return found + 0 * stand_in.mean() if len(stand_in) else found
 
     @property
     def device(self) -> torch.device:
@@ -167,21 +179,29 @@ class MetaEmbedder(nn.Module):
         Raises:
             UserError: the folder exists and `overwrite` is not set.
         """
-        settings = {
+        with new_folder(Path(folder), overwrite) as temporary:
+            self.write_into(temporary, Path(folder))
+
+    def write_into(self, folder: Path, home: Path) -> None:
+        """Writes a model folder into an existing one, whose place will be `home`."""
+        settings = self.settings() | save_backbone(self.backbone, folder, home)
+        (folder / "processing").mkdir(exist_ok=True)
+        self.processing.save(folder / "processing")
+        save_file(self._own_tensors(), folder / "meta_tokens.safetensors")
+        (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+
+    def settings(self) -> dict[str, Any]:
+        """What `metaembed.json` says, but for where the backbone is."""
+        return {
             "format": FORMAT,
             "groups": [str(group) for group in self.groups],
             "layout": self.meta_tokens.layout,
             "projection": None if isinstance(self.projection, nn.Identity) else self.width,
             "width": self.width,
             "model_type": self.processing.family.model_type,
+            "dtype": str(self.backbone.dtype).removeprefix("torch."),
             "versions": versions(),
         }
-        with new_folder(Path(folder), overwrite) as temporary:
-            self.backbone.save_pretrained(temporary / "backbone", safe_serialization=True)
-            (temporary / "processing").mkdir()
-            self.processing.save(temporary / "processing")
-            save_file(self._own_tensors(), temporary / "meta_tokens.safetensors")
-            (temporary / "metaembed.json").write_text(json.dumps(settings, indent=2) + "\n")
 
     def _own_tensors(self) -> dict[str, Tensor]:
         own = {"meta_tokens": self.meta_tokens.embedding.weight}
@@ -190,59 +210,37 @@ class MetaEmbedder(nn.Module):
         return {name: tensor.detach().contiguous() for name, tensor in own.items()}
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device: str = "cpu") -> "MetaEmbedder":
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        device: str = "cpu",
+        options: BackboneConfig | None = None,
+        revision: str | None = None,
+    ) -> "MetaEmbedder":
         """Loads a model folder; every weight must be there and fit.
 
+        Args:
+            folder: a model folder, or the hub id of one.
+            device: where the model goes.
+            options: how the backbone is run; None: as it was saved. What it is, the folder says.
+            revision: of a hub id.
+
         Raises:
-            UserError: not a model folder, or its weights are missing, unexpected or mis-shaped.
+            UserError: not a model folder, or its weights are missing, unexpected or mis-shaped, or
+                its adapter belongs to another base model.
         """
-        folder = Path(folder)
-        settings = _read_settings(folder)
+        folder = find_model_folder(folder, revision)
+        settings = read_settings(folder)
+        processing = Processing.load(folder / "processing")
         model = cls(
-            load_backbone(str(folder / "backbone")),
-            Processing.load(folder / "processing"),
+            load_folder_backbone(folder, settings, options, processing),
+            processing,
             parse_groups(settings["groups"]),
             settings["layout"],
             settings["projection"],
         )
-        model._load_own_tensors(folder / "meta_tokens.safetensors")
+        load_into(model._own_tensors(), folder / "meta_tokens.safetensors")
         return model.eval().to(device)
-
-    def _load_own_tensors(self, file: Path) -> None:
-        try:
-            found = load_file(file)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{file}: not a readable safetensors file: {error}") from error
-        own = self._own_tensors()
-        refuse_faults(
-            file,
-            {
-                "missing": sorted(own.keys() - found.keys()),
-                "unexpected": sorted(found.keys() - own.keys()),
-                "mis-shaped": [
-                    n for n in own.keys() & found.keys() if own[n].shape != found[n].shape
-                ],
-            },
-        )
-        with torch.no_grad():
-            for name, tensor in own.items():
-                tensor.copy_(found[name])
-
-
-def _read_settings(folder: Path) -> dict[str, Any]:
-    file = folder / "metaembed.json"
-    if not file.is_file():
-        raise UserError(
-            f"{folder} is not a model folder: it has no metaembed.json; "
-            "expected what `fit` leaves in runs/NAME/model"
-        )
-    try:
-        settings = json.loads(file.read_text())
-    except ValueError as error:
-        raise UserError(f"{file}: not valid JSON: {error}") from error
-    if settings.get("format") != FORMAT:
-        raise UserError(f"{file}: format {settings.get('format')!r}, this version reads {FORMAT}")
-    return settings
 
 
 def _steps(count: int, batch_size: int, progress: bool, side: Side) -> Iterable[int]:

@@ -2,21 +2,78 @@
 
 Everything the rest of the code must know about Qwen2.5-VL or its peers stands here: how an image
 appears in the token sequence, which inputs the model wants, which layers LoRA adapts. Adding a
-family means adding a row to `FAMILIES`.
+family means adding a row to `FAMILIES`; the functions of its row stand in family_*.py.
 """
 
 import difflib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from jaxtyping import Int
+from torch import Tensor, nn
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from metaembed_pl.errors import UserError
+from metaembed_pl.model import family_idefics as idefics
+from metaembed_pl.model import family_mllama as mllama
+from metaembed_pl.model import family_qwen as qwen
+from metaembed_pl.model import family_siglip as siglip
 
 LANGUAGE_LAYERS = (
     r".*(language_model|text_model)\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 )
+VISION_LAYERS = (
+    r"(.*\.)?(visual|vision_tower|vision_model)\..*(blocks|layers)\.\d+\..*\."
+    r"(qkv|proj|q_proj|k_proj|v_proj|o_proj|out_proj|gate_proj|up_proj|down_proj"
+    r"|fc1|fc2|linear_fc1|linear_fc2)"
+)
+
+
+@dataclass(frozen=True)
+class Template:
+    """The words around an item, as one user turn of the family's chat template has them.
+
+    Args:
+        prefix: opens the turn; the image follows it.
+        suffix: closes the turn.
+        before_text: between image and text; also where there is no image.
+        query: stands before the text of queries only.
+        image_only: the text of an item that has none.
+    """
+
+    prefix: str
+    suffix: str
+    before_text: str = ""
+    query: str = "Query: "
+    image_only: str = "Describe the image."
+
+
+def _of_one_size(
+    image_processor: Any,
+    config: Mapping[str, Any],
+    min_pixels: int | None,
+    max_pixels: int | None,
+    image_length: Callable[[Mapping[str, Any]], int] | None = None,
+) -> None:
+    if min_pixels is not None or max_pixels is not None:
+        raise UserError(
+            "min_pixels and max_pixels must be null for this family, got "
+            f"{min_pixels} and {max_pixels}: its vision tower sees every image at one size"
+        )
+    if image_length is not None:
+        image_processor.image_seq_length = image_length(config)
+
+
+def _as_they_are(backbone: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return inputs
+
+
+ModelInputs = Callable[
+    [Mapping[str, Tensor], Mapping[str, Any], Int[Tensor, " N"], int], dict[str, Tensor]
+]
 
 
 @dataclass(frozen=True)
@@ -25,72 +82,152 @@ class Family:
 
     Args:
         model_type: the `model_type` of its transformers config.
-        image_tokens: from (tokenizer, image processor, its output) to one list of token ids an
-            image.
-        image_processor: from (vision config, min pixels, max pixels) to the image processor of a
-            model made from scratch.
-        lora_targets: regular expression over module names that LoRA adapts.
-        token_types: name of the tensor that marks image tokens with 1, or None where there is none.
+        template: the words around an item.
         special_tokens: what a tokenizer trained from scratch must have, with the config's name of
             each (None: the config does not name it). The first one pads.
+        image_token: stands where an image is.
+        image_text: from (image processor, its output) to the text that stands for each image.
+        scratch_image_processor: from the config of a model made from scratch to its image
+            processor.
+        set_up: from (image processor, model config as a dict, min pixels, max pixels): tells the
+            image processor what it must know of the model, and the limits of an image.
+        model_inputs: from (batch, image processor's output or nothing, rows with an image, id of
+            the image token) to what the model takes beside ids and attention mask.
+        vision_module: where the base model has its vision tower.
+        text_module: where it has its language model.
+        projector_module: what stands between them; None: part of the vision tower.
+        prepare: from (backbone, inputs) to the inputs of its forward: work done before it.
+        lora_targets: regular expression over the names of the language model's layers that LoRA
+            adapts.
+        vision_targets: the same for the vision tower.
+        image_options: what the image processor is called with.
+        stand_in_options: what makes it spend the least on a picture that does not count.
         packs_images: its vision tower runs over the patches of all images as one sequence.
     """
 
     model_type: str
-    image_tokens: Callable[[Any, Any, Any], list[list[int]]]
-    image_processor: Callable[[dict[str, Any], int | None, int | None], Any]
+    template: Template
+    special_tokens: tuple[tuple[str, str | None], ...]
+    image_token: str
+    image_text: Callable[[Any, Mapping[str, Any]], list[str]]
+    scratch_image_processor: Callable[[Mapping[str, Any]], Any]
+    set_up: Callable[[Any, Mapping[str, Any], int | None, int | None], None]
+    model_inputs: ModelInputs
+    vision_module: str
+    text_module: str
+    projector_module: str | None
+    prepare: Callable[[nn.Module, dict[str, Tensor]], dict[str, Tensor]] = _as_they_are
     lora_targets: str = LANGUAGE_LAYERS
-    token_types: str | None = None
-    special_tokens: tuple[tuple[str, str | None], ...] = ()
+    vision_targets: str = VISION_LAYERS
+    image_options: Mapping[str, Any] = field(default_factory=dict)
+    stand_in_options: Mapping[str, Any] = field(default_factory=dict)
     packs_images: bool = False
 
+    def image_processor(
+        self, config: Mapping[str, Any], min_pixels: int | None, max_pixels: int | None
+    ) -> Any:
+        """The image processor of a model made from scratch.
 
-def _qwen_image_tokens(tokenizer: Any, image_processor: Any, images: Any) -> list[list[int]]:
-    """`<|vision_start|>`, `<|image_pad|>` for every merged square of patches, `<|vision_end|>`."""
-    start, pad, end = tokenizer.convert_tokens_to_ids(
-        ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>"]
+        Args:
+            config: its transformers config.
+            min_pixels: smaller images are enlarged to it.
+            max_pixels: larger images are shrunk to it.
+        """
+        made = self.scratch_image_processor(config)
+        self.set_up(made, config, min_pixels, max_pixels)
+        return made
+
+
+def _qwen(model_type: str, **settings: Any) -> Family:
+    return Family(
+        model_type,
+        Template("<|im_start|>user\n", "<|im_end|>\n"),
+        qwen.SPECIAL_TOKENS,
+        "<|image_pad|>",
+        qwen.image_text,
+        partial(qwen.image_processor, **settings),
+        qwen.limit_pixels,
+        qwen.model_inputs,
+        vision_module="visual",
+        text_module="language_model",
+        projector_module=None,
+        packs_images=True,
     )
-    counts = images["image_grid_thw"].prod(dim=1) // image_processor.merge_size**2
-    return [[start, *[pad] * count, end] for count in counts.tolist()]
 
 
-def _qwen_image_processor(
-    vision: dict[str, Any], min_pixels: int | None, max_pixels: int | None
-) -> Qwen2VLImageProcessorPil:
-    patch, merge = vision.get("patch_size", 14), vision.get("spatial_merge_size", 2)
-    smallest = (patch * merge) ** 2
-    return Qwen2VLImageProcessorPil(
-        patch_size=patch,
-        merge_size=merge,
-        temporal_patch_size=vision.get("temporal_patch_size", 2),
-        size={
-            "shortest_edge": min_pixels or smallest,
-            "longest_edge": max_pixels or 1280 * smallest,
-        },
+def _idefics(
+    model_type: str, prefix: str, tokens: tuple[tuple[str, str | None], ...], kind: type
+) -> Family:
+    return Family(
+        model_type,
+        Template(prefix, "<end_of_utterance>\n"),
+        tokens,
+        "<image>",
+        idefics.image_text,
+        partial(idefics.image_processor, kind=kind),
+        idefics.limit_pixels,
+        idefics.model_inputs,
+        vision_module="vision_model",
+        text_module="text_model",
+        projector_module="connector",
+        image_options={"return_row_col_info": True},
+        stand_in_options={"do_image_splitting": False},
     )
 
 
-_QWEN_TOKENS = (
-    ("<|endoftext|>", None),
-    ("<|im_start|>", None),
-    ("<|im_end|>", None),
-    ("<|vision_start|>", "vision_start_token_id"),
-    ("<|vision_end|>", "vision_end_token_id"),
-    ("<|image_pad|>", "image_token_id"),
-    ("<|video_pad|>", "video_token_id"),
-)
+_HALF = [0.5, 0.5, 0.5]
 
 FAMILIES = {
     family.model_type: family
     for family in (
+        _qwen("qwen2_vl"),
+        _qwen("qwen2_5_vl"),
+        _qwen("qwen3_vl", patch_size=16, image_mean=_HALF, image_std=_HALF),
         Family(
-            "qwen2_5_vl",
-            image_tokens=_qwen_image_tokens,
-            image_processor=_qwen_image_processor,
-            token_types="mm_token_type_ids",
-            special_tokens=_QWEN_TOKENS,
-            packs_images=True,
+            "mllama",
+            Template("<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
+            mllama.SPECIAL_TOKENS,
+            "<|image|>",
+            mllama.image_text,
+            mllama.image_processor,
+            _of_one_size,
+            mllama.model_inputs,
+            vision_module="vision_model",
+            text_module="language_model",
+            projector_module="multi_modal_projector",
+            prepare=mllama.prepare,
         ),
+        Family(
+            "paligemma",
+            Template("", "\n", before_text="<bos>"),
+            siglip.PALIGEMMA_TOKENS,
+            "<image>",
+            siglip.paligemma_text,
+            siglip.paligemma_image_processor,
+            partial(_of_one_size, image_length=siglip.paligemma_length),
+            siglip.paligemma_inputs,
+            vision_module="vision_tower",
+            text_module="language_model",
+            projector_module="multi_modal_projector",
+        ),
+        Family(
+            "gemma3",
+            Template("<bos><start_of_turn>user\n", "<end_of_turn>\n"),
+            siglip.GEMMA3_TOKENS,
+            "<image_soft_token>",
+            siglip.gemma3_text,
+            siglip.gemma3_image_processor,
+            partial(_of_one_size, image_length=siglip.gemma3_length),
+            siglip.gemma3_inputs,
+            vision_module="vision_tower",
+            text_module="language_model",
+            projector_module="multi_modal_projector",
+            image_options={"do_pan_and_scan": False},
+        ),
+        _idefics(
+            "idefics3", "<|begin_of_text|>User:", idefics.IDEFICS3_TOKENS, Idefics3ImageProcessorPil
+        ),
+        _idefics("smolvlm", "<|im_start|>User:", idefics.SMOLVLM_TOKENS, SmolVLMImageProcessorPil),
     )
 }
 

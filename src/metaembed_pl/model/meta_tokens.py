@@ -5,7 +5,7 @@ ids ends in K slots (see processing.py); while the backbone runs, a forward hook
 embedding writes the learned vectors into these slots. So every family keeps its own way of making
 positions and masks from token ids, and no vocabulary is resized.
 
-Shape letters: B rows, L tokens, H hidden width, K slots.
+Shape letters: B rows, N rows of which the first B are read, L tokens, H hidden width, K slots.
 """
 
 from collections.abc import Iterator
@@ -73,13 +73,16 @@ class MetaTokens(nn.Module):
         """While open, the output of `input_embedding` holds the meta tokens at `slot_index`.
 
         The hook lives for one forward only: Lightning's DeepSpeed set-up strips persistent hooks.
+        Rows beyond those of `slot_index` stay as they are. Gemma scales its input embeddings; so it
+        does the meta tokens, which are then what new rows of the vocabulary would be.
         """
+        scale = getattr(input_embedding, "embed_scale", 1.0)
 
         def write(_module: nn.Module, _args: tuple, output: Float[Tensor, "B L H"]) -> Tensor:
             # Called as a module, so that ZeRO-3 gathers the sharded table.
-            tokens = self.embedding(self._rows(side)).to(output.dtype)
+            tokens = (self.embedding(self._rows(side)) * scale).to(output.dtype)
             index = slot_index[:, :, None].expand(-1, -1, output.shape[-1])
-            return output.scatter(1, index, tokens.expand(len(output), -1, -1))
+            return output.scatter(1, index, tokens.expand_as(index))
 
         handle = input_embedding.register_forward_hook(write)
         try:
@@ -88,7 +91,7 @@ class MetaTokens(nn.Module):
             handle.remove()
 
     def read(
-        self, hidden: Float[Tensor, "B L H"], slot_index: Int[Tensor, "B K"], side: Side
+        self, hidden: Float[Tensor, "N L H"], slot_index: Int[Tensor, "B K"], side: Side
     ) -> Float[Tensor, "B R H"]:
         """The states of this side's own meta tokens: R = R_q for queries, R_c for candidates."""
         own = slot_index if side == "query" else slot_index[:, -self.num_candidate :]

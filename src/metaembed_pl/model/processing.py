@@ -1,45 +1,58 @@
 """Items -> tensors: the one preprocessing for training, encoding, evaluation and serving.
 
 A row is  [prefix ; image ; text ; suffix ; slots]: the slots are the places that the meta tokens
-take. The row is put together from token ids, piece by piece, so that a user's text can neither
-forge an image placeholder nor push one out when it is too long.
+take. The user's text is turned into token ids by itself, so that it can neither forge an image
+placeholder nor push one out when it is too long.
 
 Shape letters: B rows, L tokens of the longest row, K slots a row.
 """
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from PIL import Image
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoTokenizer
+from transformers import AutoTokenizer
 
 from metaembed_pl.errors import UserError
 from metaembed_pl.item import Item
-from metaembed_pl.model.family import Family, family_of
+from metaembed_pl.model.family import Family, Template, family_of
+from metaembed_pl.model.image_processors import load_image_processor
 
 Side = Literal["query", "candidate"]
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """The words around an item: one user turn, as the paper has it.
+    """The words around an item: one user turn, as the paper has it; None: the family's own.
 
     Args:
-        prefix: opens the turn; may hold special tokens.
+        prefix: opens the turn; the image follows it; may hold special tokens.
+        before_text: between image and text; may hold special tokens.
         query: stands before the text of queries only.
         image_only: the text of an item that has none.
         suffix: closes the turn; may hold special tokens.
+
+    >>> family_of("mllama").template.suffix, Prompt(query="").over(family_of("mllama").template)
+    ('<|eot_id|>', Template(..., suffix='<|eot_id|>', before_text='', query='', ...))
     """
 
-    prefix: str = "<|im_start|>user\n"
-    query: str = "Query: "
-    image_only: str = "Describe the image."
-    suffix: str = "<|im_end|>\n"
+    prefix: str | None = None
+    query: str | None = None
+    image_only: str | None = None
+    suffix: str | None = None
+    before_text: str | None = None
+
+    def over(self, template: Template) -> Template:
+        """The template with the words that are given here."""
+        given = {name: words for name, words in asdict(self).items() if words is not None}
+        return replace(template, **given)
 
 
 class Processing:
@@ -68,65 +81,101 @@ class Processing:
         self.family = family
         self.tokenizer = tokenizer
         self.image_processor = image_processor
-        self.prompt = prompt or Prompt()
+        self.prompt = (prompt or Prompt()).over(family.template)
+        self._refuse_unknown_marks()
         self.max_text_tokens = max_text_tokens
         self.padding_side = padding_side
 
-    def __call__(self, items: Sequence[Item], side: Side, num_slots: int) -> dict[str, Tensor]:
+    def __call__(
+        self, items: Sequence[Item], side: Side, num_slots: int, always_image: bool = False
+    ) -> dict[str, Tensor]:
         """Tensors of a batch of items.
 
         Args:
             items: at least one.
             side: queries get the prompt's `query` words.
             num_slots: K, places for meta tokens after each row's last token.
+            always_image: a batch without an image gets one more row, a grey picture: on several
+                ranks each must run the vision tower as often as the others.
 
         Returns:
-            `input_ids`, `attention_mask` (B, L), `slot_index` (B, K; column of each slot), the
-            family's token types (B, L), and where there are images what the image processor gives.
+            `input_ids`, `attention_mask` (B, L), `slot_index` (K columns of each item; none of the
+            grey picture's), and what else the family's model takes.
 
         Raises:
-            UserError: an image does not decode.
+            UserError: an image does not decode, or its family cannot take its shape.
         """
         if not items:
             raise UserError("expected at least one item, got none")
         images = [item.load_image() for item in items]
-        present = [image for image in images if image is not None]
-        pixels = self.image_processor(images=present, return_tensors="pt") if present else {}
-        image_ids = iter(
-            self.family.image_tokens(self.tokenizer, self.image_processor, pixels)
-            if present
-            else []
-        )
         texts = self._text_ids(items, side)
-        rows = [
-            [*self._prefix, *(next(image_ids) if image is not None else []), *text, *self._suffix]
-            for image, text in zip(images, texts, strict=True)
-        ]
-        return {**self._pad(rows, num_slots), **pixels}
+        options = self.family.image_options
+        if always_image and all(image is None for image in images):
+            images.append(Image.new("RGB", (32, 32), "gray"))
+            texts.append([])
+            options = {**options, **self.family.stand_in_options}
+        rows = [i for i, image in enumerate(images) if image is not None]
+        seen = self._see([images[i] for i in rows], options)
+        shown = dict(zip(rows, self._image_text(seen), strict=True))
+        heads = [self._head(shown.get(i, "")) for i in range(len(images))]
+        parts = zip(self._ids(heads), texts, strict=True)
+        batch = self._pad([[*head, *text, *self._suffix] for head, text in parts], num_slots)
+        row_index = torch.tensor(rows, dtype=torch.long)
+        batch |= self.family.model_inputs(batch, seen, row_index, self._image_id)
+        return batch | {"slot_index": batch["slot_index"][: len(items)]}
 
-    @cached_property
-    def _prefix(self) -> list[int]:
-        return self.tokenizer(self.prompt.prefix, add_special_tokens=False)["input_ids"]
+    def _refuse_unknown_marks(self) -> None:
+        """Models of one family may have other marks for a turn, which would be read as letters."""
+        own = self.family.template
+        parts = {own.prefix, own.before_text, own.suffix}
+        used = parts & {self.prompt.prefix, self.prompt.before_text, self.prompt.suffix}
+        nothing = None, getattr(self.tokenizer, "unk_token_id", None)
+        if self.tokenizer.convert_tokens_to_ids(self.family.image_token) in nothing:
+            raise UserError(
+                f"the tokenizer does not know {self.family.image_token}: are its files missing, or "
+                f"is it not that of a {self.family.model_type} model?"
+            )
+        for mark in re.findall(r"<[^<>\s]+>", " ".join(sorted(used))):
+            if self.tokenizer.convert_tokens_to_ids(mark) in nothing:
+                raise UserError(
+                    f"the prompt of {self.family.model_type} has {mark}, which this model's "
+                    "tokenizer does not know: set prompt.prefix and prompt.suffix to its own"
+                )
+
+    def _see(self, images: list[Any], options: Mapping[str, Any]) -> Mapping[str, Any]:
+        if not images:
+            return {}
+        # One list an item: some families take a flat list for the images of a single row.
+        nested = [[image] for image in images]
+        try:
+            return self.image_processor(images=nested, return_tensors="pt", **options)
+        except ValueError as error:
+            sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
+            raise UserError(f"images of {sizes}: one cannot be prepared: {error}") from error
+
+    def _image_text(self, seen: Mapping[str, Any]) -> list[str]:
+        return self.family.image_text(self.image_processor, seen) if seen else []
+
+    def _head(self, image: str) -> str:
+        return self.prompt.prefix + image + self.prompt.before_text
+
+    def _ids(self, texts: list[str], **settings: Any) -> list[list[int]]:
+        return self.tokenizer(texts, add_special_tokens=False, **settings)["input_ids"]
 
     @cached_property
     def _suffix(self) -> list[int]:
-        return self.tokenizer(self.prompt.suffix, add_special_tokens=False)["input_ids"]
+        return self._ids([self.prompt.suffix])[0]
 
     def _text_ids(self, items: Sequence[Item], side: Side) -> list[list[int]]:
         before = self.prompt.query if side == "query" else ""
         texts = [before + (item.text or self.prompt.image_only) for item in items]
         # split_special_tokens: "<|image_pad|>" typed by a user is plain text, not a placeholder.
-        ids = self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)[
-            "input_ids"
-        ]
+        ids = self._ids(texts, split_special_tokens=True)
         return [row[: self.max_text_tokens] for row in ids]
 
     def _pad(self, rows: list[list[int]], num_slots: int) -> dict[str, Tensor]:
-        slot_id = (
-            self.tokenizer.pad_token_id
-        )  # any ordinary id: the slots' embeddings are overwritten
         length = max(map(len, rows)) + num_slots
-        ids = torch.full((len(rows), length), slot_id, dtype=torch.long)
+        ids = torch.full((len(rows), length), self._slot_id, dtype=torch.long)
         mask = torch.zeros_like(ids)
         ends = torch.empty(len(rows), dtype=torch.long)
         for i, row in enumerate(rows):
@@ -135,19 +184,18 @@ class Processing:
             ids[i, start : start + len(row)] = torch.tensor(row, dtype=torch.long)
             mask[i, start : start + used] = 1
             ends[i] = start + len(row)
-        batch = {
-            "input_ids": ids,
-            "attention_mask": mask,
-            "slot_index": ends[:, None] + torch.arange(num_slots),
-        }
-        if self.family.token_types:
-            batch[self.family.token_types] = (ids == self._image_id).long()
-        return batch
+        slots = ends[:, None] + torch.arange(num_slots)
+        return {"input_ids": ids, "attention_mask": mask, "slot_index": slots}
+
+    @cached_property
+    def _slot_id(self) -> int:
+        """Any ordinary id does: the slots' embeddings are overwritten, the padding's masked."""
+        pad = self.tokenizer.pad_token_id
+        return self.tokenizer.eos_token_id if pad is None else pad
 
     @cached_property
     def _image_id(self) -> int:
-        names = {config_name: token for token, config_name in self.family.special_tokens}
-        return self.tokenizer.convert_tokens_to_ids(names["image_token_id"])
+        return self.tokenizer.convert_tokens_to_ids(self.family.image_token)
 
     def save(self, folder: Path) -> None:
         """Writes tokenizer, image processor and `processing.json` into an existing folder."""
@@ -185,7 +233,9 @@ def load_processors(path: str, revision: str | None = None) -> tuple[Any, Any]:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
-        image_processor = AutoImageProcessor.from_pretrained(path, revision=revision, backend="pil")
+        image_processor = load_image_processor(path, revision)
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path}: no tokenizer and image processor could be loaded from there: "

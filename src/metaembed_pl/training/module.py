@@ -17,7 +17,9 @@ from metaembed_pl.data.collate import EvalBatch, TrainBatch
 from metaembed_pl.errors import UserError
 from metaembed_pl.model.backbone import BackboneConfig, build_backbone, build_processing
 from metaembed_pl.model.embedder import MetaEmbedder
+from metaembed_pl.model.lora import LoraConfig, merge_adapter, set_trainable
 from metaembed_pl.model.meta_tokens import Layout
+from metaembed_pl.model.model_folder import settings_to_start_from
 from metaembed_pl.model.processing import Prompt
 from metaembed_pl.training.loss import MMRLoss, MMRLossOutput
 from metaembed_pl.training.metrics import RetrievalMetrics
@@ -40,30 +42,45 @@ class MetaEmbedModule(pl.LightningModule):
     """A MetaEmbed retriever in training.
 
     Args:
-        backbone: the vision-language model.
+        backbone: the vision-language model; with `start_from`, only how it is run.
         groups: nested budgets, smallest first, such as `["1x1", "2x4"]`; the paper's by default.
-        layout: which meta tokens an input ends in, see `MetaTokens`.
+        layout: which meta tokens an input ends in, see `MetaTokens`; `both` by default.
         projection: width of the meta embeddings; None keeps the backbone's.
         meta_token_std: of the meta tokens' random start; None: the backbone's `initializer_range`.
         prompt: the words around an item.
         loss: the MMR loss.
         optimizer: AdamW and its schedule.
+        start_from: a trained model (folder or hub id) that gives backbone, preprocessing, groups,
+            layout, projection and meta tokens; an adapter of its own becomes part of its weights.
+        lora: adapt the backbone by LoRA; None: train its weights themselves.
+        train_vision: see `set_trainable`.
     """
 
     def __init__(
         self,
-        backbone: BackboneConfig,
+        backbone: BackboneConfig | None = None,
         groups: list[str] | None = None,
-        layout: Layout = "both",
+        layout: Layout | None = None,
         projection: int | None = None,
         meta_token_std: float | None = None,
         prompt: Prompt | None = None,
         loss: LossConfig | None = None,
         optimizer: OptimizerConfig | None = None,
+        start_from: str | None = None,
+        lora: LoraConfig | None = None,
+        train_vision: bool = True,
     ):
         super().__init__()
-        self.backbone_config = backbone
-        self.layout: Layout = layout
+        self.backbone_config = backbone or BackboneConfig()
+        self.start_from, self.lora, self.train_vision = start_from, lora, train_vision
+        if self.backbone_config.quantization and lora is None:
+            raise UserError("quantization: nf4 freezes the weights: it needs `lora` to train")
+        if start_from is not None:
+            given = {"groups": groups, "layout": layout, "projection": projection}
+            given |= {"meta_token_std": meta_token_std, "prompt": prompt}
+            own = settings_to_start_from(start_from, self.backbone_config, given)
+            groups, layout, projection = own["groups"], own["layout"], own["projection"]
+        self.layout: Layout = layout or "both"
         self.projection = projection
         self.meta_token_std = meta_token_std
         self.prompt = prompt or Prompt()
@@ -81,8 +98,13 @@ class MetaEmbedModule(pl.LightningModule):
         """
         if hasattr(self, "embedder"):
             return
+        self.embedder = self._new() if self.start_from is None else self._started()
+        family = self.embedder.processing.family
+        set_trainable(self.embedder.backbone, family, self.lora, self.train_vision)
+
+    def _new(self) -> MetaEmbedder:
         processing = build_processing(self.backbone_config, self.prompt)
-        self.embedder = MetaEmbedder(
+        return MetaEmbedder(
             build_backbone(self.backbone_config, processing),
             processing,
             self.groups,
@@ -90,6 +112,14 @@ class MetaEmbedModule(pl.LightningModule):
             self.projection,
             self.meta_token_std,
         )
+
+    def _started(self) -> MetaEmbedder:
+        assert self.start_from is not None
+        embedder = MetaEmbedder.from_pretrained(self.start_from, options=self.backbone_config)
+        merge_adapter(embedder.backbone)
+        if self.lora is None:
+            embedder.backbone.requires_grad_(True)  # an adapter had it frozen
+        return embedder.train()
 
     def configure_optimizers(self) -> Any:
         """AdamW and its schedule over the steps the trainer will take."""

@@ -1,0 +1,208 @@
+"""`python -m metaembed_pl check`: would this recipe run, and on what?
+
+    python -m metaembed_pl check --config recipes/qwen7b.yaml --gpus 8 --gpu-memory 80GB
+    python -m metaembed_pl check --config qwen7b --gpus 2 --set data.global_batch_size=16
+
+No weights are read and nothing is computed: the model is built on the meta device. The report goes
+to standard output, faults to standard error; the status is 0 only if the recipe would run.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from metaembed_pl.cli.check_report import GIB, print_report
+from metaembed_pl.cli.recipe_path import find_recipe, recipe_folder
+from metaembed_pl.errors import UserError
+
+if TYPE_CHECKING:
+    from metaembed_pl.cli.check_data import Data, Lengths
+    from metaembed_pl.cli.recipe_faults import Recipe
+    from metaembed_pl.model.outline import Outline
+    from metaembed_pl.training.memory import Memory, Running, Step
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags of the verb."""
+    add = parser.add_argument
+    add("--config", required=True, metavar="RECIPE", help="a recipe, or the name of one of ours")
+    add("--gpus", type=int, metavar="N", help="in all (default: what the recipe asks for)")
+    add("--gpu-memory", metavar="80GB", help="of each GPU; more is then a fault")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a key first, such as data.global_batch_size=32; may be repeated",
+    )
+    add("--json", action="store_true", help="one JSON object instead of a report")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Check a recipe, and print what it would take.
+
+    Raises:
+        UserError: the recipe would not run.
+    """
+    if args.gpus is not None and args.gpus < 1:
+        raise UserError(f"--gpus must be at least 1, got {args.gpus}")
+    path = Path(find_recipe(args.config))
+    from metaembed_pl.cli.recipe_faults import read_recipe
+    from metaembed_pl.training.fitting import parse_gib
+
+    limit = None if args.gpu_memory is None else parse_gib(args.gpu_memory)
+    recipe = read_recipe(path, args.set)
+    report, faults = _checked(recipe, args.gpus, limit)
+    faults = [*recipe.faults, *faults]
+    if args.json:
+        print(json.dumps({"recipe": str(path), **report, "faults": faults}, indent=2))
+    else:
+        print_report(str(path), report)
+        for fault in faults:
+            print(f"fault: {fault}", file=sys.stderr)
+    if faults:
+        count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+        raise UserError(f"{path} would not run: {count}")
+
+
+def _checked(
+    recipe: "Recipe", num_gpus: int | None, limit: int | None
+) -> tuple[dict[str, Any], list[str]]:
+    """The report by section, and the faults beyond those of the recipe itself."""
+    from metaembed_pl.cli.check_data import look_at, measure
+    from metaembed_pl.cli.check_machine import hardware, run_faults
+    from metaembed_pl.model.outline import count_parameters
+
+    faults: list[str] = []
+    report: dict[str, Any] = {}
+    if recipe.config is None:
+        return report, faults
+    trainer = recipe.config.trainer
+    faults += run_faults(recipe)
+    count, on_gpu = hardware(trainer, num_gpus, faults)
+    data = None
+    if recipe.data is not None:
+        data = look_at(recipe.data, count)
+        faults += data.faults
+        if not (recipe.data.train_sources or _has_fault(recipe, "data.train")):
+            faults.append("data.train: the recipe names no training source")
+    made = _outline(recipe, faults)
+    if made is not None:
+        report["backbone"] = made.source
+        report["parameters"] = count_parameters(made.model)
+    if data is not None:
+        report |= _of_data(recipe, data)
+    if made is not None and data is not None:
+        lengths = measure(made.model, data.sources)
+        report["tokens"] = _of_lengths(lengths, made)
+        step, running = _step(recipe, data, lengths, count), _running(recipe, count, on_gpu)
+        report["memory"] = _of_memory(made, step, running, limit, faults)
+    return report, faults
+
+
+def _has_fault(recipe: "Recipe", key: str) -> bool:
+    return any(fault.startswith(key) for fault in recipe.faults)
+
+
+def _outline(recipe: "Recipe", faults: list[str]) -> "Outline | None":
+    """The model on the meta device; None where it cannot be built."""
+    from metaembed_pl.model.outline import Settings, outline, outline_of_folder
+
+    module = recipe.model
+    if module is None:
+        return None
+    backbone, kept = module.backbone_config, recipe_folder() / "configs"
+    if not (module.start_from or backbone.path or backbone.scratch):
+        if not _has_fault(recipe, "model.backbone"):
+            faults.append("model.backbone: give a backbone, or a model to start_from")
+        return None
+    shape = module.groups, module.layout, module.projection
+    settings = Settings(backbone, module.prompt, *shape, module.lora, module.train_vision)
+    try:
+        if module.start_from is not None:
+            return outline_of_folder(module.start_from, settings, kept)
+        return outline(settings, kept)
+    except UserError as error:
+        faults.append(f"model: {error}")
+        return None
+
+
+def _of_data(recipe: "Recipe", data: "Data") -> dict[str, Any]:
+    assert recipe.data is not None
+    size, trainer = recipe.data.global_batch_size, recipe.config.trainer
+    steps: dict[str, Any] = {"global_batch_size": size, "max_steps": trainer.max_steps}
+    if data.steps_per_epoch is not None:
+        steps |= {"num_pairs": data.num_pairs, "steps_an_epoch": data.steps_per_epoch}
+    negatives = {"in_batch": size - 1, "hard": data.num_negatives}
+    return {"negatives": negatives, "steps": steps, "notes": data.notes}
+
+
+def _of_lengths(lengths: "Lengths", made: "Outline") -> dict[str, Any]:
+    found: dict[str, Any] = {
+        side: {
+            "average": lengths.average and round(lengths.average[side]),
+            "longest": row.num_tokens,
+            "patches": row.num_patches,
+        }
+        for side, row in lengths.longest.items()
+    }
+    words = "of the data" if lengths.is_sampled else "at the recipe's limits, no data to look at"
+    if not made.counts_tokens:
+        words += "; words counted roughly, no tokenizer at hand"
+    return {**found, "longest_is": words}
+
+
+def _step(recipe: "Recipe", data: "Data", lengths: "Lengths", num_gpus: int) -> "Step":
+    from metaembed_pl.training.memory import Step
+
+    assert recipe.data is not None
+    assert recipe.model is not None
+    return Step(
+        num_pairs=max(1, recipe.data.global_batch_size // num_gpus),
+        num_negatives=max(data.num_negatives),
+        query=lengths.longest["query"],
+        candidate=lengths.longest["candidate"],
+        both_directions=recipe.model.loss.both_directions,
+    )
+
+
+def _running(recipe: "Recipe", num_gpus: int, on_gpu: bool) -> "Running":
+    from metaembed_pl.training.memory import Running
+
+    assert recipe.model is not None
+    trainer, backbone = recipe.config.trainer, recipe.model.backbone_config
+    return Running(
+        num_gpus=num_gpus,
+        strategy=trainer.strategy if isinstance(trainer.strategy, str) else "ddp",
+        precision=str(trainer.precision or "32-true"),
+        is_checkpointed=backbone.gradient_checkpointing,
+        has_mask=backbone.attention != "flash_attention_2",
+        on_gpu=on_gpu,
+        is_quantized=backbone.quantization is not None,
+    )
+
+
+def _of_memory(
+    made: "Outline", step: "Step", running: "Running", limit: int | None, faults: list[str]
+) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from metaembed_pl.training.fitting import would_fit
+    from metaembed_pl.training.memory import estimate
+
+    memory: Memory = estimate(made.model, step, running)
+    found: dict[str, Any] = {"total": memory.total, **asdict(memory)}
+    found |= {"gpus": running.num_gpus, "strategy": running.strategy}
+    found |= {"precision": running.precision, "pairs_a_gpu": step.num_pairs}
+    if limit is not None:
+        found["limit"] = limit
+        if memory.total > limit:
+            settings = would_fit(made.model, step, running, limit)
+            advice = "; or ".join(settings) or "no single setting: more GPUs, or fewer max_pixels"
+            faults.append(
+                f"memory: {memory.total / GIB:.1f} GiB a GPU, more than {limit / GIB:.1f}; "
+                f"what would make it fit: {advice}"
+            )
+    return found

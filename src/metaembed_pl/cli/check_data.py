@@ -1,0 +1,226 @@
+"""What a recipe's data say before training: faults, steps, negatives, how long items are."""
+
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from PIL import Image
+
+from metaembed_pl.data.collate import choose_negatives
+from metaembed_pl.data.datamodule import RetrievalDataModule, TrainSource
+from metaembed_pl.data.plan import Plan, PlannedSource
+from metaembed_pl.data.shards import ShardedPairs
+from metaembed_pl.errors import UserError
+from metaembed_pl.item import Item
+from metaembed_pl.model.embedder import MetaEmbedder
+from metaembed_pl.model.processing import Side
+from metaembed_pl.training.activations import Rows
+
+SAMPLED = 64
+"""Pairs read to see how long items are: some seconds, however large the data."""
+LARGEST_SIDE = 4096
+"""Of the picture that stands for the largest one: above the pixel limits of all families."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """The training data of a recipe.
+
+    Args:
+        faults: what is wrong, one line each.
+        notes: what is not, but should be known.
+        num_pairs: of all sources that are there; None where none is.
+        steps_per_epoch: None where it is not known.
+        num_negatives: the hard negatives of each source.
+        sources: those that could be opened, with their hard negatives.
+    """
+
+    faults: list[str]
+    notes: list[str]
+    num_pairs: int | None
+    steps_per_epoch: int | None
+    num_negatives: list[int]
+    sources: list[tuple[ShardedPairs, int]]
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of items, slots included.
+
+    Args:
+        average: of the sampled items of each side; None where no data are there.
+        longest: the row of the longest of them, or of the longest that the limits allow.
+        is_sampled: `longest` was found in the data.
+    """
+
+    average: dict[Side, float] | None
+    longest: dict[Side, Rows]
+    is_sampled: bool
+
+
+def look_at(data: RetrievalDataModule, num_ranks: int) -> Data:
+    """Opens everything the recipe names, and plans its steps."""
+    faults: list[str] = []
+    train = _open(data.train_sources, "data.train", faults)
+    for part, sources in data.eval_sources.items():
+        _open(sources, f"data.{part}", faults)
+    counts = [
+        data.num_negatives if source.num_negatives is None else source.num_negatives
+        for source, _ in train
+    ]
+    planned = [_planned(source, shards) for source, shards in train]
+    plan = _plan(planned, data, faults)
+    if data.global_batch_size % num_ranks:
+        faults.append(
+            f"data.global_batch_size: {data.global_batch_size} cannot be divided evenly over "
+            f"{num_ranks} GPUs; choose a multiple of {num_ranks}"
+        )
+    steps = None
+    if plan is not None and len(train) == len(data.train_sources):
+        steps = data._steps_per_epoch or plan.steps_per_epoch
+    pairs = [shards for _, shards in train]
+    return Data(
+        faults,
+        _notes(zip(pairs, counts, strict=True)),
+        sum(map(len, pairs)) if pairs else None,
+        steps,
+        sorted(set(counts)) or [data.num_negatives],
+        list(zip(pairs, counts, strict=True)),
+    )
+
+
+def _open(sources: Iterable[Any], where: str, faults: list[str]) -> list[tuple[Any, ShardedPairs]]:
+    found, missing = [], []
+    for source in sources:
+        path = Path(source.path)
+        if not path.is_dir():
+            missing.append(str(path))
+            continue
+        try:
+            found.append((source, ShardedPairs(path)))
+        except UserError as error:
+            faults.append(f"{where}: {error}")
+    if missing:
+        count = len(missing) + len(found)
+        faults.append(
+            f"{where}: {len(missing)} of {count} folders of shards are not there: "
+            f"{', '.join(missing)}; prepare the data first"
+        )
+    return found
+
+
+def _planned(source: TrainSource, shards: ShardedPairs) -> PlannedSource:
+    sizes = tuple(shards.shard_sizes)
+    return PlannedSource(source.name or shards.name, sizes, source.weight, source.first_step)
+
+
+def _plan(
+    planned: list[PlannedSource], data: RetrievalDataModule, faults: list[str]
+) -> Plan | None:
+    """The plan of all sources; first each by itself, so that every faulty one is named."""
+    found: dict[str, None] = {}
+    plan = None
+    for sources in (*([source] for source in planned), planned):
+        if not sources:
+            continue
+        try:
+            plan = Plan(sources, data.global_batch_size, data.seed, data.open_shards)
+        except UserError as error:
+            # A source that joins later cannot stand by itself, and need not.
+            if len(sources) > 1 or "first_step" not in str(error):
+                found[f"data: {error}"] = None
+            plan = None
+    faults.extend(found)
+    return plan
+
+
+def _notes(sources: Iterable[tuple[ShardedPairs, int]]) -> list[str]:
+    """Sources whose pairs have fewer hard negatives than they are asked for."""
+    notes = []
+    for shards, count in sources:
+        found = []
+        for i in _spread(len(shards), 8):
+            with suppress(UserError):
+                found.append(len(shards[i].negatives))
+        short = sum(number < count for number in found)
+        if short:
+            notes.append(
+                f"{shards.name}: {short} of {len(found)} pairs looked at have fewer than {count} "
+                "hard negatives; their own positive fills up and is left out of the loss"
+            )
+    return notes
+
+
+def _spread(length: int, count: int) -> list[int]:
+    """At most `count` numbers below `length`, evenly spread.
+
+    >>> _spread(10, 5), _spread(2, 5)
+    ([0, 2, 4, 6, 8], [0, 1])
+    """
+    count = min(length, count)
+    return [i * length // count for i in range(count)]
+
+
+def measure(model: MetaEmbedder, sources: list[tuple[ShardedPairs, int]]) -> Lengths:
+    """How long the items of the data are; without data, the longest that the limits allow."""
+    row_of = _row_of(model)
+    rows: dict[Side, list[Rows]] = {side: [] for side in get_args(Side)}
+    for shards, count in sources:
+        for i in _spread(len(shards), -(-SAMPLED // len(sources))):
+            with suppress(UserError):  # training replaces and counts what cannot be read
+                pair = choose_negatives(shards[i], count, turn=0)
+                query = row_of(pair.query, "query")
+                candidates = [
+                    row_of(item, "candidate") for item in (pair.positive, *pair.negatives)
+                ]
+                rows["query"].append(query)
+                rows["candidate"] += candidates
+    if not rows["query"]:
+        text = " apple" * model.processing.max_text_tokens
+        picture = Image.new("RGB", (LARGEST_SIDE, LARGEST_SIDE), "gray")
+        return Lengths(None, {side: row_of(Item(text, picture), side) for side in rows}, False)
+    return Lengths(
+        {side: sum(r.num_tokens for r in found) / len(found) for side, found in rows.items()},
+        {side: _largest(found) for side, found in rows.items()},
+        True,
+    )
+
+
+def _largest(rows: list[Rows]) -> Rows:
+    """As long as the longest text and as large as the largest picture: both decide a batch."""
+    return Rows(
+        1,
+        max(row.num_tokens for row in rows),
+        max(row.num_patches for row in rows),
+        max(row.pixel_bytes for row in rows),
+    )
+
+
+def _row_of(model: MetaEmbedder) -> Callable[[Item, Side], Rows]:
+    """Measures items. Pictures of one size make rows of one length: the first one serves all."""
+    process = model.processor()
+    vision: Any = model.backbone.config.vision_config
+    seen: dict[Any, Rows] = {}
+
+    def row(item: Item, side: Side) -> Rows:
+        image = item.load_image()
+        key = side, item.text, image and image.size
+        if key not in seen:
+            inputs = process([item], side)
+            pixels = inputs.get("pixel_values")
+            seen[key] = Rows(
+                1,
+                inputs["input_ids"].shape[1],
+                0 if pixels is None else _num_patches(pixels, vision.patch_size),
+                0 if pixels is None else pixels.nbytes,
+            )
+        return seen[key]
+
+    return row
+
+
+def _num_patches(pixels: Any, patch_size: int) -> int:
+    """What the vision tower reads: patches that are cut already, or whole pictures and tiles."""
+    return len(pixels) if pixels.dim() == 2 else pixels.numel() // (3 * patch_size**2)

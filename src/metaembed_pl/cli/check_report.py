@@ -1,0 +1,59 @@
+"""The report of `check` in words."""
+
+from typing import Any
+
+GIB = 2**30
+PARTS = ("weights", "gradients", "optimizer", "activations", "gathered", "loss", "reserve")
+
+
+def print_report(path: str, report: dict[str, Any]) -> None:
+    """Prints what of the report there is, one thing a line."""
+    lines = [("recipe", path)]
+    if "backbone" in report:
+        lines.append(("backbone", f"as in {report['backbone']}"))
+    for part, count in report.get("parameters", {}).items():
+        name = "parameters" if part == "all" else f"  {part}"
+        share = f"{count['trained'] / max(1, count['total']):.1%}"
+        lines.append((name, f"{count['total']:>16,}  trained {count['trained']:>14,}  {share:>6}"))
+    if "tokens" in report:
+        lines += _token_lines(report["tokens"])
+    if "negatives" in report:
+        hard = " or ".join(map(str, report["negatives"]["hard"]))
+        lines.append(("negatives", f"{report['negatives']['in_batch']} of the batch, {hard} hard"))
+    if "steps" in report:
+        lines.append(("steps", _steps_in_words(report["steps"])))
+    if "memory" in report:
+        lines += _memory_lines(report["memory"])
+    lines += [("note", note) for note in report.get("notes", [])]
+    for name, text in lines:
+        print(f"{name:<18}{text}".rstrip())
+
+
+def _token_lines(tokens: dict[str, Any]) -> list[tuple[str, str]]:
+    lines = [("tokens an item", f"longest {tokens['longest_is']}")]
+    for side in ("query", "candidate"):
+        found = tokens[side]
+        average = "" if found["average"] is None else f"average {found['average']:,}, "
+        patches = f", {found['patches']:,} image patches" if found["patches"] else ""
+        lines.append((f"  {side}", f"{average}longest {found['longest']:,}{patches}"))
+    return lines
+
+
+def _steps_in_words(steps: dict[str, Any]) -> str:
+    size, most = steps["global_batch_size"], steps["max_steps"]
+    told = f"of {size:,} pairs" if most in (None, -1) else f"{most:,} of {size:,} pairs"
+    if "steps_an_epoch" in steps:
+        told += f"; {steps['steps_an_epoch']:,} an epoch of {steps['num_pairs']:,} pairs"
+    return told
+
+
+def _memory_lines(memory: dict[str, Any]) -> list[tuple[str, str]]:
+    limit = f" of {memory['limit'] / GIB:.1f}" if "limit" in memory else ""
+    where = f"{memory['gpus']} x {memory['pairs_a_gpu']} pairs, {memory['strategy']}"
+    lines = [
+        (
+            "memory a GPU",
+            f"{memory['total'] / GIB:8.2f}{limit} GiB, estimated: {where}, {memory['precision']}",
+        )
+    ]
+    return [*lines, *((f"  {part}", f"{memory[part] / GIB:8.2f}") for part in PARTS)]

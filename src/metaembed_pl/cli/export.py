@@ -1,0 +1,208 @@
+"""`python -m metaembed_pl export`: a run as a folder, or a hub repository, that loads anywhere.
+
+    python -m metaembed_pl export --run runs/custom --out custom            # the adapter, as it is
+    python -m metaembed_pl export --run runs/custom --out custom --merge    # whole weights
+    python -m metaembed_pl export --run runs/custom --push-to ORG/NAME --merge
+
+Forms (--format): `metaembed` loads with `MetaEmbedder.from_pretrained`; `sentence-transformers`
+also in its `MultiVectorEncoder`; `transformers` needs none of our code (docs/serving.md).
+"""
+
+import argparse
+import json
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from metaembed_pl.errors import UserError
+
+if TYPE_CHECKING:
+    from metaembed_pl.model.embedder import MetaEmbedder
+
+FORMATS = ("metaembed", "sentence-transformers", "transformers")
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+RUN = "runs/NAME, or a model folder"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags of the verb."""
+    add = parser.add_argument
+    add("--run", type=Path, required=True, metavar="FOLDER", dest="source", help=RUN)
+    add("--checkpoint", metavar="WHICH", help="best, last or a .ckpt (default: the run's model/)")
+    add("--out", type=Path, metavar="FOLDER", help="where to write; must not exist")
+    add("--merge", action="store_true", help="make the adapter part of the weights")
+    add("--format", choices=FORMATS, default="metaembed", help="who is to load it")
+    add("--push-to", metavar="ORG/NAME", help="send it to the Hugging Face hub, as a private model")
+    add("--public", action="store_true", help="with --push-to: for all to see")
+    add("--licence", metavar="ID", help="of the weights (default: that of the base model)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write the folder, and send it off where asked.
+
+    Raises:
+        UserError: a flag or the run is not valid, the export would change the model's vectors, or
+            the hub refuses.
+    """
+    from transformers.utils import logging
+
+    from metaembed_pl.cli.hub import licence_of, push
+    from metaembed_pl.files import new_folder
+
+    _check(args)
+    logging.disable_progress_bar()
+    source = Source(args.source)
+    if args.checkpoint:
+        source.metrics = {}  # those of the report are of the run's end
+    licence = args.licence
+    if args.push_to:
+        licence = licence or licence_of(source.base)
+    with ExitStack() as stack:
+        out = args.out or stack.enter_context(_passing_folder())
+        with new_folder(out) as folder:
+            settings = _write(args, source, folder, out)
+            card = source.card(args.push_to or out.name, args.format, settings, licence)
+            (folder / "README.md").write_text(card, encoding="utf-8")
+        if args.out:
+            print(f"written to {args.out}")
+        if args.push_to:
+            print(f"sent to {push(out, args.push_to, private=not args.public)}")
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.out is None and args.push_to is None:
+        raise UserError("nowhere to write: give --out FOLDER, --push-to ORG/NAME or both")
+    if args.out is not None and args.out.exists():
+        raise UserError(f"{args.out} exists already: choose another --out")
+    if args.push_to is not None and not HUB_ID.fullmatch(args.push_to):
+        raise UserError(f"--push-to must be ORG/NAME, got {args.push_to!r}")
+    if args.public and args.push_to is None:
+        raise UserError("--public says who may see what --push-to sends: give --push-to too")
+
+
+@contextmanager
+def _passing_folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder) / "model"
+
+
+class Source:
+    """A run, or a model folder without one: where the model is, and what is known of it.
+
+    Args:
+        path: `runs/NAME` or a model folder.
+    """
+
+    def __init__(self, path: Path):
+        self.run = path
+        folders = [path, path / "model"]
+        self.model = next((f for f in folders if (f / "metaembed.json").is_file()), None)
+        config = path / "config.fit.yaml"
+        if self.model is None and not config.is_file():
+            raise UserError(
+                f"{path} is neither a run nor a model folder: it has no metaembed.json, no model/ "
+                "and no config.fit.yaml"
+            )
+        self.recipe = _read_yaml(config) if config.is_file() else None
+        metrics = path / "report" / "metrics.json"
+        self.metrics = json.loads(metrics.read_text()) if metrics.is_file() else {}
+
+    @property
+    def base(self) -> str | None:
+        """Hub id of what the model was trained from; None: a folder, random weights, or unknown."""
+        model = (self.recipe or {}).get("model") or {}
+        names = [model.get("start_from"), (model.get("backbone") or {}).get("path")]
+        if self.model is not None:
+            settings = json.loads((self.model / "metaembed.json").read_text())
+            names.append((settings.get("backbone") or {}).get("path"))
+        hub = [
+            name for name in names if name and HUB_ID.fullmatch(name) and not Path(name).exists()
+        ]
+        return hub[0] if hub else None
+
+    def load(self, checkpoint: str | None) -> "MetaEmbedder":
+        """The model, of a checkpoint where one is named."""
+        from metaembed_pl.model.embedder import MetaEmbedder
+
+        if checkpoint is not None:
+            return _of_checkpoint(self.run, checkpoint, self.recipe)
+        if self.model is None:
+            raise UserError(
+                f"{self.run} has no model/ yet: let the run end, or give --checkpoint last"
+            )
+        return MetaEmbedder.from_pretrained(self.model)
+
+    def card(self, name: str, form: str, settings: dict[str, Any], licence: str | None) -> str:
+        """The README of what is exported."""
+        from metaembed_pl.model.model_card import model_card
+
+        parts = ("model", "data", "trainer")  # the rest is about this machine
+        recipe = {key: value for key, value in (self.recipe or {}).items() if key in parts}
+        return model_card(name, form, settings, self.metrics, recipe, self.base, licence)
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    import yaml
+
+    return yaml.safe_load(file.read_text())
+
+
+def _of_checkpoint(run: Path, name: str, recipe: dict[str, Any] | None) -> "MetaEmbedder":
+    """The model of a checkpoint: built by the run's recipe, filled from the checkpoint."""
+    import pickle
+
+    import torch
+    from jsonargparse import ArgumentParser
+
+    from metaembed_pl.training.module import MetaEmbedModule
+
+    file = run / "checkpoints" / f"{name}.ckpt" if name in ("best", "last") else Path(name)
+    if recipe is None:
+        raise UserError(f"{run} has no config.fit.yaml: a checkpoint alone does not tell its model")
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
+    except (OSError, pickle.UnpicklingError, KeyError, RuntimeError) as error:
+        raise UserError(f"{file}: not a checkpoint that can be read: {error}") from error
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(MetaEmbedModule, "model")
+    parsed = parser.parse_object({"model": recipe["model"]})
+    module: MetaEmbedModule = parser.instantiate_classes(parsed)["model"]
+    module.configure_model()
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"{file}: not a checkpoint of the recipe in {run}: {error}") from error
+    return module.embedder.eval()
+
+
+def _write(args: argparse.Namespace, source: Source, folder: Path, home: Path) -> dict[str, Any]:
+    """Writes the form that was asked for, and prints what was made sure of.
+
+    Returns:
+        The model's settings, as `metaembed.json` has them.
+    """
+    from metaembed_pl.model import export
+    from metaembed_pl.model.export_sentence_transformers import write_sentence_transformers
+    from metaembed_pl.model.export_transformers import write_transformers
+    from metaembed_pl.model.lora import has_adapter
+    from metaembed_pl.model.model_folder import read_settings
+
+    as_it_is = not args.merge and args.checkpoint is None and args.format != "transformers"
+    if as_it_is and source.model is not None:
+        export.copy_model(source.model, folder)
+        settings = read_settings(folder)
+    else:
+        model = source.load(args.checkpoint)
+        settings = model.settings()
+        if args.merge or (args.format == "transformers" and has_adapter(model.backbone)):
+            print(f"merged: {export.merge(model)}")
+        if args.format == "transformers":
+            print(f"read back by plain transformers: {write_transformers(model, folder)}")
+        else:
+            model.write_into(folder, home)
+    if args.format == "sentence-transformers":
+        write_sentence_transformers(folder)
+    return settings

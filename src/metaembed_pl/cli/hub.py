@@ -1,0 +1,88 @@
+"""The Hugging Face hub, for `export --push-to`."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from metaembed_pl.errors import UserError
+
+
+def push(folder: Path, repository: str, private: bool = True) -> str:
+    """Sends a folder to the hub as one commit.
+
+    Args:
+        folder: a model folder with its card.
+        repository: `ORG/NAME`; made where it is not there.
+        private: only its owners may see it.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        UserError: the folder needs files that others do not have, the repository is public and
+            should not be, or the hub refuses.
+    """
+    from huggingface_hub import HfApi
+
+    _refuse_local_base(folder)
+    api = HfApi()
+    address = _ask(repository, api.create_repo, repository, private=private, exist_ok=True)
+    if private and not _ask(repository, api.model_info, repository).private:
+        raise UserError(
+            f"{repository} is there already, and public: give --public to send this to it all the "
+            "same, or choose another name; nothing was sent"
+        )
+    _ask(
+        repository,
+        api.upload_folder,
+        repo_id=repository,
+        folder_path=str(folder),
+        commit_message="Model exported by metaembed-pl",
+    )
+    return str(address)
+
+
+def _refuse_local_base(folder: Path) -> None:
+    settings = folder / "metaembed.json"
+    base = json.loads(settings.read_text()).get("backbone") if settings.is_file() else None
+    if base and base["path"].startswith("."):
+        raise UserError(
+            "--push-to: this adapter belongs to a base model on this machine, which nobody who "
+            "loads it would have: give --merge"
+        )
+
+
+def licence_of(base: str | None) -> str:
+    """The licence that the hub tells of a base model.
+
+    Raises:
+        UserError: it cannot be told; the message asks for `--licence`.
+    """
+    from huggingface_hub import HfApi
+
+    found = None
+    if base is not None:
+        card = _ask(base, HfApi().model_info, base).card_data
+        found = card.get("license_name") or card.get("license") if card else None
+    if not found:
+        raise UserError(
+            f"the licence of the base model ({base or 'not on the hub'}) is not known: give "
+            "--licence ID, such as apache-2.0"
+        )
+    return str(found)
+
+
+def _ask(repository: str, do: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls the hub; whatever it or the network has against it becomes one line."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    http_error: Any = HfHubHTTPError.__mro__[1]  # of the HTTP library that this version of it uses
+    try:
+        return do(*args, **kwargs)
+    except (http_error, OSError, ValueError) as error:
+        lines = [line for line in str(error).splitlines() if line.strip()] or [repr(error)]
+        raise UserError(
+            f"the hub did not take {repository}: {lines[0].strip()}; log in with `hf auth login` "
+            "and see that the name is yours"
+        ) from error

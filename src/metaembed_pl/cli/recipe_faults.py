@@ -1,0 +1,209 @@
+"""Reads a recipe and finds all that is wrong in it; training would stop at the first fault.
+
+Unknown keys and wrong types are found by walking the recipe beside the signatures it fills; what
+only Lightning's parser knows, by parsing again without the key that was refused last; values out of
+range by making each part by itself.
+"""
+
+import copy
+import inspect
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from metaembed_pl.cli.recipe_keys import (
+    PARTS,
+    content_of,
+    faults_of,
+    in_words,
+    inlined,
+    keys_of,
+    made,
+)
+from metaembed_pl.cli.train import PARSING, RecipeParser, RunConfig
+from metaembed_pl.data.datamodule import RetrievalDataModule
+from metaembed_pl.errors import UserError
+from metaembed_pl.training.module import MetaEmbedModule
+
+
+@dataclass
+class Recipe:
+    """A recipe, as far as it could be read.
+
+    Args:
+        faults: what is wrong, one line each.
+        config: the parsed recipe without its faulty keys; None if nothing could be parsed.
+        model: the module, not yet configured; None where its settings are faulty.
+        data: the data module.
+        run: where the run is kept.
+    """
+
+    faults: list[str] = field(default_factory=list)
+    config: Any = None
+    model: MetaEmbedModule | None = None
+    data: RetrievalDataModule | None = None
+    run: RunConfig | None = None
+
+
+def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Parses a recipe; faulty keys are noted and left out.
+
+    Args:
+        path: the file.
+        overrides: `key=value`, as flags of training have them.
+
+    Raises:
+        UserError: the file is no YAML of keys and values, or an override is not of that form.
+    """
+    values = _load(path)
+    for part, kind in PARTS.items():
+        if isinstance(values.get(part), dict):
+            values[part] = inlined(values[part], kind, path.parent)
+    for override in overrides:
+        _set(values, override)
+    faults = list(faults_of(values))
+    found = Recipe([str(fault) for fault in faults])
+    for fault in reversed(faults):  # so that a list's later elements keep their places
+        _remove(values, fault.path)
+    values.setdefault("run", {}).setdefault("name", "unnamed")
+    parser = recipe_parser()
+    found.config = _parse(parser, values, found.faults)
+    if found.config is None:
+        return found
+    if _drop_out_of_range(values, found):
+        found.config = _parse(parser, values, found.faults)
+    if found.config is not None:
+        _make_parts(found)
+    return found
+
+
+def recipe_parser() -> RecipeParser:
+    """What training parses recipes with, without its verbs."""
+    parser = RecipeParser(**PARSING)
+    parser.add_argument("--seed_everything", type=bool | int, default=0)
+    parser.add_argument("--ckpt_path", type=str | None, default=None)
+    parser.add_argument("--weights_only", type=bool | None, default=None)
+    for key, kind in PARTS.items():
+        if kind is RunConfig:
+            parser.add_class_arguments(kind, key)
+        else:
+            parser.add_lightning_class_args(kind, key)
+    return parser
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: not a readable YAML file: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a recipe holds keys such as run, model, data and trainer")
+    return values
+
+
+def _set(values: dict[str, Any], override: str) -> None:
+    name, equals, text = override.removeprefix("--").partition("=")
+    if not equals or not name:
+        raise UserError(
+            f"--set takes KEY=VALUE such as data.global_batch_size=32, got {override!r}"
+        )
+    *parents, last = name.split(".")
+    place = values
+    for parent in parents:
+        place = place.setdefault(parent, {})
+        if not isinstance(place, dict):
+            raise UserError(f"--set {override}: {parent} holds no keys in this recipe")
+    try:
+        place[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override}: not a YAML value: {error}") from error
+
+
+def _remove(values: Any, path: Sequence[str | int]) -> None:
+    with suppress(KeyError, IndexError):
+        for key in path[:-1]:
+            values = values[key]
+        del values[path[-1]]
+
+
+def _get(values: Any, path: Sequence[str]) -> Any:
+    for key in path:
+        if not isinstance(values, dict) or key not in values:
+            raise KeyError(key)
+        values = values[key]
+    return values
+
+
+def _parse(parser: RecipeParser, values: dict[str, Any], faults: list[str]) -> Any:
+    """The parsed recipe without keys whose values are refused; None if that cannot be had."""
+    removed: set[str] = set()
+    while True:
+        try:
+            return parser.parse_object(copy.deepcopy(values))
+        except UserError as error:
+            name = _refused(str(error), values)
+            if name is None:
+                if not any(key in str(error) for key in removed):
+                    faults.append(str(error))
+                return None
+            value = _get(values, name.split("."))
+            faults.append(f"{name}: {_why(str(error), name, value)}")
+            removed.add(name)
+            _remove(values, name.split("."))
+
+
+def _refused(message: str, values: dict[str, Any]) -> str | None:
+    """The key of the recipe that an error of the parser is about."""
+    for name in re.findall(r"[\w.]+", message):
+        while "." in name:
+            try:
+                _get(values, name.split("."))
+            except KeyError:
+                name = name.rpartition(".")[0]
+            else:
+                return name
+    return None
+
+
+def _why(message: str, name: str, value: Any) -> str:
+    """What the trainer expects there, rather than the parser's account of all that it tried."""
+    part, _, key = name.partition(".")
+    kind = inspect.signature(PARTS[part]).parameters.get(key)
+    if kind is None or isinstance(kind.annotation, str):
+        return message if len(message) < 400 else f"{message[:400]} ..."
+    return f"expected {in_words(kind.annotation)}, got {value!r}"
+
+
+def _drop_out_of_range(values: dict[str, Any], found: Recipe) -> bool:
+    """Makes each part of the model by itself; those that refuse are noted and left out."""
+    dropped = False
+    for key, kind in keys_of(MetaEmbedModule).items():
+        if content_of(kind)[0] is None:
+            continue
+        try:
+            made(found.config.model.as_dict().get(key), kind)
+        except UserError as error:
+            found.faults.append(f"model.{key}: {error}")
+            values["model"].pop(key, None)
+            dropped = True
+    return dropped
+
+
+def _make_parts(found: Recipe) -> None:
+    """Makes run, data and model, each by itself, so that each can say what is wrong with it."""
+    start_from = found.config.model.start_from
+    is_there = start_from is None or Path(start_from).exists()
+    if not is_there:  # a hub id would be downloaded, weights and all
+        found.faults.append(
+            f"model.start_from: {start_from} is not on this machine: train or download it first"
+        )
+    for key in ("run", "data", *(["model"] if is_there else [])):
+        try:
+            setattr(found, key, made(found.config[key].as_dict(), PARTS[key]))
+        except UserError as error:
+            found.faults.append(f"{key}: {error}")

@@ -1,0 +1,177 @@
+"""The keys a recipe may have, and what they may hold: read from the signatures it fills."""
+
+import copy
+import dataclasses
+import difflib
+import inspect
+import types
+import typing
+from argparse import ArgumentError
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser
+from lightning.pytorch import Trainer
+
+from metaembed_pl.cli.train import RunConfig
+from metaembed_pl.data.datamodule import RetrievalDataModule
+from metaembed_pl.training.module import MetaEmbedModule
+
+PARTS: dict[str, type] = {
+    "run": RunConfig,
+    "model": MetaEmbedModule,
+    "data": RetrievalDataModule,
+    "trainer": Trainer,
+}
+Where = tuple[str | int, ...]
+WORDS: dict[Any, str] = {
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    list: "a list",
+    tuple: "a list",
+    dict: "keys",
+    type(None): "null",
+}
+OTHERS = ("seed_everything", "ckpt_path", "weights_only")
+
+
+def inlined(value: Any, kind: Any, folder: Path) -> Any:
+    """The value with the files it names (`backbone: backbones/tiny.yaml`) in their place."""
+    made_of, is_list = content_of(kind)
+    if made_of is None:
+        return value
+    if isinstance(value, str) and (folder / value).is_file():
+        value = yaml.safe_load((folder / value).read_text(encoding="utf-8"))
+    if is_list and isinstance(value, list):
+        return [inlined(item, made_of, folder) for item in value]
+    if not is_list and isinstance(value, dict):
+        hints = keys_of(made_of)
+        return {key: inlined(item, hints.get(key), folder) for key, item in value.items()}
+    return value
+
+
+def content_of(kind: Any) -> tuple[Any, bool]:
+    """The class whose keys a value of this type has, or a list of such values; None: neither."""
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        kinds = [content_of(one) for one in typing.get_args(kind)]
+        return next((found for found in kinds if found[0] is not None), (None, False))
+    if typing.get_origin(kind) is list:
+        made_of, _ = content_of(typing.get_args(kind)[0])
+        return made_of, True
+    ours = kind in PARTS.values() or dataclasses.is_dataclass(kind)
+    return (kind, False) if ours else (None, False)
+
+
+def keys_of(kind: Any) -> dict[str, Any]:
+    """The keys that fill a class, with their types."""
+    if kind is Trainer:  # its types are Lightning's own affair
+        return dict.fromkeys(inspect.signature(Trainer).parameters)
+    function: Callable = kind.__init__
+    return {k: v for k, v in typing.get_type_hints(function).items() if k != "return"}
+
+
+def made(value: Any, kind: Any) -> Any:
+    """The object of this type that parsed values (dicts, lists) describe.
+
+    Raises:
+        UserError: a class refuses its values.
+    """
+    made_of, is_list = content_of(kind)
+    if made_of is None or value is None:
+        return value
+    if is_list:
+        return [made(item, made_of) for item in value]
+    hints = keys_of(made_of)
+    return made_of(**{key: made(item, hints.get(key)) for key, item in value.items()})
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A place in a recipe that training would refuse, and why."""
+
+    path: Where
+    why: str
+
+    def __str__(self) -> str:
+        return f"{dotted(self.path)}: {self.why}"
+
+
+def faults_of(values: dict[str, Any]) -> Iterator[Fault]:
+    """Keys that nothing takes, each with the nearest valid one; values of the wrong type.
+
+    The trainer's values are left to Lightning's own types.
+    """
+    for key in values:
+        if key not in PARTS and key not in OTHERS:
+            yield _unknown((key,), [*PARTS, *OTHERS])
+    for part, kind in PARTS.items():
+        yield from _faults_in(values.get(part, {}), kind, (part,))
+
+
+def _faults_in(value: Any, kind: Any, path: Where) -> Iterator[Fault]:
+    made_of, is_list = content_of(kind)
+    if made_of is None or value is None:
+        if kind is not None and not _accepts(kind, value):
+            yield Fault(path, f"expected {in_words(kind)}, got {value!r}")
+    elif is_list and isinstance(value, list):
+        for number, item in enumerate(value):
+            yield from _faults_in(item, made_of, (*path, number))
+    elif is_list or not isinstance(value, dict):
+        yield Fault(path, f"expected {'a list' if is_list else 'keys'}, got {value!r}")
+    else:
+        hints = keys_of(made_of)
+        for name, parameter in inspect.signature(made_of).parameters.items():
+            if parameter.default is parameter.empty and name not in value:
+                yield Fault(path, f"it needs a {name!r}")
+        for key, item in value.items():
+            if key in hints:
+                yield from _faults_in(item, hints[key], (*path, key))
+            else:
+                yield _unknown((*path, key), list(hints))
+
+
+def _accepts(kind: Any, value: Any) -> bool:
+    if isinstance(value, str) and "${" in value:  # taken from another key, later
+        return True
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--value", type=kind)
+    try:
+        parser.parse_object({"value": copy.deepcopy(value)})
+    except ArgumentError:
+        return False
+    return True
+
+
+def in_words(kind: Any) -> str:
+    """A type as people say it.
+
+    >>> in_words(float | None), in_words(typing.Literal["both", "own"])
+    ('a number or null', "'both' or 'own'")
+    """
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        return " or ".join(dict.fromkeys(map(in_words, typing.get_args(kind))))
+    if typing.get_origin(kind) is typing.Literal:
+        return " or ".join(map(repr, typing.get_args(kind)))
+    plain = typing.get_origin(kind) or kind
+    return WORDS.get(plain, getattr(plain, "__name__", str(plain)))
+
+
+def _unknown(path: Where, valid: list[str]) -> Fault:
+    near = difflib.get_close_matches(str(path[-1]), valid, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"valid are {', '.join(sorted(valid))}"
+    return Fault(path, f"no such key; {hint}")
+
+
+def dotted(path: Sequence[str | int]) -> str:
+    """A path of keys as people write it.
+
+    >>> dotted(["data", "train", 0, "path"])
+    'data.train[0].path'
+    """
+    text = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path)
+    return text.removeprefix(".")

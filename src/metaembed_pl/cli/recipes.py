@@ -1,0 +1,134 @@
+"""`python -m metaembed_pl recipes`: the recipes that come with the package.
+
+    python -m metaembed_pl recipes                            # what there is, from their heads
+    python -m metaembed_pl recipes qwen7b                     # prints one
+    python -m metaembed_pl recipes qwen7b --copy mine.yaml    # starts one's own
+
+A recipe's head is the comment it opens with: its title, then lines `# key: value`.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from metaembed_pl.cli.recipe_path import find_recipe, recipe_folder
+from metaembed_pl.errors import UserError
+from metaembed_pl.files import write_text
+
+HEAD_KEYS = ("row", "data", "command", "hardware", "hours", "memory", "expected", "verified")
+SHOWN = ("row", "hardware", "verified")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags of the verb."""
+    add = parser.add_argument
+    add("name", nargs="?", metavar="NAME", help="print this recipe instead of the list")
+    add("--copy", type=Path, metavar="PATH", help="start your own: copy NAME to PATH")
+    add("--json", action="store_true", help="the heads of all recipes as one JSON object")
+
+
+def run(args: argparse.Namespace) -> None:
+    """List the recipes, or print or copy one.
+
+    Raises:
+        UserError: no such recipe, or something is at PATH already.
+    """
+    if args.name is None:
+        if args.copy is not None:
+            raise UserError("--copy needs the NAME of a recipe: recipes NAME --copy PATH")
+        heads = {path.stem: read_head(path) for path in recipe_files()}
+        print(json.dumps(heads, indent=2)) if args.json else _print_list(heads)
+        return
+    source = Path(find_recipe(args.name))
+    if args.copy is not None:
+        for path in copy_recipe(source, args.copy):
+            print(path)
+    elif args.json:
+        print(json.dumps({source.stem: read_head(source)}, indent=2))
+    else:
+        print(source.read_text(encoding="utf-8"), end="")
+
+
+def recipe_files() -> list[Path]:
+    """The recipes that come with the package; what they share lies in folders beside them."""
+    return sorted(recipe_folder().glob("*.yaml"))
+
+
+def read_head(path: Path) -> dict[str, str]:
+    """A recipe's head: `title` and what it says of `HEAD_KEYS`.
+
+    A line that opens with no key goes on with the value before it.
+    """
+    head: dict[str, str] = {}
+    key = "title"
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        text = line.removeprefix("#").strip()
+        name, colon, value = text.partition(":")
+        if colon and name in HEAD_KEYS:
+            key, text = name, value.strip()
+        if text:
+            head[key] = f"{head[key]} {text}" if key in head else text
+    return head
+
+
+def copy_recipe(source: Path, target: Path) -> list[Path]:
+    """Copies a recipe under another name, with the files beside it that it refers to.
+
+    The copy trains in a folder of its own: its `run.name` is the new file's.
+
+    Returns:
+        What was written, the recipe first.
+
+    Raises:
+        UserError: there is something at `target`, or another file where a part must go.
+    """
+    target = target / source.name if target.is_dir() else target
+    target = target if target.suffix in (".yaml", ".yml") else target.with_suffix(".yaml")
+    if target.exists():
+        raise UserError(f"{target} exists already: give another path, or remove it first")
+    text = source.read_text(encoding="utf-8")
+    parts = {
+        target.parent / name: (source.parent / name).read_text(encoding="utf-8")
+        for name in sorted(set(re.findall(r"[\w-]+/[\w./-]+\.yaml", text)))
+        if (source.parent / name).is_file()
+    }
+    for path, content in parts.items():
+        if path.exists() and path.read_text(encoding="utf-8") != content:
+            raise UserError(f"{path} is in the way: the recipe brings a file of that name")
+    text = text.replace(f"recipes/{source.name}", target.as_posix())
+    text = re.sub(r"(?m)^(run:\n  name: )\S+", rf"\g<1>{target.stem}", text)
+    for path, content in {target: text, **parts}.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, content)
+    return [target, *parts]
+
+
+def _print_list(heads: dict[str, dict[str, str]]) -> None:
+    """A table in a terminal, aligned text in a pipe."""
+    rows = [(name, *(head.get(key, "") for key in SHOWN)) for name, head in heads.items()]
+    columns = ("recipe", *SHOWN)
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=None, header_style="bold", pad_edge=False)
+        for column in columns:
+            table.add_column(column, overflow="fold")
+        for row in rows:
+            table.add_row(*map(Text, row))
+        Console().print(table)
+        return
+    _print_aligned([columns, *rows])
+
+
+def _print_aligned(rows: Sequence[tuple[str, ...]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))
+        print("  ".join(cells).rstrip())

@@ -1,0 +1,134 @@
+"""The form that plain transformers reads: meta tokens as words of the vocabulary.
+
+Vocabularies have rows that no word uses: the rows beyond the tokenizer's words (Qwen), or words
+kept in reserve (Llama, Gemma). The learned vectors are written into such rows, and the tokenizer
+learns the words that stand for them. Any program that runs the backbone then gives the meta
+embeddings, as the last hidden states of the last words: docs/serving.md.
+
+Shape letters: B items, K slots a row, R meta embeddings of a side, D their width.
+"""
+
+import copy
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import save_file
+from tokenizers import AddedToken
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer
+
+from metaembed_pl.errors import UserError
+from metaembed_pl.item import Item
+from metaembed_pl.model.embedder import MetaEmbedder
+from metaembed_pl.model.export import Difference, Vectors, compare, sample_items, sample_vectors
+from metaembed_pl.model.processing import Side
+
+RESERVED = re.compile(r"<\|reserved_special_token_\d+\|>|<unused\d+>")
+
+
+def write_transformers(model: MetaEmbedder, folder: Path) -> Difference:
+    """Writes the form into an existing folder, reads it back and compares the vectors.
+
+    Args:
+        model: without an adapter; spare rows of its input embedding are overwritten.
+        folder: gets weights, tokenizer, image processor, `retrieval.json` (the words around an
+            item) and, where the model has one, `projection.safetensors`.
+
+    Raises:
+        UserError: the vocabulary has too few spare rows, or the vectors differ.
+    """
+    before = sample_vectors(model)
+    tokenizer = copy.deepcopy(model.processing.tokenizer)
+    table: Any = model.backbone.get_input_embeddings()
+    words = spare_words(tokenizer, table.num_embeddings, model.meta_tokens.embedding.num_embeddings)
+    ids = torch.tensor(tokenizer.convert_tokens_to_ids(words), device=table.weight.device)
+    with torch.no_grad():
+        table.weight[ids] = model.meta_tokens.embedding.weight.to(table.weight.dtype)
+    model.backbone.save_pretrained(folder, safe_serialization=True)
+    tokenizer.save_pretrained(folder)
+    model.processing.image_processor.save_pretrained(folder)
+    if not isinstance(model.projection, nn.Identity):
+        projection = {"projection": model.projection.weight.detach().contiguous()}
+        save_file(projection, folder / "projection.safetensors")
+    form = _form(model, words)
+    (folder / "retrieval.json").write_text(json.dumps(form, indent=2, ensure_ascii=False) + "\n")
+    after = Vectors(*(_plain_vectors(folder, model, side, form) for side in get_args(Side)))
+    return compare(before, after, model.backbone.dtype, "plain transformers")
+
+
+def spare_words(tokenizer: Any, num_rows: int, count: int) -> list[str]:
+    """Words for `count` rows that nothing uses; the tokenizer knows them afterwards.
+
+    Args:
+        tokenizer: is changed.
+        num_rows: of the input embedding.
+        count: of meta tokens.
+
+    Raises:
+        UserError: there are fewer such rows.
+    """
+    vocabulary = tokenizer.get_vocab()
+    reserved = sorted((i, word) for word, i in vocabulary.items() if RESERVED.fullmatch(word))
+    words = [word for i, word in reserved if i < num_rows][:count]
+    free = num_rows - len(tokenizer)
+    if len(words) < count:
+        if free < count:
+            raise UserError(
+                f"--format transformers writes {count} meta tokens into spare rows of the "
+                f"vocabulary, and this model has {max(free, len(words))}; use another format"
+            )
+        words = [f"<|meta_{i}|>" for i in range(count)]
+    tokenizer.add_tokens([AddedToken(word, special=True, normalized=False) for word in words])
+    return words
+
+
+def _form(model: MetaEmbedder, words: Sequence[str]) -> dict[str, Any]:
+    """What a program must know that is not in the weights: the words around an item."""
+    prompt = model.processing.prompt
+    num_query, num_candidate = model.groups[-1]
+    first = 0 if model.meta_tokens.layout == "both" else num_query
+    return {
+        "prefix": prompt.prefix,
+        "before_text": prompt.before_text,
+        "image_only": prompt.image_only,
+        "suffix": prompt.suffix,
+        "max_text_tokens": model.processing.max_text_tokens,
+        "groups": [str(group) for group in model.groups],
+        "query": {
+            "before": prompt.query,
+            "meta_tokens": "".join(words[:num_query]),
+            "count": num_query,
+        },
+        "candidate": {
+            "before": "",
+            "meta_tokens": "".join(words[first:]),
+            "count": num_candidate,
+        },
+    }
+
+
+def _plain_vectors(
+    folder: Path, model: MetaEmbedder, side: Side, form: dict[str, Any]
+) -> Float[Tensor, "B R D"]:
+    """Meta embeddings by the library's own model, from the folder, with the words as tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    plain = AutoModel.from_pretrained(folder, dtype=model.backbone.dtype).eval()
+    items: list[Item] = sample_items()
+    batch = dict(model.processor()(items, side))
+    slots = batch.pop("slot_index")
+    words = tokenizer(form[side]["meta_tokens"], add_special_tokens=False)["input_ids"]
+    if len(words) != slots.shape[1]:
+        raise UserError("this tokenizer does not keep meta tokens apart; use another format")
+    batch["input_ids"].scatter_(1, slots, torch.tensor(words).expand(len(items), -1))
+    with torch.inference_mode():
+        inputs = model.processing.family.prepare(plain, batch)
+        hidden = plain(**inputs, use_cache=False).last_hidden_state
+        own = slots[:, -form[side]["count"] :, None].expand(-1, -1, hidden.shape[-1])
+        states = hidden.gather(1, own).to(model.meta_tokens.embedding.weight.dtype)
+        states = model.projection(states)
+    return nn.functional.normalize(states.float(), dim=-1)

@@ -1,0 +1,75 @@
+"""Llama-3.2-Vision (mllama): the text looks at the pictures through cross-attention layers.
+
+transformers wants a picture for every row as soon as one row has one, runs its vision tower over
+the made-up ones, and skips the cross-attention layers where there is no picture at all. Here the
+tower sees the real pictures only, and a row without one gets zeros to look at: through layers
+without biases these add exactly nothing, so a text is the same in either kind of batch.
+
+Tokens before `<|image|>` look at all tiles evenly, as in transformers (its issue 39379).
+
+Shape letters: B rows, L tokens, N images, T tiles of an image, P patches of a tile.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
+from transformers.models.mllama.modeling_mllama import MllamaModel
+
+SPECIAL_TOKENS = (
+    ("<|finetune_right_pad_id|>", None),
+    ("<|begin_of_text|>", None),
+    ("<|start_header_id|>", None),
+    ("<|end_header_id|>", None),
+    ("<|eot_id|>", None),
+    ("<|image|>", "image_token_index"),
+)
+PICTURES = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
+
+
+def image_text(image_processor: Any, images: Mapping[str, Any]) -> list[str]:
+    """One token, whatever the image's size: it only says where the image comes."""
+    return ["<|image|>"] * len(images["pixel_values"])
+
+
+def image_processor(config: Mapping[str, Any]) -> MllamaImageProcessorPil:
+    """The image processor of a model made from scratch."""
+    vision = config.get("vision_config", {})
+    side = vision.get("image_size", 448)
+    return MllamaImageProcessorPil(
+        size={"height": side, "width": side}, max_image_tiles=vision.get("max_num_tiles", 4)
+    )
+
+
+def model_inputs(
+    batch: Mapping[str, Tensor], images: Mapping[str, Any], rows: Int[Tensor, " N"], image_id: int
+) -> dict[str, Tensor]:
+    """The pictures, whose they are, and who sees them: `<|image|>` and all that follows it.
+
+    The meta tokens stand last, so they see the whole picture.
+    """
+    if not images:
+        return {}
+    ids = batch["input_ids"]
+    sees = (ids[rows] == image_id).cumsum(dim=1) > 0
+    tiles = images["aspect_ratio_mask"]
+    mask = torch.zeros(*ids.shape, *tiles.shape[1:], dtype=torch.long)
+    mask[rows] = sees[:, :, None, None] * tiles[:, None]
+    pictures = {name: images[name] for name in PICTURES}
+    return pictures | {"cross_attention_mask": mask, "image_rows": rows}
+
+
+def prepare(backbone: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Replaces the pictures by what the vision tower makes of them; zeros for rows without one."""
+    if "image_rows" not in inputs:
+        return inputs
+    model = next(module for module in backbone.modules() if isinstance(module, MllamaModel))
+    pictures = {name: inputs[name] for name in PICTURES}
+    seen = model.vision_model(**pictures).last_hidden_state
+    states = model.multi_modal_projector(seen).flatten(1, 3)  # (N, T * P, hidden width)
+    of_all = states.new_zeros(len(inputs["input_ids"]), *states.shape[1:])
+    rest = {name: inputs[name] for name in inputs.keys() - {*PICTURES, "image_rows"}}
+    return rest | {"cross_attention_states": of_all.index_copy(0, inputs["image_rows"], states)}

@@ -1,0 +1,77 @@
+"""Qwen2-VL, Qwen2.5-VL, Qwen3-VL: pictures of any size, the patches of all in one long sequence.
+
+Shape letters: B rows, L tokens, N images.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxtyping import Int
+from torch import Tensor
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from metaembed_pl.errors import UserError
+
+SPECIAL_TOKENS = (
+    ("<|endoftext|>", None),
+    ("<|im_start|>", None),
+    ("<|im_end|>", None),
+    ("<|vision_start|>", "vision_start_token_id"),
+    ("<|vision_end|>", "vision_end_token_id"),
+    ("<|image_pad|>", "image_token_id"),
+    ("<|video_pad|>", "video_token_id"),
+)
+
+
+def image_text(image_processor: Any, images: Mapping[str, Any]) -> list[str]:
+    """`<|vision_start|>`, `<|image_pad|>` for every merged square of patches, `<|vision_end|>`."""
+    counts = images["image_grid_thw"].prod(dim=1) // image_processor.merge_size**2
+    return [f"<|vision_start|>{'<|image_pad|>' * count}<|vision_end|>" for count in counts.tolist()]
+
+
+def image_processor(config: Mapping[str, Any], **settings: Any) -> Qwen2VLImageProcessorPil:
+    """The image processor of a model made from scratch; `settings` are those of its family."""
+    vision = config.get("vision_config", {})
+    shape: dict[str, Any] = {"patch_size": 14, "temporal_patch_size": 2, **settings}
+    shape |= {
+        name: vision[name] for name in ("patch_size", "temporal_patch_size") if name in vision
+    }
+    merge = vision.get("spatial_merge_size", 2)
+    smallest = (shape["patch_size"] * merge) ** 2
+    size = {"shortest_edge": smallest, "longest_edge": 1280 * smallest}
+    return Qwen2VLImageProcessorPil(merge_size=merge, size=size, **shape)
+
+
+def limit_pixels(
+    image_processor: Any,
+    config: Mapping[str, Any],
+    min_pixels: int | None,
+    max_pixels: int | None,
+) -> None:
+    """Bounds the area of an image, and with it its tokens.
+
+    Raises:
+        UserError: a limit below one token's area, or the upper one below the lower.
+    """
+    limits = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
+    given = {name: limit for name, limit in limits.items() if limit is not None}
+    side = image_processor.patch_size * image_processor.merge_size
+    if min(given.values(), default=side**2) < side**2:
+        raise UserError(
+            f"min_pixels and max_pixels must be at least {side**2} ({side} x {side}, one image "
+            f"token), got {min_pixels} and {max_pixels}"
+        )
+    size = dict(image_processor.size) | given
+    if size["shortest_edge"] > size["longest_edge"]:
+        raise UserError(
+            f"min_pixels ({size['shortest_edge']}) is larger than max_pixels "
+            f"({size['longest_edge']}); set both"
+        )
+    image_processor.size = size
+
+
+def model_inputs(
+    batch: Mapping[str, Tensor], images: Mapping[str, Any], rows: Int[Tensor, " N"], image_id: int
+) -> dict[str, Tensor]:
+    """Which tokens are an image's: without it M-RoPE silently counts images as text."""
+    return {"mm_token_type_ids": (batch["input_ids"] == image_id).long(), **images}

@@ -1,0 +1,257 @@
+"""What of a backbone is trained: all of it, all but its vision tower, or a LoRA adapter beside it.
+
+peft puts the adapter inside the backbone, so that the backbone stays the model it was, with the
+same module names. The meta tokens are no part of the adapter: they are always trained whole.
+"""
+
+import copy
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from metaembed_pl.errors import UserError
+from metaembed_pl.model.family import Family
+from metaembed_pl.model.weights import fingerprint, load_into
+
+PREFIX = "base_model.model."  # what peft puts before the names of an adapter's tensors
+STARTS = START_A, START_B = "pissa_start_a", "pissa_start_b"
+
+
+@dataclass
+class LoraConfig:
+    """A LoRA adapter; the defaults are the paper's.
+
+    Args:
+        r: rank of the update of each adapted layer.
+        alpha: the update is scaled by alpha / r.
+        dropout: share of the adapter's inputs that are dropped in training.
+        init: of the adapter: `gaussian` and `default` (Kaiming) start as no update at all; `pissa`
+            starts from the largest singular directions of the weights.
+        dora: learn the length of each weight row apart from its direction (DoRA).
+        targets: regular expression that the whole name of an adapted module matches; None: the
+            linear layers of the language model, and with `train_vision` those of the vision tower.
+    """
+
+    r: int = 32
+    alpha: int = 32
+    dropout: float = 0.1
+    init: Literal["gaussian", "default", "pissa"] = "gaussian"
+    dora: bool = False
+    targets: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.r < 1 or self.alpha < 1:
+            raise UserError(
+                f"lora.r and lora.alpha must be at least 1, got {self.r} and {self.alpha}"
+            )
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"lora.dropout is a share, 0 to below 1, got {self.dropout}")
+        if self.init == "pissa" and self.dora:
+            raise UserError("lora.init: pissa and lora.dora exclude each other; choose one")
+
+
+def set_trainable(
+    backbone: PreTrainedModel, family: Family, lora: LoraConfig | None, train_vision: bool
+) -> None:
+    """Freezes what is not trained, and adds the adapter where there is one.
+
+    Args:
+        backbone: without an adapter.
+        family: says which modules LoRA adapts and where the vision tower is.
+        lora: None trains the weights themselves.
+        train_vision: without LoRA: train the vision tower and its projector; with LoRA: adapt the
+            vision tower's linear layers too.
+
+    Raises:
+        UserError: the pattern of `lora` is not valid or matches no linear layer.
+    """
+    if lora is not None:
+        add_lora(backbone, lora, lora_targets(lora, family, train_vision))
+    elif not train_vision:
+        for name in (family.vision_module, family.projector_module):
+            if name:
+                backbone.get_submodule(name).requires_grad_(False)
+
+
+def lora_targets(lora: LoraConfig, family: Family, train_vision: bool) -> str:
+    """The pattern of module names that LoRA adapts."""
+    if lora.targets is not None:
+        return lora.targets
+    patterns = [family.lora_targets]
+    if train_vision and family.vision_targets:
+        patterns.append(family.vision_targets)
+    return "|".join(f"(?:{pattern})" for pattern in patterns)
+
+
+def add_lora(backbone: Any, lora: LoraConfig, targets: str) -> None:
+    """Puts a new adapter into the backbone and freezes everything else in it."""
+    from peft import LoraConfig as PeftConfig
+
+    if lora.init == "pissa" and getattr(backbone, "is_quantized", False):
+        raise UserError("lora.init: pissa needs weights that are not quantized; use gaussian")
+    config = PeftConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        init_lora_weights=True if lora.init == "default" else lora.init,
+        use_dora=lora.dora,
+        target_modules=targets,
+        base_model_name_or_path=backbone.config.name_or_path or None,
+        revision=getattr(backbone, "base_revision", None),
+    )
+    _inject(backbone, config)
+    if lora.init == "pissa":
+        for layer in adapted_layers(backbone).values():
+            # What the adapter was when it stood for a part of the weights: see `_without_start`.
+            layer.register_buffer(START_A, layer.lora_A["default"].weight.detach().clone())
+            layer.register_buffer(START_B, layer.lora_B["default"].weight.detach().clone())
+
+
+def _inject(backbone: Any, config: Any) -> None:
+    from peft import inject_adapter_in_model
+    from peft.functional import cast_adapter_dtype
+
+    _refuse_no_hit(backbone, config.target_modules)
+    # Taken now: pissa is about to change the weights.
+    backbone.base_fingerprint = fingerprint(backbone)
+    try:
+        inject_adapter_in_model(config, backbone)
+    except ValueError as error:
+        raise UserError(
+            f"lora.targets {config.target_modules!r} matches modules that cannot be adapted: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    # peft makes adapters in the backbone's dtype: in bf16, updates of 1e-4 would be rounded away.
+    cast_adapter_dtype(backbone, "default")
+
+
+def _refuse_no_hit(backbone: nn.Module, targets: str | list[str] | set[str]) -> None:
+    linear = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)]
+    if not isinstance(targets, str):  # an adapter of other origin: the last parts of names
+        targets = rf"(.*\.)?({'|'.join(map(re.escape, sorted(targets)))})"
+    try:
+        pattern = re.compile(targets)
+    except re.error as error:
+        raise UserError(
+            f"lora.targets {targets!r} is not a valid regular expression: {error}"
+        ) from error
+    if not any(pattern.fullmatch(name) for name in linear):
+        some = ", ".join(linear[:: max(1, len(linear) // 4)][:4])
+        raise UserError(
+            f"lora.targets {targets!r} matches no linear layer of this backbone; the whole name "
+            f"must match, and names here are such as {some}"
+        )
+
+
+def adapted_layers(backbone: nn.Module) -> dict[str, Any]:
+    """The layers that have an adapter, by name."""
+    from peft.tuners.lora import LoraLayer
+
+    return {
+        name: module for name, module in backbone.named_modules() if isinstance(module, LoraLayer)
+    }
+
+
+def has_adapter(backbone: nn.Module) -> bool:
+    """Whether the backbone holds an adapter that is not merged."""
+    return "default" in getattr(backbone, "peft_config", {})
+
+
+def adapter_tensors(backbone: Any) -> dict[str, Tensor]:
+    """The adapter's own tensors (not copies), under the names that peft gives them in files."""
+    from peft import get_peft_model_state_dict
+
+    found = get_peft_model_state_dict(backbone, save_embedding_layers=False)
+    return {PREFIX + n: tensor for n, tensor in found.items() if not n.endswith(STARTS)}
+
+
+def save_adapter(backbone: Any, folder: Path, base: str | None) -> None:
+    """Writes the adapter as peft does: `adapter_config.json` and `adapter_model.safetensors`.
+
+    Args:
+        backbone: with an adapter.
+        folder: made where it is not there.
+        base: what the adapter belongs to, for other programs that read it.
+    """
+    config = copy.copy(backbone.peft_config["default"])
+    tensors = adapter_tensors(backbone)
+    layers = adapted_layers(backbone)
+    if any(hasattr(layer, START_A) for layer in layers.values()):
+        tensors = _without_start(tensors, layers)
+        config.r, config.lora_alpha = 2 * config.r, 2 * config.lora_alpha
+        config.init_lora_weights = True
+    config.base_model_name_or_path, config.inference_mode = base, True
+    folder.mkdir(exist_ok=True)
+    save_file(
+        {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()},
+        folder / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
+    config.save_pretrained(str(folder))
+
+
+def _without_start(tensors: dict[str, Tensor], layers: dict[str, Any]) -> dict[str, Tensor]:
+    """A pissa adapter as one of twice the rank that fits the weights as they were before pissa.
+
+    pissa took B0 A0 out of the weights: W = rest + B0 A0, and now serves rest + B A, that is
+    W + [B, -B0] [A ; A0].
+    """
+    found = dict(tensors)
+    for name, layer in layers.items():
+        a, b = (f"{PREFIX}{name}.lora_{part}.weight" for part in "AB")
+        found[a] = torch.cat([tensors[a], getattr(layer, START_A).to(tensors[a])])
+        found[b] = torch.cat([tensors[b], -getattr(layer, START_B).to(tensors[b])], dim=1)
+    return found
+
+
+def load_adapter(backbone: Any, folder: Path) -> None:
+    """Puts a saved adapter into the backbone; every tensor must be there and fit.
+
+    Raises:
+        UserError: a file is missing or broken, or the adapter was made for another backbone.
+    """
+    from peft import LoraConfig as PeftConfig
+
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{folder}: not a readable LoRA adapter: {reason}") from error
+    if config.base_model_name_or_path is not None:
+        config.base_model_name_or_path = backbone.config.name_or_path
+    try:
+        _inject(backbone, config)
+    except UserError as error:
+        raise UserError(f"{folder}: an adapter for another base model: {error}") from error
+    load_into(adapter_tensors(backbone), folder / "adapter_model.safetensors")
+
+
+def merge_adapter(backbone: Any) -> None:
+    """Adds the adapter to the weights and takes it out; without one, does nothing."""
+    for name, layer in adapted_layers(backbone).items():
+        layer.merge(safe_merge=True)
+        parent, _, child = name.rpartition(".")
+        setattr(backbone.get_submodule(parent), child, layer.get_base_layer())
+    if has_adapter(backbone):
+        del backbone.peft_config
+        backbone.config.name_or_path = ""  # it is no longer the model of that name
+
+
+def base_weights(backbone: nn.Module) -> dict[str, Tensor]:
+    """The weights as they are without the adapter, under the names they have without it."""
+    found = {
+        name.replace(".base_layer.", "."): tensor
+        for name, tensor in backbone.state_dict().items()
+        if "lora_" not in name and not name.endswith(STARTS)
+    }
+    for name, layer in adapted_layers(backbone).items():
+        if hasattr(layer, START_A):
+            taken = layer.scaling["default"] * (getattr(layer, START_B) @ getattr(layer, START_A))
+            found[f"{name}.weight"] = found[f"{name}.weight"] + taken.to(layer.weight.dtype)
+    return found

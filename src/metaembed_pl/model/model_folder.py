@@ -1,0 +1,213 @@
+"""The model folder on disk: what a MetaEmbedder saves and loads.
+
+`metaembed.json` (settings), `meta_tokens.safetensors` (meta tokens and projection), `processing/`
+(tokenizer, image processor, prompt), and the backbone: its whole weights in `backbone/`, or a LoRA
+adapter in `adapter/` beside the name of the base model. Both are there where the base model has no
+name that others could load it by.
+"""
+
+import json
+import os
+import re
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from metaembed_pl.errors import UserError
+from metaembed_pl.model.backbone import BackboneConfig, build_backbone
+from metaembed_pl.model.lora import (
+    base_weights,
+    has_adapter,
+    load_adapter,
+    save_adapter,
+)
+from metaembed_pl.model.processing import Processing, Prompt
+from metaembed_pl.model.weights import fingerprint
+
+FORMAT = 1
+SETTINGS = "metaembed.json"
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+HUB_CACHE = re.compile(r"models--([^/]+)--([^/]+)/snapshots/([0-9a-f]{40})")
+# What a model folder decides itself; the rest of BackboneConfig says how the backbone is run.
+SOURCE = ("path", "revision", "scratch", "tokenizer", "min_pixels", "max_pixels", "max_text_tokens")
+
+
+def find_model_folder(name: str | Path, revision: str | None = None) -> Path:
+    """A model folder on disk: the folder itself, or a copy of the hub repository of that id.
+
+    Raises:
+        UserError: there is no such folder or repository, or it is no model folder.
+    """
+    folder = Path(name)
+    if not folder.exists() and HUB_ID.fullmatch(str(name)):
+        folder = _from_hub(str(name), revision)
+    if not (folder / SETTINGS).is_file():
+        raise UserError(
+            f"{name} is not a model folder: it has no {SETTINGS}; "
+            "expected what `fit` leaves in runs/NAME/model, or a hub id of such a folder"
+        )
+    return folder
+
+
+def _from_hub(repository: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repository, revision=revision))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise UserError(
+            f"{repository}: no such folder here, and no such repository could be had from the hub: "
+            f"{str(error).strip().splitlines()[0]}"
+        ) from error
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """What `metaembed.json` of a model folder says."""
+    file = folder / SETTINGS
+    try:
+        settings = json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f"{file}: not valid JSON: {error}") from error
+    if settings.get("format") != FORMAT:
+        raise UserError(f"{file}: format {settings.get('format')!r}, this version reads {FORMAT}")
+    return settings
+
+
+def settings_to_start_from(
+    name: str, backbone: BackboneConfig, given: dict[str, Any]
+) -> dict[str, Any]:
+    """The settings of a model folder that training starts from.
+
+    Args:
+        name: a model folder or the hub id of one.
+        backbone: what the recipe says of it: how it is run, and nothing else.
+        given: `groups`, `layout`, `projection`, `prompt` and the like of the recipe; None: not
+            given.
+
+    Raises:
+        UserError: the recipe asks for something else than the folder has.
+    """
+    folder = find_model_folder(name)
+    plain = {field.name: field.default for field in fields(BackboneConfig)}
+    for key in SOURCE:
+        if getattr(backbone, key) != plain[key]:
+            raise UserError(
+                f"model.backbone.{key} is that of start_from {name}: leave it out; only how the "
+                "backbone is run can be given (dtype, attention, gradient_checkpointing, ...)"
+            )
+    settings = read_settings(folder)
+    own = settings | {"prompt": _words(folder)}
+    for key, value in given.items():
+        if value is not None and not _agrees(value, own.get(key)):
+            raise UserError(
+                f"model.{key} is {value}, but start_from {name} has {own.get(key)}: leave {key} "
+                "out, or train from a backbone instead"
+            )
+    return settings
+
+
+def _words(folder: Path) -> dict[str, str]:
+    return json.loads((folder / "processing" / "processing.json").read_text())["prompt"]
+
+
+def _agrees(value: Any, own: Any) -> bool:
+    if isinstance(value, Prompt):
+        return all(own[name] == words for name, words in asdict(value).items() if words is not None)
+    return value == own
+
+
+def save_backbone(backbone: Any, folder: Path, home: Path) -> dict[str, Any]:
+    """Writes the weights or the adapter into `folder`.
+
+    Args:
+        backbone: with or without an adapter.
+        folder: a temporary folder.
+        home: where the folder will be: the path of a base model on disk is told from there.
+
+    Returns:
+        What `metaembed.json` has to say of the backbone.
+    """
+    if not has_adapter(backbone):
+        backbone.save_pretrained(folder / "backbone", safe_serialization=True)
+        return {}
+    config = backbone.peft_config["default"]
+    base = config.base_model_name_or_path
+    if base is None:
+        weights = {name: tensor.contiguous() for name, tensor in base_weights(backbone).items()}
+        backbone.save_pretrained(folder / "backbone", state_dict=weights, safe_serialization=True)
+        save_adapter(backbone, folder / "adapter", None)
+        return {}
+    path = base_from(base, home)
+    save_adapter(backbone, folder / "adapter", path)
+    known = {"path": path, "revision": config.revision, "fingerprint": backbone.base_fingerprint}
+    return {"backbone": known}
+
+
+def base_from(base: str, home: Path) -> str:
+    """The name of a base model as a model folder at `home` keeps it.
+
+    A folder is told relative to `home`, so that both can move together; a hub id as it is.
+    """
+    if not Path(base).exists():
+        return base
+    relative = os.path.relpath(Path(base).resolve(), home.resolve())
+    return relative if relative.startswith(".") else f"./{relative}"
+
+
+def load_folder_backbone(
+    folder: Path, settings: dict[str, Any], options: BackboneConfig | None, processing: Processing
+) -> PreTrainedModel:
+    """The backbone of a model folder, with its adapter where it has one.
+
+    Args:
+        folder: a model folder.
+        settings: its `metaembed.json`.
+        options: how the backbone is run; None: as it was saved.
+        processing: the folder's.
+
+    Raises:
+        UserError: weights are missing or do not fit, or the base model is another one.
+    """
+    options = options or BackboneConfig(dtype=settings.get("dtype", "float32"))
+    known = settings.get("backbone")
+    if known is None:
+        source = {"path": str(folder / "backbone")}
+    else:
+        source = {"path": find_base(folder, known["path"]), "revision": known["revision"]}
+    backbone: Any = build_backbone(replace(options, **source), processing)
+    if known is None and (cached := HUB_CACHE.search(folder.resolve().as_posix())):
+        backbone.config.name_or_path = f"{cached[1]}/{cached[2]}/backbone"
+        backbone.base_revision = cached[3]
+    if known is not None:
+        _refuse_other_base(folder, known, backbone)
+    if (folder / "adapter").is_dir():
+        load_adapter(backbone, folder / "adapter")
+    elif known is not None:
+        raise UserError(f"{folder}: {SETTINGS} tells of an adapter, but there is no adapter/")
+    return backbone
+
+
+def find_base(folder: Path, base: str) -> str:
+    """Where the base model is that a model folder names; a hub id as it is."""
+    if not base.startswith("."):
+        return base
+    path = (folder / base).resolve()
+    if not path.is_dir():
+        raise UserError(
+            f"{folder}: its adapter belongs to the base model at {path}, which is not there; bring "
+            "it back, or export the model with --merge where it is"
+        )
+    return str(path)
+
+
+def _refuse_other_base(folder: Path, known: dict[str, Any], backbone: PreTrainedModel) -> None:
+    found = fingerprint(backbone)
+    expected = known.get("fingerprint")
+    if expected and found and found != expected:
+        raise UserError(
+            f"{folder}: its adapter was trained on other weights than {known['path']} has now "
+            f"(fingerprint {expected}, found {found}); give it the base model it was trained on"
+        )

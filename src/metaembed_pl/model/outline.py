@@ -1,0 +1,209 @@
+"""A model without its weights: built on the meta device from a config, to be counted.
+
+Where a pretrained backbone's config comes from, the first that is there: its folder, the hub's
+cache on this machine, the shapes that come with the package (recipes/configs), the hub. Weights are
+never read.
+"""
+
+import re
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
+
+from metaembed_pl.budget import Budget
+from metaembed_pl.errors import UserError
+from metaembed_pl.model.backbone import BackboneConfig, build_processing, scratch_config
+from metaembed_pl.model.embedder import MetaEmbedder
+from metaembed_pl.model.family import family_of
+from metaembed_pl.model.image_processors import load_image_processor
+from metaembed_pl.model.lora import LoraConfig, set_trainable
+from metaembed_pl.model.meta_tokens import Layout
+from metaembed_pl.model.model_folder import find_model_folder, read_settings
+from metaembed_pl.model.processing import Processing, Prompt
+
+TOKENIZER_FILES = ("tokenizer*", "vocab.*")
+CHARACTERS_A_TOKEN = 4  # of English, by the byte-pair vocabularies of these models
+
+
+class RoughTokenizer:
+    """Stands in for a tokenizer that is not at hand: right in its special tokens, rough in words.
+
+    >>> rough = RoughTokenizer()
+    >>> ids = rough(["<|image_pad|><|image_pad|>", "a small red apple"])["input_ids"]
+    >>> [len(row) for row in ids]
+    [2, 5]
+    """
+
+    pad_token_id = eos_token_id = 0
+
+    def __call__(self, texts: list[str], **_: Any) -> dict[str, list[list[int]]]:
+        """Ids that are all 0, as many as a tokenizer would give."""
+        return {"input_ids": [[0] * self._count(text) for text in texts]}
+
+    def convert_tokens_to_ids(self, token: str) -> int:
+        """Of a special token: one that no text has."""
+        return 1
+
+    def _count(self, text: str) -> int:
+        words, num_special = re.subn(r"<[^<>\s]{1,40}>", "", text)
+        return num_special + -(-len(words) // CHARACTERS_A_TOKEN)
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A model on the meta device, and what is known of it.
+
+    Args:
+        model: with its real processing, or one with a `RoughTokenizer`.
+        source: where its shape is from, in words.
+        counts_tokens: the tokenizer is the model's own.
+    """
+
+    model: MetaEmbedder
+    source: str
+    counts_tokens: bool
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the shape of a model; each as in `MetaEmbedModule`."""
+
+    backbone: BackboneConfig
+    prompt: Prompt
+    groups: tuple[Budget, ...]
+    layout: Layout
+    projection: int | None
+    lora: LoraConfig | None
+    train_vision: bool
+
+
+def outline(settings: Settings, kept: Path) -> Outline:
+    """The model that a recipe trains.
+
+    Args:
+        settings: the recipe's.
+        kept: the shapes that come with the package: a folder for each hub id.
+
+    Raises:
+        UserError: no such model, an unsupported family, a setting that does not fit the model.
+    """
+    backbone, prompt = settings.backbone, settings.prompt
+    if backbone.path is None:
+        processing = build_processing(backbone, prompt)
+        config = scratch_config(backbone.scratch or {}, processing)
+        source, known = "its config in the recipe", True
+    else:
+        place, source = _place(backbone.path, backbone.revision, kept)
+        config = AutoConfig.from_pretrained(place, revision=backbone.revision)
+        processing, known = _processing(backbone, prompt, config, place)
+    model = _on_meta(config, backbone.dtype if backbone.path else "float32")
+    return Outline(_embedder(model, processing, settings), source, known)
+
+
+def outline_of_folder(name: str, settings: Settings, kept: Path) -> Outline:
+    """The model that a recipe trains which starts from a model folder on this machine.
+
+    Args:
+        name: the folder.
+        settings: the recipe's, with the folder's groups, layout and projection.
+        kept: as in `outline`.
+
+    Raises:
+        UserError: no such folder, or a setting that does not fit the model.
+    """
+    folder = find_model_folder(name)
+    base = read_settings(folder).get("backbone")
+    if base is None:
+        place = str(folder / "backbone")
+    else:
+        path = base["path"]
+        path = str((folder / path).resolve()) if path.startswith(".") else path
+        place, _ = _place(path, base.get("revision"), kept)
+    model = _on_meta(AutoConfig.from_pretrained(place), settings.backbone.dtype)
+    processing = Processing.load(folder / "processing")
+    return Outline(_embedder(model, processing, settings), str(folder), True)
+
+
+def count_parameters(model: MetaEmbedder) -> dict[str, dict[str, int]]:
+    """Parameters by part: how many there are, and how many of them are trained."""
+    family = model.processing.family
+    vision = f"backbone.{family.vision_module}."
+    projector = f"backbone.{family.projector_module}."
+    parts: dict[str, dict[str, int]] = {}
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            part = "adapters"
+        elif name.startswith((vision, projector)):
+            part = "vision tower"
+        elif name.startswith("backbone."):
+            part = "language model"
+        else:
+            part = name.partition(".")[0].replace("_", " ")
+        found = parts.setdefault(part, {"total": 0, "trained": 0})
+        found["total"] += parameter.numel()
+        found["trained"] += parameter.numel() * parameter.requires_grad
+    sums = {key: sum(part[key] for part in parts.values()) for key in ("total", "trained")}
+    return {"all": sums, **parts}
+
+
+def _embedder(
+    backbone: PreTrainedModel, processing: Processing, settings: Settings
+) -> MetaEmbedder:
+    shape = settings.groups, settings.layout, settings.projection
+    with torch.device("meta"):
+        set_trainable(backbone, processing.family, settings.lora, settings.train_vision)
+        return MetaEmbedder(backbone, processing, *shape)
+
+
+def _on_meta(config: Any, dtype: str) -> PreTrainedModel:
+    with torch.device("meta"):
+        return AutoModel.from_config(
+            config, dtype=getattr(torch, dtype), attn_implementation="sdpa"
+        ).train()
+
+
+def _place(path: str, revision: str | None, kept: Path) -> tuple[str, str]:
+    """What `from_pretrained` is to read a config from, and that in words."""
+    if Path(path).is_dir():
+        return path, f"the folder {path}"
+    with suppress(HFValidationError):
+        cached = try_to_load_from_cache(path, "config.json", revision=revision)
+        if isinstance(cached, str):
+            return str(Path(cached).parent), "the hub's cache on this machine"
+    if (kept / path / "config.json").is_file():
+        return str(kept / path), "the shapes that come with the package"
+    try:
+        AutoConfig.from_pretrained(path, revision=revision)
+    except (OSError, ValueError) as error:
+        ours = ", ".join(
+            sorted(f.parent.relative_to(kept).as_posix() for f in kept.rglob("config.json"))
+        )
+        raise UserError(
+            f"{path}: no such folder, and the hub cannot be asked "
+            f"({str(error).splitlines()[0]}); known without the hub: {ours}"
+        ) from error
+    return path, "the hub"
+
+
+def _processing(
+    backbone: BackboneConfig, prompt: Prompt, config: Any, place: str
+) -> tuple[Processing, bool]:
+    """The preprocessing, and whether it has the model's own tokenizer."""
+    family = family_of(config.model_type)
+    # Without its files, transformers would make an empty tokenizer of the model's kind.
+    known = not Path(place).is_dir() or any(
+        any(Path(place).glob(files)) for files in TOKENIZER_FILES
+    )
+    tokenizer: Any = RoughTokenizer()
+    if known:
+        tokenizer = AutoTokenizer.from_pretrained(place, revision=backbone.revision)
+    image_processor = load_image_processor(place, backbone.revision)
+    family.set_up(image_processor, config.to_dict(), backbone.min_pixels, backbone.max_pixels)
+    made = Processing(family, tokenizer, image_processor, prompt, backbone.max_text_tokens)
+    return made, known

@@ -1,0 +1,182 @@
+"""Pretrained weights, read from a folder or the hub and accounted for one by one."""
+
+import hashlib
+import logging
+import re
+from itertools import accumulate, takewhile
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedModel
+
+from metaembed_pl.errors import UserError
+
+log = logging.getLogger(__name__)
+
+# The head that the checkpoint of a generative model brings and the base model has no place for.
+UNUSED_HEAD = re.compile(r"(^|\.)lm_head\.")
+NUM_SAMPLED = 64  # values of each tensor that a fingerprint reads
+
+
+def load_backbone(path: str, dtype: str = "float32", **kwargs: Any) -> PreTrainedModel:
+    """A pretrained base model, with every weight accounted for.
+
+    Weights of a model that held this one as a part (an embedder that wraps it, say) are read too:
+    their names then have one prefix more.
+
+    Args:
+        path: a folder, `ORG/NAME` on the hub, or `ORG/NAME/FOLDER` in it.
+        dtype: of the weights.
+        kwargs: what else `from_pretrained` takes.
+
+    Raises:
+        UserError: a weight is missing, unexpected (but for a language-model head) or mis-shaped:
+            transformers would go on with random values there.
+    """
+    revision = kwargs.get("revision")
+    source, kwargs["subfolder"] = split_hub_folder(path)
+    model, report = _from_pretrained_by_trial(source, dtype, kwargs)
+    faults = {
+        "missing": sorted(report["missing_keys"]),
+        "unexpected": sorted(_unexpected(report)),
+        "mis-shaped": sorted(str(key) for key in report["mismatched_keys"]),
+    }
+    refuse_faults(path, faults)
+    # Kept so that an adapter can say what it belongs to.
+    model.config.name_or_path = str(Path(path).resolve()) if Path(path).exists() else path
+    model.base_revision = commit_of(path, revision)
+    return model
+
+
+def _from_pretrained_by_trial(
+    path: str, dtype: str, kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """A model and its report, whose names are not always those in the files: so by trial."""
+    best, report = _from_pretrained(path, dtype, kwargs)
+    for prefix in _foreign_prefixes(report):
+        other = kwargs | {"key_mapping": {rf"^{re.escape(prefix)}": ""}}
+        model, found = _from_pretrained(path, dtype, other)
+        if len(found["missing_keys"]) < len(report["missing_keys"]):
+            best, report = model, found
+            best._weight_conversions = None  # or saving would give them that prefix again
+            log.info("%s: its weights are named %s...: read without that", path, prefix)
+        if not found["missing_keys"]:
+            break
+    return best, report
+
+
+def _from_pretrained(path: str, dtype: str, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    try:
+        return AutoModel.from_pretrained(
+            path,
+            dtype=getattr(torch, dtype),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # the report has them, and all of them are refused
+            **kwargs,
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path}: no model could be loaded from there: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _unexpected(report: dict[str, Any]) -> list[str]:
+    return [key for key in report["unexpected_keys"] if not UNUSED_HEAD.search(key)]
+
+
+def _foreign_prefixes(report: dict[str, Any]) -> list[str]:
+    """What all names that have no place begin with, where weights that have one are missing.
+
+    Short ones first, such as `base.` and `base.model.`.
+    """
+    names = [key.split(".")[:-1] for key in _unexpected(report)]
+    if len(names) < 2 or not report["missing_keys"]:
+        return []
+    columns = takewhile(lambda column: len(set(column)) == 1, zip(*names, strict=False))
+    return list(accumulate(f"{column[0]}." for column in columns))[:3]
+
+
+def split_hub_folder(path: str) -> tuple[str, str]:
+    """The repository and the folder in it of `ORG/NAME/FOLDER`; of anything else, itself and "".
+
+    >>> split_hub_folder("org/name/backbone"), split_hub_folder("org/name")
+    (('org/name', 'backbone'), ('org/name', ''))
+    """
+    parts = path.split("/")
+    if len(parts) == 3 and all(parts) and not path.startswith(".") and not Path(path).exists():
+        return "/".join(parts[:2]), parts[2]
+    return path, ""
+
+
+def commit_of(path: str, revision: str | None) -> str | None:
+    """The commit that a hub model in the cache is at; of a folder, None."""
+    if Path(path).exists():
+        return None
+    source, folder = split_hub_folder(path)
+    file = "/".join(filter(None, (folder, "config.json")))
+    cached = try_to_load_from_cache(source, file, revision=revision)
+    if not isinstance(cached, str):
+        return revision
+    parts = Path(cached).parts
+    return parts[parts.index("snapshots") + 1]
+
+
+def refuse_faults(path: str | Path, faults: dict[str, list[str]]) -> None:
+    """Raises one UserError that counts and names the weights that do not fit."""
+    told = [
+        f"{len(keys)} {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+        for kind, keys in faults.items()
+        if keys
+    ]
+    if told:
+        raise UserError(
+            f"{path}: its weights do not fit this model: {'; '.join(told)}; "
+            "is it of another architecture or only partly saved?"
+        )
+
+
+def load_into(tensors: dict[str, Tensor], file: Path) -> None:
+    """Fills tensors from a safetensors file; every one must be there and fit, and no other.
+
+    Raises:
+        UserError: the file is missing, broken or of another model.
+    """
+    try:
+        found = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file}: not a readable safetensors file: {error}") from error
+    both = tensors.keys() & found.keys()
+    refuse_faults(
+        file,
+        {
+            "missing": sorted(tensors.keys() - found.keys()),
+            "unexpected": sorted(found.keys() - tensors.keys()),
+            "mis-shaped": sorted(n for n in both if tensors[n].shape != found[n].shape),
+        },
+    )
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            tensor.copy_(found[name])
+
+
+def fingerprint(backbone: nn.Module) -> str | None:
+    """A short digest of the weights: equal for equal weights, in fp32 and in bf16 alike.
+
+    It reads a few values of each tensor, so that it costs nothing; None where the values are not
+    there to read (a meta device, shards) or are coarser than bf16 (quantized, fp16).
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(backbone.named_parameters()):
+        readable = tensor.numel() and not tensor.is_meta
+        if not readable or tensor.dtype not in (torch.float32, torch.bfloat16):
+            return None
+        places = torch.arange(NUM_SAMPLED) * (tensor.numel() - 1) // (NUM_SAMPLED - 1)
+        values = tensor.detach().flatten()[places.to(tensor.device)]
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(values.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,81 @@
+"""Which setting would bring the memory of a GPU under a limit."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+from metaembed_pl.errors import UserError
+from metaembed_pl.model.embedder import MetaEmbedder
+from metaembed_pl.training.memory import GIB, Running, Step, estimate
+
+
+def parse_gib(text: str) -> int:
+    """Bytes of what a user writes: 80GB, 80 or 24GiB; GPUs are sold by 2^30 bytes, so GB is that.
+
+    >>> parse_gib("80GB") == 80 * 2**30
+    True
+
+    Raises:
+        UserError: not a number above 0.
+    """
+    number = text.strip().lower().removesuffix("b").removesuffix("i").removesuffix("g")
+    try:
+        value = float(number)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 10**6:
+        raise UserError(f"the memory of a GPU is written 80GB, got {text!r}")
+    return round(value * GIB)
+
+
+def would_fit(model: MetaEmbedder, step: Step, running: Running, limit: int) -> list[str]:
+    """Settings that bring the memory of a GPU under the limit: each by itself, cheapest first.
+
+    Where none does, all of them together, with the largest batch that then fits.
+    """
+
+    def fits(step: Step = step, **changes: Any) -> bool:
+        return estimate(model, step, replace(running, **changes)).total <= limit
+
+    num_gpus, alone, together = running.num_gpus, [], {}
+    for name, changes in _settings(running):
+        together |= {key: (name, value) for key, value in changes.items()}
+        if fits(**changes):
+            alone.append(name)
+    if batch := _largest_batch(step, num_gpus, fits):
+        alone.append(batch)
+    factors = (factor for factor in (2, 4, 8) if step.num_pairs % factor == 0)
+    alone += [
+        f"{num_gpus * factor} GPUs with the same global batch"
+        for factor in factors
+        if fits(replace(step, num_pairs=step.num_pairs // factor), num_gpus=num_gpus * factor)
+    ][:1]
+    if alone or not together:
+        return alone
+    changes = {key: value for key, (_, value) in together.items()}
+    names = [name for name, _ in together.values()]
+    if fits(**changes):
+        return [" and ".join(names)]
+    batch = _largest_batch(step, num_gpus, lambda smaller: fits(smaller, **changes))
+    return [" and ".join([*names, batch])] if batch else []
+
+
+def _settings(running: Running) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What can be set beside the batch, and what it changes."""
+    if not running.is_checkpointed:
+        name = "model.backbone.gradient_checkpointing: true (slower by about a third)"
+        yield name, {"is_checkpointed": True}
+    if running.num_gpus > 1:
+        for stage in range(max(2, running.stage + 1), 4):
+            name = f"deepspeed_stage_{stage}"
+            yield f"trainer.strategy: {name}", {"strategy": name}
+    if not running.is_half:
+        yield "trainer.precision: bf16-true", {"precision": "bf16-true"}
+
+
+def _largest_batch(step: Step, num_gpus: int, fits: Callable[[Step], bool]) -> str | None:
+    for num_pairs in range(step.num_pairs - 1, 0, -1):
+        size = num_pairs * num_gpus
+        if size > 1 and fits(replace(step, num_pairs=num_pairs)):
+            return f"data.global_batch_size: {size} (fewer in-batch negatives)"
+    return None

@@ -1,0 +1,292 @@
+"""`check`: all faults at once, real shapes without weights, and what a run would take."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import tiny
+from metaembed_pl.cli.check import _outline
+from metaembed_pl.cli.main import main
+from metaembed_pl.cli.recipe_faults import read_recipe
+from metaembed_pl.model.outline import _on_meta, _place, count_parameters
+
+CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
+RECIPES = CONFIGS.parent
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("check")
+    tiny.shards(root / "train", 40)
+    tiny.shards(root / "test", 6, first=500)
+    tiny.embedder(layout="both").save_pretrained(root / "model")
+    return root
+
+
+@pytest.fixture
+def recipe(data, tmp_path):
+    """A recipe that would run, changed by what a test gives, and written."""
+
+    def write(**changes) -> str:
+        train = str(data / "train")
+        values = {
+            "run": {"name": "tiny", "folder": str(tmp_path / "runs")},
+            "model": {
+                "backbone": {
+                    "scratch": tiny.QWEN25_VL,
+                    "tokenizer": {"vocab_size": 300, "sources": [train]},
+                    "max_pixels": 56 * 56,
+                },
+                "groups": ["1x1", "2x4"],
+            },
+            "data": {"train": [{"path": train}], "global_batch_size": 8},
+            "trainer": {"max_steps": 6, "accelerator": "cpu"},
+        }
+        for name, value in changes.items():
+            part, _, key = name.partition("__")
+            values[part][key] = value
+        file = tmp_path / "recipe.yaml"
+        file.write_text(yaml.safe_dump(values))
+        return str(file)
+
+    return write
+
+
+def check(*arguments) -> int:
+    return main(["check", *map(str, arguments)])
+
+
+def test_a_recipe_that_would_run_gives_its_numbers_and_0(recipe, capsys):
+    assert check("--config", recipe(), "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    model = tiny.embedder(groups=("1x1", "2x4"))
+    backbone = sum(p.numel() for p in model.backbone.parameters())
+    assert found["parameters"]["meta tokens"] == {"total": 6 * 32, "trained": 6 * 32}
+    assert found["parameters"]["all"]["trained"] == found["parameters"]["all"]["total"]
+    # The vocabularies are trained on different words.
+    assert found["parameters"]["all"]["total"] == pytest.approx(backbone + 6 * 32, rel=0.05)
+    assert found["negatives"] == {"in_batch": 7, "hard": [1]}
+    assert found["steps"] == {
+        "global_batch_size": 8,
+        "max_steps": 6,
+        "num_pairs": 40,
+        "steps_an_epoch": 5,
+    }
+    assert found["tokens"]["candidate"]["longest"] > found["tokens"]["candidate"]["patches"] // 4
+    assert found["memory"]["total"] > 0
+    assert found["faults"] == []
+
+
+def test_the_report_is_readable_and_has_no_faults(recipe, capsys):
+    assert check("--config", recipe()) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "7 of the batch, 1 hard" in out
+    assert "6 of 8 pairs; 5 an epoch of 40 pairs" in out
+    assert "activations" in out
+
+
+def test_lengths_are_those_of_the_batches_that_training_makes(recipe, data, capsys):
+    assert check("--config", recipe(), "--json") == 0
+    tokens = json.loads(capsys.readouterr().out)["tokens"]
+    module = read_recipe(Path(recipe())).model
+    assert module is not None
+    module.configure_model()
+    process = module.embedder.processor()
+    pairs = tiny.pairs(40)
+    for side, items in (
+        ("query", [pair.query for pair in pairs]),
+        ("candidate", [item for pair in pairs for item in (pair.positive, *pair.negatives)]),
+    ):
+        lengths = process(items, side)["attention_mask"].sum(1).float()
+        assert tokens[side]["longest"] == lengths.max()
+        assert tokens[side]["average"] == pytest.approx(lengths.mean().item(), abs=0.5)
+
+
+def test_all_faults_are_told_at_once_with_the_nearest_key(recipe, capsys):
+    file = recipe(
+        model__lay_out="both",
+        model__optimizer={"lrr": 1e-3, "warmup": 2},
+        model__loss={"temperature": "hot"},
+        data__train=[{"path": "nowhere", "wieght": 1, "first_step": "soon"}],
+        data__global_batch_size=7,
+        trainer__strategy="dpp",
+        trainer__max_step=3,
+    )
+    assert check("--config", file, "--gpus", 2) == 2
+    err = capsys.readouterr().err
+    for fault in (
+        "model.lay_out: no such key; did you mean 'layout'?",
+        "model.optimizer.lrr: no such key; did you mean 'lr'?",
+        "model.optimizer: optimizer.warmup is a share of all steps, 0 to below 1, got 2",
+        "model.loss.temperature: expected a number, got 'hot'",
+        "data.train[0].first_step: expected a whole number, got 'soon'",
+        "data.train[0].wieght: no such key; did you mean 'weight'?",
+        "data.train: 1 of 1 folders of shards are not there: nowhere",
+        "data.global_batch_size: 7 cannot be divided evenly over 2 GPUs",
+        "trainer.strategy: no strategy 'dpp'; did you mean 'ddp'?",
+        "trainer.max_step: no such key; did you mean 'max_steps'?",
+    ):
+        assert fault in err, fault
+    lines = err.splitlines()
+    assert sum(line.startswith("fault: ") for line in lines) == 10
+    assert lines[-1].endswith("would not run: 10 faults")
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model__groups": ["4x8", "1x1"]}, "groups must be nested"),
+        ({"model__lora": {"targets": "nothing"}}, "'nothing' matches no linear layer"),
+        ({"model__backbone": {"scratch": {"model_type": "bert"}, "tokenizer": None}}, "tokenizer"),
+        ({"model__backbone": {}}, "give a backbone, or a model to start_from"),
+        ({"model__backbone": {"path": "no/where"}}, "no/where: no such folder"),
+        ({"model__start_from": "no/where"}, "no/where is not on this machine"),
+        ({"run__nmae": "x"}, "run.nmae: no such key; did you mean 'name'?"),
+        ({"data__train": []}, "names no training source"),
+        ({"data__global_batch_size": 80}, "fewer than one global batch of 80"),
+        ({"data__test": [{"path": "nowhere"}]}, "data.test: 1 of 1 folders"),
+        ({"data__train": [{"weight": 1}]}, "data.train[0]: it needs a 'path'"),
+        ({"data__train": "all"}, "data.train: expected a list, got 'all'"),
+        ({"model__layout": "neither"}, "model.layout: expected 'both' or 'own' or null"),
+        ({"trainer__precision": "bf17"}, "trainer.precision: expected 64 or 32 or"),
+        ({"trainer__max_steps": "many"}, "trainer.max_steps: expected a whole number, got 'many'"),
+        ({"trainer__strategy": "deepspeed_stage_4"}, "did you mean 'deepspeed_stage_"),
+    ],
+)
+def test_a_fault_is_one_line_and_exit_2(recipe, capsys, changes, message):
+    assert check("--config", recipe(**changes)) == 2
+    out, err = capsys.readouterr()
+    faults = [line for line in err.splitlines() if line.startswith("fault: ")]
+    assert len(faults) == 1, err
+    assert message in faults[0]
+    assert out.startswith("recipe")
+
+
+def test_a_run_of_that_name_is_a_fault(recipe, tmp_path, capsys):
+    last = tmp_path / "runs" / "tiny" / "checkpoints" / "last.ckpt"
+    last.parent.mkdir(parents=True)
+    last.touch()
+    assert check("--config", recipe()) == 2
+    assert "holds a run already" in capsys.readouterr().err
+    assert check("--config", recipe(run__overwrite=True)) == 0
+
+
+def test_too_little_memory_is_a_fault_that_says_what_would_fit(recipe, capsys):
+    file = recipe(trainer__accelerator="gpu")
+    assert check("--config", file, "--gpus", 1, "--gpu-memory", "1GB") == 2
+    assert "GiB a GPU, more than 1.0; what would make it fit: " in capsys.readouterr().err
+    assert check("--config", file, "--gpus", 1, "--gpu-memory", "80GB") == 0
+    assert "of 80.0 GiB" in capsys.readouterr().out
+
+
+def test_settings_can_be_tried(recipe, capsys):
+    arguments = ["--set", "data.global_batch_size=16", "--set=model.lora={r: 2}", "--json"]
+    assert check("--config", recipe(), *arguments) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["negatives"]["in_batch"] == 15
+    assert 0 < found["parameters"]["adapters"]["trained"] < found["parameters"]["all"]["total"] / 2
+    assert found["parameters"]["language model"]["trained"] == 0
+
+
+@pytest.mark.parametrize("given", ["data.global_batch_size", "=1", "data=[", "run.name.x=1"])
+def test_a_malformed_setting_is_refused(recipe, capsys, given):
+    assert check("--config", recipe(), "--set", given) == 2
+    assert "--set" in capsys.readouterr().err
+
+
+def test_a_model_to_start_from_gives_groups_and_shape(recipe, data, capsys):
+    file = Path(recipe())
+    values = yaml.safe_load(file.read_text())
+    values["model"] = {"start_from": str(data / "model"), "lora": {"r": 4}, "train_vision": False}
+    file.write_text(yaml.safe_dump(values))
+    assert check("--config", file, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["parameters"]["meta tokens"]["total"] == 12 * 32
+    assert found["parameters"]["vision tower"]["trained"] == 0
+    assert found["parameters"]["adapters"]["trained"] > 0
+
+
+def test_yaml_that_is_no_recipe_is_refused(tmp_path, capsys):
+    file = tmp_path / "x.yaml"
+    for text in ("[1, 2]", "a: [", "run: !!python/object/apply:os.system ['true']\n"):
+        file.write_text(text)
+        assert check("--config", file) == 2
+        assert str(file) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--gpus", "0"], "--gpus must be at least 1, got 0"),
+        (["--gpu-memory", "lots"], "written 80GB, got 'lots'"),
+    ],
+)
+def test_flags_are_checked(recipe, capsys, flags, message):
+    assert check("--config", recipe(), *flags) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["qwen7b", "qwen32b"])
+def test_the_papers_large_recipes_are_checked_in_time_without_weights(name, capsys, monkeypatch):
+    monkeypatch.chdir(RECIPES.parent)
+    start = time.process_time()  # other programs on these cores do not count
+    assert check("--config", name, "--gpus", 8, "--gpu-memory", "80GB", "--json") == 2
+    assert time.process_time() - start < 30
+    found = json.loads(capsys.readouterr().out)
+    # Only the data are missing here.
+    assert all(fault.startswith("data.") for fault in found["faults"])
+    assert found["tokens"]["query"]["longest"] > 1024
+    assert found["memory"]["total"] < 80 * 2**30
+    assert found["parameters"]["adapters"]["trained"] > 10**7
+
+
+def test_the_papers_parameters_are_right_without_the_head():
+    recipe = read_recipe(RECIPES / "qwen7b.yaml")
+    assert recipe.faults == []
+    faults: list[str] = []
+    made = _outline(recipe, faults)
+    assert faults == []
+    assert made is not None
+    counts = count_parameters(made.model)
+    assert counts["vision tower"]["total"] == 676_550_144
+    assert counts["language model"]["total"] == 8_292_166_656 - 676_550_144 - 152_064 * 3584
+    # r (in + out) of q, k, v, o, gate, up and down, in each of 28 layers.
+    widths = 2 * (3584 + 3584) + 2 * (3584 + 512) + 2 * (3584 + 18944) + (18944 + 3584)
+    assert counts["adapters"] == {"total": 28 * 32 * widths, "trained": 28 * 32 * widths}
+    assert counts["meta tokens"]["total"] == 80 * 3584
+
+
+def stated_sizes() -> dict[str, str]:
+    rows = (CONFIGS / "README.md").read_text().splitlines()
+    cells = [row.strip("| ").split(" | ") for row in rows if row.startswith("| ") and "/" in row]
+    return {cell[0]: cell[1] for cell in cells}
+
+
+def test_every_shape_is_in_the_table_and_the_other_way_round():
+    kept = {file.parent.relative_to(CONFIGS).as_posix() for file in CONFIGS.rglob("config.json")}
+    assert kept == set(stated_sizes())
+
+
+@pytest.mark.parametrize(("name", "stated"), stated_sizes().items())
+def test_a_shape_has_as_many_parameters_as_the_hub_states(name, stated):
+    from transformers import AutoConfig
+
+    place, source = _place(name, None, CONFIGS)
+    assert source == "the shapes that come with the package"
+    config = AutoConfig.from_pretrained(place)
+    model = _on_meta(config, "float32")
+    assert all(p.device == torch.device("meta") for p in model.parameters())
+    text = config.get_text_config()
+    tied = any(getattr(part, "tie_word_embeddings", False) for part in (config, text))
+    head = 0 if tied else text.vocab_size * text.hidden_size
+    found = sum(p.numel() for p in model.parameters()) + head
+    if stated.endswith(" B"):
+        assert round(found / 1e9) == int(stated.removesuffix(" B"))
+    else:
+        assert found == int(stated.replace(",", ""))
