@@ -6,9 +6,9 @@ One object a line, image paths relative to the file (docs/data.md has the whole 
 
     {"query": "ein roter Apfel", "positive": {"image": "pictures/apple.png", "id": "apple"}}
 
-What is held out follows from a hash of the positive's id, so pairs of one candidate stay on one side
-and adding pairs later moves none. A held-out candidate is no hard negative in training either. Pairs
-whose pictures do not decode are left out, named, and counted; too many of them stop the script.
+What is held out follows from a hash of the positive's id, so pairs of one candidate stay on one
+side and adding pairs later moves none. A held-out candidate is no hard negative in training either.
+Pairs whose pictures do not decode are left out, named, and counted; too many stop the script.
 """
 
 import argparse
@@ -97,13 +97,11 @@ def build(options: argparse.Namespace) -> None:
         )
         for split in splits
     }
-    with writers["train"] as train:
-        # The second block ends first: if it fails, the first one leaves nothing behind either.
-        with writers.get("test", _Nothing()) as test:
-            for split, pair in _shown(sorted_pairs.split(read_pairs(options.pairs))):
-                (train if split == "train" else test).write(pair)
-                counts[split] += 1
-            _check(options, sorted_pairs.dropped, counts)
+    with writers["train"] as train, writers.get("test", _Nothing()) as test:
+        for split, pair in _shown(sorted_pairs.split(read_pairs(options.pairs))):
+            (train if split == "train" else test).write(pair)
+            counts[split] += 1
+        _check(options, sorted_pairs.dropped, counts)  # while nothing has its place yet
     for id, reason in sorted_pairs.dropped[:5]:
         print(f"dropped {id}: {reason}", file=sys.stderr)
     for split in splits:

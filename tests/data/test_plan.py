@@ -123,7 +123,7 @@ def test_pairs_stay_within_the_open_shards():
             8,
             "no training source is there at step 7",
         ),
-        ([PlannedSource("a", (9,), first_step=3, last_step=3)], 8, "3 must come after first_step 3"),
+        ([PlannedSource("a", (9,), first_step=3, last_step=3)], 8, "3 must come after first_step"),
         ([PlannedSource("a", (9,))], 1, "at least 2, got 1"),
     ],
 )

@@ -38,9 +38,7 @@ def write_pairs(folder: Path, count: int = 60, bad: int = 0, num_candidates: int
             {
                 "query": tiny.text(i),
                 "positive": {"image": f"pictures/{name}.png", "id": f"thing {own}"},
-                "negatives": [
-                    {"image": f"pictures/{j}.png", "id": f"thing {j}"} for j in others
-                ],
+                "negatives": [{"image": f"pictures/{j}.png", "id": f"thing {j}"} for j in others],
             }
         )
     file = folder / "pairs.jsonl"

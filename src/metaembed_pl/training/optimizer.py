@@ -59,7 +59,9 @@ class MuonAndAdamW(torch.optim.Optimizer):
 
     def __init__(self, muon: torch.optim.Optimizer, adamw: torch.optim.Optimizer):
         self.parts = (muon, adamw)
-        super().__init__([{"params": g["params"]} for part in self.parts for g in part.param_groups], {})
+        super().__init__(
+            [{"params": g["params"]} for part in self.parts for g in part.param_groups], {}
+        )
         self._share()
 
     def _share(self) -> None:
