@@ -64,6 +64,20 @@ def test_two_ranks_share_the_batches_of_one(folders):
         assert keys == whole.load(step).keys
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_only_several_ranks_ask_for_an_image_on_both_sides(folders, num_ranks):
+    asked = {}
+
+    def process(items, side, always_image):
+        asked[side] = always_image
+        return {}
+
+    found = batches_of(folders)
+    found.process, found.num_ranks = process, num_ranks
+    found.load(0)
+    assert asked == dict.fromkeys(("query", "candidate"), num_ranks > 1)
+
+
 def test_candidates_are_positives_then_each_querys_negatives():
     pairs = [choose_negatives(pair, 2, turn=0) for pair in tiny.pairs(3, num_negatives=2)]
     seen = {}
@@ -73,6 +87,7 @@ def test_candidates_are_positives_then_each_querys_negatives():
         source="s",
         step=0,
         num_negatives=2,
+        always_image=True,
     )
     positives = [pair.positive for pair in pairs]
     negatives = [negative for pair in pairs for negative in pair.negatives]

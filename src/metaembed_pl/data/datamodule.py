@@ -98,7 +98,14 @@ class TrainingBatches(IterableDataset):
             for position in planned.positions
         ]
         name = self.plan.sources[planned.source].name
-        batch = collate(pairs, self.process, source=name, step=step, num_negatives=count)
+        batch = collate(
+            pairs,
+            self.process,
+            source=name,
+            step=step,
+            num_negatives=count,
+            always_image=self.num_ranks > 1,
+        )
         batch.faults = faults
         return batch
 
