@@ -47,3 +47,36 @@ def test_refuses_no_pairs_and_a_positive_that_does_not_answer():
         RetrievalSet.from_pairs("pets", [])
     with pytest.raises(UserError, match="asks 'dog', which its positive 'cat' does not answer"):
         RetrievalSet.from_pairs("pets", [Pair("1", Item("q"), Item("c", id="cat"), asks="dog")])
+
+
+def lettered(lists=None):
+    candidates = [Item(letter) for letter in "abcdef"]
+    gains = [[2.0, 1.0], [1.0], [3.0]]
+    return RetrievalSet(
+        "x", [Item(q) for q in "pqr"], candidates, [[1, 5], [0], [4]], gains, lists, 7
+    )
+
+
+def texts(items):
+    return "".join(item.text for item in items)
+
+
+def test_a_subset_keeps_what_its_queries_need_and_the_first_others():
+    small = lettered().subset(2, 4)
+    assert (texts(small.queries), texts(small.candidates)) == ("pq", "abcf")
+    assert (small.relevant, small.gains) == ([[1, 3], [0]], [[2.0, 1.0], [1.0]])
+    assert texts(lettered().subset(1, 1).candidates) == "bf"
+    assert lettered().subset(9, 9) == lettered().subset() == lettered()
+
+
+def test_a_subset_of_lists_shortens_each_and_drops_candidates_nobody_searches():
+    small = lettered(lists=[[5, 3, 1], [0, 1, 2], [4, 3]]).subset(2, 2)
+    assert texts(small.candidates) == "abf"
+    assert [texts(small.candidates[i] for i in small.searched(q)) for q in (0, 1)] == ["fb", "ab"]
+    assert [small.gains_of(q) for q in (0, 1)] == [{1: 2.0, 2: 1.0}, {0: 1.0}]
+
+
+def test_every_right_one_of_an_ungraded_set_gains_one():
+    plain = RetrievalSet("x", [Item("q")], [Item("a"), Item("b")], [[0, 1]])
+    assert plain.gains_of(0) == {0: 1.0, 1: 1.0}
+    assert list(plain.searched(0)) == [0, 1]

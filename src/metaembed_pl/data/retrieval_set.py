@@ -1,7 +1,11 @@
-"""What is evaluated: queries, a pool of candidates, and which of them are right."""
+"""What is evaluated: queries, the candidates they search, and which of these are right.
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+One class serves a pool that all queries share, a list of its own for each query (MMEB), and
+candidates that are right to different degrees (ViDoRe).
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 
 from metaembed_pl.errors import UserError
@@ -10,19 +14,75 @@ from metaembed_pl.item import Item, Pair
 
 @dataclass(frozen=True)
 class RetrievalSet:
-    """Queries that all search one pool of candidates.
+    """Queries, the candidates they search, and which of these are right.
 
     Args:
         name: the source's name, as metrics show it.
         queries: what is asked.
-        candidates: the pool.
+        candidates: everything that any query searches.
         relevant: for each query the indices of its right candidates, ascending, at least one.
+        gains: how right each of these is, above 0, in the order of `relevant`; None: all 1.
+        lists: for each query the indices of the candidates it searches, each once, among them all
+            its right ones; None: every query searches the whole pool.
+        num_left_out: queries of the source without a right candidate, which are not asked.
     """
 
     name: str
-    queries: list[Item]
-    candidates: list[Item]
+    queries: Sequence[Item]
+    candidates: Sequence[Item]
     relevant: list[list[int]]
+    gains: list[list[float]] | None = None
+    lists: list[list[int]] | None = None
+    num_left_out: int = 0
+
+    def gains_of(self, query: int) -> dict[int, float]:
+        """The right candidates of a query, by index, with how right each is."""
+        relevant = self.relevant[query]
+        gains = [1.0] * len(relevant) if self.gains is None else self.gains[query]
+        return dict(zip(relevant, gains, strict=True))
+
+    def searched(self, query: int) -> Sequence[int]:
+        """The indices of the candidates that a query searches."""
+        return range(len(self.candidates)) if self.lists is None else self.lists[query]
+
+    def subset(
+        self, max_queries: int | None = None, max_candidates: int | None = None
+    ) -> "RetrievalSet":
+        """A smaller set for quick looks: scores on it are higher than on the whole.
+
+        Args:
+            max_queries: keep the first so many; None keeps all.
+            max_candidates: a query searches no more than so many, the first ones, but always all
+                right ones of its pool or list; None keeps all.
+
+        >>> items = [Item(letter) for letter in "abcd"]
+        >>> small = RetrievalSet("x", [Item("q"), Item("r")], items, [[3], [0]]).subset(1, 2)
+        >>> [item.text for item in small.candidates], small.relevant
+        (['a', 'd'], [[1]])
+        """
+        queries = range(len(self.queries))[:max_queries]
+        needed = [self.relevant[query] for query in queries]
+        if self.lists is None:
+            together = {index for indices in needed for index in indices}
+            kept = _first(range(len(self.candidates)), together, max_candidates)
+            lists = None
+        else:
+            lists = [
+                _first(self.lists[query], set(right), max_candidates)
+                for query, right in zip(queries, needed, strict=True)
+            ]
+            kept = sorted({index for indices in lists for index in indices})
+        if len(kept) == len(self.candidates) and len(queries) == len(self.queries):
+            return self if lists is None else replace(self, lists=lists)
+        place = {index: position for position, index in enumerate(kept)}
+        return replace(
+            self,
+            queries=[self.queries[query] for query in queries],
+            candidates=[self.candidates[index] for index in kept],
+            relevant=[[place[index] for index in right] for right in needed],
+            gains=self.gains and [self.gains[query] for query in queries],
+            lists=lists and [[place[index] for index in indices] for indices in lists],
+        )
 
     @classmethod
     def from_pairs(
@@ -65,3 +125,12 @@ class RetrievalSet:
                 )
         relevant = [answering[pair.asked] for pair in pairs]
         return cls(name, [pair.query for pair in pairs], list(candidates.values()), relevant)
+
+
+def _first(indices: Sequence[int], needed: set[int], count: int | None) -> list[int]:
+    """All needed indices and the first others, `count` together; in their old order."""
+    if count is None:
+        return list(indices)
+    others = [index for index in indices if index not in needed]
+    kept = needed.union(others[: max(0, count - len(needed))])
+    return [index for index in indices if index in kept]

@@ -169,14 +169,19 @@ def _add_item(item: Item, stem: str, members: dict[str, bytes]) -> dict:
     """Return an item's JSON; its picture, if any, goes to `members` and is named in the JSON."""
     value = item.to_json()
     if item.image is not None:
-        content, extension = _encoded(item)
+        content, extension = encoded_image(item)
         # Naming the member in the JSON lets a reader notice that it is missing.
         value["image"] = f"{stem}.{extension}"
         members[value["image"]] = content
     return value
 
 
-def _encoded(item: Item) -> tuple[bytes, str]:
+def encoded_image(item: Item) -> tuple[bytes, str]:
+    """The item's picture as a file holds it, and the file's suffix; what we cannot name is PNG.
+
+    Raises:
+        UserError: a picture that cannot be read, or, where it becomes PNG, does not decode.
+    """
     content = item.image_content() if isinstance(item.image, (bytes, Path)) else b""
     for extension, signature in _SIGNATURES.items():
         if content.startswith(signature):

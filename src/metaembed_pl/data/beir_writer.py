@@ -1,0 +1,157 @@
+"""Writing a retrieval set to disk; the layout stands in beir.py."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from metaembed_pl.data.beir_reader import CORPUS, HEADER, MANIFEST, QUERIES, read_retrieval_set
+from metaembed_pl.data.shard_writer import encoded_image
+from metaembed_pl.errors import UserError
+from metaembed_pl.files import new_folder
+from metaembed_pl.item import Item
+
+_OURS = ("_id", "text", "image", "title")
+
+
+class RetrievalSetWriter:
+    """Writes a retrieval set, item by item; used in a `with` block.
+
+    The folder appears when the block ends without an error, complete and read back, or not at all.
+    Pictures are named by their content, so that one that comes twice is stored once.
+
+    Args:
+        folder: where the set shall stand.
+        name: how metrics call it.
+        split: of the judgements and lists.
+        licence, attribution, source, note: for the manifest, so that they travel with the data.
+        settings: how the set was made, for the manifest.
+        overwrite: replace a set that stands there already.
+
+    Raises:
+        UserError: the folder exists, or is no retrieval set to overwrite; at the end of the block,
+            whatever `read_retrieval_set` finds wrong.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        *,
+        split: str = "test",
+        licence: str = "",
+        attribution: str = "",
+        source: str = "",
+        note: str = "",
+        settings: dict[str, Any] | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        self.folder, self.split = Path(folder), split
+        self._describe: dict[str, Any] = {
+            "name": name,
+            "licence": licence,
+            "attribution": attribution,
+            "source": source,
+            "note": note,
+            "settings": settings or {},
+        }
+        self._overwrite = overwrite
+        self._stack = ExitStack()
+        self._files: dict[str, Any] = {}
+        self.query_ids: set[str] = set()
+        self.candidate_ids: set[str] = set()
+        # Overwriting removes the folder, so it must be one of ours.
+        if overwrite and self.folder.exists() and not (self.folder / MANIFEST).exists():
+            raise UserError(f"{self.folder} holds no {MANIFEST}: not a retrieval set to overwrite")
+
+    def __enter__(self) -> "RetrievalSetWriter":
+        self._partial = self._stack.enter_context(new_folder(self.folder, self._overwrite))
+        return self
+
+    def add_candidate(self, item: Item, **metadata: Any) -> None:
+        """Add a candidate under its `uid`: its id, or a hash of its content.
+
+        Raises:
+            UserError: a uid that was added before, a picture that cannot be read.
+        """
+        self._add(item, CORPUS, self.candidate_ids, metadata)
+
+    def add_query(self, item: Item, **metadata: Any) -> None:
+        """Add a query under its `uid`; as `add_candidate`."""
+        self._add(item, QUERIES, self.query_ids, metadata)
+
+    def judge(self, query_id: str, candidate_id: str, score: float = 1) -> None:
+        """Say how right a candidate is; 0 or less says that it is wrong."""
+        file = f"qrels/{self.split}.tsv"
+        if file not in self._files:
+            self._write(file, "\t".join(HEADER))
+        self._write(file, f"{query_id}\t{candidate_id}\t{score:g}")
+
+    def list_candidates(self, query_id: str, candidate_ids: Iterable[str]) -> None:
+        """Say which candidates a query searches; then every query needs such a list."""
+        line = {"query-id": query_id, "corpus-ids": list(candidate_ids)}
+        self._write(f"candidates/{self.split}.jsonl", _json(line))
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for file in self._files.values():
+            file.close()
+        if error is not None:
+            self._stack.__exit__(kind, error, trace)
+            return
+        with self._stack:
+            self._read_back()
+
+    def _read_back(self) -> None:
+        found = read_retrieval_set(self._partial, self._describe["name"], split=self.split)
+        manifest = self._describe | {
+            "num_queries": len(self.query_ids),
+            "num_candidates": len(self.candidate_ids),
+            "num_right": sum(map(len, found.relevant)),
+        }
+        text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+        (self._partial / MANIFEST).write_text(text, encoding="utf-8")
+
+    def _add(self, item: Item, file: str, ids: set[str], metadata: dict[str, Any]) -> None:
+        uid = item.uid
+        if uid in ids:
+            raise UserError(f"{file} holds {uid!r} already: each item is added once")
+        # Judgements are tab-separated lines.
+        if any(mark in uid for mark in "\t\r\n"):
+            raise UserError(f"id {uid!r} holds a tab or a line break")
+        taken = [key for key in metadata if key in _OURS]
+        if taken:
+            raise UserError(f"metadata {taken[0]!r} has a meaning of its own: name it otherwise")
+        record: dict[str, Any] = {"_id": uid}
+        if item.text is not None:
+            record["text"] = item.text
+        if item.image is not None:
+            record["image"] = self._store_image(item)
+        self._write(file, _json(record | metadata))
+        ids.add(uid)
+
+    def _store_image(self, item: Item) -> str:
+        content, suffix = encoded_image(item)
+        digest = hashlib.sha256(content).hexdigest()[:32]
+        path = Path("images", digest[:2], f"{digest}.{suffix}")
+        if not (self._partial / path).exists():
+            (self._partial / path).parent.mkdir(parents=True, exist_ok=True)
+            (self._partial / path).write_bytes(content)
+        return path.as_posix()
+
+    def _write(self, file: str, line: str) -> None:
+        if file not in self._files:
+            (self._partial / file).parent.mkdir(exist_ok=True)
+            self._files[file] = (self._partial / file).open("w", encoding="utf-8", newline="\n")
+        self._files[file].write(line + "\n")
+
+
+def _json(record: dict[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False)
