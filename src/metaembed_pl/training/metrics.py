@@ -1,7 +1,4 @@
-"""Retrieval metrics at every group: recall@k, mean reciprocal rank, nDCG@5.
-
-Ties count against the model: a wrong candidate with the score of a right one ranks before it, so a
-model that gives every candidate the same vector scores 0, not 1.
+"""Retrieval metrics at every group, gathered over all ranks; what they mean: ranking.py.
 
 Q: queries    C: candidates    G: groups    B: rows of one update    R: vectors of a row    D: width
 """
@@ -18,40 +15,7 @@ from torchmetrics.utilities import dim_zero_cat
 from metaembed_pl.budget import Budget, parse_groups
 from metaembed_pl.errors import UserError
 from metaembed_pl.late_interaction import SCORES_AT_A_TIME, nested_scores
-
-NDCG_AT = 5
-
-
-def ranking_metrics(
-    scores: Float[Tensor, "Q C"], relevant: Sequence[Sequence[int]], ks: Sequence[int] = (1, 5, 10)
-) -> dict[str, Float[Tensor, " Q"]]:
-    """How well each query ranks its relevant candidates.
-
-    Args:
-        scores: higher is better; finite.
-        relevant: for each query the indices of its right candidates, at least one.
-        ks: the cut-offs of recall.
-
-    Returns:
-        For each query `recall@k` (the share of its relevant candidates among the first k), `mrr`
-        (1 / rank of the first one) and `ndcg@5` (binary gains), each in [0, 1].
-
-    Raises:
-        UserError: scores that are not finite, or lists that do not fit them.
-
-    >>> ranking_metrics(torch.tensor([[0.9, 0.7, 0.1]]), [[1]], ks=[1, 2])["recall@2"]
-    tensor([1.])
-    """
-    _check_scores(scores, relevant)
-    ranks = _ranks(scores, relevant)
-    found, num_relevant = ranks.isfinite(), ranks.isfinite().sum(dim=1)
-    values = {f"recall@{k}": (ranks <= k).sum(dim=1) / num_relevant for k in ks}
-    values["mrr"] = 1 / ranks[:, 0]
-    gains = 1 / torch.log2(1 + ranks)
-    ideal = 1 / torch.log2(torch.arange(2, 2 + ranks.shape[1], device=ranks.device).float())
-    ideal = torch.where(found, ideal, 0)[:, :NDCG_AT].sum(dim=1)
-    values[f"ndcg@{NDCG_AT}"] = torch.where(ranks <= NDCG_AT, gains, 0).sum(dim=1) / ideal
-    return values
+from metaembed_pl.ranking import ranking_metrics
 
 
 class RetrievalMetrics(Metric):
@@ -65,6 +29,8 @@ class RetrievalMetrics(Metric):
         relevant: for each query the indices of its right candidates.
         num_candidates: how many there are.
         ks: the cut-offs of recall.
+        gains: how right each right candidate is; None: all 1.
+        lists: for each query the candidates it searches; None: all.
     """
 
     full_state_update = False
@@ -76,11 +42,13 @@ class RetrievalMetrics(Metric):
         relevant: Sequence[Sequence[int]],
         num_candidates: int,
         ks: Sequence[int] = (1, 5, 10),
+        gains: Sequence[Sequence[float]] | None = None,
+        lists: Sequence[Sequence[int]] | None = None,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.groups = parse_groups(groups)
-        self.relevant = [sorted(set(indices)) for indices in relevant]
+        self.relevant, self.gains, self.lists = relevant, gains, lists
         self.num_candidates = num_candidates
         self.ks = tuple(ks)
         for side in ("query", "candidate"):
@@ -147,7 +115,10 @@ class RetrievalMetrics(Metric):
             for group, scores in zip(
                 self.groups, nested_scores(queries[chunk], candidates, self.groups), strict=True
             ):
-                for name, values in ranking_metrics(scores, self.relevant[chunk], self.ks).items():
+                gains, lists = self.gains and self.gains[chunk], self.lists and self.lists[chunk]
+                for name, values in ranking_metrics(
+                    scores, self.relevant[chunk], self.ks, gains, lists
+                ).items():
                     parts.setdefault(f"{name}/{group}", []).append(values)
         return {name: torch.cat(values).mean() for name, values in parts.items()}
 
@@ -185,36 +156,3 @@ class RetrievalMetrics(Metric):
                 f"{int((place < 0).nonzero()[0])}: update the metric with every row"
             )
         return rows.view(len(index), vectors, -1)[place]
-
-
-def _ranks(scores: Float[Tensor, "Q C"], relevant: Sequence[Sequence[int]]) -> Float[Tensor, "Q P"]:
-    """Ranks from 1 of each query's P relevant candidates, best first; inf where it has fewer."""
-    lengths = torch.tensor([len(indices) for indices in relevant])
-    queries = torch.arange(len(scores)).repeat_interleave(lengths)
-    candidates = torch.tensor([index for indices in relevant for index in indices])
-    is_right = torch.zeros(scores.shape, dtype=torch.bool)
-    is_right[queries, candidates] = True
-    is_right = is_right.to(scores.device)
-
-    num_right = int(lengths.max())
-    right = scores.masked_fill(~is_right, -torch.inf).topk(num_right, dim=1).values
-    wrong = scores.masked_fill(is_right, -torch.inf).sort(dim=1).values
-    # Counts the wrong ones that score as high or higher: here ties turn against the model.
-    num_wrong_before = scores.shape[1] - torch.searchsorted(wrong, right)
-    ranks = num_wrong_before + torch.arange(1, num_right + 1, device=scores.device)
-    return torch.where(right > -torch.inf, ranks.float(), torch.inf)
-
-
-def _check_scores(scores: Tensor, relevant: Sequence[Sequence[int]]) -> None:
-    if len(scores) != len(relevant) or not len(scores):
-        raise UserError(f"{len(scores)} rows of scores came with {len(relevant)} lists of relevant")
-    for query, indices in enumerate(relevant):
-        if not indices or len(set(indices)) != len(indices):
-            raise UserError(f"query {query} needs relevant candidates, each once; got {indices}")
-        if not 0 <= min(indices) <= max(indices) < scores.shape[1]:
-            raise UserError(
-                f"query {query}: relevant candidates lie in 0 to {scores.shape[1] - 1}, "
-                f"got {indices}"
-            )
-    if not scores.isfinite().all():
-        raise UserError("scores hold NaN or infinity: they cannot be ranked")

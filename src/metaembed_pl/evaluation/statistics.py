@@ -1,0 +1,158 @@
+"""How sure a mean over queries is, and whether two of them differ.
+
+A benchmark asks a sample of all queries one could ask. The interval says what the mean would have
+been for other samples of that size; the comparison asks the same of the difference between two
+models on the *same* queries, which is far less uncertain than the difference of two intervals.
+
+T: tasks    Q: queries of a task    B: resamples
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from metaembed_pl.errors import UserError
+
+Values = Sequence[float] | np.ndarray
+RESAMPLES = 2000
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over tasks of means over queries, and between what it would lie for other queries."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two evaluations on the same queries.
+
+    Args:
+        first: mean of the first.
+        second: mean of the second.
+        difference: second less first, with its interval.
+        p_value: how often a difference at least as large comes about when for each query it is left
+            to a coin which of the two values is whose: paired randomisation test.
+        num_better: queries on which the second is better.
+        num_worse: queries on which it is worse.
+        num_queries: all of them.
+    """
+
+    first: float
+    second: float
+    difference: Interval
+    p_value: float
+    num_better: int
+    num_worse: int
+    num_queries: int
+
+    @property
+    def is_significant(self) -> bool:
+        """Whether the difference is more than these queries could show by chance."""
+        return self.p_value < 1 - CONFIDENCE
+
+    def verdict(self) -> str:
+        """The comparison in words."""
+        if not self.is_significant:
+            return "no difference that these queries could show"
+        return "the second is better" if self.difference.mean > 0 else "the second is worse"
+
+
+def interval(tasks: Sequence[Values], seed: int = 0) -> Interval:
+    """The mean over tasks, each the mean over its queries, with its bootstrap interval.
+
+    Queries are drawn again within their task: which tasks a benchmark has is no accident.
+
+    Args:
+        tasks: for each task the values of its queries.
+        seed: of the resampling.
+
+    >>> interval([[0.0, 1.0], [1.0, 1.0]]).mean
+    0.75
+    """
+    rows = [np.asarray(values, dtype=float) for values in tasks]
+    means = _resampled_means(rows, np.random.default_rng(seed))
+    return _interval(rows, means)
+
+
+def compare(first: Mapping[str, Values], second: Mapping[str, Values], seed: int = 0) -> Comparison:
+    """Compare two evaluations, query by query.
+
+    Args:
+        first: the values of the queries of each task.
+        second: the same queries, in the same order.
+        seed: of the resampling.
+
+    Raises:
+        UserError: they were not asked the same.
+
+    >>> better = compare({"x": [0.0] * 20}, {"x": [1.0] * 20})
+    >>> better.difference.mean, better.verdict()
+    (1.0, 'the second is better')
+    """
+    _check(first, second)
+    rows = [
+        np.asarray(second[task], dtype=float) - np.asarray(first[task], dtype=float)
+        for task in first
+    ]
+    rng = np.random.default_rng(seed)
+    difference = _interval(rows, _resampled_means(rows, rng))
+    by_chance = np.abs(_randomised_means(rows, rng))
+    # The observed assignment is one of those that a coin could give: p is never 0.
+    as_large = int((by_chance >= abs(difference.mean) - 1e-12).sum())
+    every = np.concatenate(rows)
+    means = [float(np.mean([np.mean(side[task]) for task in first])) for side in (first, second)]
+    return Comparison(
+        means[0],
+        means[1],
+        difference,
+        (1 + as_large) / (1 + RESAMPLES),
+        int((every > 0).sum()),
+        int((every < 0).sum()),
+        len(every),
+    )
+
+
+def _resampled_means(rows: Sequence[np.ndarray], rng: np.random.Generator) -> np.ndarray:
+    """Means over tasks of B draws, with replacement, of each task's queries."""
+    total = np.zeros(RESAMPLES)
+    for values in rows:
+        for start in range(0, RESAMPLES, 100):  # so that a large task stays small in memory
+            draws = rng.integers(0, len(values), (100, len(values)))
+            total[start : start + 100] += values[draws].mean(axis=1)
+    return total / len(rows)
+
+
+def _randomised_means(rows: Sequence[np.ndarray], rng: np.random.Generator) -> np.ndarray:
+    """Means over tasks with the sign of each query's difference left to a coin, B times."""
+    total = np.zeros(RESAMPLES)
+    for values in rows:
+        for start in range(0, RESAMPLES, 100):
+            signs = rng.integers(0, 2, (100, len(values))) * 2 - 1
+            total[start : start + 100] += (signs * values).mean(axis=1)
+    return total / len(rows)
+
+
+def _interval(rows: Sequence[np.ndarray], means: np.ndarray) -> Interval:
+    tail = 100 * (1 - CONFIDENCE) / 2
+    low, high = np.percentile(means, [tail, 100 - tail])
+    return Interval(float(np.mean([values.mean() for values in rows])), float(low), float(high))
+
+
+def _check(first: Mapping[str, Values], second: Mapping[str, Values]) -> None:
+    if not first or set(first) != set(second):
+        raise UserError(
+            f"the two evaluations have other tasks: {', '.join(sorted(first)) or 'none'} and "
+            f"{', '.join(sorted(second)) or 'none'}; compare two of the same benchmark"
+        )
+    for task in first:
+        if len(first[task]) != len(second[task]):
+            raise UserError(
+                f"{task}: {len(first[task])} queries in the first evaluation and "
+                f"{len(second[task])} in the second; compare two on the same queries"
+            )
