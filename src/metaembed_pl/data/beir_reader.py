@@ -96,7 +96,7 @@ def read_retrieval_set(
     if not wanted:
         raise UserError(f"{queries.path}: none of {len(queries)} queries has {where}")
     asked = [query for query in wanted if query in gains]
-    name = name or _read_manifest(folder).get("name") or folder.resolve().name
+    name = name or str(_read_manifest(folder).get("name") or folder.resolve().name)
     if not asked:
         raise UserError(
             f"{name}: not one of {len(wanted)} queries has a candidate with a score above 0 in "
@@ -121,8 +121,8 @@ def read_retrieval_set(
 
 
 def _item_of(record: dict[str, Any], folder: Path) -> Item:
-    id = record.get("_id")
-    if isinstance(id, int) and not isinstance(id, bool):
+    id: Any = record.get("_id")
+    if type(id) is int:
         id = str(id)  # as the judgements, being text, will name it
     if id is None:
         raise UserError(f'expected an "_id", got the keys {", ".join(record) or "none"}')
