@@ -13,6 +13,7 @@ import torch
 import yaml
 
 import tiny
+from metaembed_pl.cli import train
 from metaembed_pl.cli.main import main
 from metaembed_pl.model.embedder import MetaEmbedder
 
@@ -171,6 +172,14 @@ def test_two_ranks_end_where_one_does(data, tmp_path):
     assert metrics[0].keys() == metrics[1].keys()
     first, second = (found["test/pool/mrr/2x4"] for found in metrics)
     assert first == pytest.approx(second, abs=0.1)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_mixed_bf16_becomes_fp32_where_the_cpu_has_no_instructions_for_it(monkeypatch, fast):
+    monkeypatch.setattr(train, "computes_in_bf16", lambda _: fast)
+    found = train._precision({"precision": "bf16-mixed", "accelerator": "cpu"})
+    assert found == ("bf16-mixed" if fast else "32-true")
+    assert train._precision({"precision": "bf16-true", "accelerator": "cpu"}) == "bf16-true"
 
 
 def test_a_second_fit_of_the_same_name_is_refused(finished, capsys):

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from metaembed_pl.errors import UserError
+from metaembed_pl.training.muon import Muon
 from metaembed_pl.training.optimizer import OptimizerConfig, build_optimizer
 
 
@@ -84,7 +85,7 @@ def test_muon_and_adamw_move_each_parameter_as_they_would_alone():
     others = [p for p in apart.parameters() if all(p is not m for m in matrices)]
     decaying = [apart["patches"].weight]
     plain = [p for p in others if p is not decaying[0]]
-    muon = torch.optim.Muon(matrices, lr=1e-2, adjust_lr_fn="match_rms_adamw", **settings)
+    muon = Muon(matrices, lr=1e-2, **settings)
     adamw = torch.optim.AdamW(
         [{"params": decaying, **settings}, {"params": plain, "weight_decay": 0.0}], lr=1e-3
     )

@@ -20,6 +20,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -34,6 +35,7 @@ from metaembed_pl.evaluation.result import DatasetResult
 from metaembed_pl.files import write_text
 from metaembed_pl.training.callbacks import ProgressBar, ProgressLines, Speed
 from metaembed_pl.training.module import MetaEmbedModule
+from metaembed_pl.training.muon import computes_in_bf16
 from metaembed_pl.training.tracking import MLflowRun, mlflow_missing
 
 log = logging.getLogger(__name__)
@@ -166,6 +168,7 @@ class RecipeCLI(LightningCLI):
         """The recipe's trainer, with our callbacks and logger unless the recipe has its own."""
         config = self._get(self.config_init, "trainer")
         kwargs["default_root_dir"] = str(self.run.path)
+        kwargs["precision"] = _precision(config)
         kwargs["callbacks"] = [*(config.get("callbacks") or []), *self._callbacks(config)]
         if isinstance(config.get("val_check_interval"), int):
             kwargs["check_val_every_n_epoch"] = None  # count steps of the run, not of an epoch
@@ -238,6 +241,16 @@ class RecipeCLI(LightningCLI):
             return
         write_report(self.run.path / "report", "test", results, self.model.groups)
         log.info("report: %s", self.run.path / "report")
+
+
+def _precision(config: Any) -> Any:
+    """The recipe's precision; fp32 instead of mixed bf16 where that would be slower and rounder."""
+    asked = config.get("precision")
+    on_cpu = config.get("accelerator") == "cpu" or not torch.cuda.is_available()
+    if asked == "bf16-mixed" and on_cpu and not computes_in_bf16(torch.device("cpu")):
+        log.info("this CPU has no bf16 instructions: training in fp32 instead of bf16-mixed")
+        return "32-true"
+    return asked
 
 
 def run(argv: list[str]) -> None:

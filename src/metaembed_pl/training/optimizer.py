@@ -9,6 +9,7 @@ from torch import nn
 from transformers import get_scheduler
 
 from metaembed_pl.errors import UserError
+from metaembed_pl.training.muon import Muon
 
 
 @dataclass
@@ -53,8 +54,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
         muon: of the matrices.
         adamw: of all other parameters.
 
-    Source: Jordan et al., "Muon: an optimizer for hidden layers in neural networks", 2024, in
-    torch's implementation, which takes matrices alone.
+    Source: muon.py, which takes matrices alone.
     """
 
     def __init__(self, muon: torch.optim.Optimizer, adamw: torch.optim.Optimizer):
@@ -120,12 +120,7 @@ def build_optimizer(
         [group for group in groups if group["params"]], lr=config.lr, betas=config.betas
     )
     if config.muon_lr:
-        muon = torch.optim.Muon(
-            matrices,
-            lr=config.muon_lr,
-            weight_decay=config.weight_decay,
-            adjust_lr_fn="match_rms_adamw",
-        )
+        muon = Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay)
         optimizer = MuonAndAdamW(muon, optimizer)
     warmup = round(config.warmup * num_steps)
     return optimizer, get_scheduler(config.schedule, optimizer, warmup, num_steps)
