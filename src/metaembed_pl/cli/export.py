@@ -163,7 +163,8 @@ def _of_checkpoint(run: Path, name: str, recipe: dict[str, Any] | None) -> "Meta
     if recipe is None:
         raise UserError(f"{run} has no config.fit.yaml: a checkpoint alone does not tell its model")
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+        state = saved["state_dict"]
     except (OSError, pickle.UnpicklingError, KeyError, RuntimeError) as error:
         raise UserError(f"{file}: not a checkpoint that can be read: {error}") from error
     parser = ArgumentParser(exit_on_error=False)
@@ -172,9 +173,10 @@ def _of_checkpoint(run: Path, name: str, recipe: dict[str, Any] | None) -> "Meta
     module: MetaEmbedModule = parser.instantiate_classes(parsed)["model"]
     module.configure_model()
     try:
-        module.load_state_dict(state)
-    except RuntimeError as error:
+        module.on_load_checkpoint(saved)
+    except UserError as error:
         raise UserError(f"{file}: not a checkpoint of the recipe in {run}: {error}") from error
+    module.load_state_dict(state, strict=module.strict_loading)
     return module.embedder.eval()
 
 

@@ -49,6 +49,8 @@ QUIET = (  # what libraries warn of and a user of this package can do nothing ab
     ".*LeafSpec.* is deprecated.*",
     ".*Total length of `list` across ranks is zero.*",  # a run without validation sets
     ".*could not find the monitored key.*",  # likewise: it has no best checkpoint
+    ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run
+    ".*your dataloader is not resumable.*",  # the data module keeps the place in the plan
     ".*sync_dist=True.*",  # our metrics have gathered all ranks' rows already
     ".*torch.distributed.* is deprecated.*",  # their successors came with torch 2.13
 )

@@ -158,6 +158,12 @@ def adapted_layers(backbone: nn.Module) -> dict[str, Any]:
     }
 
 
+def changed_weights(module: nn.Module) -> set[str]:
+    """Names of the weights that pissa took a part out of: no longer those of the base model."""
+    layers = adapted_layers(module).items()
+    return {f"{name}.base_layer.weight" for name, layer in layers if hasattr(layer, START_A)}
+
+
 def has_adapter(backbone: nn.Module) -> bool:
     """Whether the backbone holds an adapter that is not merged."""
     return "default" in getattr(backbone, "peft_config", {})

@@ -21,6 +21,12 @@ from metaembed_pl.model.lora import LoraConfig, merge_adapter, set_trainable
 from metaembed_pl.model.meta_tokens import Layout
 from metaembed_pl.model.model_folder import settings_to_start_from
 from metaembed_pl.model.processing import Prompt
+from metaembed_pl.model.weights import fingerprint
+from metaembed_pl.training.checkpoints import (
+    leave_out_frozen,
+    refuse_misfit,
+    refuse_other_base,
+)
 from metaembed_pl.training.loss import MMRLoss, MMRLossOutput
 from metaembed_pl.training.metrics import RetrievalMetrics
 from metaembed_pl.training.optimizer import OptimizerConfig, build_optimizer
@@ -104,8 +110,10 @@ class MetaEmbedModule(pl.LightningModule):
 
     def _new(self) -> MetaEmbedder:
         processing = build_processing(self.backbone_config, self.prompt)
+        backbone = build_backbone(self.backbone_config, processing)
+        self._base = fingerprint(backbone)
         return MetaEmbedder(
-            build_backbone(self.backbone_config, processing),
+            backbone,
             processing,
             self.groups,
             self.layout,
@@ -116,10 +124,22 @@ class MetaEmbedModule(pl.LightningModule):
     def _started(self) -> MetaEmbedder:
         assert self.start_from is not None
         embedder = MetaEmbedder.from_pretrained(self.start_from, options=self.backbone_config)
+        self._base = fingerprint(embedder.backbone)  # merging may round otherwise elsewhere
         merge_adapter(embedder.backbone)
         if self.lora is None:
             embedder.backbone.requires_grad_(True)  # an adapter had it frozen
         return embedder.train()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leaves out the frozen weights, unless they were drawn at random."""
+        if self.backbone_config.scratch is None:
+            leave_out_frozen(self, checkpoint, self._base)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses the checkpoint of another model, or of another base model."""
+        refuse_other_base(checkpoint, self._base)
+        refuse_misfit(self, checkpoint["state_dict"])
+        self.strict_loading = False  # frozen weights may be missing, and nothing else is
 
     def configure_optimizers(self) -> Any:
         """AdamW and its schedule over the steps the trainer will take."""

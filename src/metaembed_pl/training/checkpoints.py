@@ -1,0 +1,72 @@
+"""What a training checkpoint holds, and how it is written.
+
+It holds what training changes: trained weights, buffers, and beside them the optimiser and the
+place in the plan. Frozen weights are left out (15 GB of a 7B model): they are read again from the
+base model, which is made sure to be the same one. Frozen weights that cannot be read again, because
+they were drawn at random or changed by `lora.init: pissa`, stay in.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from metaembed_pl.errors import UserError
+from metaembed_pl.model.lora import changed_weights
+from metaembed_pl.model.weights import refuse_faults
+
+BASE = "base_fingerprint"
+
+
+def leave_out_frozen(module: nn.Module, checkpoint: dict[str, Any], base: str | None) -> None:
+    """Takes the frozen weights of a base model out of a checkpoint.
+
+    Args:
+        module: whose weights the checkpoint holds.
+        checkpoint: Lightning's.
+        base: fingerprint of the base model; None where it could not be taken.
+    """
+    state, kept = checkpoint["state_dict"], _kept(module)
+    if state.keys() - kept:
+        checkpoint["state_dict"] = {name: state[name] for name in state if name in kept}
+        checkpoint[BASE] = base
+
+
+def refuse_other_base(checkpoint: dict[str, Any], base: str | None) -> None:
+    """Makes sure that the weights a checkpoint leaves out are those it was trained on.
+
+    Raises:
+        UserError: the fingerprint of the base model at hand is another one.
+    """
+    saved = checkpoint.get(BASE)
+    if saved and base and saved != base:
+        raise UserError(
+            "the checkpoint was trained on other weights than the base model has now (fingerprint "
+            f"{saved}, found {base}): give it the base model that the run started from"
+        )
+
+
+def refuse_misfit(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """Makes sure that a checkpoint's weights are those of the module, but for frozen ones.
+
+    Raises:
+        UserError: a weight is missing, unexpected or mis-shaped.
+    """
+    own = module.state_dict()
+    both = state.keys() & own.keys()
+    refuse_faults(
+        "the checkpoint",
+        {
+            "missing": sorted(_kept(module) - state.keys()),
+            "unexpected": sorted(state.keys() - own.keys()),
+            "mis-shaped": sorted(name for name in both if state[name].shape != own[name].shape),
+        },
+    )
+
+
+def _kept(module: nn.Module) -> set[str]:
+    """Names of what training changes, as a state dict has them."""
+    named = module.named_parameters(remove_duplicate=False)
+    trained = {name for name, parameter in named if parameter.requires_grad}
+    buffers = {name for name, _ in module.named_buffers(remove_duplicate=False)}
+    persistent = buffers & module.state_dict().keys()
+    return trained | persistent | changed_weights(module)
