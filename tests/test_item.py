@@ -15,7 +15,7 @@ from PIL import Image
 
 from metaembed_pl.errors import UserError
 from metaembed_pl.item import Item, Pair, read_items, read_pairs, stable_hash
-from metaembed_pl.picture import MAX_PIXELS
+from metaembed_pl.picture import MAX_ASPECT, MAX_PIXELS
 
 
 def encoded(image, format="PNG", **options):
@@ -41,7 +41,7 @@ def test_a_bare_string_is_a_text():
 
 
 def test_a_json_item_survives_parsing_and_writing():
-    value = {"text": "a", "image": "b.png", "id": "1", "answers": ["1", "2"]}
+    value = {"text": "a", "image": "b.png", "id": "1", "answers": ["1", "2"], "instruction": "c"}
     assert Item.parse(value).to_json() == value
 
 
@@ -58,6 +58,7 @@ def test_a_json_item_survives_parsing_and_writing():
         ({"text": "a", "answers": "1F34E"}, "must be a list of ids"),
         ({"text": "a", "answers": [3]}, "must be a string, not int"),
         ({"text": "a", "answers": [None]}, "is empty"),
+        ({"text": "a", "instruction": " "}, "an item's instruction is empty"),
         (["a"], "must be a JSON object, not list"),
     ],
 )
@@ -138,6 +139,17 @@ def test_a_picture_just_below_the_limit_is_not_refused_for_its_size():
         Item(image=png_header(9_900, 10_000)).load_image()
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, MAX_ASPECT), (MAX_ASPECT, 1)])
+def test_a_small_or_long_picture_is_read(size):
+    assert Item(image=encoded(Image.new("RGB", size))).load_image().size == size
+
+
+@pytest.mark.parametrize("size", [(1, 5000), (MAX_ASPECT + 1, 1)])
+def test_refuses_a_picture_longer_than_any_model_can_take(size):
+    with pytest.raises(UserError, match=f"refused: {size[0]} x {size[1]} pixels: one side is more"):
+        Item(image=encoded(Image.new("RGB", size))).load_image()
+
+
 def test_refuses_a_picture_that_needs_a_program_to_decode():
     with pytest.raises(UserError, match="does not decode"):
         Item(image=b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n").load_image()
@@ -170,6 +182,7 @@ def test_the_uid_is_the_id_or_tells_contents_apart(tmp_path):
     assert Item("a", image=b"bc").uid == Item("a", image=tmp_path / "a").uid
     assert Item("ab", image=b"c").uid != Item("a", image=b"bc").uid
     assert Item(image=Image.new("L", (2, 3))).uid != Item(image=Image.new("L", (3, 2))).uid
+    assert Item("a", id="x").content == Item("a", id="y", instruction="z").content == Item("a").uid
 
 
 def test_a_pair_asks_for_its_positive_unless_it_says_otherwise():

@@ -5,6 +5,10 @@ class UserError(ValueError):
     """Wrong input. The command line prints its one line on stderr and exits with 2."""
 
 
+class Unreachable(UserError):
+    """What lies elsewhere cannot be read now: no fault of a sample, and no reason to replace it."""
+
+
 class BadSample(UserError):
     """One pair of a shard that cannot be used; training replaces and counts it.
 

@@ -10,7 +10,7 @@ Everything that makes one valid is checked here, once; the rest of the package t
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ from typing import Any
 from PIL import Image
 
 from metaembed_pl.errors import UserError
-from metaembed_pl.picture import PICTURE_SUFFIXES, open_picture
+from metaembed_pl.picture import PICTURE_SUFFIXES, open_picture, refuse_special_file
 
-_ITEM_KEYS = ("text", "image", "id", "answers")
+_ITEM_KEYS = ("text", "image", "id", "answers", "instruction")
 _PAIR_KEYS = ("id", "asks", "query", "positive", "negatives")
 
 
@@ -33,6 +33,8 @@ class Item:
         image: a file, the encoded content of one (bytes), or a PIL image.
         id: the name of the thing this item stands for.
         answers: ids of all things this candidate answers; empty means itself alone.
+        instruction: what to do with it, such as "Find the page that answers:". A model reads it
+            before the text; it is no part of what the item is.
 
     Raises:
         UserError: neither text nor image, or a value of the wrong type.
@@ -46,9 +48,10 @@ class Item:
     image: Path | bytes | Image.Image | None = None
     id: str | None = None
     answers: tuple[str, ...] = ()
+    instruction: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("text", "id"):
+        for name in ("text", "id", "instruction"):
             _check_string(getattr(self, name), f"an item's {name}")
         if isinstance(self.image, str):
             object.__setattr__(self, "image", Path(self.image))
@@ -94,11 +97,27 @@ class Item:
         """
         return None if self.image is None else open_picture(self.image)
 
-    @cached_property
+    def decoded(self) -> "Item":
+        """The item with its picture decoded, so that a broken one shows now.
+
+        Raises:
+            UserError: as `load_image`.
+        """
+        if self.image is None:
+            return self
+        found = replace(self, image=self.load_image())
+        # Of the file, not of its pixels: cheaper to hash, and the same before and after.
+        found.__dict__["content"] = self.content
+        return found
+
+    @property
     def uid(self) -> str:
-        """The id, or else a hash of the content: equal items have equal uids."""
-        if self.id is not None:
-            return self.id
+        """The id, or else `content`: equal items have equal uids."""
+        return self.content if self.id is None else self.id
+
+    @cached_property
+    def content(self) -> str:
+        """A hash of text and picture: items that show the same have the same, whatever their id."""
         digest = hashlib.sha256()
         # Lengths keep text and image apart: "ab" + "c" must differ from "a" + "bc".
         for part in ((self.text or "").encode(), self.image_content()):
@@ -114,6 +133,7 @@ class Item:
         """The item as JSON holds it, without empty fields; image bytes are left out."""
         image = str(self.image) if isinstance(self.image, Path) else None
         fields = {"text": self.text, "image": image, "id": self.id, "answers": list(self.answers)}
+        fields["instruction"] = self.instruction
         return {key: value for key, value in fields.items() if value}
 
     def image_content(self) -> bytes:
@@ -123,6 +143,7 @@ class Item:
             UserError: the file cannot be read.
         """
         if isinstance(self.image, Path):
+            refuse_special_file(self.image)
             try:
                 return self.image.read_bytes()
             except OSError as error:

@@ -64,6 +64,18 @@ def test_the_papers_mix_is_all_there():
     assert sum(path.startswith("data/mmeb_train/") for path in paths) == 20
 
 
+def test_the_capped_mix_is_the_papers_with_a_cap_for_each_mmeb_subset():
+    plain, capped = (
+        yaml.safe_load((FOLDER / "sources" / f"{name}.yaml").read_text())
+        for name in ("paper", "paper_capped")
+    )
+    caps = [source.pop("max_pairs", None) for source in capped]
+    assert capped == plain
+    assert all(caps[:20])
+    assert not any(caps[20:])
+    assert sum(caps[:20]) == 1_103_000
+
+
 def test_the_list_has_one_line_a_recipe(capsys):
     assert main(["recipes"]) == 0
     first, *lines = capsys.readouterr().out.splitlines()

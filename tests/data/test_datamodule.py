@@ -6,7 +6,13 @@ import torch
 from torch.utils.data import DataLoader
 
 import tiny
-from metaembed_pl.data.collate import TrainBatch, choose_negatives, collate
+from metaembed_pl.data.collate import (
+    Instructions,
+    TrainBatch,
+    choose_negatives,
+    collate,
+    decoded,
+)
 from metaembed_pl.data.datamodule import (
     EvalSource,
     EvaluationBatches,
@@ -92,8 +98,80 @@ def test_candidates_are_positives_then_each_querys_negatives():
     positives = [pair.positive for pair in pairs]
     negatives = [negative for pair in pairs for negative in pair.negatives]
     assert seen["candidate"] == positives + negatives
-    assert batch.asks.tolist() == [stable_hash(f"picture-{i}") for i in range(3)]
-    assert batch.negative_answers.shape == (3, 2, 1)
+    assert batch.asks.tolist() == [
+        [stable_hash(f"picture-{i}"), stable_hash(pairs[i].positive.content)] for i in range(3)
+    ]
+    assert batch.negative_answers.shape == (3, 2, 2)
+
+
+def collated(pairs):
+    found = [decoded(choose_negatives(pair, 1, turn=0)) for pair in pairs]
+    return collate(found, count_items, source="s", step=0, num_negatives=1, always_image=False)
+
+
+def test_a_candidate_that_shows_the_same_as_the_positive_answers_it_whatever_its_id():
+    png = io.BytesIO()
+    tiny.picture(0).save(png, "PNG")
+    batch = collated(
+        [
+            Pair("1", Item("q"), Item(image=png.getvalue(), id="a"), (Item("n"),)),
+            Pair("2", Item("r"), Item(image=png.getvalue(), id="b"), (Item("m", id="c"),)),
+            Pair("3", Item("s"), Item("m", id="d"), (Item(image=png.getvalue(), id="e"),)),
+            Pair("4", Item("t"), Item("u", id="f"), (Item("u", id="g"),)),
+        ]
+    )
+    asked = [set(row) for row in batch.asks.tolist()]
+    answers = [set(row) for row in batch.answers.tolist()]
+    hard = [set(row[0]) for row in batch.negative_answers.tolist()]
+    found = [[bool(asked[i] & answers[j]) for j in range(4)] for i in range(4)]
+    assert found == [
+        [True, True, False, False],
+        [True, True, False, False],
+        [False, False, True, False],
+        [False, False, False, True],
+    ]
+    assert [bool(asked[i] & hard[i]) for i in range(4)] == [False, False, False, True]
+
+
+def test_decoding_does_not_change_what_a_picture_is():
+    png = io.BytesIO()
+    tiny.picture(0).save(png, "PNG")
+    item = Item(image=png.getvalue())
+    assert item.decoded().content == item.content
+    assert item.decoded().uid == item.uid
+
+
+def test_a_source_tells_what_to_do_in_training_and_evaluation_alike(folders):
+    seen = {}
+
+    def process(items, side, always_image):
+        return seen.update({side: items}) or {}
+
+    found = batches_of(folders[:1])
+    found.process = process
+    found.instructions = [Instructions("Find:", "Shown:")]
+    found.load(0)
+    assert {item.instruction for item in seen["query"]} == {"Find:"}
+    assert {item.instruction for item in seen["candidate"]} == {"Shown:"}
+    source = EvalSource(str(folders[0]), instruction="Find:", candidate_instruction="Shown:")
+    data = RetrievalDataModule(test=[source])
+    data.setup("test")
+    (pool,) = data.eval_sets["test"]
+    assert {item.instruction for item in pool.queries} == {"Find:"}
+    assert {item.instruction for item in pool.candidates} == {"Shown:"}
+    plain = RetrievalDataModule(test=[EvalSource(str(folders[0]))])
+    plain.setup("test")
+    assert pool.relevant == plain.eval_sets["test"][0].relevant
+
+
+def test_an_items_own_instruction_stands():
+    pair = Pair("1", Item("q", instruction="Mine:"), Item("p"))
+    assert Instructions("Theirs:").on(pair).query.instruction == "Mine:"
+
+
+def test_refuses_an_empty_instruction(folders):
+    with pytest.raises(UserError, match="an instruction is empty"):
+        _ = TrainSource(str(folders[0]), instruction=" ").instructions
 
 
 def test_a_pair_without_negatives_is_filled_with_its_masked_positive():
@@ -185,9 +263,11 @@ def test_state_names_the_very_next_batch(folders):
     again.setup("fit")
     again.trainer = data.trainer
     again.load_state_dict(data.state_dict())
+    assert again.num_drawn == {"a": 16}
     loader = again.train_dataloader()
     rest = [again.on_before_batch_transfer(batch, 0).step for batch in loader]
     assert seen + rest == list(range(6))
+    assert again.num_drawn == {"a": 24}
     assert [batch.step for batch in loader] == list(range(6, 12))  # the next epoch
 
 

@@ -108,6 +108,50 @@ def test_pairs_stay_within_the_open_shards():
         assert len(shards) == 3
 
 
+def test_a_capped_source_is_a_fixed_sample_of_all_its_shards():
+    capped = PlannedSource("a", (100, 100, 100), max_pairs=30)
+    plan = Plan([capped, PlannedSource("b", (30,))], global_batch_size=10)
+    assert plan.steps_per_epoch == 6
+    turns = drawn(plan, range(60))
+    counts = Counter(i for source, i in turns if source == 0)
+    assert len(counts) == 30
+    assert set(counts.values()) == {10}
+    assert {i // 100 for i in counts} == {0, 1, 2}
+    other = Plan([capped], 10, seed=1)
+    assert set(counts) != {i for _, i in drawn(other, range(3))}
+
+
+def test_a_cap_above_its_size_changes_nothing():
+    plain, capped = PlannedSource("a", (30, 9)), PlannedSource("a", (30, 9), max_pairs=40)
+    assert drawn(Plan([plain], 8), range(20)) == drawn(Plan([capped], 8), range(20))
+
+
+@pytest.mark.parametrize(("temperature", "share"), [(1, 9), (2, 3), (float("inf"), 1)])
+def test_the_mixing_temperature_flattens_the_shares(temperature, share):
+    sources = [PlannedSource("small", (1000,)), PlannedSource("large", (9000,))]
+    plan = Plan(sources, 8, mixing_temperature=temperature)
+    turns = Counter(plan.batch(step).source for step in range(360))
+    assert turns[1] / turns[0] == pytest.approx(share)
+
+
+def test_the_mixing_temperature_sees_sizes_after_the_caps():
+    sources = [PlannedSource("a", (1000,)), PlannedSource("b", (9000,), max_pairs=4000)]
+    plan = Plan(sources, 8, mixing_temperature=2)
+    turns = Counter(plan.batch(step).source for step in range(300))
+    assert turns == {0: 100, 1: 200}
+
+
+@pytest.mark.parametrize("temperature", [0.5, float("nan")])
+def test_refuses_a_mixing_temperature_below_1(temperature):
+    with pytest.raises(UserError, match=f"at least 1, where .* got {temperature}"):
+        Plan([PlannedSource("a", (9,))], 8, mixing_temperature=temperature)
+
+
+def test_refuses_weights_beside_a_mixing_temperature():
+    with pytest.raises(UserError, match="mixing_temperature 2 makes weights of sizes"):
+        Plan(SOURCES, 8, mixing_temperature=2)
+
+
 @pytest.mark.parametrize(
     ("sources", "batch", "message"),
     [
@@ -125,6 +169,8 @@ def test_pairs_stay_within_the_open_shards():
         ),
         ([PlannedSource("a", (9,), first_step=3, last_step=3)], 8, "3 must come after first_step"),
         ([PlannedSource("a", (9,))], 1, "at least 2, got 1"),
+        ([PlannedSource("a", (9,), max_pairs=7)], 8, "a has 7 pairs, fewer than one global"),
+        ([PlannedSource("a", (9,), max_pairs=0)], 8, "a: max_pairs must be at least 1"),
     ],
 )
 def test_refuses(sources, batch, message):

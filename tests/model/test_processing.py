@@ -4,11 +4,13 @@ import pytest
 import torch
 
 import tiny
+from metaembed_pl import picture
 from metaembed_pl.errors import UserError
 from metaembed_pl.item import Item
 from metaembed_pl.model.family import family_of
 from metaembed_pl.model.image_processors import load_image_processor
 from metaembed_pl.model.processing import Processing, Prompt
+from metaembed_pl.picture import MAX_ASPECT
 
 IMAGE_PAD = "<|image_pad|>"
 
@@ -115,9 +117,32 @@ def test_the_picture_that_does_not_count_is_not_cut_into_tiles():
     assert made["pixel_values"].shape[:2] == (1, 1)
 
 
-def test_names_the_size_of_an_image_that_cannot_be_prepared(processing):
+def test_names_the_size_of_an_image_that_cannot_be_prepared(processing, monkeypatch):
+    monkeypatch.setattr(picture, "MAX_ASPECT", 1000)
     with pytest.raises(UserError, match=r"images of 300 x 1: .* aspect ratio"):
         processing([Item(image=tiny.picture(0, (300, 1)))], "query", 1)
+
+
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+@pytest.mark.parametrize("size", [(1, 1), (1, 3), (MAX_ASPECT, 1), (25, 25 * MAX_ASPECT)], ids=str)
+def test_every_family_takes_any_shape_that_is_read(name, size):
+    processing = tiny.processing(tiny.CONFIGS[name])
+    batch = processing([Item(image=tiny.picture(0, size)), Item("red")], "candidate", 2)
+    assert all(x.isfinite().all() for x in batch.values())
+
+
+def test_an_instruction_is_read_before_the_text_and_in_place_of_none(processing):
+    def words(item, side="query"):
+        row = processing([item], side, num_slots=1)["input_ids"][0, :-1]
+        return processing.tokenizer.decode(row)
+
+    assert words(Item("red", instruction="Find:")) == words(Item("Find: red"))
+    assert words(Item("red", instruction="Find:"), "candidate") == words(
+        Item("Find: red"), "candidate"
+    )
+    picture = tiny.picture(0)
+    assert words(Item(image=picture, instruction="Find:")) == words(Item("Find:", picture))
+    assert words(Item(image=picture)) != words(Item("Find:", picture))
 
 
 @pytest.mark.parametrize("name", tiny.CONFIGS)

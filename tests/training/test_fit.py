@@ -115,6 +115,10 @@ def test_the_log_says_how_many_negatives_a_query_sees(finished):
     assert "each query sees 8 negatives: 7 of its batch and 1 hard" in finished[1]
 
 
+def test_the_log_says_what_was_drawn_of_each_source(finished):
+    assert "train: 48 pairs drawn, 1.20 passes" in finished[1]
+
+
 def test_a_pipe_gets_plain_lines_and_no_traceback(finished):
     assert "step 6 of 6" in finished[1]
     assert "Traceback" not in finished[1]
@@ -138,6 +142,8 @@ def test_mlflow_has_parameters_versions_curves_and_artifacts(finished):
     assert run.info.status == "FINISHED"
     assert run.data.params["model/optimizer/lr"] == "0.001"
     assert run.data.tags["version.torch"] == torch.__version__
+    assert run.data.metrics["data/train/pairs"] == 48
+    assert run.data.metrics["data/bad_samples"] == 0
     steps = [point.step for point in client.get_metric_history(run.info.run_id, "train/loss/2x4")]
     assert len(steps) == 6
     assert "test/pool/recall_at_1/2x4" in run.data.metrics

@@ -34,17 +34,21 @@ def a_batch(size=6):
         "queries": vectors(size, 3, 4),
         "positives": vectors(size, 5, 4, seed=1),
         "negatives": vectors(size, 2, 5, 4, seed=2),
-        "asks": torch.arange(size),
+        "asks": torch.stack([torch.arange(size), torch.arange(size) + 200], dim=1),
         "answers": torch.full((size, 3), -1),
         "negative_answers": torch.full((size, 2, 2), -1),
     }
-    batch["answers"][:, 0] = batch["asks"]
+    batch["answers"][:, 0] = batch["asks"][:, 0]
     batch["answers"][0, 1:] = torch.tensor([1, 5])  # answers what queries 1 and 5 ask, too
     batch["answers"][4, 1] = 0
+    batch["answers"][3, 1] = 202  # shows the same as the positive of query 2
     batch["negative_answers"][3, 1, 0] = 3  # a hard negative that is none
     batch["negative_answers"][2, 0] = torch.tensor([70, 2])
     batch["negative_answers"][5, 0, 1] = 0  # answers another's query: still a negative here
     return batch
+
+
+MARGINS = {"no margin": None, "a margin": 0.1}
 
 
 def score_by_loop(query, candidate, group, mean):
@@ -59,14 +63,27 @@ def info_nce_by_loop(own, others, temperature):
 
 
 def loss_by_loop(
-    batch, temperature, weights=None, both_directions=False, mean_over_query=False
-):  # fmt: skip
+    batch,
+    temperature,
+    weights=None,
+    both_directions=False,
+    mean_over_query=False,
+    false_negative_margin=None,
+):
     queries, positives = batch["queries"], batch["positives"]
     asks, answers = batch.get("asks"), batch.get("answers")
     size, total = len(queries), 0
 
     def is_match(query, ids):
-        return asks is not None and int(asks[query]) in ids.tolist()
+        return asks is not None and bool(set(asks[query].tolist()) & set(ids.tolist()))
+
+    def seems_right(query, candidate, anchor):
+        """Whether a pair's score, per query vector, beats the anchor's own by the margin."""
+        if false_negative_margin is None:
+            return False
+        score = partial(score_by_loop, group=GROUPS[-1], mean=True)
+        own = score(queries[anchor], positives[anchor])
+        return bool(score(queries[query], candidate) > own + false_negative_margin)
 
     for group, weight in zip(GROUPS, weights or [1] * len(GROUPS), strict=True):
         score = partial(score_by_loop, group=group, mean=mean_over_query)
@@ -77,17 +94,20 @@ def loss_by_loop(
                 score(queries[i], positives[j])
                 for j in others
                 if asks is None or not is_match(i, answers[j])
+                if not seems_right(i, positives[j], i)
             ]
             for n in range(2 if "negatives" in batch else 0):
                 ids = batch.get("negative_answers")
-                if ids is None or not is_match(i, ids[i, n]):
-                    wrong.append(score(queries[i], batch["negatives"][i, n]))
+                negative = batch["negatives"][i, n]
+                if (ids is None or not is_match(i, ids[i, n])) and not seems_right(i, negative, i):
+                    wrong.append(score(queries[i], negative))
             loss = info_nce_by_loop(own, wrong, temperature)
             if both_directions:
                 wrong = [
                     score(queries[j], positives[i])
                     for j in others
                     if asks is None or not is_match(j, answers[i])
+                    if not seems_right(j, positives[i], i)
                 ]
                 loss = (loss + info_nce_by_loop(own, wrong, temperature)) / 2
             total = total + weight * loss / size
@@ -119,7 +139,9 @@ INPUTS = {
 
 @pytest.mark.parametrize("switches", SWITCHES, ids=str)
 @pytest.mark.parametrize("left_out", INPUTS.values(), ids=INPUTS)
-def test_the_loss_and_its_gradients_are_the_loop_of_the_paper(switches, left_out):
+@pytest.mark.parametrize("margin", MARGINS.values(), ids=MARGINS)
+def test_the_loss_and_its_gradients_are_the_loop_of_the_paper(switches, left_out, margin):
+    switches = switches | {"false_negative_margin": margin}
     batch = without(a_batch(), *left_out)
     ours = loss_and_gradients(lambda b: MMRLoss(GROUPS, 0.3, **switches)(**b).loss, batch)
     loop = loss_and_gradients(lambda b: loss_by_loop(b, 0.3, **switches), batch)
@@ -159,7 +181,7 @@ def test_the_order_of_the_pairs_does_not_matter(both_directions):
 def test_a_masked_candidate_gets_no_gradient_from_the_query_it_answers():
     batch = a_batch(6)
     batch["answers"][:, 0] = 100  # all answer what query 0 asks
-    batch["asks"] = torch.tensor([100, 1, 2, 3, 4, 5])
+    batch["asks"] = torch.tensor([[100], [1], [2], [3], [4], [5]])
     batch = without(batch, "negatives", "negative_answers")
     _, grads = loss_and_gradients(lambda b: MMRLoss(GROUPS)(**b).loss, batch)
     assert torch.equal(grads["queries"][0], torch.zeros(3, 4, dtype=torch.float64))
@@ -172,6 +194,8 @@ def test_reports_each_group_and_the_number_of_negatives():
     assert not output.per_group.requires_grad
     torch.testing.assert_close(output.per_group @ output.per_group.new([1, 2.5, 0]), output.loss)
     assert output.num_negatives == 5 + 2
+    # Of 6 queries: 0, 1, 2 and 5 have one other's positive that answers them, 3 and 2 a hard one.
+    assert output.num_masked == pytest.approx(6 / 6)
     assert MMRLoss(GROUPS)(batch["queries"], batch["positives"]).num_negatives == 5
 
 
@@ -207,6 +231,7 @@ def half(batch, rank):
 def cases():
     for both, left_out in itertools.product([False, True], INPUTS.values()):
         yield {"both_directions": both}, without(a_batch(), *left_out)
+    yield {"both_directions": True, "false_negative_margin": 0.1}, a_batch()
 
 
 def work(rank):
@@ -228,7 +253,7 @@ def test_two_ranks_equal_one_process_on_the_whole_batch(tmp_path):
         # DDP averages gradients over ranks: the factor of a half, and no other.
         both = {name: torch.cat([grads[name] for _, grads in halves]) / 2 for name in grads}
         torch.testing.assert_close(both, grads)
-    assert first["num_negatives"] == second["num_negatives"] == 5
+    assert first["num_negatives"] == second["num_negatives"] == 7
 
 
 @pytest.mark.parametrize("side", ["queries", "positives", "negatives"])
@@ -237,6 +262,32 @@ def test_refuses_scores_that_are_not_finite_and_names_the_group(side):
     batch[side][..., 2, :] = torch.nan
     with pytest.raises(UserError, match=r"scores of group (2x3|3x5) are not finite"):
         MMRLoss(GROUPS)(**batch)
+
+
+def test_a_margin_leaves_out_what_beats_the_positive_by_more_in_the_largest_group():
+    batch = without(a_batch(), "asks", "answers", "negative_answers")
+    scores = torch.stack(
+        [
+            torch.stack(
+                [
+                    score_by_loop(query, candidate, GROUPS[-1], mean=True)
+                    for candidate in (*batch["positives"], *negatives)
+                ]
+            )
+            for query, negatives in zip(batch["queries"], batch["negatives"], strict=True)
+        ]
+    )
+    excess = scores - scores.diagonal()[:, None]
+    for margin in (0.0, 0.1, 0.3):
+        found = MMRLoss(GROUPS, false_negative_margin=margin)(**batch).num_masked
+        assert found == pytest.approx(int((excess > margin).sum()) / 6)
+    assert (excess > 0.3).any(), "the largest margin leaves nothing out: the test shows nothing"
+
+
+@pytest.mark.parametrize("margin", [-0.1, math.inf, math.nan])
+def test_refuses_a_margin_below_0(margin):
+    with pytest.raises(UserError, match=f"margin must be at least 0, got {margin}"):
+        MMRLoss(GROUPS, false_negative_margin=margin)
 
 
 @pytest.mark.parametrize("temperature", [0.0, -0.03, math.inf, math.nan])

@@ -9,8 +9,9 @@ from typing import Any, get_args
 from PIL import Image
 
 from metaembed_pl.data.collate import choose_negatives
-from metaembed_pl.data.datamodule import RetrievalDataModule, TrainSource
+from metaembed_pl.data.datamodule import RetrievalDataModule
 from metaembed_pl.data.plan import Plan, PlannedSource
+from metaembed_pl.data.remote import is_remote
 from metaembed_pl.data.shards import ShardedPairs
 from metaembed_pl.errors import UserError
 from metaembed_pl.item import Item
@@ -70,7 +71,7 @@ def look_at(data: RetrievalDataModule, num_ranks: int) -> Data:
         data.num_negatives if source.num_negatives is None else source.num_negatives
         for source, _ in train
     ]
-    planned = [_planned(source, shards) for source, shards in train]
+    planned = [source.planned(shards) for source, shards in train]
     plan = _plan(planned, data, faults)
     if data.global_batch_size % num_ranks:
         faults.append(
@@ -94,12 +95,11 @@ def look_at(data: RetrievalDataModule, num_ranks: int) -> Data:
 def _open(sources: Iterable[Any], where: str, faults: list[str]) -> list[tuple[Any, ShardedPairs]]:
     found, missing = [], []
     for source in sources:
-        path = Path(source.path)
-        if not path.is_dir():
-            missing.append(str(path))
+        if not is_remote(source.path) and not Path(source.path).is_dir():
+            missing.append(source.path)
             continue
         try:
-            found.append((source, ShardedPairs(path)))
+            found.append((source, ShardedPairs(source.path)))
         except UserError as error:
             faults.append(f"{where}: {error}")
     if missing:
@@ -109,11 +109,6 @@ def _open(sources: Iterable[Any], where: str, faults: list[str]) -> list[tuple[A
             f"{', '.join(missing)}; prepare the data first"
         )
     return found
-
-
-def _planned(source: TrainSource, shards: ShardedPairs) -> PlannedSource:
-    sizes = tuple(shards.shard_sizes)
-    return PlannedSource(source.name or shards.name, sizes, source.weight, source.first_step)
 
 
 def _plan(
@@ -126,7 +121,7 @@ def _plan(
         if not sources:
             continue
         try:
-            plan = Plan(sources, data.global_batch_size, data.seed, data.open_shards)
+            plan = data.plan_of(sources)
         except UserError as error:
             # A source that joins later cannot stand by itself, and need not.
             if len(sources) > 1 or "first_step" not in str(error):

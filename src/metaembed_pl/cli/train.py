@@ -33,7 +33,7 @@ from metaembed_pl.errors import UserError
 from metaembed_pl.evaluation.report import write_report
 from metaembed_pl.evaluation.result import DatasetResult
 from metaembed_pl.files import write_text
-from metaembed_pl.training.callbacks import ProgressBar, ProgressLines, Speed
+from metaembed_pl.training.callbacks import DrawnPairs, ProgressBar, ProgressLines, Speed
 from metaembed_pl.training.module import MetaEmbedModule
 from metaembed_pl.training.muon import computes_in_bf16
 from metaembed_pl.training.tracking import MLflowRun, mlflow_missing
@@ -196,7 +196,7 @@ class RecipeCLI(LightningCLI):
         last = ModelCheckpoint(
             filename="last", every_n_train_steps=self.run.checkpoint_every_n_steps, **common
         )
-        callbacks = [speed, shown, best, last]
+        callbacks = [speed, shown, best, last, DrawnPairs()]
         if config.get("logger") is not False:
             callbacks.append(LearningRateMonitor("step"))
         return callbacks

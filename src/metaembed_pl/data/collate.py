@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from metaembed_pl.errors import UserError
 from metaembed_pl.item import Item, Pair, stable_hash
 
 Side = Literal["query", "candidate"]
@@ -38,8 +39,8 @@ class TrainBatch:
         candidates: processed candidates, B * (1 + N) rows: the positives, then the hard negatives
             of query 0, of query 1, ...
         num_negatives: N.
-        asks: what each query asks for.
-        answers: what each positive answers.
+        asks: what each query asks for: an id, and the content of its own positive.
+        answers: what each positive answers: ids, and its content.
         negative_answers: what each hard negative answers; None where N = 0.
         faults: (shard, key, reason) of pairs that could not be used and were replaced.
     """
@@ -50,7 +51,7 @@ class TrainBatch:
     queries: dict[str, Tensor]
     candidates: dict[str, Tensor]
     num_negatives: int
-    asks: Int[Tensor, " B"]
+    asks: Int[Tensor, "B 2"]
     answers: Int[Tensor, "B A"]
     negative_answers: Int[Tensor, "B N A"] | None
     faults: list[tuple[str, str, str]] = field(default_factory=list)
@@ -74,14 +75,50 @@ def decoded(pair: Pair) -> Pair:
     """
     return replace(
         pair,
-        query=_decoded(pair.query),
-        positive=_decoded(pair.positive),
-        negatives=tuple(map(_decoded, pair.negatives)),
+        query=pair.query.decoded(),
+        positive=pair.positive.decoded(),
+        negatives=tuple(negative.decoded() for negative in pair.negatives),
     )
 
 
-def _decoded(item: Item) -> Item:
-    return item if item.image is None else replace(item, image=item.load_image())
+@dataclass(frozen=True)
+class Instructions:
+    """What a source tells the model to do with its items.
+
+    Args:
+        query: read before the text of each query that has no instruction of its own.
+        candidate: likewise, of positives and hard negatives.
+
+    Raises:
+        UserError: one is empty.
+    """
+
+    query: str | None = None
+    candidate: str | None = None
+
+    def __post_init__(self) -> None:
+        for words in (self.query, self.candidate):
+            if words is not None and not words.strip():
+                raise UserError("an instruction is empty: leave it out instead")
+
+    def on(self, pair: Pair) -> Pair:
+        """The pair with its items told what they are for.
+
+        >>> pair = Instructions("Find its name:").on(Pair("1", Item("a cat"), Item("fur")))
+        >>> pair.query.instruction, pair.positive.instruction
+        ('Find its name:', None)
+        """
+
+        def told(item: Item, words: str | None) -> Item:
+            is_new = words is not None and item.instruction is None
+            return replace(item, instruction=words) if is_new else item
+
+        return replace(
+            pair,
+            query=told(pair.query, self.query),
+            positive=told(pair.positive, self.candidate),
+            negatives=tuple(told(negative, self.candidate) for negative in pair.negatives),
+        )
 
 
 def choose_negatives(pair: Pair, count: int, turn: int) -> Pair:
@@ -132,13 +169,15 @@ def collate(
         queries=process([pair.query for pair in pairs], "query", always_image),
         candidates=process([*positives, *negatives], "candidate", always_image),
         num_negatives=num_negatives,
-        asks=torch.tensor([stable_hash(pair.asked) for pair in pairs]),
+        asks=torch.tensor(
+            [[stable_hash(pair.asked), stable_hash(pair.positive.content)] for pair in pairs]
+        ),
         answers=_padded_answers(positives),
         negative_answers=answers.view(len(pairs), num_negatives, -1) if num_negatives else None,
     )
 
 
 def _padded_answers(items: Sequence[Item]) -> Int[Tensor, "B A"]:
-    rows = [[stable_hash(answer) for answer in item.answered] for item in items]
+    rows = [[stable_hash(answer) for answer in (*item.answered, item.content)] for item in items]
     width = max(map(len, rows), default=0)
     return torch.tensor([row + [-1] * (width - len(row)) for row in rows], dtype=torch.long)

@@ -5,9 +5,9 @@ each step, workers take turns by step, and the checkpoint remembers the next ste
 """
 
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 
 from metaembed_pl.data.collate import (
     EvalBatch,
+    Instructions,
     Process,
     TrainBatch,
     choose_negatives,
@@ -25,7 +26,7 @@ from metaembed_pl.data.collate import (
 from metaembed_pl.data.plan import Plan, PlannedSource
 from metaembed_pl.data.retrieval_set import RetrievalSet
 from metaembed_pl.data.shards import ShardedPairs
-from metaembed_pl.errors import BadSample, UserError
+from metaembed_pl.errors import BadSample, Unreachable, UserError
 from metaembed_pl.item import Pair
 
 log = logging.getLogger(__name__)
@@ -36,12 +37,15 @@ class TrainSource:
     """A folder of shards to train on.
 
     Args:
-        path: the folder.
+        path: the folder, or its address, such as `s3://bucket/pets`.
         name: how logs call it; None takes the folder's manifest's.
         weight: share of the batches relative to the other sources; None for all: by size.
         num_negatives: hard negatives a query; None takes the data module's.
         first_step: the source joins the mixture at this step: names before scenes, say.
         last_step: the source leaves the mixture at this step; None: it stays.
+        max_pairs: use only so many of its pairs; None for all.
+        instruction: the model reads it before each query's text.
+        candidate_instruction: likewise before each candidate's.
     """
 
     path: str
@@ -50,6 +54,25 @@ class TrainSource:
     num_negatives: int | None = None
     first_step: int = 0
     last_step: int | None = None
+    max_pairs: int | None = None
+    instruction: str | None = None
+    candidate_instruction: str | None = None
+
+    def planned(self, shards: ShardedPairs) -> PlannedSource:
+        """The source as the plan sees it."""
+        return PlannedSource(
+            self.name or shards.name,
+            tuple(shards.shard_sizes),
+            self.weight,
+            self.first_step,
+            self.last_step,
+            self.max_pairs,
+        )
+
+    @property
+    def instructions(self) -> Instructions:
+        """Of both sides."""
+        return Instructions(self.instruction, self.candidate_instruction)
 
 
 @dataclass
@@ -60,11 +83,20 @@ class EvalSource:
         path: the folder.
         name: the DATASET of metric names; None takes the folder's manifest's.
         max_queries: only the first so many pairs; None for all.
+        instruction: as in training.
+        candidate_instruction: likewise.
     """
 
     path: str
     name: str | None = None
     max_queries: int | None = None
+    instruction: str | None = None
+    candidate_instruction: str | None = None
+
+    @property
+    def instructions(self) -> Instructions:
+        """Of both sides."""
+        return Instructions(self.instruction, self.candidate_instruction)
 
 
 class TrainingBatches(IterableDataset):
@@ -74,10 +106,16 @@ class TrainingBatches(IterableDataset):
     """
 
     def __init__(
-        self, sources: list[ShardedPairs], num_negatives: list[int], plan: Plan, process: Process
+        self,
+        sources: list[ShardedPairs],
+        num_negatives: list[int],
+        plan: Plan,
+        process: Process,
+        instructions: list[Instructions] | None = None,
     ):
         self.sources = sources
         self.num_negatives = num_negatives
+        self.instructions = instructions or [Instructions()] * len(sources)
         self.plan = plan
         self.process = process
         self.first, self.last, self.rank, self.num_ranks = 0, 0, 0, 1
@@ -114,7 +152,10 @@ class TrainingBatches(IterableDataset):
         for candidate in range(position, position + len(pairs)):
             index = candidate % len(pairs)
             try:
-                return decoded(choose_negatives(pairs[index], count, turn=step))
+                pair = choose_negatives(pairs[index], count, turn=step)
+                return decoded(self.instructions[source].on(pair))
+            except Unreachable:
+                raise
             except BadSample as fault:
                 faults.append((fault.shard, fault.key, fault.reason))
             except UserError as error:
@@ -199,6 +240,7 @@ class RetrievalDataModule(pl.LightningDataModule):
         steps_per_epoch: None: as many as all pairs make.
         open_shards: see `Plan`.
         max_bad_samples: the run stops when more different pairs than this cannot be used.
+        mixing_temperature: flattens the shares of sources without weights; see `Plan`.
     """
 
     def __init__(
@@ -214,6 +256,7 @@ class RetrievalDataModule(pl.LightningDataModule):
         steps_per_epoch: int | None = None,
         open_shards: int = 16,
         max_bad_samples: int = 100,
+        mixing_temperature: float = 1.0,
     ):
         super().__init__()
         self.train_sources = train or []
@@ -225,9 +268,11 @@ class RetrievalDataModule(pl.LightningDataModule):
         self.seed = seed
         self.open_shards = open_shards
         self.max_bad_samples = max_bad_samples
+        self.mixing_temperature = mixing_temperature
         self._steps_per_epoch = steps_per_epoch
         self.next_step = 0
         self.bad_samples: dict[tuple[str, str], str] = {}
+        self.num_drawn: Counter[str] = Counter()  # pairs of all ranks, by source
         self.eval_sets: dict[str, list[RetrievalSet]] = {}
 
     def setup(self, stage: str) -> None:
@@ -240,23 +285,16 @@ class RetrievalDataModule(pl.LightningDataModule):
     def _open_training(self) -> None:
         if not self.train_sources:
             raise UserError("the recipe names no training source: set data.train")
-        self._shards = [ShardedPairs(Path(source.path)) for source in self.train_sources]
-        self.plan = Plan(
-            [
-                PlannedSource(
-                    source.name or shards.name,
-                    tuple(shards.shard_sizes),
-                    source.weight,
-                    source.first_step,
-                    source.last_step,
-                )
-                for source, shards in zip(self.train_sources, self._shards, strict=True)
-            ],
-            self.global_batch_size,
-            self.seed,
-            self.open_shards,
-        )
+        self._shards = [ShardedPairs(source.path) for source in self.train_sources]
+        pairs = zip(self.train_sources, self._shards, strict=True)
+        self.plan = self.plan_of([source.planned(shards) for source, shards in pairs])
         self.epoch_length = self._steps_per_epoch or self.plan.steps_per_epoch
+
+    def plan_of(self, sources: list[PlannedSource]) -> Plan:
+        """The plan of these sources, with this module's settings."""
+        return Plan(
+            sources, self.global_batch_size, self.seed, self.open_shards, self.mixing_temperature
+        )
 
     def _attached(self) -> pl.Trainer:
         assert self.trainer is not None, "loaders are made once a trainer has taken the data"
@@ -272,7 +310,8 @@ class RetrievalDataModule(pl.LightningDataModule):
             self.num_negatives if source.num_negatives is None else source.num_negatives
             for source in self.train_sources
         ]
-        dataset = TrainingBatches(self._shards, counts, self.plan, self._process())
+        instructions = [source.instructions for source in self.train_sources]
+        dataset = TrainingBatches(self._shards, counts, self.plan, self._process(), instructions)
         trainer = self._attached()
         dataset.rank, dataset.num_ranks = trainer.global_rank, trainer.world_size
         self.plan.rank_batch(
@@ -307,6 +346,7 @@ class RetrievalDataModule(pl.LightningDataModule):
         """Notes how far the plan has been used, and what could not be."""
         if isinstance(batch, TrainBatch):
             self.next_step = batch.step + 1
+            self.num_drawn[batch.source] += self.global_batch_size
             self._note_faults(batch)
         return batch
 
@@ -325,16 +365,22 @@ class RetrievalDataModule(pl.LightningDataModule):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """The next step of the plan, and the bad samples met so far."""
+        """The next step of the plan, what was drawn so far, and the bad samples met."""
         bad = [[*where, reason] for where, reason in self.bad_samples.items()]
-        return {"next_step": self.next_step, "bad_samples": bad}
+        return {
+            "next_step": self.next_step,
+            "num_drawn": dict(self.num_drawn),
+            "bad_samples": bad,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on at the very next batch."""
         self.next_step = state_dict["next_step"]
+        self.num_drawn = Counter(state_dict.get("num_drawn", {}))
         self.bad_samples = {(s, k): reason for s, k, reason in state_dict["bad_samples"]}
 
 
 def _open_pool(source: EvalSource) -> RetrievalSet:
-    shards = ShardedPairs(Path(source.path))
-    return RetrievalSet.from_pairs(source.name or shards.name, shards, source.max_queries)
+    shards = ShardedPairs(source.path)
+    pairs = map(source.instructions.on, shards)
+    return RetrievalSet.from_pairs(source.name or shards.name, pairs, source.max_queries)

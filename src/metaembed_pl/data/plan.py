@@ -2,9 +2,9 @@
 
 A source is passed over again and again; in each pass every pair comes exactly once, in an order
 drawn from (seed, source, pass). A batch holds pairs of one source. Which source a step belongs to
-follows the mixing weights, evenly spaced. Nothing depends on the number of workers or ranks: rank r
-of W takes the r-th of W equal parts of each global batch, and resuming at step t means asking for
-step t.
+follows the mixing weights, evenly spaced; without weights, the sources' sizes and a temperature.
+Nothing depends on the number of workers or ranks: rank r of W takes the r-th of W equal parts of
+each global batch, and resuming at step t means asking for step t.
 """
 
 import zlib
@@ -25,7 +25,8 @@ class PlannedSource:
     Args:
         name: names the source and, with the seed, its order.
         shard_sizes: pairs in each of its shards.
-        weight: share of the batches, relative to the other sources; None: its share of all pairs.
+        weight: share of the batches, relative to the other sources; None: by its size.
+        max_pairs: use only so many pairs: a sample drawn from the seed, the same in each pass.
         first_step: the source joins at this step; the others share the batches before.
         last_step: the source leaves at this step; None: it stays to the end.
     """
@@ -35,11 +36,13 @@ class PlannedSource:
     weight: float | None = None
     first_step: int = 0
     last_step: int | None = None
+    max_pairs: int | None = None
 
     @property
     def num_pairs(self) -> int:
-        """Pairs in all its shards."""
-        return sum(self.shard_sizes)
+        """Pairs in all its shards, or `max_pairs` where these are fewer."""
+        found = sum(self.shard_sizes)
+        return found if self.max_pairs is None else min(found, self.max_pairs)
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,9 @@ class Plan:
         seed: the order of pairs; the same seed gives the same batches on every machine.
         open_shards: pairs are shuffled within this many shards at a time, so that reading stays
             near a few files however large the source.
+        mixing_temperature: where no weights are given, a source's weight is its number of pairs to
+            the power of one over this: 1 mixes by size, more brings small sources forward, infinity
+            mixes all alike.
     """
 
     def __init__(
@@ -69,13 +75,17 @@ class Plan:
         global_batch_size: int,
         seed: int = 0,
         open_shards: int = 16,
+        mixing_temperature: float = 1.0,
     ):
-        _check(sources, global_batch_size)
+        _check(sources, global_batch_size, mixing_temperature)
         self.sources = tuple(sources)
         self.global_batch_size = global_batch_size
         self.seed = seed
         self.open_shards = open_shards
-        weights = [s.num_pairs if s.weight is None else s.weight for s in sources]
+        weights = [
+            s.num_pairs ** (1 / mixing_temperature) if s.weight is None else s.weight
+            for s in sources
+        ]
         self._weights = np.array(weights, dtype=np.float64)
         self._first_steps = np.array([source.first_step for source in sources])
         self._last_steps = np.array(
@@ -85,6 +95,7 @@ class Plan:
         self._order = np.empty(0, dtype=np.int64)  # source of each step, as far as asked for
         self._turns = np.zeros(len(sources), dtype=np.int64)
         self._rounds = np.empty(0, dtype=np.int64)  # batches its source had before each step
+        self._sample = lru_cache(maxsize=None)(self._drawn)
         self._pass = lru_cache(maxsize=2 * len(sources))(self._shuffled)
 
     @property
@@ -140,20 +151,33 @@ class Plan:
 
     def _shuffled(self, source: int, turn: int) -> Int[np.ndarray, " N"]:
         """The order of one pass: shards shuffled, then pairs within windows of shards."""
-        sizes = self.sources[source].shard_sizes
-        name = zlib.crc32(self.sources[source].name.encode())
-        random = np.random.Generator(np.random.PCG64([self.seed, name, turn]))
-        starts = np.concatenate([[0], np.cumsum(sizes)]).tolist()
-        shards = random.permutation(len(sizes))
+        random = self._random(source, turn)
+        by_shard = self._sample(source)
+        shards = random.permutation(len(by_shard))
         windows = []
         for first in range(0, len(shards), self.open_shards):
-            chosen = shards[first : first + self.open_shards]
-            pairs = np.concatenate([np.arange(starts[s], starts[s + 1]) for s in chosen])
-            windows.append(random.permutation(pairs))
+            pairs = [by_shard[shard] for shard in shards[first : first + self.open_shards]]
+            windows.append(random.permutation(np.concatenate(pairs)))
         return np.concatenate(windows)
 
+    def _drawn(self, source: int) -> list[Int[np.ndarray, " N"]]:
+        """The pairs that are used, by shard, ascending."""
+        planned = self.sources[source]
+        ends = np.cumsum(planned.shard_sizes)
+        pairs = np.arange(ends[-1])
+        if planned.num_pairs < len(pairs):
+            random = self._random(source, 0, 1)  # no pass has this second number
+            pairs = np.sort(random.choice(pairs, planned.num_pairs, replace=False))
+        return np.split(pairs, np.searchsorted(pairs, ends[:-1]))
 
-def _check(sources: Sequence[PlannedSource], global_batch_size: int) -> None:
+    def _random(self, source: int, *turn: int) -> np.random.Generator:
+        name = zlib.crc32(self.sources[source].name.encode())
+        return np.random.Generator(np.random.PCG64([self.seed, name, *turn]))
+
+
+def _check(
+    sources: Sequence[PlannedSource], global_batch_size: int, mixing_temperature: float
+) -> None:
     if not sources:
         raise UserError("expected at least one training source, got none")
     names = [source.name for source in sources]
@@ -164,17 +188,34 @@ def _check(sources: Sequence[PlannedSource], global_batch_size: int) -> None:
             f"global_batch_size must be at least 2, got {global_batch_size}: "
             "the other pairs of a batch are the negatives"
         )
-    if len({source.weight is None for source in sources}) > 1:
-        raise UserError("give a weight to every training source or to none")
+    _check_weights(sources, mixing_temperature)
     _check_presence(sources)
     for source in sources:
-        if source.weight is not None and source.weight <= 0:
-            raise UserError(f"source {source.name}: weight must be positive, got {source.weight}")
+        if source.max_pairs is not None and source.max_pairs < 1:
+            raise UserError(f"source {source.name}: max_pairs must be at least 1, if given")
         if source.num_pairs < global_batch_size:
             raise UserError(
                 f"source {source.name} has {source.num_pairs} pairs, fewer than one global batch "
                 f"of {global_batch_size}; lower global_batch_size or leave the source out"
             )
+
+
+def _check_weights(sources: Sequence[PlannedSource], mixing_temperature: float) -> None:
+    for source in sources:
+        if source.weight is not None and source.weight <= 0:
+            raise UserError(f"source {source.name}: weight must be positive, got {source.weight}")
+    if len({source.weight is None for source in sources}) > 1:
+        raise UserError("give a weight to every training source or to none")
+    if not mixing_temperature >= 1:
+        raise UserError(
+            f"mixing_temperature must be at least 1, where sources mix by size; got "
+            f"{mixing_temperature}"
+        )
+    if mixing_temperature != 1 and sources[0].weight is not None:
+        raise UserError(
+            f"mixing_temperature {mixing_temperature} makes weights of sizes, and the sources have "
+            "weights of their own: leave out the one or the other"
+        )
 
 
 def _check_presence(sources: Sequence[PlannedSource]) -> None:

@@ -48,7 +48,10 @@ class IndexLines:
         try:
             shard, key, spans = json.loads(line)
             # A shard name from a file is joined to a folder: it must not lead out of it.
-            if Path(shard).name == shard and all(o >= 0 <= s for o, s in spans.values()):
+            is_plain = Path(shard).name == shard and type(key) is str
+            if is_plain and all(
+                type(n) is int and n >= 0 for o, s in spans.values() for n in (o, s)
+            ):
                 return shard, key, spans
         except (ValueError, TypeError, AttributeError):
             pass
@@ -80,11 +83,11 @@ def read_manifest(folder: Path, shards: list[str]) -> dict[str, Any] | None:
             raise UserError(f"{path} is missing beside its {INDEX_FILE}: prepare the data again")
         return None
     try:
-        manifest = json.loads(path.read_bytes())
-        sizes = _checked_sizes(manifest)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        reason = str(error) or type(error).__name__
-        raise UserError(f"{path} is malformed ({reason}): prepare the data again") from error
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    manifest = parse_manifest(content, str(path))
+    sizes = {shard["file"]: shard["bytes"] for shard in manifest["shards"]}
     if sorted(sizes) != shards:
         differing = sorted(set(sizes).symmetric_difference(shards))[0]
         raise UserError(f"{path} and the folder disagree on {differing!r}: prepare the data again")
@@ -95,6 +98,21 @@ def read_manifest(folder: Path, shards: list[str]) -> dict[str, Any] | None:
                 f"{folder / file} has {found} bytes, its manifest says {size}: "
                 "copy or prepare it again"
             )
+    return manifest
+
+
+def parse_manifest(content: bytes, where: str) -> dict[str, Any]:
+    """Read a manifest, and check it against itself.
+
+    Raises:
+        UserError: it is malformed; names `where` it is.
+    """
+    try:
+        manifest = json.loads(content)
+        _check_manifest(manifest)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = str(error) or type(error).__name__
+        raise UserError(f"{where} is malformed ({reason}): prepare the data again") from error
     return manifest
 
 
@@ -113,16 +131,21 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _checked_sizes(manifest: dict[str, Any]) -> dict[str, int]:
-    """Return bytes by shard file, after checking the manifest against itself."""
+def _check_manifest(manifest: dict[str, Any]) -> None:
     if manifest["format"] != FORMAT:
         raise ValueError(f"its format is {manifest['format']!r}; this version reads {FORMAT}")
     if not isinstance(manifest["name"], str):
         raise ValueError("its name must be a string")
-    counts = [int(shard["num_pairs"]) for shard in manifest["shards"]]
-    if min(counts, default=0) < 0 or sum(counts) != manifest["num_pairs"]:
+    if not isinstance(manifest.get("index", {}), dict):
+        raise ValueError("its index must be an object")
+    for shard in manifest["shards"]:
+        if type(shard["file"]) is not str or Path(shard["file"]).name != shard["file"]:
+            raise ValueError(f"{shard['file']!r} is not the name of a shard")
+        for count in (shard["num_pairs"], shard["bytes"]):
+            if type(count) is not int or count < 0:
+                raise ValueError(f"{shard['file']} has {count!r} where a number should be")
+    if sum(shard["num_pairs"] for shard in manifest["shards"]) != manifest["num_pairs"]:
         raise ValueError("num_pairs is not the sum over its shards")
-    return {shard["file"]: shard["bytes"] for shard in manifest["shards"]}
 
 
 def _index_lines(path: Path) -> bytes:

@@ -130,7 +130,8 @@ class ShardWriter:
     def _describe_shards(self) -> None:
         files = sorted(self._partial.glob("*.tar"))
         lines = scan_shards(self._partial, [file.name for file in files])
-        (self._partial / INDEX_FILE).write_bytes(b"".join(lines.values()))
+        index = self._partial / INDEX_FILE
+        index.write_bytes(b"".join(lines.values()))
         shards = [
             {
                 "file": file.name,
@@ -144,6 +145,7 @@ class ShardWriter:
             "format": FORMAT,
             "num_pairs": sum(self._counts),
             **self._describe,
+            "index": {"bytes": index.stat().st_size, "sha256": sha256_of(index)},
             "shards": shards,
         }
         text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"

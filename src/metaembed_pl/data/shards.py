@@ -15,18 +15,20 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from metaembed_pl.data.remote import RemoteFolder, is_remote
 from metaembed_pl.data.shard_index import (
     INDEX_FILE,
     MANIFEST_FILE,
     IndexLines,
+    parse_manifest,
     read_manifest,
     scan_shards,
     sha256_of,
 )
 from metaembed_pl.data.shard_writer import ShardWriter
-from metaembed_pl.errors import BadSample, UserError
+from metaembed_pl.errors import BadSample, Unreachable, UserError
 from metaembed_pl.item import Pair
 
 __all__ = ["ShardWriter", "ShardedPairs", "verify"]
@@ -42,31 +44,46 @@ class ShardedPairs(Sequence[Pair]):
 
     Args:
         folder: what `ShardWriter` made, or any folder of WebDataset tars with the members above:
-            without manifest and index these are scanned, which reads every tar header once.
+            without manifest and index these are scanned, which reads every tar header once. Or the
+            address of what `ShardWriter` made, such as `s3://bucket/pets`: see remote.py.
 
     Raises:
         UserError: missing or empty folder, manifest that disagrees with the files, broken tar.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = Path(folder)
-        if not self.folder.is_dir():
-            raise UserError(f"no folder of shards at {self.folder}: prepare the data first")
-        shards = sorted(path.name for path in self.folder.glob("*.tar"))
-        manifest = read_manifest(self.folder, shards)
-        index = self.folder / INDEX_FILE
-        if manifest and index.exists():
-            self._index = IndexLines(path=index)
-            _check_index(self._index, manifest, index)
-        else:
-            scanned = scan_shards(self.folder, shards)
-            self._index = IndexLines(lines=b"".join(scanned.values()))
-            manifest = manifest or _manifest_of(self.folder.name, scanned)
-        self.manifest: dict[str, Any] = manifest
+    def __init__(self, folder: Path | str) -> None:
+        self._remote = RemoteFolder(str(folder)) if is_remote(folder) else None
+        self.folder = Path(folder) if self._remote is None else self._remote.url
+        self.manifest, self._index = self._open() if self._remote is None else self._open_remote()
+        manifest = self.manifest
         self.name: str = manifest["name"]
         self.shard_sizes: list[int] = [shard["num_pairs"] for shard in manifest["shards"]]
         if not len(self):
             raise UserError(f"the shards in {self.folder} hold no pairs: prepare the data again")
+
+    def _open(self) -> tuple[dict[str, Any], IndexLines]:
+        folder = Path(self.folder)
+        if not folder.is_dir():
+            raise UserError(f"no folder of shards at {folder}: prepare the data first")
+        shards = sorted(path.name for path in folder.glob("*.tar"))
+        for shard in shards:
+            if not (folder / shard).is_file():  # reading a pipe would wait for ever
+                raise UserError(f"{folder / shard} is not a plain file: copy or prepare it again")
+        manifest = read_manifest(folder, shards)
+        if manifest and (folder / INDEX_FILE).exists():
+            return manifest, _checked_index(folder / INDEX_FILE, manifest)
+        scanned = scan_shards(folder, shards)
+        index = IndexLines(lines=b"".join(scanned.values()))
+        return manifest or _manifest_of(folder.name, scanned), index
+
+    def _open_remote(self) -> tuple[dict[str, Any], IndexLines]:
+        assert self._remote is not None
+        where = f"{self.folder}/{MANIFEST_FILE}"
+        manifest = parse_manifest(self._remote.read_bytes(MANIFEST_FILE), where)
+        # A folder elsewhere cannot always be listed, and scanning it would read it whole.
+        for file in ({**manifest.get("index", {}), "file": INDEX_FILE}, *manifest["shards"]):
+            self._remote.know(file["file"], file.get("bytes"), file.get("sha256"))
+        return manifest, _checked_index(self._remote.keep(INDEX_FILE), manifest)
 
     def __len__(self) -> int:
         return len(self._index)
@@ -81,17 +98,20 @@ class ShardedPairs(Sequence[Pair]):
 
         Raises:
             BadSample: its JSON or a member is missing, broken or cut off.
+            Unreachable: its shard lies elsewhere and cannot be read.
         """
         shard, key, spans = self._index[i]
         try:
             return _assemble(key, self._read_members(shard, spans))
+        except Unreachable:
+            raise
         except (UserError, OSError) as error:
             raise BadSample(shard, key, str(error)) from error
 
     def _read_members(self, shard: str, spans: dict[str, list[int]]) -> dict[str, bytes]:
         members = {}
         # Opened anew each time (some 20 us): no handle to share over forks, threads or pickles.
-        with (self.folder / shard).open("rb") as file:
+        with self._open_shard(shard) as file:
             file_size = os.fstat(file.fileno()).st_size
             for suffix, (offset, size) in spans.items():
                 if offset + size > file_size:
@@ -99,6 +119,11 @@ class ShardedPairs(Sequence[Pair]):
                 file.seek(offset)
                 members[suffix] = file.read(size)
         return members
+
+    def _open_shard(self, shard: str) -> BinaryIO:
+        if self._remote is not None:
+            return self._remote.open(shard)
+        return (Path(self.folder) / shard).open("rb")
 
 
 def verify(folder: Path) -> None:
@@ -118,8 +143,9 @@ def verify(folder: Path) -> None:
             )
 
 
-def _check_index(index: IndexLines, manifest: dict[str, Any], path: Path) -> None:
+def _checked_index(path: Path, manifest: dict[str, Any]) -> IndexLines:
     """Check the first and last line of each shard, which shows a mixed-up index at once."""
+    index = IndexLines(path=path)
     start, fits = 0, len(index) == manifest["num_pairs"]
     for shard in manifest["shards"]:
         end = start + shard["num_pairs"]
@@ -129,6 +155,7 @@ def _check_index(index: IndexLines, manifest: dict[str, Any], path: Path) -> Non
         raise UserError(
             f"{path} disagrees with {MANIFEST_FILE}: delete it, or prepare the data again"
         )
+    return index
 
 
 def _manifest_of(name: str, scanned: dict[str, bytes]) -> dict[str, Any]:

@@ -168,10 +168,16 @@ class Processing:
 
     def _text_ids(self, items: Sequence[Item], side: Side) -> list[list[int]]:
         before = self.prompt.query if side == "query" else ""
-        texts = [before + (item.text or self.prompt.image_only) for item in items]
+        texts = [before + self._words(item) for item in items]
         # split_special_tokens: "<|image_pad|>" typed by a user is plain text, not a placeholder.
         ids = self._ids(texts, split_special_tokens=True)
         return [row[: self.max_text_tokens] for row in ids]
+
+    def _words(self, item: Item) -> str:
+        """What is read of an item: its instruction, if any, and its text."""
+        if item.instruction is None:
+            return item.text or self.prompt.image_only
+        return f"{item.instruction} {item.text}" if item.text else item.instruction
 
     def _pad(self, rows: list[list[int]], num_slots: int) -> dict[str, Tensor]:
         length = max(map(len, rows)) + num_slots

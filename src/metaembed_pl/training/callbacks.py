@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import RichProgressBar
 
 from metaembed_pl.data.collate import TrainBatch
+from metaembed_pl.data.datamodule import RetrievalDataModule
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,29 @@ class Speed(pl.Callback):
     def time_left(self) -> str:
         """Such as `0:03:12`; `?` before the first step."""
         return str(timedelta(seconds=round(self.left_s))) if self.left_s == self.left_s else "?"
+
+
+class DrawnPairs(pl.Callback):
+    """Says at the end of a run how many pairs came from each source, in all its parts.
+
+    In the logs and, as `data/SOURCE/pairs`, in MLflow.
+    """
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Logs what the data module has counted."""
+        # Lightning sets `datamodule` from outside its class.
+        data: RetrievalDataModule = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        if not trainer.is_global_zero:
+            return
+        metrics: dict[str, float] = {"data/bad_samples": len(data.bad_samples)}
+        for source in data.plan.sources:
+            drawn = data.num_drawn[source.name]
+            log.info(
+                "%s: %d pairs drawn, %.2f passes", source.name, drawn, drawn / source.num_pairs
+            )
+            metrics[f"data/{source.name}/pairs"] = drawn
+        if trainer.logger is not None:
+            trainer.logger.log_metrics(metrics, step=trainer.global_step)
 
 
 class ProgressBar(RichProgressBar):

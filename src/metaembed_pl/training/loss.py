@@ -4,7 +4,8 @@ Each query must find its own positive among the positives of all queries of all 
 hard negatives, at every group (r_q, r_c) separately.
 
 Q: queries of this rank    P: positives of all ranks    N: hard negatives of a query    G: groups
-Rq, Rc: vectors of a query, of a candidate    D: width    A: things one candidate answers, padded
+Rq, Rc: vectors of a query, of a candidate    D: width    K: what one query asks for
+A, An: things one candidate answers, one hard negative, padded
 """
 
 from collections.abc import Sequence
@@ -36,11 +37,13 @@ class MMRLossOutput(NamedTuple):
         loss: the weighted sum of `per_group`; what to minimise.
         per_group: InfoNCE of each group, unweighted and detached.
         num_negatives: candidates a query is compared with beside its positive, before masking.
+        num_masked: how many of them were left out as false negatives, on average.
     """
 
     loss: Float[Tensor, ""]
     per_group: Float[Tensor, " G"]
     num_negatives: int
+    num_masked: float
 
 
 class MMRLoss(nn.Module):
@@ -57,6 +60,10 @@ class MMRLoss(nn.Module):
             queries. The paper: False.
         mean_over_query: divide scores by r_q, so that logits of all groups are of one size. The
             paper: False.
+        false_negative_margin: leave out candidates that score higher than the positive by more than
+            this, as likely answers that nobody marked. In units of one vector's cosine: scores of
+            the largest group over r_q; a smaller group's mistake is no evidence. At least 0; None,
+            as the paper: leave out none. Qwen3-Embedding, arXiv 2506.05176, has 0.1.
 
     Raises:
         UserError: a setting out of range.
@@ -71,6 +78,7 @@ class MMRLoss(nn.Module):
         weights: Sequence[float] | None = None,
         both_directions: bool = False,
         mean_over_query: bool = False,
+        false_negative_margin: float | None = None,
     ):
         super().__init__()
         self.groups = parse_groups(groups)
@@ -80,6 +88,11 @@ class MMRLoss(nn.Module):
         self.weights = _check_weights(weights, len(self.groups))
         self.both_directions = both_directions
         self.mean_over_query = mean_over_query
+        if false_negative_margin is not None and not 0 <= false_negative_margin < float("inf"):
+            raise UserError(
+                f"false_negative_margin must be at least 0, got {false_negative_margin}"
+            )
+        self.false_negative_margin = false_negative_margin
 
     def forward(
         self,
@@ -87,7 +100,7 @@ class MMRLoss(nn.Module):
         positives: Float[Tensor, "Q Rc D"],
         negatives: Float[Tensor, "Q N Rc D"] | None = None,
         *,
-        asks: Int[Tensor, " Q"] | None = None,
+        asks: Int[Tensor, "Q K"] | None = None,
         answers: Int[Tensor, "Q A"] | None = None,
         negative_answers: Int[Tensor, "Q N An"] | None = None,
     ) -> MMRLossOutput:
@@ -97,8 +110,8 @@ class MMRLoss(nn.Module):
             queries: unit vectors. Every rank brings equally many.
             positives: unit vectors; row i is the match of query i.
             negatives: unit vectors; row i holds the hard negatives of query i alone.
-            asks: id (at least 0) of what each query asks for. A candidate that answers it is no
-                negative and is left out.
+            asks: ids (at least 0) of what each query asks for. A candidate that answers one of them
+                is no negative and is left out.
             answers: ids of all things each positive answers, padded with -1.
             negative_answers: likewise of the hard negatives.
 
@@ -112,34 +125,50 @@ class MMRLoss(nn.Module):
         all_answers = None if answers is None else gather(_pad(answers))
 
         scores = nested_scores(queries, gather_with_gradient(positives), self.groups)
-        logits = self._logits(scores, _is_answered(asks, all_answers), own)
+        own_scores = scores[-1].detach().gather(1, own[:, None])
+        mask = self._mask(scores, own_scores, _is_answered(asks, all_answers))
+        # The own positive answers what is asked, but is never left out.
+        logits = self._logits(scores, mask.scatter(1, own[:, None], False))
         if negatives is not None:
             hard = paired_scores(queries, negatives, self.groups)
-            hard = self._logits(hard, _is_answered(asks, negative_answers))
-            logits = torch.cat([logits, hard], dim=2)
+            mask = self._mask(hard, own_scores, _is_answered(asks, negative_answers))
+            logits = torch.cat([logits, self._logits(hard, mask)], dim=2)
         per_group = _info_nce(logits, own)
+        num_masked = (logits[-1] == -torch.inf).sum() / len(queries)
 
         if self.both_directions:
             # On one process the scores of the other direction are these, transposed.
             if world > 1:
                 scores = nested_scores(gather_with_gradient(queries), positives, self.groups)
-            mask = _is_answered(all_asks, answers)
-            reverse = self._logits(scores.mT, None if mask is None else mask.T, own)
+            answered = _is_answered(all_asks, answers)
+            mask = self._mask(scores.mT, own_scores, None if answered is None else answered.T)
+            reverse = self._logits(scores.mT, mask.scatter(1, own[:, None], False))
             per_group = (per_group + _info_nce(reverse, own)) / 2
         return MMRLossOutput(
             # Not as a dot product: autocast would round it to bf16.
             loss=(per_group * per_group.new_tensor(self.weights)).sum(),
             per_group=per_group.detach(),
             num_negatives=logits.shape[2] - 1,
+            num_masked=float(num_masked),
         )
 
-    def _logits(
+    def _mask(
         self,
         scores: Float[Tensor, "G Q P"],
-        mask: Bool[Tensor, "Q P"] | None,
-        own: Int[Tensor, " Q"] | None = None,
+        own_scores: Float[Tensor, "Q 1"],
+        answered: Bool[Tensor, "Q P"] | None,
+    ) -> Bool[Tensor, "Q P"]:
+        """Which candidates are no negatives: they answer what is asked, or seem to."""
+        largest = scores[-1].detach()
+        mask = torch.zeros_like(largest, dtype=torch.bool) if answered is None else answered
+        if self.false_negative_margin is None:
+            return mask
+        return mask | (largest > own_scores + self.false_negative_margin * self.groups[-1].r_q)
+
+    def _logits(
+        self, scores: Float[Tensor, "G Q P"], mask: Bool[Tensor, "Q P"]
     ) -> Float[Tensor, "G Q P"]:
-        """Scores over temperature, -inf where masked; the own positive never is."""
+        """Scores over temperature, -inf where masked."""
         finite = scores.isfinite().flatten(1).all(dim=1).tolist()
         if not all(finite):
             raise UserError(
@@ -149,12 +178,7 @@ class MMRLoss(nn.Module):
             )
         if self.mean_over_query:
             scores = scores / scores.new_tensor([r_q for r_q, _ in self.groups]).view(-1, 1, 1)
-        logits = scores / self.temperature
-        if mask is None:
-            return logits
-        if own is not None:
-            mask = mask.scatter(1, own[:, None], False)
-        return logits.masked_fill(mask, -torch.inf)
+        return (scores / self.temperature).masked_fill(mask, -torch.inf)
 
 
 def _info_nce(logits: Float[Tensor, "G Q P"], own: Int[Tensor, " Q"]) -> Float[Tensor, " G"]:
@@ -164,12 +188,12 @@ def _info_nce(logits: Float[Tensor, "G Q P"], own: Int[Tensor, " Q"]) -> Float[T
 
 
 def _is_answered(
-    asks: Int[Tensor, " Q"] | None, answers: Int[Tensor, "*Q P A"] | None
+    asks: Int[Tensor, "Q K"] | None, answers: Int[Tensor, "*Q P A"] | None
 ) -> Bool[Tensor, "Q P"] | None:
     """Which candidates answer what a query asks; None where nobody says."""
     if asks is None or answers is None:
         return None
-    return (asks[:, None, None] == answers).any(dim=2)
+    return (asks[:, None, :, None] == answers[..., None, :]).flatten(2).any(dim=2)
 
 
 def _pad(answers: Int[Tensor, "Q A"]) -> Int[Tensor, "Q W"]:

@@ -42,6 +42,7 @@ class LossConfig:
     weights: list[float] | None = None
     both_directions: bool = False
     mean_over_query: bool = False
+    false_negative_margin: float | None = None
 
 
 class MetaEmbedModule(pl.LightningModule):
@@ -190,6 +191,7 @@ class MetaEmbedModule(pl.LightningModule):
             )
         size = len(batch.keys)
         self.log("train/loss", output.loss, prog_bar=True, batch_size=size)
+        self.log("train/false_negatives", output.num_masked, batch_size=size)
         for group, value in zip(self.groups, output.per_group, strict=True):
             self.log(f"train/loss/{group}", value, batch_size=size)
             self.log(f"train/{batch.source}/loss/{group}", value, batch_size=size)

@@ -1,0 +1,290 @@
+"""Shards that lie elsewhere: http(s), s3, gs, hf and whatever else fsspec reads, kept on disk.
+
+    pairs = ShardedPairs("s3://bucket/shards/pets")
+
+Manifest and index are read first, a shard when a pair of it is first asked for. Shards stay in a
+folder that many processes may share, up to a number of bytes; what was not used for the longest
+time makes room. Every file is compared with the checksum in its manifest, and stands under it.
+
+The environment says where and how much: METAEMBED_CACHE (a folder, ~/.cache/metaembed_pl) and
+METAEMBED_CACHE_GB (50).
+"""
+
+import hashlib
+import os
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from metaembed_pl.errors import Unreachable, UserError
+
+ATTEMPTS = 3
+"""To read a file: connections break."""
+WAIT_S = 1.0
+"""Before the second attempt; then twice as long."""
+_BLOCK_BYTES = 2**24  # of one request, where the server sends parts
+
+
+class RemoteFile(NamedTuple):
+    """A file elsewhere, and what its manifest says of it."""
+
+    url: str
+    num_bytes: int
+    sha256: str
+
+
+class ShardCache:
+    """Files from elsewhere, on disk.
+
+    A file appears whole or not at all, whatever is killed; two processes that want the same one
+    read it once.
+
+    Args:
+        folder: where they are kept; only this class writes there.
+        max_bytes: of all of them. One that is open may be removed: who reads it reads on.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        self.folder, self.max_bytes = Path(folder), max_bytes
+
+    @classmethod
+    def of_environment(cls) -> "ShardCache":
+        """The cache that the environment names.
+
+        Raises:
+            UserError: METAEMBED_CACHE_GB is not a number above 0.
+        """
+        folder = os.environ.get("METAEMBED_CACHE") or "~/.cache/metaembed_pl"
+        given = os.environ.get("METAEMBED_CACHE_GB") or "50"
+        try:
+            max_bytes = int(float(given) * 1e9)
+        except (ValueError, OverflowError):
+            max_bytes = 0
+        if max_bytes <= 0:
+            raise UserError(f"METAEMBED_CACHE_GB must be a number above 0, got {given!r}")
+        return cls(Path(folder).expanduser(), max_bytes)
+
+    def open(self, file: RemoteFile) -> BinaryIO:
+        """The file, read from elsewhere if it is not here.
+
+        Raises:
+            Unreachable: it cannot be read, or is not what its manifest says.
+            UserError: it is larger than the whole cache.
+        """
+        path = self.folder / file.sha256
+        while True:
+            try:
+                found = path.open("rb")
+            except FileNotFoundError:
+                self._fetch(file)  # another process may remove it at once: ask again
+                continue
+            os.utime(path)  # what was used last goes last
+            return found
+
+    def keep(self, file: RemoteFile) -> Path:
+        """The path of a file that never makes room: an index, which is mapped into memory.
+
+        Raises:
+            Unreachable: as `open`.
+        """
+        path = self.folder / "indexes" / file.sha256
+        with self._lock(file.sha256):
+            if not path.exists():
+                path.parent.mkdir(exist_ok=True)
+                self._download(file, path)
+        return path
+
+    def _fetch(self, file: RemoteFile) -> None:
+        if file.num_bytes > self.max_bytes:
+            raise UserError(
+                f"{file.url} has {file.num_bytes:,} bytes, more than the whole cache of "
+                f"{self.max_bytes:,}: set METAEMBED_CACHE_GB higher"
+            )
+        path = self.folder / file.sha256
+        with self._lock(file.sha256):
+            if not path.exists():
+                self._reserve(file)
+                self._download(file, path)
+
+    def _reserve(self, file: RemoteFile) -> None:
+        """Removes what is in the way, and takes the room by a file of its size."""
+        with self._lock("room"):
+            _partial(self.folder / file.sha256).unlink(missing_ok=True)
+            for partial in self.folder.glob("*.part"):
+                self._remove_if_left(partial)
+            kept = sorted(
+                (stat.st_mtime_ns, stat.st_size, path) for path, stat in _files(self.folder)
+            )
+            free = self.max_bytes - sum(size for _, size, _ in kept) - file.num_bytes
+            for _, size, path in kept:
+                if free >= 0:
+                    break
+                if path.suffix != ".part":  # that is being read by another process
+                    path.unlink(missing_ok=True)
+                    free += size
+            with _partial(self.folder / file.sha256).open("wb") as partial:
+                partial.truncate(file.num_bytes)
+
+    def _remove_if_left(self, partial: Path) -> None:
+        """Removes a part of a file whose process was killed: the system has freed its lock."""
+        from filelock import FileLock, Timeout
+
+        try:
+            with FileLock(self._lock_path(partial.stem), timeout=0):
+                partial.unlink(missing_ok=True)
+        except Timeout:
+            pass
+
+    def _download(self, file: RemoteFile, path: Path) -> None:
+        partial = _partial(path)
+        try:
+            for attempt in range(ATTEMPTS):
+                try:
+                    _copy(file, partial)
+                    os.replace(partial, path)
+                    return
+                except Exception as error:  # each kind of address has errors of its own
+                    reason = str(error) or type(error).__name__
+                if attempt + 1 < ATTEMPTS:
+                    time.sleep(WAIT_S * 2**attempt)
+            raise Unreachable(f"{file.url} cannot be read, in {ATTEMPTS} attempts: {reason}")
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @contextmanager
+    def _lock(self, name: str) -> Iterator[None]:
+        from filelock import FileLock
+
+        self._lock_path(name).parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(self._lock_path(name)):
+            yield
+
+    def _lock_path(self, name: str) -> Path:
+        return self.folder / "locks" / name
+
+
+class RemoteFolder:
+    """A folder of shards elsewhere.
+
+    Args:
+        url: of the folder, such as `https://host/shards/pets`.
+        cache: None: that of the environment.
+    """
+
+    def __init__(self, url: str, cache: ShardCache | None = None) -> None:
+        self.url = url.rstrip("/")
+        self.cache = cache or ShardCache.of_environment()
+        self._files: dict[str, RemoteFile] = {}
+
+    def read_bytes(self, name: str) -> bytes:
+        """A small file, read anew each time.
+
+        Raises:
+            Unreachable: it cannot be read.
+        """
+        filesystem, path = _filesystem(f"{self.url}/{name}")
+        try:
+            return filesystem.cat_file(path)
+        except Exception as error:
+            reason = str(error) or type(error).__name__
+            raise Unreachable(f"{self.url}/{name} cannot be read: {reason}") from error
+
+    def know(self, name: str, num_bytes: Any, sha256: Any) -> None:
+        """Notes what the manifest says of a file: only such files are ever read.
+
+        Raises:
+            UserError: a name, a size or a checksum that is none.
+        """
+        # Names become part of an address, checksums of a path on this machine.
+        checks = isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256)
+        if not checks or type(num_bytes) is not int or not re.fullmatch(r"[\w.-]+", str(name)):
+            raise UserError(
+                f"{self.url}: its manifest names {name!r} with bytes {num_bytes!r} and sha256 "
+                f"{sha256!r}: prepare the data again, by this version"
+            )
+        self._files[name] = RemoteFile(f"{self.url}/{name}", num_bytes, sha256)
+
+    def open(self, name: str) -> BinaryIO:
+        """A shard."""
+        return self.cache.open(self._known(name))
+
+    def keep(self, name: str) -> Path:
+        """The path of the index."""
+        return self.cache.keep(self._known(name))
+
+    def _known(self, name: str) -> RemoteFile:
+        if name not in self._files:
+            raise UserError(f"{self.url}: its manifest has no {name!r}: prepare the data again")
+        return self._files[name]
+
+
+def is_remote(folder: Path | str) -> bool:
+    """Whether a folder is an address and not a path.
+
+    >>> is_remote("s3://bucket/pets"), is_remote("data/pets")
+    (True, False)
+    """
+    return "://" in str(folder)
+
+
+class _Differs(Exception):
+    """What came is not what the manifest says."""
+
+
+def _copy(file: RemoteFile, target: Path) -> None:
+    filesystem, path = _filesystem(file.url)
+    digest, num_bytes = hashlib.sha256(), 0
+    # Not "wb", which would give up the room that was taken.
+    with (
+        filesystem.open(path, "rb", block_size=_BLOCK_BYTES) as remote,
+        target.open("r+b" if target.exists() else "wb") as local,
+    ):
+        while chunk := remote.read(2**20):
+            num_bytes += len(chunk)
+            if num_bytes > file.num_bytes:
+                break
+            digest.update(chunk)
+            local.write(chunk)
+        local.truncate()
+        local.flush()
+        os.fsync(local.fileno())  # its name must not outlive its bytes
+    if num_bytes != file.num_bytes or digest.hexdigest() != file.sha256:
+        raise _Differs(
+            f"what came is not the {file.num_bytes:,} bytes that its manifest describes: it was "
+            "changed, or cut off on its way"
+        )
+
+
+def _filesystem(url: str) -> tuple[Any, str]:
+    """What reads a kind of address, and the path in it.
+
+    Raises:
+        UserError: nothing reads it here.
+    """
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise UserError(
+            f"{url}: {error}; what reads s3://, gs:// and https:// comes with "
+            "pip install metaembed-pl[remote]"
+        ) from error
+
+
+def _files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """The files of the cache; another process may be removing some."""
+    for path in folder.iterdir():
+        try:
+            stat = path.stat()
+        except FileNotFoundError:
+            continue
+        if path.is_file():
+            yield path, stat
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f"{path.name}.part")

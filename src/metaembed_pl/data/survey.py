@@ -1,0 +1,207 @@
+"""What shards hold: counts, lengths and sizes, and what comes twice, within and across folders.
+
+One pass over the pairs. What is kept of each text and picture is two numbers, so that millions of
+pairs fit into memory.
+"""
+
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any, Literal
+
+import numpy as np
+
+from metaembed_pl.data.shards import ShardedPairs
+from metaembed_pl.errors import UserError
+from metaembed_pl.item import Item, Pair, stable_hash
+from metaembed_pl.picture import picture_size
+
+QUANTILES = {"min": 0.0, "5%": 0.05, "median": 0.5, "95%": 0.95, "max": 1.0}
+EXAMPLES = 3
+"""Shown of what cannot be used, and of what two folders share."""
+
+Kind = Literal["text", "picture", "pair"]
+KINDS: tuple[Kind, ...] = ("text", "picture", "pair")
+
+
+class Seen:
+    """Contents as numbers, with the pair in which each stood."""
+
+    def __init__(self) -> None:
+        self._hashes, self._pairs = array("q"), array("q")
+
+    def add(self, content: str, pair: int) -> None:
+        """Note a content of a pair."""
+        self._hashes.append(stable_hash(content))
+        self._pairs.append(pair)
+
+    def num_repeats(self) -> int:
+        """How many contents have been there before.
+
+        >>> seen = Seen()
+        >>> for content in "abaa": seen.add(content, 0)
+        >>> seen.num_repeats()
+        2
+        """
+        hashes = np.array(self._hashes)
+        return len(hashes) - len(np.unique(hashes))
+
+    def shared(self, other: "Seen") -> tuple[int, list[int]]:
+        """How many different contents another has as well, and the first pairs here with one."""
+        hashes = np.array(self._hashes)
+        common = np.intersect1d(hashes, np.array(other._hashes))
+        pairs = np.array(self._pairs)[np.isin(hashes, common)]
+        return len(common), np.unique(pairs)[:EXAMPLES].tolist()
+
+
+@dataclass
+class Side:
+    """The queries, or the candidates, of a folder."""
+
+    shapes: Counter[str] = field(default_factory=Counter)
+    text_lengths: array = field(default_factory=lambda: array("q"))
+    widths: array = field(default_factory=lambda: array("q"))
+    heights: array = field(default_factory=lambda: array("q"))
+    formats: Counter[str] = field(default_factory=Counter)
+
+    def summary(self) -> dict[str, Any]:
+        """As JSON holds it; lengths in characters, sides in pixels."""
+        return {
+            "items": dict(self.shapes.most_common()),
+            "text_characters": _quantiles(self.text_lengths),
+            "picture_width": _quantiles(self.widths),
+            "picture_height": _quantiles(self.heights),
+            "picture_formats": dict(self.formats.most_common()),
+        }
+
+
+class Survey:
+    """What a folder of shards holds.
+
+    Args:
+        pairs: the folder.
+        decode: decode every picture, to find those that do not, and compare pixels instead of
+            files. Otherwise only the header of each is read.
+        track: wraps the numbers of the pairs, to show progress.
+    """
+
+    def __init__(
+        self,
+        pairs: ShardedPairs,
+        decode: bool = False,
+        track: Callable[[Sequence[int]], Iterable[int]] = iter,
+    ):
+        self.pairs = pairs
+        self.bad: list[str] = []
+        self.num_bad = 0
+        self.sides = {"query": Side(), "candidate": Side()}
+        self.num_negatives: Counter[int] = Counter()
+        self.own_positive_as_negative = 0
+        self.seen: dict[Kind, Seen] = {kind: Seen() for kind in KINDS}
+        self._queries, self._ids = Seen(), Seen()
+        self._decode = decode
+        for i in track(range(len(pairs))):
+            try:
+                self._add(pairs[i], i)
+            except UserError as error:
+                self.num_bad += 1
+                if len(self.bad) < EXAMPLES:
+                    self.bad.append("/".join(pairs.locate(i)) + f": {error}")
+
+    def _add(self, pair: Pair, i: int) -> None:
+        items = (pair.query, pair.positive, *pair.negatives)
+        pictures = [_look(item, self._decode) for item in items]  # a broken one shows first
+        for item, picture in zip(items, pictures, strict=True):
+            self._add_item(
+                item, picture, self.sides["query" if item is pair.query else "candidate"]
+            )
+            if item.text is not None:
+                self.seen["text"].add(item.text, i)
+            if item.image is not None:
+                alone = picture.pixels or Item(image=item.image)
+                self.seen["picture"].add(alone.content, i)
+        self.num_negatives[len(pair.negatives)] += 1
+        own = pair.positive.content
+        self.own_positive_as_negative += any(item.content == own for item in pair.negatives)
+        self.seen["pair"].add(f"{pair.query.content} {own}", i)
+        self._queries.add(pair.query.content, i)
+        self._ids.add(pair.id, i)
+
+    def _add_item(self, item: Item, picture: "_Picture", side: Side) -> None:
+        parts = [name for name in ("text", "image") if getattr(item, name) is not None]
+        side.shapes[" and ".join(parts)] += 1
+        if item.text is not None:
+            side.text_lengths.append(len(item.text))
+        if item.image is not None:
+            side.widths.append(picture.width)
+            side.heights.append(picture.height)
+            side.formats[picture.format] += 1
+
+    def summary(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        manifest = self.pairs.manifest
+        return {
+            "folder": str(self.pairs.folder),
+            "name": self.pairs.name,
+            "licence": manifest.get("licence", ""),
+            "num_pairs": len(self.pairs),
+            "num_shards": len(self.pairs.shard_sizes),
+            "num_bad": self.num_bad,
+            "bad": self.bad,
+            "queries": self.sides["query"].summary(),
+            "candidates": self.sides["candidate"].summary(),
+            "num_negatives": {str(n): self.num_negatives[n] for n in sorted(self.num_negatives)},
+            "repeated": {
+                "ids": self._ids.num_repeats(),
+                "queries": self._queries.num_repeats(),
+                "pairs": self.seen["pair"].num_repeats(),
+                "own_positive_as_negative": self.own_positive_as_negative,
+            },
+        }
+
+
+def shared(surveys: Sequence[Survey]) -> list[dict[str, Any]]:
+    """What two folders both hold, of any two; those that share nothing are left out.
+
+    Texts, pictures and pairs are compared wherever they stand: a training query that is a test
+    candidate is a leak as well.
+    """
+    found = []
+    for one, other in combinations(surveys, 2):
+        counts = {kind: one.seen[kind].shared(other.seen[kind]) for kind in KINDS}
+        if any(count for count, _ in counts.values()):
+            places = {kind: [one.pairs[i].id for i in pairs] for kind, (_, pairs) in counts.items()}
+            found.append(
+                {
+                    "folders": [str(one.pairs.folder), str(other.pairs.folder)],
+                    **{f"num_{kind}s": count for kind, (count, _) in counts.items()},
+                    "examples": {kind: ids for kind, ids in places.items() if ids},
+                }
+            )
+    return found
+
+
+@dataclass(frozen=True)
+class _Picture:
+    width: int = 0
+    height: int = 0
+    format: str = ""
+    pixels: Item | None = None
+
+
+def _look(item: Item, decode: bool) -> _Picture:
+    if item.image is None:
+        return _Picture()
+    format, width, height = picture_size(item.image_content())
+    if not decode:
+        return _Picture(width, height, format)
+    return _Picture(width, height, format, Item(image=item.load_image()))
+
+
+def _quantiles(values: array) -> dict[str, float] | None:
+    if not values:
+        return None
+    found = np.quantile(np.array(values), list(QUANTILES.values()), method="nearest").tolist()
+    return dict(zip(QUANTILES, found, strict=True))
