@@ -21,6 +21,7 @@ TRAINING_VERBS = {
 VERBS = {
     "recipes": "list the recipes that come with the package, print one, start your own",
     "check": "would a recipe run, and on what: all faults, parameters, steps, memory",
+    "data": "look into shards: counts, distributions, repeats, leaks, a contact sheet",
     "search": "search items by text or picture, at a budget",
     "export": "a run as a folder that loads anywhere, or on the Hugging Face hub",
 }
