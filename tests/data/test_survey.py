@@ -71,17 +71,19 @@ def test_finds_what_train_and_test_share(survey, tmp_path):
     test = write(
         tmp_path / "test",
         [
-            Pair("t1", Item(image=encoded(1, (10, 40), "JPEG")), Item("bad")),
-            Pair("t2", Item("new"), Item(image=encoded(9))),
+            Pair("t1", Item(image=encoded(1, (10, 40), "JPEG")), Item("abc")),
+            Pair("t2", Item("bad"), Item(image=encoded(9)), (Item("a"), Item(image=encoded(0)))),
         ],
     )
     alone = write(tmp_path / "alone", [Pair("u", Item("other"), Item("else"))])
     [leak] = shared([survey, Survey(test), Survey(alone)])
     assert leak["folders"] == [str(survey.pairs.folder), str(test.folder)]
     assert (leak["num_texts"], leak["num_pictures"], leak["num_pairs"]) == (1, 0, 0)
-    assert leak["examples"] == {"text": ["1", "3"]}
+    assert leak["num_negatives_asked"] == [1, 1]  # "bad" here, "a" there; pictures are not compared
+    assert leak["examples"] == {"text": ["2", "3"]}
     [leak] = shared([Survey(survey.pairs), Survey(test)])  # files, not pixels, on both sides
     assert (leak["num_texts"], leak["num_pictures"]) == (1, 1)
+    assert leak["num_negatives_asked"] == [1, 2]
 
 
 def test_equal_pixels_in_different_files_are_found_by_decoding(tmp_path):

@@ -115,12 +115,17 @@ def _print_side(side: str, summary: dict[str, Any]) -> None:
 def _print_shared(leaks: list[dict[str, Any]], num_folders: int) -> None:
     if num_folders < 2:
         return
-    print("shared by two folders:" if leaks else "no two folders share a text or a picture")
+    none = "no two folders share a text or a picture"
+    print("shared by the queries and positives of two folders:" if leaks else none)
     for leak in leaks:
         print(
             f"  {leak['num_texts']:,} texts, {leak['num_pictures']:,} pictures, "
             f"{leak['num_pairs']:,} pairs: {' and '.join(leak['folders'])}"
         )
+        for k, count in enumerate(leak["num_negatives_asked"]):
+            if count:
+                one, other = leak["folders"][k], leak["folders"][1 - k]
+                print(f"    {count:,} hard negatives of {one} are asked for in {other}")
         for kind, ids in leak["examples"].items():
             print(f"    {kind}s of pairs such as {shortened(', '.join(ids), 100)}")
 

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -22,8 +22,8 @@ QUANTILES = {"min": 0.0, "5%": 0.05, "median": 0.5, "95%": 0.95, "max": 1.0}
 EXAMPLES = 3
 """Shown of what cannot be used, and of what two folders share."""
 
-Kind = Literal["text", "picture", "pair"]
-KINDS: tuple[Kind, ...] = ("text", "picture", "pair")
+Kind = Literal["text", "picture", "pair", "negative"]
+LEAKS: tuple[Kind, ...] = ("text", "picture", "pair")
 
 
 class Seen:
@@ -99,7 +99,8 @@ class Survey:
         self.sides = {"query": Side(), "candidate": Side()}
         self.num_negatives: Counter[int] = Counter()
         self.own_positive_as_negative = 0
-        self.seen: dict[Kind, Seen] = {kind: Seen() for kind in KINDS}
+        # Texts and pictures of queries and positives, of both together, and of hard negatives.
+        self.seen: dict[Kind, Seen] = {kind: Seen() for kind in get_args(Kind)}
         self._queries, self._ids = Seen(), Seen()
         self._decode = decode
         for i in track(range(len(pairs))):
@@ -117,11 +118,12 @@ class Survey:
             self._add_item(
                 item, picture, self.sides["query" if item is pair.query else "candidate"]
             )
+            is_asked = item is pair.query or item is pair.positive
             if item.text is not None:
-                self.seen["text"].add(item.text, i)
+                self.seen["text" if is_asked else "negative"].add(item.text, i)
             if item.image is not None:
                 alone = picture.pixels or Item(image=item.image)
-                self.seen["picture"].add(alone.content, i)
+                self.seen["picture" if is_asked else "negative"].add(alone.content, i)
         self.num_negatives[len(pair.negatives)] += 1
         own = pair.positive.content
         self.own_positive_as_negative += any(item.content == own for item in pair.negatives)
@@ -165,22 +167,29 @@ class Survey:
 def shared(surveys: Sequence[Survey]) -> list[dict[str, Any]]:
     """What two folders both hold, of any two; those that share nothing are left out.
 
-    Texts, pictures and pairs are compared wherever they stand: a training query that is a test
-    candidate is a leak as well.
+    Texts and pictures of queries and of positives are compared wherever they stand: a training
+    query that is a test candidate is a leak as well. Hard negatives are counted by themselves: as
+    negatives, a model has seen what the other folder asks for.
     """
     found = []
     for one, other in combinations(surveys, 2):
-        counts = {kind: one.seen[kind].shared(other.seen[kind]) for kind in KINDS}
-        if any(count for count, _ in counts.values()):
-            places = {kind: [one.pairs[i].id for i in pairs] for kind, (_, pairs) in counts.items()}
-            found.append(
-                {
-                    "folders": [str(one.pairs.folder), str(other.pairs.folder)],
-                    **{f"num_{kind}s": count for kind, (count, _) in counts.items()},
-                    "examples": {kind: ids for kind, ids in places.items() if ids},
-                }
-            )
+        counts = {kind: one.seen[kind].shared(other.seen[kind]) for kind in LEAKS}
+        places = {kind: [one.pairs[i].id for i in pairs] for kind, (_, pairs) in counts.items()}
+        leak = {
+            **{f"num_{kind}s": count for kind, (count, _) in counts.items()},
+            "num_negatives_asked": [_num_asked(one, other), _num_asked(other, one)],
+        }
+        if any(count for count, _ in counts.values()) or any(leak["num_negatives_asked"]):
+            folders = [str(one.pairs.folder), str(other.pairs.folder)]
+            examples = {kind: ids for kind, ids in places.items() if ids}
+            found.append({"folders": folders, **leak, "examples": examples})
     return found
+
+
+def _num_asked(one: Survey, other: Survey) -> int:
+    """How many hard negatives of the one are queries or positives of the other."""
+    negatives = one.seen["negative"]
+    return sum(negatives.shared(other.seen[kind])[0] for kind in ("text", "picture"))
 
 
 @dataclass(frozen=True)
