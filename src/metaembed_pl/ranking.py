@@ -18,13 +18,20 @@ from metaembed_pl.errors import UserError
 
 ROUNDING = 2.0**-20
 """Eight units in the last place of float32: what two sums of the same products may differ by."""
+RECALL_AT = (1, 5, 10)
 NDCG_AT = (5, 10)
+METRICS = (
+    *(f"recall@{k}" for k in RECALL_AT),
+    "precision@1",
+    "mrr",
+    *(f"ndcg@{k}" for k in NDCG_AT),
+)
 
 
 def ranking_metrics(
     scores: Float[Tensor, "Q C"],
     relevant: Sequence[Sequence[int]],
-    ks: Sequence[int] = (1, 5, 10),
+    ks: Sequence[int] = RECALL_AT,
     gains: Sequence[Sequence[float]] | None = None,
     lists: Sequence[Sequence[int]] | None = None,
 ) -> dict[str, Float[Tensor, " Q"]]:
@@ -62,7 +69,7 @@ def ranking_metrics(
 
 
 def metrics_of_ranks(
-    ranks: Float[Tensor, "Q P"], gains: Float[Tensor, "Q P"], ks: Sequence[int] = (1, 5, 10)
+    ranks: Float[Tensor, "Q P"], gains: Float[Tensor, "Q P"], ks: Sequence[int] = RECALL_AT
 ) -> dict[str, Float[Tensor, " Q"]]:
     """What the ranks of a query's right candidates are worth.
 

@@ -40,7 +40,7 @@ def test_what_is_written_is_read(tmp_path):
         for i, page in enumerate(pages):
             writer.add_candidate(page, text_layer=f"words of page {i}")
         writer.add_query(Item("wörds", image=picture(9), id="q"), language="de")
-        writer.add_query(Item("more", id="r"), language="en")
+        writer.add_query(Item("more", id="r", instruction="Find the page."), language="en")
         writer.judge("q", "page/2", 2)
         writer.judge("q", "page/0")
         writer.judge("r", "page/1", 0.5)
@@ -48,7 +48,7 @@ def test_what_is_written_is_read(tmp_path):
     assert (read.name, len(read.candidates), read.lists) == ("pages", 3, None)
     assert (read.relevant, read.gains) == ([[0, 2], [1]], [[1.0, 2.0], [0.5]])
     assert read.gains_of(0) == {0: 1.0, 2: 2.0}
-    assert read.queries[0].text == "wörds"
+    assert [read.queries[0].text, read.queries[1].instruction] == ["wörds", "Find the page."]
     assert read.queries[0].load_image() == picture(9)
     assert [item.load_image() for item in read.candidates] == [page.image for page in pages]
     assert read.candidates.record(1)["text_layer"] == "words of page 1"

@@ -6,6 +6,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import tiny
+from metaembed_pl.data.beir import RetrievalSetWriter
 from metaembed_pl.data.collate import (
     Instructions,
     TrainBatch,
@@ -292,3 +293,55 @@ def test_max_queries_shrinks_the_pool(folders):
     data.setup("test")
     (pool,) = data.eval_sets["test"]
     assert (pool.name, len(pool.queries), len(pool.candidates)) == ("mine", 5, 5)
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    """A retrieval set: 6 pages, 3 queries of which one is in German, graded, with lists."""
+    path = tmp_path_factory.mktemp("sets") / "pages"
+    with RetrievalSetWriter(path, "pages") as writer:
+        for i in range(6):
+            writer.add_candidate(Item(image=tiny.picture(i), id=f"p{i}"))
+        for i, language in enumerate(["en", "de", "en"]):
+            writer.add_query(Item(tiny.text(i), id=f"q{i}"), language=language)
+            writer.judge(f"q{i}", f"p{i}", 2)
+            writer.judge(f"q{i}", "p5", 1)
+            writer.list_candidates(f"q{i}", [f"p{i}", "p5", "p3", "p4"])
+    return path
+
+
+def test_a_retrieval_set_is_an_evaluation_source_like_any_other(pages, folders):
+    data = RetrievalDataModule(
+        val=[
+            EvalSource(str(folders[0]), max_queries=2, max_candidates=2),
+            EvalSource(
+                str(pages),
+                max_queries=2,
+                max_candidates=3,
+                where={"language": "en"},
+                instruction="Find the page.",
+            ),
+        ]
+    )
+    data.setup("validate")
+    pool, graded = data.eval_sets["val"]
+    assert pool.lists is None
+    assert (graded.name, graded.gains) == ("pages", [[2.0, 1.0], [2.0, 1.0]])
+    assert [len(graded.searched(query)) for query in (0, 1)] == [3, 3]
+    assert [query.instruction for query in graded.queries] == ["Find the page."] * 2
+    assert len(graded.candidates) == 4  # p0, p2, p5 and the p3 that both lists have
+
+
+def test_without_test_sets_the_validation_sets_are_tested_whole(pages):
+    data = RetrievalDataModule(val=[EvalSource(str(pages), "mine", max_queries=1)])
+    data.setup("validate")
+    data.setup("test")
+    sizes = [len(data.eval_sets[part][0].queries) for part in ("val", "test")]
+    assert (sizes, data.eval_sets["test"][0].name) == ([1, 3], "mine")
+    assert RetrievalDataModule(val=[EvalSource(str(pages))], test=[]).eval_sources["test"] == []
+
+
+def test_where_is_refused_for_shards(folders):
+    data = RetrievalDataModule(val=[EvalSource(str(folders[0]), where={"language": "en"})])
+    with pytest.raises(UserError, match="`where` chooses queries of retrieval sets"):
+        data.setup("validate")

@@ -1,6 +1,7 @@
 """The command line, on a tiny recipe: fit, resume, refuse."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -15,6 +16,8 @@ import yaml
 import tiny
 from metaembed_pl.cli import train
 from metaembed_pl.cli.main import main
+from metaembed_pl.data.beir import RetrievalSetWriter
+from metaembed_pl.item import Item
 from metaembed_pl.model.embedder import MetaEmbedder
 
 
@@ -282,3 +285,44 @@ def test_a_checkpoint_that_unpickles_objects_is_refused(data, tmp_path, capsys):
     )
     assert main(["fit", "--config", recipe_file, "--ckpt_path", str(file)]) == 2
     assert "evil.ckpt" in capsys.readouterr().err
+
+
+def test_pools_lists_and_grades_are_validated_side_by_side_and_tested_whole(data, tmp_path):
+    with RetrievalSetWriter(tmp_path / "lists", "lists") as writer:
+        for i in range(6):
+            writer.add_candidate(Item(image=tiny.picture(i), id=f"p{i}"))
+        for i in range(3):
+            writer.add_query(Item(tiny.text(i), id=f"q{i}"))
+            writer.judge(f"q{i}", f"p{i}", 1 + i)
+            writer.list_candidates(f"q{i}", [f"p{i}", "p4", "p5"])
+    values = recipe(data)
+    values["run"]["folder"] = str(tmp_path / "runs")
+    del values["data"]["test"]
+    values["data"]["val"] = [
+        {"path": str(data / "test"), "max_queries": 4},
+        {"path": str(tmp_path / "lists"), "max_queries": 2, "max_candidates": 2},
+    ]
+    values["trainer"] |= {"max_steps": 1, "val_check_interval": 1}
+    file = write_recipe(tmp_path, values)
+    assert main(["fit", "--config", file, "--model.headline=lists/ndcg@5/1x1"]) == 0
+    best = torch.load(tmp_path / "runs/tiny/checkpoints/best.ckpt", weights_only=True)
+    (kept,) = [state for name, state in best["callbacks"].items() if "headline" in name]
+    # Two candidates a query, one of them right: it ranks first or second.
+    assert any(
+        float(kept["best_model_score"]) == pytest.approx(mean)
+        for mean in (1, 1 / math.log2(3), (1 + 1 / math.log2(3)) / 2)
+    )
+    metrics = json.loads((tmp_path / "runs/tiny/report/metrics.json").read_text())
+    assert metrics["test/lists/recall@5/1x1"] == 1  # each searches three candidates alone
+    page = (tmp_path / "runs/tiny/report/report.md").read_text()
+    assert "test: 12 queries" in page
+    assert "lists: 3 queries" in page
+
+
+def test_a_headline_that_is_no_metric_is_refused_before_the_first_step(data, tmp_path, capsys):
+    values = recipe(data)
+    values["run"]["folder"] = str(tmp_path / "runs")
+    file = write_recipe(tmp_path, values)
+    assert main(["fit", "--config", file, "--model.headline=ndcg@7"]) == 2
+    assert "no metric 'ndcg@7'" in capsys.readouterr().err
+    assert not (tmp_path / "runs/tiny/checkpoints").exists()

@@ -8,7 +8,7 @@ from metaembed_pl.budget import parse_groups
 from metaembed_pl.errors import UserError
 from metaembed_pl.late_interaction import nested_scores
 from metaembed_pl.ranking import ranking_metrics
-from metaembed_pl.training.metrics import RetrievalMetrics
+from metaembed_pl.training.metrics import RetrievalMetrics, headline
 from two_ranks import on_two_ranks
 from unchecked import shapes_unchecked
 
@@ -169,3 +169,34 @@ def ranks(tmp_path_factory):
 def test_rows_spread_over_two_ranks_give_the_same_values_on_both(ranks, name):
     for seen in ranks:
         torch.testing.assert_close(seen[name], expected_values())
+
+
+VALUES = {
+    name: {
+        f"{metric}/{group}": torch.tensor(value + i)
+        for i, metric in enumerate(["recall@1", "ndcg@5"])
+        for group, value in (("1x1", first), ("2x4", first + 10))
+    }
+    for name, first in (("a", 0.0), ("a/b", 100.0))
+}
+
+
+@pytest.mark.parametrize(
+    ("choice", "value"),
+    [
+        (None, 60),
+        ("recall@1", 60),
+        ("ndcg@5", 61),
+        ("ndcg@5/1x1", 51),
+        ("a/b/ndcg@5", 111),
+        ("a/recall@1/1x1", 0),
+    ],
+)
+def test_the_headline_is_the_metric_that_was_chosen(choice, value):
+    assert headline(VALUES, choice, GROUPS) == value
+
+
+@pytest.mark.parametrize("choice", ["ndcg@3", "ndcg@5/4x8", "c/ndcg@5", "a/"])
+def test_refuses_a_headline_that_is_no_metric(choice):
+    with pytest.raises(UserError, match=f"no metric '{choice}'.* recall@1, .*/1x1 or /2x4"):
+        headline(VALUES, choice, GROUPS)

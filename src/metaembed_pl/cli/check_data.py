@@ -8,8 +8,9 @@ from typing import Any, get_args
 
 from PIL import Image
 
+from metaembed_pl.data.beir import is_retrieval_set
 from metaembed_pl.data.collate import choose_negatives
-from metaembed_pl.data.datamodule import RetrievalDataModule
+from metaembed_pl.data.datamodule import RetrievalDataModule, open_eval_set
 from metaembed_pl.data.plan import Plan, PlannedSource
 from metaembed_pl.data.remote import is_remote
 from metaembed_pl.data.shards import ShardedPairs
@@ -66,7 +67,13 @@ def look_at(data: RetrievalDataModule, num_ranks: int) -> Data:
     faults: list[str] = []
     train = _open(data.train_sources, "data.train", faults)
     for part, sources in data.eval_sources.items():
-        _open(sources, f"data.{part}", faults)
+        sets = [source for source in sources if is_retrieval_set(Path(source.path))]
+        _open((source for source in sources if source not in sets), f"data.{part}", faults)
+        for source in sets:
+            try:
+                open_eval_set(source)
+            except UserError as error:
+                faults.append(f"data.{part}: {error}")
     counts = [
         data.num_negatives if source.num_negatives is None else source.num_negatives
         for source, _ in train

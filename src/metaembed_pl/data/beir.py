@@ -7,9 +7,9 @@
                            query has candidates of its own; without the file it searches them all
     manifest.json          name, licence, counts: written here, read where it is there
 
-A model reads `text` (after `title`, if there is one) and `image`. All other keys are metadata: a
-`language` to choose queries by, the `text_layer` of a page, which is for BM25 and not for the
-model.
+A model reads `text` (after `instruction` and `title`, where there are any) and `image`. All other
+keys are metadata: a `language` to choose queries by, the `text_layer` of a page, which is for BM25
+and not for the model.
 
     with RetrievalSetWriter(Path("sets/manuals"), "manuals", licence="GPL-2.0") as writer:
         writer.add_candidate(Item(image=Path("p3.png"), id="page-3"), text_layer="Line styles ...")
@@ -18,7 +18,7 @@ model.
     manuals = read_retrieval_set(Path("sets/manuals"))
 """
 
-from metaembed_pl.data.beir_reader import StoredItems, read_retrieval_set
+from metaembed_pl.data.beir_reader import StoredItems, is_retrieval_set, read_retrieval_set
 from metaembed_pl.data.beir_writer import RetrievalSetWriter
 
-__all__ = ["RetrievalSetWriter", "StoredItems", "read_retrieval_set"]
+__all__ = ["RetrievalSetWriter", "StoredItems", "is_retrieval_set", "read_retrieval_set"]

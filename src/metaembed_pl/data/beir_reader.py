@@ -61,6 +61,11 @@ class StoredItems(Sequence[Item]):
             return json.loads(file.readline().decode("utf-8-sig"))
 
 
+def is_retrieval_set(folder: Path) -> bool:
+    """Whether a folder looks like a retrieval set."""
+    return (folder / CORPUS).exists() or (folder / QUERIES).exists()
+
+
 def read_retrieval_set(
     folder: Path,
     name: str | None = None,
@@ -135,7 +140,8 @@ def _item_of(record: dict[str, Any], folder: Path) -> Item:
         # BEIR's own corpora hold empty documents. They stay in the pool as pictures that do not
         # decode: counted where they are encoded, and found by no query.
         return Item(image=b"", id=id)
-    return Item.parse({"text": text or None, "image": record.get("image"), "id": id}, folder)
+    known = {name: record.get(name) for name in ("image", "instruction")}
+    return Item.parse({"text": text or None, "id": id, **known}, folder)
 
 
 def _read_judgements(

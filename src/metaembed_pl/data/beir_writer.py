@@ -14,7 +14,7 @@ from metaembed_pl.errors import UserError
 from metaembed_pl.files import new_folder
 from metaembed_pl.item import Item
 
-_OURS = ("_id", "text", "image", "title")
+_OURS = ("_id", "text", "image", "title", "instruction")
 
 
 class RetrievalSetWriter:
@@ -130,8 +130,9 @@ class RetrievalSetWriter:
         if taken:
             raise UserError(f"metadata {taken[0]!r} has a meaning of its own: name it otherwise")
         record: dict[str, Any] = {"_id": uid}
-        if item.text is not None:
-            record["text"] = item.text
+        for name in ("instruction", "text"):
+            if getattr(item, name) is not None:
+                record[name] = getattr(item, name)
         if item.image is not None:
             record["image"] = self._store_image(item)
         self._write(file, _json(record | metadata))

@@ -108,17 +108,18 @@ class Instructions:
         >>> pair.query.instruction, pair.positive.instruction
         ('Find its name:', None)
         """
-
-        def told(item: Item, words: str | None) -> Item:
-            is_new = words is not None and item.instruction is None
-            return replace(item, instruction=words) if is_new else item
-
         return replace(
             pair,
-            query=told(pair.query, self.query),
-            positive=told(pair.positive, self.candidate),
-            negatives=tuple(told(negative, self.candidate) for negative in pair.negatives),
+            query=self.told(pair.query, "query"),
+            positive=self.told(pair.positive, "candidate"),
+            negatives=tuple(self.told(negative, "candidate") for negative in pair.negatives),
         )
+
+    def told(self, item: Item, side: Side) -> Item:
+        """An item of one side with its instruction, unless it has its own."""
+        words = self.query if side == "query" else self.candidate
+        is_new = words is not None and item.instruction is None
+        return replace(item, instruction=words) if is_new else item
 
 
 def choose_negatives(pair: Pair, count: int, turn: int) -> Pair:

@@ -7,13 +7,15 @@ each step, workers take turns by step, and the checkpoint remembers the next ste
 import logging
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
+from metaembed_pl.data.beir import is_retrieval_set, read_retrieval_set
 from metaembed_pl.data.collate import (
     EvalBatch,
     Instructions,
@@ -77,12 +79,17 @@ class TrainSource:
 
 @dataclass
 class EvalSource:
-    """A folder of shards to evaluate on: its queries search the pool of its positives.
+    """What to evaluate on: a folder of shards, or a retrieval set as beir.py describes it.
+
+    The queries of shards search the pool of their positives; those of a retrieval set its whole
+    corpus, or where it has `candidates/` each its own list.
 
     Args:
         path: the folder.
         name: the DATASET of metric names; None takes the folder's manifest's.
-        max_queries: only the first so many pairs; None for all.
+        max_queries: only the first so many; None for all.
+        max_candidates: a query searches no more than so many, its right ones included; None: all.
+        where: only queries with these metadata, such as `{language: english}`; of retrieval sets.
         instruction: as in training.
         candidate_instruction: likewise.
     """
@@ -90,6 +97,8 @@ class EvalSource:
     path: str
     name: str | None = None
     max_queries: int | None = None
+    max_candidates: int | None = None
+    where: dict[str, str] | None = None
     instruction: str | None = None
     candidate_instruction: str | None = None
 
@@ -230,7 +239,7 @@ class RetrievalDataModule(pl.LightningDataModule):
     Args:
         train: what to train on.
         val: what to validate on during training.
-        test: what to test on at the end.
+        test: what to test on at the end; None: all of what `val` may have only a part of.
         global_batch_size: pairs of a step over all ranks; a query's in-batch negatives are the
             other pairs' positives.
         eval_batch_size: items at a time in validation; changes speed and memory only.
@@ -260,7 +269,10 @@ class RetrievalDataModule(pl.LightningDataModule):
     ):
         super().__init__()
         self.train_sources = train or []
-        self.eval_sources = {"val": val or [], "test": test or []}
+        val = val or []
+        if test is None:
+            test = [replace(source, max_queries=None, max_candidates=None) for source in val]
+        self.eval_sources = {"val": val, "test": test}
         self.global_batch_size = global_batch_size
         self.eval_batch_size = eval_batch_size
         self.num_negatives = num_negatives
@@ -280,7 +292,7 @@ class RetrievalDataModule(pl.LightningDataModule):
         if stage == "fit":
             self._open_training()
         for part in {"fit": ["val"], "validate": ["val"], "test": ["test"]}.get(stage, []):
-            self.eval_sets[part] = [_open_pool(source) for source in self.eval_sources[part]]
+            self.eval_sets[part] = [open_eval_set(source) for source in self.eval_sources[part]]
 
     def _open_training(self) -> None:
         if not self.train_sources:
@@ -380,7 +392,24 @@ class RetrievalDataModule(pl.LightningDataModule):
         self.bad_samples = {(s, k): reason for s, k, reason in state_dict["bad_samples"]}
 
 
-def _open_pool(source: EvalSource) -> RetrievalSet:
+def open_eval_set(source: EvalSource) -> RetrievalSet:
+    """The queries and candidates of an evaluation source.
+
+    Raises:
+        UserError: there is neither a shard nor a retrieval set, or it is not valid.
+    """
+    if is_retrieval_set(Path(source.path)):
+        found = read_retrieval_set(Path(source.path), source.name, where=source.where)
+        found = found.subset(source.max_queries, source.max_candidates)
+        told = source.instructions.told
+        queries = [told(query, "query") for query in found.queries]
+        candidates = found.candidates  # in their file until they are needed, unless all are told
+        if source.candidate_instruction:
+            candidates = [told(candidate, "candidate") for candidate in candidates]
+        return replace(found, queries=queries, candidates=candidates)
+    if source.where:
+        raise UserError(f"{source.path}: `where` chooses queries of retrieval sets, not of shards")
     shards = ShardedPairs(source.path)
     pairs = map(source.instructions.on, shards)
-    return RetrievalSet.from_pairs(source.name or shards.name, pairs, source.max_queries)
+    pool = RetrievalSet.from_pairs(source.name or shards.name, pairs, source.max_queries)
+    return pool.subset(max_candidates=source.max_candidates)

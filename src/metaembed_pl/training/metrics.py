@@ -3,7 +3,7 @@
 Q: queries    C: candidates    G: groups    B: rows of one update    R: vectors of a row    D: width
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -15,7 +15,7 @@ from torchmetrics.utilities import dim_zero_cat
 from metaembed_pl.budget import Budget, parse_groups
 from metaembed_pl.errors import UserError
 from metaembed_pl.late_interaction import SCORES_AT_A_TIME, nested_scores
-from metaembed_pl.ranking import ranking_metrics
+from metaembed_pl.ranking import METRICS, RECALL_AT, ranking_metrics
 
 
 class RetrievalMetrics(Metric):
@@ -41,7 +41,7 @@ class RetrievalMetrics(Metric):
         groups: Sequence[Budget | str | tuple[int, int]],
         relevant: Sequence[Sequence[int]],
         num_candidates: int,
-        ks: Sequence[int] = (1, 5, 10),
+        ks: Sequence[int] = RECALL_AT,
         gains: Sequence[Sequence[float]] | None = None,
         lists: Sequence[Sequence[int]] | None = None,
         **kwargs: Any,
@@ -156,3 +156,47 @@ class RetrievalMetrics(Metric):
                 f"{int((place < 0).nonzero()[0])}: update the metric with every row"
             )
         return rows.view(len(index), vectors, -1)[place]
+
+
+def headline(
+    values: Mapping[str, Mapping[str, Tensor]], choice: str | None, groups: Sequence[Budget]
+) -> Float[Tensor, ""]:
+    """The one number that checkpoints go by.
+
+    Args:
+        values: metrics by dataset.
+        choice: a metric; at a group if it ends in one, else at the largest; of one dataset if it
+            begins with its name, else the mean over all. None: recall@1.
+        groups: of the model.
+
+    Raises:
+        UserError: there is no such metric.
+
+    >>> values = {"a": {"mrr/1x1": torch.tensor(0.5)}, "b": {"mrr/1x1": torch.tensor(1.0)}}
+    >>> groups = parse_groups(["1x1"])
+    >>> headline(values, "mrr", groups), headline(values, "a/mrr", groups)
+    (tensor(0.7500), tensor(0.5000))
+    """
+    datasets, name = check_headline(choice or "recall@1", list(values), groups)
+    return torch.stack([values[dataset][name] for dataset in datasets]).mean()
+
+
+def check_headline(
+    choice: str, datasets: Sequence[str], groups: Sequence[Budget | str]
+) -> tuple[list[str], str]:
+    """The datasets and the metric that a headline means.
+
+    Raises:
+        UserError: there is no such metric.
+    """
+    chosen = [name for name in datasets if choice.startswith(f"{name}/")]
+    metric = choice.removeprefix(f"{max(chosen, key=len)}/") if chosen else choice
+    at = [f"{name}/{group}" for group in reversed(groups) for name in METRICS]
+    for name in (metric, f"{metric}/{groups[-1]}"):
+        if name in at:
+            return [max(chosen, key=len)] if chosen else list(datasets), name
+    raise UserError(
+        f"model.headline: there is no metric {choice!r}; expected one of {', '.join(METRICS)}, "
+        f"with /{' or /'.join(map(str, groups))} behind it or one of {', '.join(datasets)} and / "
+        "before it"
+    )

@@ -28,7 +28,7 @@ from metaembed_pl.training.checkpoints import (
     refuse_other_base,
 )
 from metaembed_pl.training.loss import MMRLoss, MMRLossOutput
-from metaembed_pl.training.metrics import RetrievalMetrics
+from metaembed_pl.training.metrics import RetrievalMetrics, check_headline, headline
 from metaembed_pl.training.optimizer import OptimizerConfig, build_optimizer
 
 log = logging.getLogger(__name__)
@@ -61,6 +61,8 @@ class MetaEmbedModule(pl.LightningModule):
             layout, projection and meta tokens; an adapter of its own becomes part of its weights.
         lora: adapt the backbone by LoRA; None: train its weights themselves.
         train_vision: see `set_trainable`.
+        headline: the metric that says which checkpoint is best, such as `ndcg@5`, `recall@1/4x8`
+            or `esg/ndcg@5`; see `headline`. None: recall@1.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class MetaEmbedModule(pl.LightningModule):
         start_from: str | None = None,
         lora: LoraConfig | None = None,
         train_vision: bool = True,
+        headline: str | None = None,
     ):
         super().__init__()
         self.backbone_config = backbone or BackboneConfig()
@@ -94,6 +97,7 @@ class MetaEmbedModule(pl.LightningModule):
         self.optimizer_config = optimizer or OptimizerConfig()
         self.loss = MMRLoss(groups or PAPER_GROUPS, **asdict(loss or LossConfig()))
         self.groups = self.loss.groups
+        self.headline = headline
         self.metrics: dict[str, dict[str, RetrievalMetrics]] = {}
         self.values: dict[str, dict[str, dict[str, float]]] = {}
         self._sources_seen: set[str] = set()
@@ -207,6 +211,14 @@ class MetaEmbedModule(pl.LightningModule):
             )
         self.log("train/grad_norm", norm)
 
+    def on_fit_start(self) -> None:
+        """Refuses a headline that validation would not find, before any step."""
+        data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        if self.headline and data.eval_sets.get("val"):
+            check_headline(
+                self.headline, [pool.name for pool in data.eval_sets["val"]], self.groups
+            )
+
     def on_validation_epoch_start(self) -> None:
         """Empty metrics for each validation set."""
         self._start("val")
@@ -235,9 +247,13 @@ class MetaEmbedModule(pl.LightningModule):
         # Lightning sets `datamodule` from outside its class.
         data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         self.metrics[part] = {
-            pool.name: RetrievalMetrics(self.groups, pool.relevant, len(pool.candidates)).to(
-                self.device
-            )
+            pool.name: RetrievalMetrics(
+                self.groups,
+                pool.relevant,
+                len(pool.candidates),
+                gains=pool.gains,
+                lists=pool.lists,
+            ).to(self.device)
             for pool in data.eval_sets[part]
         }
 
@@ -246,14 +262,13 @@ class MetaEmbedModule(pl.LightningModule):
         self.metrics[part][batch.dataset].update(batch.side, batch.index, embeddings)
 
     def _finish(self, part: str) -> None:
-        """Logs every metric and, what checkpoints go by, the mean recall@1 of the largest group."""
-        headline = f"recall@1/{self.groups[-1]}"
+        """Logs every metric and, what checkpoints go by, the headline."""
         values = {name: metric.compute() for name, metric in self.metrics[part].items()}
         for dataset, found in values.items():
             self.log_dict({f"{part}/{dataset}/{name}": value for name, value in found.items()})
         if values:
-            mean = torch.stack([found[headline] for found in values.values()]).mean()
-            self.log(f"{part}/headline", mean, prog_bar=True)
+            best = headline(values, self.headline, self.groups)
+            self.log(f"{part}/headline", best, prog_bar=True)
         self.values[part] = {
             name: {key: float(value) for key, value in found.items()}
             for name, found in values.items()
