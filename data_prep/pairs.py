@@ -1,4 +1,4 @@
-"""Pairs of your own, in JSON Lines -> shards to train on and shards to test on.
+"""Pairs of your own, in JSON Lines, CSV or Parquet -> shards to train on and shards to test on.
 
     python data_prep/pairs.py --pairs mine/pairs.jsonl --out data/mine
 
@@ -6,162 +6,217 @@ One object a line, image paths relative to the file (docs/data.md has the whole 
 
     {"query": "ein roter Apfel", "positive": {"image": "pictures/apple.png", "id": "apple"}}
 
+CSV and Parquet have a column each, of which only a query and a positive are needed:
+
+    id, query, query_image, positive, positive_image, positive_id, negatives, negative_images
+
+the last two as lists (in CSV a JSON list). A picture is a path, bytes (as the hub's Parquet has
+them, too), or base64 behind `data:image/png;base64,`; with --base64 every picture is bare base64.
+
 What is held out follows from a hash of the positive's id, so pairs of one candidate stay on one
 side and adding pairs later moves none. A held-out candidate is no hard negative in training either.
 Pairs whose pictures do not decode are left out, named, and counted; too many stop the script.
 """
 
 import argparse
+import base64
+import binascii
+import csv
+import json
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
-from rich.console import Console
-from rich.progress import track
+from _rows import read_rows
+from _source import Draft, Product, run
 
-from metaembed_pl.data.shards import ShardedPairs, ShardWriter
 from metaembed_pl.errors import UserError
-from metaembed_pl.item import Item, Pair, read_pairs, stable_hash
+from metaembed_pl.item import Pair
 
-BUCKETS = 1000  # what share can be held out, in steps of a thousandth
+COLUMNS = (
+    "id",
+    "query",
+    "query_image",
+    "positive",
+    "positive_image",
+    "positive_id",
+    "negatives",
+    "negative_images",
+)
+CSV_FIELD_BYTES = 2**26  # of a picture as base64; Python's own limit is 128 kB
 
 
-@dataclass
-class Sorted:
-    """Pairs by split, and what was dropped.
+def drafts(path: Path, is_base64: bool) -> Iterator[Draft]:
+    """The pairs of a file.
 
-    Args:
-        share: of the candidates, that is held out.
-        dropped: (pair, reason) of what could not be used.
+    Raises:
+        UserError: names file and line (or row) of what is no pair.
     """
+    if path.suffix.lower() not in READERS:
+        raise UserError(f"{path}: expected one of {', '.join(READERS)}, not {path.suffix!r}")
+    if not path.exists():
+        raise UserError(f"cannot read {path}: no such file")
+    seen: dict[str, int] = {}
+    for number, value in READERS[path.suffix.lower()](path):
+        try:
+            id = f"{path.stem}:{number}"
+            pair = Pair.parse(_with_pictures(value, is_base64), path.parent, default_id=id)
+            if seen.setdefault(pair.id, number) != number:
+                raise UserError(f"id {pair.id!r} was used before, in line {seen[pair.id]}")
+        except UserError as error:
+            raise UserError(f"{path}:{number}: {error}") from error
+        yield vars(pair)
 
-    share: float
-    dropped: list[tuple[str, str]] = field(default_factory=list)
 
-    def is_held_out(self, candidate: Item) -> bool:
-        """Whether the test owns a candidate, by its id (or, without one, its content)."""
-        return stable_hash(candidate.uid) % BUCKETS < self.share * BUCKETS
-
-    def split(self, pairs: Iterator[Pair]) -> Iterator[tuple[str, Pair]]:
-        """`train` or `test` and the pair, in the order they come."""
-        for pair in pairs:
+def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """The number and the value of each line that is not blank."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
             try:
-                for item in (pair.query, pair.positive, *pair.negatives):
-                    item.load_image()
-            except UserError as error:
-                self.dropped.append((pair.id, str(error)))
-                continue
-            if self.is_held_out(pair.positive):
-                yield "test", pair
-            else:
-                seen = tuple(item for item in pair.negatives if not self.is_held_out(item))
-                yield "train", replace(pair, negatives=seen)
+                # utf-8-sig: editors on Windows put a byte order mark before the first line.
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                if text:
+                    yield number, json.loads(text)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{path}:{number}: not a line of JSON: {error}") from error
+
+
+def read_csv(path: Path) -> Iterator[tuple[int, Any]]:
+    """The number of its last line, and each row as a pair."""
+    csv.field_size_limit(CSV_FIELD_BYTES)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = csv.DictReader(file)
+            _check_columns(path, rows.fieldnames or ())
+            for row in rows:
+                if None in row or None in row.values():
+                    raise UserError(f"{path}:{rows.line_num}: not as many fields as columns")
+                lists = {name: _json_list(row.get(name), path, rows.line_num) for name in LISTS}
+                yield rows.line_num, from_columns({**row, **lists})
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not CSV in UTF-8: {error}") from error
+
+
+def read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
+    """The number, and each row as a pair."""
+    for number, row in enumerate(read_rows(str(path.parent), path.name), start=1):
+        if number == 1:
+            _check_columns(path, row)
+        yield number, from_columns(row)
+
+
+LISTS = ("negatives", "negative_images")
+READERS: dict[str, Callable[[Path], Iterator[tuple[int, Any]]]] = {
+    ".jsonl": read_json_lines,
+    ".json": read_json_lines,
+    ".csv": read_csv,
+    ".parquet": read_parquet,
+}
+
+
+def from_columns(row: dict[str, Any]) -> dict[str, Any]:
+    """A pair, of a row with the columns above.
+
+    >>> from_columns({"query": "a cat", "positive_image": "cat.png", "negatives": ["a dog"]})
+    {'query': {'text': 'a cat'}, 'positive': {'image': 'cat.png'}, 'negatives': [{'text': 'a dog'}]}
+    """
+    negatives = zip_longest(row.get("negatives") or (), row.get("negative_images") or ())
+    pair = {
+        "id": row.get("id"),
+        "query": _side(row.get("query"), row.get("query_image")),
+        "positive": _side(row.get("positive"), row.get("positive_image"), row.get("positive_id")),
+        "negatives": [_side(*negative) for negative in negatives],
+    }
+    return {key: value for key, value in pair.items() if value not in (None, "")}
+
+
+def _side(text: Any, image: Any, id: Any = None) -> dict[str, Any]:
+    fields = {"text": text, "image": image, "id": id}
+    return {key: value for key, value in fields.items() if value is not None and value != ""}
+
+
+def _check_columns(path: Path, found: Any) -> None:
+    unknown = [name for name in found if name not in COLUMNS]
+    if unknown:
+        raise UserError(f"{path} has unknown column {unknown[0]!r}; known are {', '.join(COLUMNS)}")
+    for side in ("query", "positive"):
+        if not {side, f"{side}_image"} & set(found):
+            raise UserError(f"{path} needs a column {side!r} or '{side}_image'")
+
+
+def _json_list(text: str | None, path: Path, number: int) -> list[str]:
+    if not text:
+        return []
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, list):
+        raise UserError(
+            f'{path}:{number}: expected a JSON list such as ["a", "b"], got {text!r:.80}'
+        )
+    return value
+
+
+def _with_pictures(value: Any, is_base64: bool) -> Any:
+    """A pair whose pictures are paths or bytes."""
+    if not isinstance(value, dict):
+        return value
+    value = dict(value)
+    for side in ("query", "positive"):
+        if isinstance(value.get(side), dict):
+            value[side] = _with_picture(value[side], is_base64)
+    if isinstance(value.get("negatives"), list):
+        value["negatives"] = [
+            _with_picture(item, is_base64) if isinstance(item, dict) else item
+            for item in value["negatives"]
+        ]
+    return value
+
+
+def _with_picture(item: dict[str, Any], is_base64: bool) -> dict[str, Any]:
+    image = item.get("image")
+    if isinstance(image, dict):  # as the hub's Parquet files have pictures
+        image = image.get("bytes") or image.get("path")
+    if isinstance(image, str) and (is_base64 or image.startswith("data:")):
+        head, _, content = image.rpartition(",")
+        if head and not head.endswith(";base64"):
+            raise UserError(f"expected a picture as data:image/png;base64,..., got {head[:40]!r}")
+        try:
+            image = base64.b64decode(content, validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise UserError(f"a picture is not base64: {error}") from error
+    return {**item, "image": image}
+
+
+def products(options: argparse.Namespace) -> Iterator[Product]:
+    """One product, with the split that is asked for."""
+    yield Product(
+        name=options.name or options.out.resolve().name,
+        folder=options.out,
+        drafts=partial(drafts, options.pairs, options.base64),
+        source=options.pairs.name,
+        held_out=options.held_out,
+        settings={"pairs": options.pairs.name, "held_out": options.held_out},
+    )
+
+
+def declare(parser: argparse.ArgumentParser) -> None:
+    """The flags of this script."""
+    add = parser.add_argument
+    add("--pairs", type=Path, required=True, help="JSON Lines, CSV or Parquet of pairs")
+    add("--out", type=Path, required=True, help="folder to write train/ and test/ to")
+    add("--name", help="the source's name in metrics and logs (default: the folder's)")
+    add("--held-out", type=float, default=0.1, help="share of the candidates to test on (0.1)")
+    add("--base64", action="store_true", help="pictures are base64, not paths")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Write the shards; return the exit status."""
-    options = _parser().parse_args(argv)
-    try:
-        build(options)
-    except UserError as error:
-        print(f"pairs.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("pairs.py: interrupted; nothing was written", file=sys.stderr)
-        return 130
-    return 0
-
-
-def build(options: argparse.Namespace) -> None:
-    """Write OUT/train and OUT/test, both or neither.
-
-    Raises:
-        UserError: a line that is no pair, a folder that must not be overwritten, too many pairs
-            dropped, or a split without any.
-    """
-    if not 0 <= options.held_out < 1:
-        raise UserError(f"--held-out is a share, 0 to below 1, not {options.held_out}")
-    name = options.name or options.out.resolve().name
-    splits = ("train", "test") if options.held_out else ("train",)
-    sorted_pairs = Sorted(options.held_out)
-    counts = dict.fromkeys(splits, 0)
-    settings = {"pairs": options.pairs.name, "held_out": options.held_out}
-    writers = {
-        split: ShardWriter(
-            options.out / split,
-            name,
-            licence=options.licence,
-            settings=settings,
-            overwrite=options.force,
-        )
-        for split in splits
-    }
-    with writers["train"] as train, writers.get("test", _Nothing()) as test:
-        for split, pair in _shown(sorted_pairs.split(read_pairs(options.pairs))):
-            (train if split == "train" else test).write(pair)
-            counts[split] += 1
-        _check(options, sorted_pairs.dropped, counts)  # while nothing has its place yet
-    for id, reason in sorted_pairs.dropped[:5]:
-        print(f"dropped {id}: {reason}", file=sys.stderr)
-    for split in splits:
-        found = ShardedPairs(options.out / split)
-        size = sum(shard["bytes"] for shard in found.manifest["shards"]) / 1e6
-        print(f"{found.folder}: {len(found):,} pairs, {size:.1f} MB")
-    print(f"dropped: {len(sorted_pairs.dropped):,}")
-
-
-def _shown(pairs: Iterator[tuple[str, Pair]]) -> Iterator[tuple[str, Pair]]:
-    """The same, with a progress bar in a terminal."""
-    console = Console(stderr=True)
-    yield from track(pairs, "pairs", console=console, disable=not sys.stderr.isatty())
-
-
-class _Nothing:
-    """Takes the place of the test's shards where nothing is held out."""
-
-    def __enter__(self) -> "_Nothing":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def write(self, pair: Pair) -> None:
-        raise AssertionError(f"{pair.id} was held out although nothing is to be")
-
-
-def _check(
-    options: argparse.Namespace, dropped: list[tuple[str, str]], counts: dict[str, int]
-) -> None:
-    total = sum(counts.values()) + len(dropped)
-    if len(dropped) > options.max_dropped * total:
-        id, reason = dropped[0]
-        raise UserError(
-            f"{len(dropped)} of {total} pairs cannot be used, more than --max-dropped "
-            f"{options.max_dropped}; first {id}: {reason}"
-        )
-    for split, count in counts.items():
-        if not count:
-            raise UserError(
-                f"no pair fell to {split} with --held-out {options.held_out} of {total} pairs: "
-                "change that share, or give more candidates"
-            )
-
-
-def _parser() -> argparse.ArgumentParser:
-    summary, _, details = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--pairs", type=Path, required=True, help="JSON Lines of pairs")
-    add("--out", type=Path, required=True, help="folder to write train/ and test/ to")
-    add("--name", help="the source's name in metrics and logs (default: the folder's)")
-    add("--held-out", type=float, default=0.1, help="share of the candidates to test on (0.1)")
-    add("--max-dropped", type=float, default=0.01, help="share of pairs that may be bad (0.01)")
-    add("--licence", default="", help="goes into the manifest")
-    add("--force", action="store_true", help="replace shards that are there already")
-    return parser
+    return run("pairs.py", __doc__, products, declare, argv)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,16 @@
 """Pairs of one's own: what is held out stays out, what is bad is said."""
 
-import importlib.util
+import base64
+import csv
 import json
 from pathlib import Path
 
+import pairs as script
 import pytest
 
+import hub
 import tiny
 from metaembed_pl.data.shards import ShardedPairs
-
-SCRIPT = Path(__file__).parents[2] / "data_prep" / "pairs.py"
-
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("data_prep_pairs", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load_script()
 
 
 def write_pairs(folder: Path, count: int = 60, bad: int = 0, num_candidates: int = 30) -> Path:
@@ -47,7 +38,8 @@ def write_pairs(folder: Path, count: int = 60, bad: int = 0, num_candidates: int
 
 
 def run(file: Path, out: Path, *options: str) -> int:
-    return script.main(["--pairs", str(file), "--out", str(out), *options])
+    options = ("--pairs", str(file), "--out", str(out), "--num-workers", "0", *options)
+    return script.main(list(options))
 
 
 def candidates(folder: Path) -> set[str]:
@@ -122,3 +114,114 @@ def test_shards_that_are_there_stay_unless_forced(tmp_path, capsys):
     assert run(file, tmp_path / "out") == 2
     assert "is not empty" in capsys.readouterr().err
     assert run(file, tmp_path / "out", "--force") == 0
+
+
+FORMS = ("nested", "csv", "parquet", "base64", "nested parquet")
+
+
+def write_form(folder, form):
+    """Two pairs in one of the forms: a text and a picture, each with a hard negative."""
+    folder.mkdir()
+    pictures = [hub.png(i) for i in range(3)]
+    for i, content in enumerate(pictures):
+        (folder / f"{i}.png").write_bytes(content)
+    names = [f"{i}.png" for i in range(3)]
+    if form in ("base64", "nested parquet"):
+        data = [base64.b64encode(content).decode() for content in pictures]
+        names = [f"data:image/png;base64,{text}" for text in data]
+    rows = [
+        {
+            "id": "a",
+            "query": "first",
+            "query_image": None,
+            "positive_image": names[0],
+            "positive_id": "zero",
+            "negatives": ["no"],
+            "negative_images": [],
+        },
+        {
+            "id": "b",
+            "query": "second",
+            "query_image": names[2],
+            "positive_image": names[1],
+            "positive_id": "one",
+            "negatives": [],
+            "negative_images": [names[2]],
+        },
+    ]
+    nested = [
+        {"id": "a", "query": "first", "positive": {"image": names[0], "id": "zero"}}
+        | {"negatives": ["no"]},
+        {"id": "b", "query": {"text": "second", "image": names[2]}}
+        | {"positive": {"image": names[1], "id": "one"}, "negatives": [{"image": names[2]}]},
+    ]
+    if form in ("nested", "base64"):
+        file = folder / "pairs.jsonl"
+        # As an editor on Windows saves it.
+        file.write_bytes(("\ufeff" + "\r\n".join(map(json.dumps, nested)) + "\r\n").encode())
+    elif form == "csv":
+        file = folder / "pairs.csv"
+        with file.open("w", encoding="utf-8-sig", newline="") as opened:
+            writer = csv.DictWriter(opened, rows[0])
+            writer.writeheader()
+            for row in rows:
+                lists = {name: json.dumps(row[name]) for name in ("negatives", "negative_images")}
+                writer.writerow(row | lists)
+    else:
+        file = folder / "pairs.parquet"
+        bytes_of = dict(zip(names, pictures, strict=True)) if form == "parquet" else {}
+        for row in rows:
+            for name in ("query_image", "positive_image"):
+                row[name] = bytes_of.get(row[name], row[name])
+            row["negative_images"] = [bytes_of.get(n, n) for n in row["negative_images"]]
+        images = ("query_image", "positive_image") if form == "parquet" else ()
+        hub.write_parquet(file, rows, images)
+    return file
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_gives_the_same_pairs(tmp_path, form):
+    file = write_form(tmp_path / "mine", form)
+    assert run(file, tmp_path / "out", "--held-out", "0") == 0
+    first, second = ShardedPairs(tmp_path / "out" / "train")
+    assert (first.id, first.query.text, first.positive.id) == ("a", "first", "zero")
+    assert first.positive.image == hub.png(0)
+    assert [(item.text, item.image) for item in first.negatives] == [("no", None)]
+    assert (second.query.text, second.query.image) == ("second", hub.png(2))
+    assert (second.positive.id, second.positive.image) == ("one", hub.png(1))
+    assert [(item.text, item.image) for item in second.negatives] == [(None, hub.png(2))]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "p.csv",
+            "query,positiv\na,b\n",
+            "p.csv has unknown column 'positiv'; known are id, query",
+        ),
+        ("p.csv", "query,id\na,b\n", "p.csv needs a column 'positive' or 'positive_image'"),
+        ("p.csv", "query,positive\na,b,c\n", "p.csv:2: not as many fields as columns"),
+        ("p.csv", "query,positive,negatives\na,b,no\n", "p.csv:2: expected a JSON list"),
+        ("p.csv", b"query,positive\n\xff,b\n", "p.csv is not CSV in UTF-8"),
+        ("p.jsonl", '{"query": "a", "positive": "b"}\n[1]\n', "p.jsonl:2: a pair must be a JSON"),
+        ("p.jsonl", '{"query": "a"', "p.jsonl:1: not a line of JSON"),
+        ("p.jsonl", '{"query": "a", "positive": {"image": "../x.png"}}', "p.jsonl:1: image '../x"),
+        (
+            "p.jsonl",
+            '{"query": "a", "positive": {"image": "data:image/png;base64,?"}}',
+            "p.jsonl:1: a picture is not base64",
+        ),
+        ("p.jsonl", '{"id": "x", "query": "a", "positive": "b"}\n' * 2, "p.jsonl:2: id 'x' was"),
+        ("p.txt", "a", "expected one of .jsonl, .json, .csv, .parquet, not '.txt'"),
+        ("p.parquet", b"PAR1", "p.parquet"),
+    ],
+)
+def test_what_is_no_pair_is_named_by_file_and_line(tmp_path, capsys, name, content, message):
+    file = tmp_path / name
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert run(file, tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.glob("out/*"))

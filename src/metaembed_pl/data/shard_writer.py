@@ -10,8 +10,10 @@ from typing import Any
 
 from metaembed_pl.data.shard_index import FORMAT, INDEX_FILE, MANIFEST_FILE, scan_shards, sha256_of
 from metaembed_pl.errors import UserError
+from metaembed_pl.files import write_text
 from metaembed_pl.item import Item, Pair
 
+PROGRESS_FILE = "progress.json"
 _SIGNATURES = {"png": b"\x89PNG\r\n\x1a\n", "jpg": b"\xff\xd8\xff"}
 
 
@@ -27,6 +29,11 @@ class ShardWriter:
         licence, attribution, source, note: for the manifest, so that they travel with the data.
         settings: how the shards were made, for the manifest.
         overwrite: replace shards that stand there already.
+        resume: go on with the whole shards of a run of the same settings that was killed.
+
+    Attributes:
+        record: what the writing script wants to remember, such as how many rows it has read. It
+            is saved with every whole shard, is back after a kill, and goes into the manifest.
 
     Raises:
         UserError: the folder holds something already, or no pair was written.
@@ -44,9 +51,12 @@ class ShardWriter:
         note: str = "",
         settings: dict[str, Any] | None = None,
         overwrite: bool = False,
+        resume: bool = False,
     ) -> None:
         self.folder = Path(folder)
         self.pairs_per_shard = pairs_per_shard
+        self.resume = resume
+        self.record: dict[str, Any] = {}
         self._describe = {
             "name": name,
             "licence": licence,
@@ -67,12 +77,20 @@ class ShardWriter:
                 raise UserError(f"{self.folder} holds no {MANIFEST_FILE}: not shards to overwrite")
 
     def __enter__(self) -> "ShardWriter":
-        shutil.rmtree(self._partial, ignore_errors=True)  # left by a run that was killed
-        self._partial.mkdir(parents=True)
+        if not (self.resume and self._recall()):
+            shutil.rmtree(self._partial, ignore_errors=True)  # left by a run that was killed
+            self._partial.mkdir(parents=True)
         return self
+
+    @property
+    def num_pairs(self) -> int:
+        """Pairs written, those of a resumed run among them."""
+        return sum(self._counts)
 
     def write(self, pair: Pair) -> None:
         """Add a pair. PNG, JPEG and WebP files keep their bytes; other pictures become PNG.
+
+        To resume, `record` must say before this call how far the script is with this pair.
 
         Raises:
             UserError: a picture that cannot be read; names the pair.
@@ -82,9 +100,12 @@ class ShardWriter:
         except UserError as error:
             raise UserError(f"pair {pair.id!r}: {error}") from error
         # Ids may hold dots and slashes, which mean something in a member's name: keys are numbers.
-        key = f"{sum(self._counts):08d}"
+        key = f"{self.num_pairs:08d}"
         self._open_shard().write({"__key__": key, **members})
         self._counts[-1] += 1
+        if self._counts[-1] == self.pairs_per_shard:
+            self._close_shard()
+            self._save_progress()
 
     def __exit__(
         self,
@@ -98,20 +119,44 @@ class ShardWriter:
                 if not self._counts:
                     raise UserError(f"no pairs were written to {self.folder}")
                 self._describe_shards()
+                (self._partial / PROGRESS_FILE).unlink(missing_ok=True)
                 if self.folder.exists():
                     shutil.rmtree(self.folder)
                 self._partial.rename(self.folder)
         finally:
-            shutil.rmtree(self._partial, ignore_errors=True)
+            # What went wrong with the data would go wrong again; what cut us off would not.
+            if not self.resume or error is None or isinstance(error, UserError):
+                shutil.rmtree(self._partial, ignore_errors=True)
+
+    def _recall(self) -> bool:
+        """Take over what a killed run left; False if there is nothing, or it was another run."""
+        try:
+            progress = json.loads((self._partial / PROGRESS_FILE).read_bytes())
+            if progress["describe"] != json.loads(json.dumps(self._describe)):
+                return False
+            counts, record = progress["counts"], progress["record"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        whole = {f"{number:05d}.tar" for number in range(len(counts))}
+        if not all((self._partial / name).exists() for name in whole):
+            return False
+        for file in self._partial.glob("*.tar"):
+            if file.name not in whole:
+                file.unlink()
+        self._counts, self.record = counts, record
+        return True
+
+    def _save_progress(self) -> None:
+        progress = {"describe": self._describe, "counts": self._counts, "record": self.record}
+        write_text(self._partial / PROGRESS_FILE, json.dumps(progress))
 
     def _open_shard(self) -> Any:
         """Return the tar that takes the next pair."""
-        if self._tar is not None and self._counts[-1] < self.pairs_per_shard:
+        if self._tar is not None:
             return self._tar
         # webdataset imports torch: deferred, so that reading alone stays light.
         from webdataset.writer import TarWriter
 
-        self._close_shard()
         self._file = (self._partial / f"{len(self._counts):05d}.tar").open("wb")
         # A fixed time makes equal pairs equal shards, checksum and all.
         self._tar = TarWriter(self._file, encoder=False, mtime=0)
@@ -146,6 +191,7 @@ class ShardWriter:
             "num_pairs": sum(self._counts),
             **self._describe,
             "index": {"bytes": index.stat().st_size, "sha256": sha256_of(index)},
+            **({"record": self.record} if self.record else {}),
             "shards": shards,
         }
         text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"

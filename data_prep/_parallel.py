@@ -1,0 +1,91 @@
+"""Work in as many processes as there are cores: in order, a bounded amount ahead, with progress."""
+
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from itertools import chain, islice
+from multiprocessing import get_context
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import track
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+LINE_EVERY_S = 30  # between the lines that stand for a progress bar in a pipe
+
+
+def in_order(
+    function: Callable[[Job], Result],
+    jobs: Iterable[Job],
+    num_workers: int,
+    chunk: int = 32,
+) -> Iterator[Result]:
+    """Map a function over jobs in processes; results come in the order of the jobs.
+
+    Jobs are taken as they are needed, two chunks a worker ahead, so any number fits in memory.
+
+    Args:
+        function: of the top level of a module, as other processes find it by name.
+        jobs: what it is called with.
+        num_workers: processes; below 2 everything happens in this one.
+        chunk: jobs sent to a process at a time.
+    """
+    jobs = iter(jobs)
+    first = list(islice(jobs, chunk))
+    if num_workers < 2 or len(first) < chunk:  # a few are done before a process has started
+        yield from map(function, chain(first, jobs))
+        return
+    chunks = chain([first], iter(lambda: list(islice(jobs, chunk)), []))
+    waiting: deque[Future[list[Result]]] = deque()
+    # spawn: a fork beside the progress bar's thread can hang.
+    pool = ProcessPoolExecutor(num_workers, mp_context=get_context("spawn"))
+    try:
+        for some in chunks:
+            waiting.append(pool.submit(_apply, function, some))
+            if len(waiting) > 2 * num_workers:
+                yield from waiting.popleft().result()
+        while waiting:
+            yield from waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def progress(
+    results: Iterable[Result], what: str, total: int | None = None, done: int = 0
+) -> Iterator[Result]:
+    """Show a progress bar in a terminal, and a line now and then in a pipe.
+
+    Args:
+        results: passed on as they come.
+        what: the name of the work.
+        total: how many there will be; None where nobody knows.
+        done: how many were there before, from a run that this one goes on with.
+    """
+    console = Console(stderr=True)
+    if console.is_terminal:
+        yield from track(results, f"{what:12}", total=total, completed=done, console=console)
+        return
+    start = last = time.monotonic()
+    for number, result in enumerate(results, start=1):
+        yield result
+        now = time.monotonic()
+        if now - last >= LINE_EVERY_S:
+            of = f" of {total:,}" if total else ""
+            rate = number / (now - start)
+            print(f"{what}: {done + number:,}{of}, {rate:,.0f} a second", file=sys.stderr)
+            last = now
+
+
+def count_cores() -> int:
+    """Return how many cores this process may use, at most 8."""
+    cores = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
+    return min(8, len(cores))
+
+
+def _apply(function: Callable[[Job], Result], jobs: list[Job]) -> list[Result]:
+    return [function(job) for job in jobs]

@@ -1,0 +1,63 @@
+"""The ColPali training set -> shards: questions and the page that answers.
+
+    python data_prep/colpali_train.py                     # to data/colpali_train
+
+Layout (the hub's file listing of vidore/colpali_train_set and VLM2Vec's loader):
+data/train-*.parquet with the columns image, image_filename, query, answer, source, options, page,
+model, prompt, answer_type; 118,195 rows, beside 500 rows of data/test-*. A pair is query -> image.
+It has no hard negatives: the paper takes them from MoCa's version (moca_pairs.py).
+
+A page answers several questions, so it is named by its content: in a batch it is nobody's negative
+that it answers.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from functools import partial
+
+from _rows import read_rows
+from _source import Draft, Product, declare_source, run
+
+HUB = "vidore/colpali_train_set"
+SPLITS = ("train", "test")
+
+
+def drafts(where: str, split: str) -> Iterator[Draft]:
+    """The rows as pairs."""
+    rows = read_rows(where, f"data/{split}-*.parquet", ("query", "image"))
+    for number, row in enumerate(rows):
+        image = (row["image"] or {}).get("bytes")
+        yield {
+            "id": f"colpali:{number}",
+            "query": {"text": row["query"]},
+            "positive": {"image": image},
+        }
+
+
+def products(options: argparse.Namespace) -> Iterator[Product]:
+    """One folder of shards."""
+    yield Product(
+        name="colpali_train",
+        folder=options.out,
+        drafts=partial(drafts, options.where, options.split),
+        source=f"{options.where}, split {options.split}",
+        settings={"from": options.where, "split": options.split},
+        note="Questions of DocVQA, InfographicsVQA, TAT-DQA, arXivQA and made ones; the pages "
+        "keep the licences of their datasets.",
+    )
+
+
+def declare(parser: argparse.ArgumentParser) -> None:
+    """The flags of this script."""
+    declare_source(parser, "data/colpali_train", HUB, ())
+    parser.add_argument("--split", choices=SPLITS, default=SPLITS[0], help="default: train")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the shards; return the exit status."""
+    return run("colpali_train.py", __doc__, products, declare, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

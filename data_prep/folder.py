@@ -1,0 +1,168 @@
+"""A folder of pictures and what is written beside them -> shards of text -> picture.
+
+    python data_prep/folder.py --from ~/pictures --out data/pictures
+
+| --text | a picture's texts are |
+|---|---|
+| sidecar | the lines of `cat.txt` beside `cat.jpg`; a line a query |
+| metadata | the `text` beside its `file_name` in a `metadata.jsonl` or `metadata.csv` |
+| name | its file name: `red_apple-03.jpg` is asked for as "red apple" |
+| folder | the folder that it is in, as in `cats/0001.jpg` |
+| auto | the first of side-car, metadata and name that there is (the default) |
+
+Pictures with the same text are all right answers for it. One candidate in ten is held out, by a
+hash of its path (--held-out). Links that lead out of the folder are not followed.
+"""
+
+import argparse
+import csv
+import json
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+from _source import Draft, Product, run
+
+from metaembed_pl.errors import UserError
+from metaembed_pl.picture import PICTURE_SUFFIXES
+
+TEXTS = ("auto", "sidecar", "metadata", "name", "folder")
+METADATA = ("metadata.jsonl", "metadata.csv")
+
+
+def drafts(root: Path, how: str) -> Iterator[Draft]:
+    """A pair for each picture and each of its texts.
+
+    Raises:
+        UserError: no pictures, or none with a text.
+    """
+    pictures = list_pictures(root)
+    metadata = read_metadata(root) if how in ("auto", "metadata") else {}
+    texts = {path: texts_of(path, root, how, metadata) for path in pictures}
+    right = defaultdict(list)  # pictures by text
+    for path, found in texts.items():
+        for text in found:
+            right[text].append(path)
+    if not right:
+        raise UserError(f"{root}: none of {len(pictures)} pictures has a text with --text {how}")
+    for path, found in texts.items():
+        id = path.relative_to(root).as_posix()
+        if not found:
+            yield {"id": id, "query": "", "positive": {"image": path, "id": id}}
+        for number, text in enumerate(found):
+            yield {
+                "id": f"{id}#{number}",
+                "query": {"text": text},
+                "positive": {"image": path, "id": id, "answers": found},
+                "asks": text,
+            }
+
+
+def list_pictures(root: Path) -> list[Path]:
+    """Pictures below a folder, sorted; links that lead out of it are left out."""
+    if not root.is_dir():
+        raise UserError(f"no folder {root}: give --from a folder of pictures")
+    inside = root.resolve()
+    found = [
+        path
+        for path in sorted(root.rglob("*"))
+        if path.suffix.lower() in PICTURE_SUFFIXES
+        and path.is_file()
+        and path.resolve().is_relative_to(inside)
+    ]
+    if not found:
+        raise UserError(f"{root} holds no pictures ({', '.join(sorted(PICTURE_SUFFIXES))})")
+    return found
+
+
+def texts_of(path: Path, root: Path, how: str, metadata: dict[Path, str]) -> list[str]:
+    """What a picture is asked for as; each text once, none if there is none."""
+    found: list[str] = []
+    if how in ("auto", "sidecar"):
+        found = read_sidecar(path)
+    if how in ("auto", "metadata") and not found and path in metadata:
+        found = [metadata[path]]
+    if how == "name" or (how == "auto" and not found):
+        found = [words(path.stem)]
+    if how == "folder" and path.parent != root:
+        found = [words(path.parent.name)]
+    return list(dict.fromkeys(text for text in map(str.strip, found) if text))
+
+
+def words(name: str) -> str:
+    """A file's name as words; a number at its end only counts the files.
+
+    >>> words("red_apple-03"), words("IMG_2041"), words("route66")
+    ('red apple', 'IMG', 'route66')
+    """
+    spaced = re.sub(r"[\s_\-.]+", " ", name).strip()
+    return re.sub(r" \(?\d+\)?$", "", spaced)
+
+
+def read_sidecar(path: Path) -> list[str]:
+    """The lines of the text file beside a picture."""
+    for sidecar in (path.with_suffix(".txt"), Path(f"{path}.txt")):
+        if sidecar.is_file():
+            try:
+                return sidecar.read_text(encoding="utf-8-sig").splitlines()
+            except (UnicodeDecodeError, OSError) as error:
+                raise UserError(f"{sidecar} is not text in UTF-8: {error}") from error
+    return []
+
+
+def read_metadata(root: Path) -> dict[Path, str]:
+    """Texts by picture, from all metadata files below a folder (the hub's imagefolder layout)."""
+    found = {}
+    for path in sorted(file for name in METADATA for file in root.rglob(name)):
+        try:
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                lines = csv.DictReader(file) if path.suffix == ".csv" else map(json.loads, file)
+                for number, line in enumerate(lines, start=1):
+                    name, text = line.get("file_name"), line.get("text")
+                    if not isinstance(name, str) or not isinstance(text, str):
+                        raise UserError(f"{path}: line {number} needs a file_name and a text")
+                    found[path.parent / name] = text
+        except (ValueError, AttributeError, csv.Error, OSError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{path} cannot be read: {error}") from error
+    return found
+
+
+def products(options: argparse.Namespace) -> Iterator[Product]:
+    """One product, with the split that is asked for."""
+    root = options.where
+    yield Product(
+        name=options.name or options.out.resolve().name,
+        folder=options.out,
+        drafts=partial(drafts, root, options.text),
+        source=root.resolve().name,
+        held_out=options.held_out,
+        settings={
+            "folder": root.resolve().name,
+            "text": options.text,
+            "held_out": options.held_out,
+        },
+    )
+
+
+def declare(parser: argparse.ArgumentParser) -> None:
+    """The flags of this script."""
+    add = parser.add_argument
+    add("--from", dest="where", type=Path, required=True, help="folder of pictures")
+    add("--out", type=Path, required=True, help="folder to write train/ and test/ to")
+    add("--text", choices=TEXTS, default="auto", help="where texts come from (default: auto)")
+    add("--name", help="the source's name in metrics and logs (default: the folder's)")
+    add("--held-out", type=float, default=0.1, help="share of the pictures to test on (0.1)")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the shards; return the exit status."""
+    return run("folder.py", __doc__, products, declare, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

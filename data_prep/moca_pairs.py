@@ -1,0 +1,147 @@
+"""MoCa-CL-Pairs, or mmE5's MMEB with hard negatives -> shards: all 27 sources of the paper.
+
+    python data_prep/moca_pairs.py            # all, to where paper.yaml looks for them
+    python data_prep/moca_pairs.py --subset CIRR --subset TAT-DQA
+    python data_prep/moca_pairs.py --from ~/MoCa-CL-Pairs --images ~/images
+    python data_prep/moca_pairs.py --from intfloat/mmE5-MMEB-hardneg --subset CIRR
+
+Layout (MoCa's loader, training script and prepare_images.sh): MMEB-train's columns, in
+NAME/train-*.parquet, with neg_text and neg_image_path as lists of equal meaning, place by place;
+MoCa's loader takes them as strings that hold a Python list. Both are read (never with eval). An
+empty hard negative is left out.
+
+Pictures are elsewhere: of the 20 MMEB sets in TIGER-Lab/MMEB-train (images_zip/NAME.zip, read in
+place); of TAT-DQA, ArxivQA, colpali and VisRAG in moca-embed/MoCa-CL-Pairs
+(supplement_images_zip/NAME.tar.gz, one of them in parts); of InfoSeek in TIGER-Lab/M-BEIR
+(mbeir_images.tar.gz in four parts of 48 GB, of which oven_images/ is unpacked). Gzipped tars are
+unpacked once, to OUT/.images; delete it when the shards are there. `--images` names a folder that
+has the archives, or what came out of them, and then nothing is downloaded for pictures.
+
+Not yet verified on the hub's files: the names of the Parquet files, and the first folder of the
+pictures' paths, of which several are tried.
+"""
+
+import argparse
+import ast
+import sys
+from collections.abc import Iterator
+from functools import partial
+from itertools import zip_longest
+from pathlib import Path
+
+from _mmeb import TRAIN_SUBSETS, item, places
+from _rows import fetch, read_rows, unpack
+from _source import Draft, Product, declare_source, run
+
+from metaembed_pl.errors import UserError
+
+HUB = "moca-embed/MoCa-CL-Pairs"
+MMEB = "TIGER-Lab/MMEB-train"
+OVEN = "mbeir_images/oven_images"
+COLUMNS = ("qry", "qry_image_path", "pos_text", "pos_image_path", "neg_text", "neg_image_path")
+
+# Subset -> where recipes/sources/paper.yaml expects it below --out.
+FOLDERS = {name: f"mmeb_train/{name}" for name in TRAIN_SUBSETS} | {
+    "ArxivQA": "arxivqa",
+    "TAT-DQA": "tat_dqa",
+    "InfoSeek_it2it": "infoseek_it2it",
+    "InfoSeek_it2t": "infoseek_it2t",
+    "tevatron_colpali": "colpali_train",
+    "visrag_ind": "visrag_ind",
+    "visrag_syn": "visrag_syn",
+}
+_MBEIR = ("TIGER-Lab/M-BEIR", [f"mbeir_images.tar.gz.part-{n:02d}" for n in range(4)], OVEN)
+# Subset -> hub id, the archive or its parts, and what of it is wanted.
+ARCHIVES = {
+    "ArxivQA": (HUB, ["supplement_images_zip/ArxivQA.tar.gz"], ""),
+    "TAT-DQA": (HUB, ["supplement_images_zip/TAT-DQA.tar.gz"], ""),
+    "tevatron_colpali": (HUB, ["supplement_images_zip/colpali_tevatron.tar.gz"], ""),
+    "visrag_ind": (HUB, ["supplement_images_zip/visrag_ind.tar.gz"], ""),
+    "visrag_syn": (
+        HUB,
+        [f"supplement_images_zip/visrag_syn.tar.gz.part_a{letter}" for letter in "abcde"],
+        "",
+    ),
+    "InfoSeek_it2it": _MBEIR,
+    "InfoSeek_it2t": _MBEIR,
+}
+
+
+def drafts(where: str, subset: str, images: Path | None, cache: Path) -> Iterator[Draft]:
+    """The rows of a subset as pairs with their hard negatives."""
+    pictures = find_pictures(where, subset, images, cache)
+    for number, row in enumerate(read_rows(where, f"{subset}/train-*.parquet", COLUMNS)):
+        texts, paths = (as_list(row[name], subset, number) for name in COLUMNS[-2:])
+        negatives = (item(*pair, pictures) for pair in zip_longest(texts, paths, fillvalue=""))
+        yield {
+            "id": f"{subset}:{number}",
+            "query": item(row["qry"], row["qry_image_path"], pictures),
+            "positive": item(row["pos_text"], row["pos_image_path"], pictures),
+            "negatives": [negative for negative in negatives if any(negative.values())],
+        }
+
+
+def as_list(value: object, subset: str = "", number: int = 0) -> list[str]:
+    """A column of hard negatives: a list, a string that holds one, or a single value.
+
+    >>> as_list("['a cat', '']"), as_list(["a cat"]), as_list("a cat"), as_list(None)
+    (['a cat', ''], ['a cat'], ['a cat'], [])
+    """
+    if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
+        try:
+            value = ast.literal_eval(value)  # takes literals only: nothing in it is run
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            value = [value]  # a text in brackets
+    if value is None or value == "":
+        return []
+    values = value if isinstance(value, list) else [value]
+    if not all(isinstance(text, str | None) for text in values):
+        raise UserError(
+            f"{subset}: row {number}: hard negatives must be strings, not {value!r:.80}"
+        )
+    return [text or "" for text in values]
+
+
+def find_pictures(where: str, subset: str, images: Path | None, cache: Path) -> tuple[Path, ...]:
+    """Folders and zips with the pictures of a subset, fetched or unpacked if need be."""
+    copy = images or (Path(where) if Path(where).is_dir() else None)
+    folders = () if copy is None else (copy, copy / "images")
+    if subset in TRAIN_SUBSETS:
+        return (*folders, *places(str(copy or MMEB), f"images_zip/{subset}.zip"))
+    hub, files, below = ARCHIVES[subset]
+    parts = [path for file in files if (path := fetch(str(copy or hub), file))]
+    if not parts:
+        return folders
+    if len(parts) < len(files):
+        raise UserError(f"{subset}: {len(parts)} of {len(files)} parts of {files[0]} are there")
+    name = Path(files[0]).name.partition(".")[0]
+    return (*folders, unpack(parts, cache / name, below))
+
+
+def products(options: argparse.Namespace) -> Iterator[Product]:
+    """One folder of shards a subset."""
+    cache = options.out / ".images"
+    for subset in options.subset or FOLDERS:
+        yield Product(
+            name=subset if subset in TRAIN_SUBSETS else FOLDERS[subset],
+            folder=options.out / FOLDERS[subset],
+            drafts=partial(drafts, options.where, subset, options.images, cache),
+            source=f"{options.where}, {subset}",
+            settings={"from": options.where, "subset": subset},
+            note="The pictures keep the licences of the datasets that they come from.",
+        )
+
+
+def declare(parser: argparse.ArgumentParser) -> None:
+    """The flags of this script."""
+    declare_source(parser, "data", HUB, FOLDERS)
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help="pictures or their archives")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the shards; return the exit status."""
+    return run("moca_pairs.py", __doc__, products, declare, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

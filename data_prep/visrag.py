@@ -1,0 +1,70 @@
+"""VisRAG's training data -> shards: questions and the page, slide, chart or plot that answers.
+
+    python data_prep/visrag.py                  # both, to data/visrag_ind and data/visrag_syn
+    python data_prep/visrag.py --subset visrag_ind --from ~/VisRAG-Ret-Train-In-domain-data
+
+Layout (the hub's dataset cards): openbmb/VisRAG-Ret-Train-In-domain-data has 122,752 rows in
+data/train-*.parquet with the columns query, image, source; VisRAG-Ret-Train-Synthetic-data has the
+rest of the 362,110 pairs. A pair is query -> image, without hard negatives: the paper takes those
+from MoCa's version (moca_pairs.py).
+
+Not yet verified on the hub's files: that the synthetic part has the same layout.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from functools import partial
+
+from _rows import read_rows
+from _source import Draft, Product, declare_source, run
+
+from metaembed_pl.errors import UserError
+
+HUBS = {
+    "visrag_ind": "openbmb/VisRAG-Ret-Train-In-domain-data",
+    "visrag_syn": "openbmb/VisRAG-Ret-Train-Synthetic-data",
+}
+
+
+def drafts(where: str, subset: str) -> Iterator[Draft]:
+    """The rows as pairs."""
+    rows = read_rows(where, "data/train-*.parquet", ("query", "image"))
+    for number, row in enumerate(rows):
+        image = (row["image"] or {}).get("bytes")
+        yield {
+            "id": f"{subset}:{number}",
+            "query": {"text": row["query"]},
+            "positive": {"image": image},
+        }
+
+
+def products(options: argparse.Namespace) -> Iterator[Product]:
+    """One folder of shards a dataset."""
+    subsets = options.subset or tuple(HUBS)
+    if options.where and len(subsets) > 1:
+        raise UserError(f"--from is one dataset: say with --subset which ({', '.join(HUBS)})")
+    for subset in subsets:
+        where = options.where or HUBS[subset]
+        yield Product(
+            name=subset,
+            folder=options.out / subset,
+            drafts=partial(drafts, where, subset),
+            source=where,
+            settings={"from": where},
+            note="The pictures keep the licences of the datasets that they come from.",
+        )
+
+
+def declare(parser: argparse.ArgumentParser) -> None:
+    """The flags of this script."""
+    declare_source(parser, "data", "", HUBS)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the shards; return the exit status."""
+    return run("visrag.py", __doc__, products, declare, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
