@@ -13,7 +13,8 @@ from itertools import chain, count, islice
 
 import numpy as np
 from _openmoji import Picture
-from _raster import GRID, Drawn, encode_shown, run
+from _parallel import in_order, progress
+from _raster import GRID, Drawn, encode_shown
 
 from metaembed_pl.item import Item, Pair
 
@@ -114,9 +115,9 @@ def scene_pairs(drawn: Drawn, split: str, scenes: list[Scene], num_jobs: int) ->
     compose = partial(_compose, tiles, drawn.palette, num_columns)
     layouts = (scene.layouts() for scene in scenes)
     size = f"-of-{len(scenes[0].tiles)}" if scenes and len(scenes[0].tiles) < NUM_TILES else ""
-    for number, (scene, pngs) in enumerate(
-        zip(scenes, run(compose, layouts, num_jobs, f"{split} scenes"), strict=True)
-    ):
+    composed = in_order(compose, layouts, num_jobs)
+    watched = progress(composed, f"{split} scenes", len(scenes))
+    for number, (scene, pngs) in enumerate(zip(scenes, watched, strict=True)):
         name = f"{split}-scene{size}-{number:05d}"
         positive, *swapped = (
             Item(image=png, id=f"{name}{suffix}", answers=_answers(drawn, layout))

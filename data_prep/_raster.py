@@ -1,23 +1,14 @@
 """Drawing OpenMoji's SVGs, in as many processes as there are cores."""
 
 import io
-import os
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
-from typing import TypeVar
 
 import numpy as np
 import resvg_py
 from _openmoji import Picture, find_twins, is_held_out, same_names, svg_folder
+from _parallel import in_order, progress
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
-
-Job = TypeVar("Job")
-Result = TypeVar("Result")
 
 GRID = 3  # a scene is GRID x GRID pictures
 
@@ -71,8 +62,9 @@ def draw(pictures: dict[str, Picture], size: int, num_jobs: int) -> Drawn:
         num_jobs: processes; 1 draws in this one.
     """
     pngs, tiles = {}, {}
-    drawn = run(partial(_draw_one, size=size), pictures, num_jobs, "drawing")
-    for id, (png, tile) in zip(pictures, drawn, strict=True):
+    drawn = in_order(partial(_draw_one, size=size), pictures, num_jobs)
+    shown = progress(drawn, "drawing", len(pictures))
+    for id, (png, tile) in zip(pictures, shown, strict=True):
         pngs[id], tiles[id] = png, tile
     twins, same = find_twins(tiles), same_names(pictures.values())
     return Drawn(pictures, pngs, tiles, *_share_palette(tiles), twins, same)
@@ -106,33 +98,6 @@ def _share_palette(tiles: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray],
     sheet = sheet.quantize(256, Image.Quantize.MEDIANCUT, kmeans=1, dither=Image.Dither.NONE)
     places = np.split(np.asarray(sheet), len(tiles))
     return dict(zip(tiles, places, strict=True)), bytes(sheet.getpalette("RGB") or b"")
-
-
-def run(
-    function: Callable[[Job], Result], jobs: Iterable[Job], num_jobs: int, what: str
-) -> Iterator[Result]:
-    """Map a function over jobs in processes, in order, with a progress bar."""
-    jobs = list(jobs)
-    if num_jobs == 1:
-        yield from progress(map(function, jobs), what, len(jobs))
-        return
-    # spawn: a fork beside the progress bar's thread can hang.
-    with ProcessPoolExecutor(num_jobs, mp_context=get_context("spawn")) as pool:
-        yield from progress(pool.map(function, jobs, chunksize=32), what, len(jobs))
-
-
-def progress(results: Iterable[Result], what: str, total: int) -> Iterable[Result]:
-    """Show a progress bar on a terminal, and nothing in a pipe."""
-    console = Console(stderr=True)
-    return track(
-        results, f"{what:12}", total=total, console=console, disable=not console.is_terminal
-    )
-
-
-def count_cores() -> int:
-    """Return how many cores this process may use, at most 8."""
-    cores = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
-    return min(8, len(cores))
 
 
 def _draw_one(id: str, size: int) -> tuple[bytes, np.ndarray]:

@@ -110,7 +110,8 @@ def _write(
     benchmark: Benchmark, settings: dict[str, Any], options: argparse.Namespace
 ) -> Counter[str]:
     """Write the set; returns what was dropped, by reason."""
-    if benchmark.folder.exists() and any(benchmark.folder.iterdir()) and not options.force:
+    is_ours = options.force or _is_made(benchmark.folder, settings)  # a kill before the card
+    if benchmark.folder.exists() and any(benchmark.folder.iterdir()) and not is_ours:
         raise UserError(f"{benchmark.folder} is not empty: choose another --out, or give --force")
     dropped: Counter[str] = Counter()
     writer = RetrievalSetWriter(

@@ -32,8 +32,9 @@ def read_rows(where: str, files: str, columns: Iterable[str] = ()) -> Iterator[d
         columns: what every row must have.
 
     Raises:
-        UserError: the package `datasets` is missing, no such file, the hub is out of reach, or a
-            column is missing.
+        UserError: the package `datasets` is missing, no such file, a broken one, or one without a
+            column.
+        CutOff: the hub is out of reach.
     """
     try:
         from datasets import load_dataset
@@ -58,10 +59,12 @@ def read_rows(where: str, files: str, columns: Iterable[str] = ()) -> Iterator[d
         yield from rows
     except (DataFilesNotFoundError, FileNotFoundError) as error:
         raise UserError(f"{where} has no file {files}: is it the right --from?") from error
-    except ConnectionError as error:
-        raise UserError(
-            f"the hub is out of reach: {error}; for a copy on disk give --from FOLDER"
-        ) from error
+    except UserError:
+        raise
+    except (OSError, TimeoutError) as error:
+        raise CutOff(f"cannot read {files} of {where}: {error}") from error
+    except ValueError as error:  # pyarrow's errors of broken files are of this kind
+        raise UserError(f"{where}: {files} cannot be read: {error}") from error
 
 
 def fetch(where: str, file: str) -> Path | None:
@@ -72,7 +75,7 @@ def fetch(where: str, file: str) -> Path | None:
         file: its path there.
 
     Raises:
-        UserError: the hub is out of reach.
+        CutOff: the hub is out of reach.
     """
     if Path(where).is_dir():
         path = Path(where) / file
@@ -83,13 +86,15 @@ def fetch(where: str, file: str) -> Path | None:
     try:
         return Path(hf_hub_download(where, file, repo_type="dataset"))
     except LocalEntryNotFoundError as error:
-        raise UserError(
-            f"the hub is out of reach for {file} of {where}; for a copy on disk give --from FOLDER"
-        ) from error
+        raise CutOff(f"cannot download {file} of {where}: the hub is out of reach") from error
     except EntryNotFoundError:
         return None
     except (HfHubHTTPError, OSError) as error:
-        raise UserError(f"cannot download {file} of {where}: {error}") from error
+        raise CutOff(f"cannot download {file} of {where}: {error}") from error
+
+
+class CutOff(Exception):
+    """Reading ended for no fault of the data: whole shards are kept, and a later run goes on."""
 
 
 @dataclass(frozen=True)
@@ -114,9 +119,8 @@ class Named:
         if path.is_absolute() or ".." in path.parts or "\\" in self.name or "\0" in self.name:
             raise UserError(f"a picture's path leaves its folder: {self.name!r}")
         # The zips hold CIRR/..., the rows say images/CIRR/...: archives were packed in there.
-        names = [str(path), f"images/{path}"]
-        if path.parts[:1] in {("images",), ("image",)}:
-            names.append(str(PurePosixPath(*path.parts[1:])))
+        bare = PurePosixPath(*path.parts[path.parts[:1] in {("images",), ("image",)} :])
+        names = dict.fromkeys(map(str, (path, bare, "images" / bare)))
         for place in self.places:
             for name in names:
                 content = _read_from(place, name)

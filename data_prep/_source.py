@@ -29,7 +29,7 @@ sys.path[:] = [entry for entry in sys.path if str(Path(entry or ".").resolve()) 
 sys.path.append(_HERE)
 
 from _parallel import count_cores, in_order, progress  # noqa: E402
-from _rows import Named  # noqa: E402
+from _rows import CutOff, Named  # noqa: E402
 
 from metaembed_pl.data.shard_index import MANIFEST_FILE, sha256_of  # noqa: E402
 from metaembed_pl.data.shards import ShardedPairs, ShardWriter  # noqa: E402
@@ -133,18 +133,13 @@ def main_of(
     except UserError as error:
         print(f"{script}: {error}", file=sys.stderr)
         return 2
-    except BrokenProcessPool:
-        print(
-            f"{script}: a process died, perhaps for want of memory; whole shards are kept: "
-            "run it again with a smaller --num-workers",
-            file=sys.stderr,
-        )
-        return 1
-    except KeyboardInterrupt:
-        print(
-            f"{script}: interrupted; whole shards are kept: run it again to go on", file=sys.stderr
-        )
-        return 130
+    except (CutOff, BrokenProcessPool, KeyboardInterrupt) as error:
+        reason = {
+            BrokenProcessPool: "a process died (for want of memory? give fewer --num-workers)",
+            KeyboardInterrupt: "interrupted",
+        }.get(type(error), str(error))
+        print(f"{script}: {reason}; whole shards are kept: run it again to go on", file=sys.stderr)
+        return 130 if isinstance(error, KeyboardInterrupt) else 1
     return 0
 
 

@@ -139,7 +139,8 @@ def _makers(options: argparse.Namespace) -> dict[str, Callable[..., Iterable[Pai
         scene_pictures,
     )
     from _openmoji import load_pictures
-    from _raster import count_cores, draw
+    from _parallel import count_cores
+    from _raster import draw
 
     languages = list(dict.fromkeys(options.languages.split(",")))
     jobs = options.jobs or count_cores()

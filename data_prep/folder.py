@@ -16,6 +16,7 @@ hash of its path (--held-out). Links that lead out of the folder are not followe
 
 import argparse
 import csv
+import hashlib
 import json
 import re
 import sys
@@ -132,6 +133,17 @@ def read_metadata(root: Path) -> dict[Path, str]:
     return found
 
 
+def fingerprint(root: Path) -> str:
+    """A hash of the names and sizes of a folder's files: another one means other data."""
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*")):
+        if path.is_file():
+            digest.update(
+                f"{path.relative_to(root)} {path.stat().st_size}\n".encode("utf-8", "replace")
+            )
+    return digest.hexdigest()
+
+
 def products(options: argparse.Namespace) -> Iterator[Product]:
     """One product, with the split that is asked for."""
     root = options.where
@@ -143,6 +155,7 @@ def products(options: argparse.Namespace) -> Iterator[Product]:
         held_out=options.held_out,
         settings={
             "folder": root.resolve().name,
+            "sha256": fingerprint(root),
             "text": options.text,
             "held_out": options.held_out,
         },

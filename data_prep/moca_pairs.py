@@ -28,6 +28,7 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 from _mmeb import TRAIN_SUBSETS, item, places
 from _rows import fetch, read_rows, unpack
@@ -94,7 +95,7 @@ def as_list(value: object, subset: str = "", number: int = 0) -> list[str]:
             value = [value]  # a text in brackets
     if value is None or value == "":
         return []
-    values = value if isinstance(value, list) else [value]
+    values: list[Any] = value if isinstance(value, list) else [value]
     if not all(isinstance(text, str | None) for text in values):
         raise UserError(
             f"{subset}: row {number}: hard negatives must be strings, not {value!r:.80}"

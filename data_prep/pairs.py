@@ -33,6 +33,7 @@ from typing import Any
 from _rows import read_rows
 from _source import Draft, Product, run
 
+from metaembed_pl.data.shard_index import sha256_of
 from metaembed_pl.errors import UserError
 from metaembed_pl.item import Pair
 
@@ -57,8 +58,6 @@ def drafts(path: Path, is_base64: bool) -> Iterator[Draft]:
     """
     if path.suffix.lower() not in READERS:
         raise UserError(f"{path}: expected one of {', '.join(READERS)}, not {path.suffix!r}")
-    if not path.exists():
-        raise UserError(f"cannot read {path}: no such file")
     seen: dict[str, int] = {}
     for number, value in READERS[path.suffix.lower()](path):
         try:
@@ -194,13 +193,19 @@ def _with_picture(item: dict[str, Any], is_base64: bool) -> dict[str, Any]:
 
 def products(options: argparse.Namespace) -> Iterator[Product]:
     """One product, with the split that is asked for."""
+    if not options.pairs.exists():
+        raise UserError(f"cannot read {options.pairs}: no such file")
     yield Product(
         name=options.name or options.out.resolve().name,
         folder=options.out,
         drafts=partial(drafts, options.pairs, options.base64),
         source=options.pairs.name,
         held_out=options.held_out,
-        settings={"pairs": options.pairs.name, "held_out": options.held_out},
+        settings={
+            "pairs": options.pairs.name,
+            "sha256": sha256_of(options.pairs),
+            "held_out": options.held_out,
+        },
     )
 
 

@@ -97,7 +97,7 @@ def test_what_cannot_be_is_one_line_and_nothing_is_written(tmp_path, capsys, opt
     assert run(file, tmp_path / "out", *options) == 2
     error = capsys.readouterr().err
     assert message in error
-    assert error.count("\n") == 1
+    assert error.count("pairs.py: ") == 1
     assert not list(tmp_path.glob("out/*"))
 
 
@@ -111,9 +111,13 @@ def test_a_broken_line_is_named(tmp_path, capsys):
 def test_shards_that_are_there_stay_unless_forced(tmp_path, capsys):
     file = write_pairs(tmp_path / "mine")
     assert run(file, tmp_path / "out") == 0
+    assert run(file, tmp_path / "out") == 0
+    assert capsys.readouterr().out.count("kept") == 2
+    file.write_text(file.read_text().replace("thing 1", "thing one"))
     assert run(file, tmp_path / "out") == 2
     assert "is not empty" in capsys.readouterr().err
     assert run(file, tmp_path / "out", "--force") == 0
+    assert "thing one" in candidates(tmp_path / "out" / "train")
 
 
 FORMS = ("nested", "csv", "parquet", "base64", "nested parquet")

@@ -2,7 +2,6 @@
 
 import argparse
 import hashlib
-import importlib
 import json
 import os
 import subprocess
@@ -121,30 +120,36 @@ def test_a_run_of_other_settings_takes_nothing_over(tmp_path):
     assert ids(tmp_path / "out") == ["row:0", "row:1", "row:2"]
 
 
+SLOW = """
+import sys, time
+from pathlib import Path
+from _source import Product, run
+
+def drafts():
+    for number in range(1300):
+        yield {"id": f"row:{number}", "query": "a", "positive": f"b {number}"}
+    time.sleep(60)
+
+product = Product("things", Path(sys.argv[1]), drafts, "a test")
+run("test.py", "", lambda options: [product], lambda parser: None, ["--num-workers=0"])
+"""
+
+
 def test_a_kill_leaves_whole_shards_and_the_same_command_finishes(tmp_path):
-    lines = [{"query": "a", "positive": f"b {n}", "id": f"row:{n}"} for n in range(1500)]
-    pairs, out = tmp_path / "pairs.jsonl", tmp_path / "out"
-    whole = "".join(json.dumps(line) + "\n" for line in lines)
-    os.mkfifo(pairs)  # the reader waits for lines that come only after the kill
-    options = ["--pairs", str(pairs), "--out", str(out), "--held-out", "0", "--num-workers", "0"]
-    path = os.pathsep.join([str(ROOT / "src"), *sys.path])
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "data_prep" / "pairs.py"), *options],
-        env={**os.environ, "PYTHONPATH": path},
-    )
-    with pairs.open("w") as file:
-        file.write("".join(whole.splitlines(keepends=True)[:1300]))
-        file.flush()
-        while not (out / ".train.partial" / "progress.json").exists():
-            assert process.poll() is None
-            time.sleep(0.05)
-        process.kill()
-        process.wait()
-    assert not (out / "train").exists()
-    pairs.unlink()
-    pairs.write_text(whole)
-    assert importlib.import_module("pairs").main(options) == 0
-    assert ids(out / "train") == [f"row:{number}" for number in range(1500)]
+    out, progress = tmp_path / "out", tmp_path / ".out.partial" / "progress.json"
+    path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "data_prep"), *sys.path])
+    command = [sys.executable, "-c", SLOW, str(out)]
+    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path})
+    while not progress.exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert not out.exists()
+    drafts = [{"id": f"row:{n}", "query": "a", "positive": f"b {n}"} for n in range(1500)]
+    assert make(out, drafts)[0] == 0
+    assert ids(out) == [value["id"] for value in drafts]
+    assert json.loads((out / "manifest.json").read_text())["record"]["rows"] == 1500
 
 
 def test_what_is_bad_is_dropped_named_and_counted_by_its_kind(tmp_path, capsys):

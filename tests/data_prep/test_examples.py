@@ -1,0 +1,16 @@
+"""The examples in the scripts' docstrings are right."""
+
+import doctest
+import importlib
+from pathlib import Path
+
+import pytest
+
+# Not emoji.py: by this name Python finds the package that it needs.
+MODULES = sorted(p.stem for p in (Path(__file__).parents[2] / "data_prep").glob("*.py"))
+MODULES.remove("emoji")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples(name):
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
