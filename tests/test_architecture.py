@@ -20,8 +20,8 @@ ROOMS = (
 APART = {"training", "retrieval", "evaluation"}
 # What takes longer to import than a light verb may take in all.
 HEAVY = set(
-    "deepspeed jsonargparse lightning matplotlib mlflow numpy peft PIL rich tokenizers torch "
-    "torchmetrics transformers webdataset".split()
+    "deepspeed jsonargparse lightning matplotlib mlflow numpy peft PIL pyarrow pypdfium2 rich "
+    "tokenizers torch torchmetrics transformers webdataset".split()
 )
 MODULES = sorted(
     path for path in SOURCE.rglob("*.py") if path.parent != SOURCE or path.stem[0] != "_"

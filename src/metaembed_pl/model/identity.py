@@ -1,0 +1,49 @@
+"""What tells one model from another: vectors of two models cannot be compared."""
+
+import hashlib
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from metaembed_pl.errors import UserError
+from metaembed_pl.model.weights import fingerprint
+
+if TYPE_CHECKING:
+    from metaembed_pl.model.embedder import MetaEmbedder
+
+
+def identity_of(model: "MetaEmbedder") -> str:
+    """A digest of all that a model's vectors depend on: weights, groups, prompt, picture sizes.
+
+    It is the same in fp32 and in bf16, on any device, and for a model that was saved and loaded.
+    An adapter and the same adapter merged are two: their weights differ by rounding.
+
+    Raises:
+        UserError: the weights cannot be told (quantized, fp16, on the meta device).
+    """
+    processing = model.processing
+    weights = [fingerprint(part) for part in (model.backbone, model.meta_tokens)]
+    if isinstance(model.projection, nn.Linear):
+        weights.append(fingerprint(model.projection))
+    if None in weights:
+        raise UserError(
+            "a store needs to know its model, whose weights cannot be told from another's as they "
+            "are (quantized, fp16 or not loaded): load it with dtype float32 or bfloat16"
+        )
+    known = {
+        "weights": weights,
+        "groups": [str(group) for group in model.groups],
+        "layout": model.meta_tokens.layout,
+        "prompt": asdict(processing.prompt),
+        "max_text_tokens": processing.max_text_tokens,
+        "picture_size": _size(processing.image_processor.size),
+    }
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _size(size: Any) -> dict[str, int]:
+    """The sides that are given: a processor that was loaded names the others as None."""
+    named = size if isinstance(size, dict) else vars(size)
+    return {side: count for side, count in named.items() if count is not None}

@@ -1,0 +1,273 @@
+"""From items to a store: encoded in batches and committed batch by batch, on one process or many.
+
+What is in the store already is not encoded again, so a run that was killed goes on where it was:
+the batch in flight is all that is lost. On several ranks (torchrun) each encodes its share of every
+step, and rank 0 writes: every item once, in order, as one process would.
+"""
+
+import io
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from metaembed_pl.errors import UserError
+from metaembed_pl.item import Item
+from metaembed_pl.late_interaction import maxsim
+from metaembed_pl.model.embedder import MetaEmbedder
+from metaembed_pl.model.identity import identity_of
+from metaembed_pl.retrieval.store import Store
+
+PREVIEW_PIXELS = 320
+SAMPLE_ITEMS = 512
+SAMPLE_BYTES = 2**27
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An item that may be embedded: its picture is read or drawn only when it is.
+
+    Args:
+        id: of the item in the store.
+        load: gives the item.
+        metadata: what the store keeps beside it.
+    """
+
+    id: str
+    load: Callable[[], Item]
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, item: "Entry | Item | str | dict") -> "Entry":
+        """What a caller brings, with what a result shows of it as metadata."""
+        if isinstance(item, Entry):
+            return item
+        parsed = Item.parse(item)
+        return cls(parsed.uid, lambda: parsed, shown(parsed))
+
+
+@dataclass
+class Progress:
+    """How far embedding is.
+
+    Args:
+        seen: entries looked at.
+        embedded: of them, encoded and committed by this run.
+        skipped: cannot be read, with the reason, where that is allowed.
+        sample: the first of them and their vectors before they were stored.
+    """
+
+    seen: int = 0
+    embedded: int = 0
+    skipped: list[str] = field(default_factory=list)
+    sample: list[tuple[list[str], Tensor]] = field(default_factory=list)
+
+
+def shown(item: Item) -> dict[str, Any]:
+    """What a result shows of an item: its text, and the file of its picture."""
+    metadata = item.to_json()
+    metadata.pop("id", None)
+    if isinstance(item.image, Path):
+        metadata["image"] = str(item.image.resolve())
+    return metadata
+
+
+def open_for(model: MetaEmbedder, folder: str | Path, dtype: str | None = None) -> Store:
+    """The store of a model: opened where it is there, made where it is not.
+
+    Raises:
+        UserError: it holds another model's vectors, or has another dtype than asked for.
+    """
+    if Path(folder).exists() and any(Path(folder).iterdir()):
+        store = Store.open(folder)
+        check_model(store, model)
+        if dtype not in (None, store.dtype):
+            raise UserError(f"{folder} stores {store.dtype}, not {dtype}: leave the dtype out")
+        return store
+    return Store.create(folder, model.groups, model.width, identity_of(model), dtype or "bf16")
+
+
+def check_model(store: Store, model: MetaEmbedder) -> None:
+    """Refuse a model other than that whose vectors a store holds.
+
+    Raises:
+        UserError: it is another one.
+    """
+    identity = identity_of(model)
+    if identity != store.identity:
+        raise UserError(
+            f"{store.folder} holds the vectors of another model (identity {store.identity:.12}, "
+            f"this model's is {identity:.12}): use the model it was embedded with, or embed the "
+            "items again into another store"
+        )
+
+
+def embed(
+    store: Store,
+    model: MetaEmbedder,
+    items: Iterable["Entry | Item | str | dict"],
+    batch_size: int = 32,
+    *,
+    again: bool = False,
+    skip_bad: bool = False,
+    previews: bool = True,
+) -> Iterator[Progress]:
+    """Embed items into a store, as candidates; what it yields after each step says how far it is.
+
+    Args:
+        store: of this model.
+        model: encodes.
+        items: in the order of the store; of an id that comes twice the first is embedded.
+        batch_size: items that are encoded and committed at a time, on each rank.
+        again: embed also what is there already, and replace it.
+        skip_bad: leave out items that cannot be read, instead of stopping.
+        previews: keep a small JPEG of each picture in the store.
+
+    Yields:
+        The same object each time.
+
+    Raises:
+        UserError: the store is another model's, or an item cannot be read.
+    """
+    if batch_size < 1:
+        raise UserError(f"batch_size must be at least 1, got {batch_size}")
+    check_model(store, model)
+    rank, world = rank_and_world()
+    progress = Progress()
+    with store.writing() if rank == 0 else nullcontext():
+        new = _new_entries(store, items, again, progress)
+        while step := list(itertools.islice(new, world * batch_size)):
+            share = step[rank * batch_size : (rank + 1) * batch_size]
+            for part in _gathered(_encode(model, share, skip_bad, previews)):
+                progress.skipped += part.skipped
+                store.add(part.ids, part.embeddings, part.metadata, part.previews)
+                _sample(progress, part)
+                progress.embedded += len(part.ids)
+            yield progress
+    yield progress
+
+
+@dataclass
+class _Part:
+    """What a rank encoded in a step."""
+
+    ids: list[str]
+    metadata: list[dict[str, Any]]
+    previews: list[bytes | None]
+    embeddings: Tensor
+    skipped: list[str]
+
+
+def _new_entries(
+    store: Store, items: Iterable["Entry | Item | str | dict"], again: bool, progress: Progress
+) -> Iterator[Entry]:
+    known = set() if again else set(store.ids)
+    for item in items:
+        entry = Entry.of(item)
+        progress.seen += 1
+        if entry.id not in known:
+            known.add(entry.id)
+            yield entry
+
+
+def _encode(model: MetaEmbedder, entries: list[Entry], skip_bad: bool, previews: bool) -> _Part:
+    part = _Part([], [], [], torch.empty(0, model.groups[-1].r_c, model.width), [])
+    items = []
+    for entry in entries:
+        try:
+            item = entry.load()
+            picture = item.load_image()
+        except UserError as error:
+            if not skip_bad:
+                raise UserError(f"item {entry.id!r}: {error}") from error
+            part.skipped.append(f"{entry.id}: {error}")
+            continue
+        items.append(replace(item, image=picture))
+        part.ids.append(entry.id)
+        part.metadata.append(entry.metadata)
+        part.previews.append(_preview(picture) if previews and picture else None)
+    if items:
+        part.embeddings = model.encode_candidate(items, len(items))
+    return part
+
+
+def _preview(picture: Image.Image) -> bytes:
+    small = picture.copy()
+    small.thumbnail((PREVIEW_PIXELS, PREVIEW_PIXELS))
+    buffer = io.BytesIO()
+    small.save(buffer, format="JPEG", quality=85)
+    return buffer.getvalue()
+
+
+def _gathered(part: _Part) -> list[_Part]:
+    """The parts of all ranks, in order, on rank 0; nothing on the others."""
+    rank, world = rank_and_world()
+    if world == 1:
+        return [part]
+    parts: list[Any] | None = None if rank else [None] * world
+    dist.gather_object(part, parts)
+    return parts or []
+
+
+def _sample(progress: Progress, part: _Part) -> None:
+    held = sum(len(ids) for ids, _ in progress.sample)
+    size = part.embeddings[:1].numel() * 4
+    room = min(SAMPLE_ITEMS, SAMPLE_BYTES // max(1, size)) - held
+    if room > 0 and part.ids:
+        progress.sample.append((part.ids[:room], part.embeddings[:room]))
+
+
+def kept_recall(store: Store, progress: Progress, top: int = 10) -> tuple[float, int]:
+    """What storing them cost: how many of each item's nearest others are still its nearest.
+
+    Each of the first items that were embedded asks for the others, with its own vectors.
+
+    Returns:
+        The share of the `top` nearest that storing kept, and the number of items.
+    """
+    ids = [id for some, _ in progress.sample for id in some]
+    before = torch.cat([vectors for _, vectors in progress.sample])
+    after = store.vectors(store.rows_of(ids))
+    queries = before[:, : store.groups[-1].r_q]
+    top = min(top, len(ids) - 1)
+    if top < 1:
+        return 1.0, len(ids)
+    best = [_nearest(queries, vectors, top) for vectors in (before, after)]
+    kept = (best[0].unsqueeze(2) == best[1].unsqueeze(1)).any(dim=2)
+    return kept.float().mean().item(), len(ids)
+
+
+def _nearest(
+    queries: Float[Tensor, "N Rq D"], candidates: Float[Tensor, "N R D"], top: int
+) -> Tensor:
+    return maxsim(queries, candidates).fill_diagonal_(-torch.inf).topk(top, dim=1).indices
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's rank and the number of ranks; (0, 1) outside torch.distributed."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+@contextmanager
+def ranks() -> Iterator[tuple[int, int]]:
+    """The ranks that torchrun started, if it did, able to talk to each other; this one's number."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield 0, 1
+        return
+    # What is sent is on the CPU: embeddings on their way to the disk.
+    dist.init_process_group("gloo")
+    try:
+        yield rank_and_world()
+    finally:
+        dist.destroy_process_group()

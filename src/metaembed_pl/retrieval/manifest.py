@@ -1,0 +1,128 @@
+"""The manifest of a store: what it holds, and how much of each of its files counts.
+
+The files of a store only ever grow. A change appends to them, and then replaces the manifest, in
+one step, by one that counts the new bytes as well: so whatever happens before that step did not
+happen, and a reader of the older manifest goes on reading what it read.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from metaembed_pl.budget import Budget, parse_groups
+from metaembed_pl.errors import UserError
+from metaembed_pl.files import new_file
+
+FORMAT = 1
+MANIFEST_FILE = "manifest.json"
+DTYPES = ("bf16", "fp16", "int8")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """One generation of a store.
+
+    Args:
+        identity: of the model whose meta embeddings these are (`MetaEmbedder.identity`).
+        groups: the model's nested groups.
+        width: of a stored vector.
+        dtype: of a stored vector's components.
+        generation: counts the changes.
+        data: the folder that holds the files; compaction begins a new one.
+        num_rows: items that were ever added to it.
+        num_deleted: how many of these were deleted or replaced since.
+        rows_bytes: of the file of ids and metadata.
+    """
+
+    identity: str
+    groups: tuple[Budget, ...]
+    width: int
+    dtype: str
+    generation: int = 0
+    data: str = "data-0000"
+    num_rows: int = 0
+    num_deleted: int = 0
+    rows_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if field.type in (int, "int") and not (whole and value >= (field.name == "width")):
+                raise UserError(f"a store's {field.name} cannot be {value!r}")
+        if self.dtype not in DTYPES:
+            raise UserError(f"a store's dtype is one of {', '.join(DTYPES)}; got {self.dtype!r}")
+        # A name from a file is joined to a folder: it must not lead out of it.
+        if not isinstance(self.data, str) or Path(self.data).name != self.data:
+            raise UserError(f"a store's data cannot be {self.data!r}")
+        if not isinstance(self.identity, str) or not self.identity:
+            raise UserError(f"a store's identity cannot be {self.identity!r}")
+
+    @property
+    def num_slots(self) -> int:
+        """Vectors of an item."""
+        return self.groups[-1].r_c
+
+    @property
+    def num_items(self) -> int:
+        """Items that are there to be found."""
+        return self.num_rows - self.num_deleted
+
+    def write(self, folder: Path) -> None:
+        """Make this the manifest of a store, in one step, on disk when this returns."""
+        text = json.dumps(self._to_json(), indent=2) + "\n"
+        with new_file(folder / MANIFEST_FILE) as temporary, temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        sync_folder(folder)
+
+    def _to_json(self) -> dict[str, Any]:
+        value = {"format": FORMAT, **asdict(self), "groups": [str(group) for group in self.groups]}
+        return value | {"checksum": _checksum(value)}
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest":
+        """The manifest of a store.
+
+        Raises:
+            UserError: there is no store, or its manifest was damaged or edited.
+        """
+        file = folder / MANIFEST_FILE
+        try:
+            value: Any = json.loads(file.read_bytes())
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise UserError(
+                f"{folder} is not a store: it has no {MANIFEST_FILE}; make one with `embed`"
+            ) from error
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"{file} cannot be read: {error}") from error
+        if not isinstance(value, dict) or value.pop("format", None) != FORMAT:
+            raise UserError(f"{file} is not a store's manifest of format {FORMAT}")
+        checksum = value.pop("checksum", None)
+        if checksum != _checksum({"format": FORMAT, **value}):
+            raise UserError(
+                f"{file} was edited or damaged: its checksum is {checksum!r:.24}..., its content's "
+                "another; bring back a copy of it, or embed the items again"
+            )
+        try:
+            value["groups"] = parse_groups(value["groups"])
+            return cls(**value)
+        except (KeyError, TypeError, UserError) as error:
+            raise UserError(f"{file} is malformed: {error}") from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until a folder's names are on disk: a renamed file is not safe before."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _checksum(value: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,150 @@
+"""The vectors of a store on disk: one file for each nested group of slots, mapped into memory.
+
+A search that spends r_c vectors a candidate reads the files of the first r_c slots and no more:
+
+    >>> spans([Budget(1, 1), Budget(2, 4), Budget(4, 8), Budget(8, 16), Budget(16, 64)])
+    [(0, 1), (1, 4), (4, 8), (8, 16), (16, 64)]
+
+N: items    n: items read at a time    S: slots of a file    R: slots in all    D: width
+"""
+
+import itertools
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Integer, Shaped
+from torch import Tensor
+
+from metaembed_pl.budget import Budget
+from metaembed_pl.errors import UserError
+from metaembed_pl.retrieval.manifest import Manifest
+
+TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
+
+
+class Plane(NamedTuple):
+    """The vectors of some slots: of every item, from `first` on."""
+
+    first: int
+    vectors: Shaped[Tensor, "N S D"]
+    scales: Float[Tensor, "N S 1"] | None
+
+    def read(
+        self, rows: slice | Integer[Tensor, " n"], dtype: torch.dtype, device: torch.device
+    ) -> Float[Tensor, "n S D"]:
+        """The vectors of some items, as the arithmetic wants them."""
+        block = self.vectors[rows].to(device=device, dtype=dtype)
+        return block if self.scales is None else block * self.scales[rows].to(device, dtype)
+
+
+def spans(groups: Sequence[Budget]) -> list[tuple[int, int]]:
+    """First slot and end of each file."""
+    counts = sorted({group.r_c for group in groups})
+    return list(itertools.pairwise([0, *counts]))
+
+
+def vector_bytes(manifest: Manifest) -> int:
+    """Bytes of a stored vector, its scale included."""
+    size = TORCH_DTYPES[manifest.dtype].itemsize * manifest.width
+    return size + 4 if manifest.dtype == "int8" else size
+
+
+def append_vectors(folder: Path, manifest: Manifest, embeddings: Float[Tensor, "N R D"]) -> None:
+    """Write the vectors of new items after those that the manifest counts."""
+    for first, end in spans(manifest.groups):
+        vectors, scales = quantized(embeddings[:, first:end].cpu(), manifest.dtype)
+        _append(_file(folder, first, end, manifest.dtype), vectors, manifest.num_rows)
+        if scales is not None:
+            _append(_file(folder, first, end, "scale"), scales, manifest.num_rows)
+
+
+def copy_vectors(
+    folder: Path, manifest: Manifest, planes: Sequence[Plane], rows: Integer[Tensor, " n"]
+) -> None:
+    """Write stored vectors of another folder, as they are, after those that the manifest counts."""
+    for plane, (first, end) in zip(planes, spans(manifest.groups), strict=True):
+        vectors = plane.vectors[rows]
+        _append(_file(folder, first, end, manifest.dtype), vectors, manifest.num_rows)
+        if plane.scales is not None:
+            _append(_file(folder, first, end, "scale"), plane.scales[rows], manifest.num_rows)
+
+
+def append_bytes(file: Path, content: bytes, start: int) -> None:
+    """Write bytes from `start` on, on disk when this returns; what a killed process left goes."""
+    with file.open("r+b" if file.exists() else "w+b") as opened:
+        opened.truncate(start)
+        opened.seek(start)
+        opened.write(content)
+        opened.flush()
+        os.fsync(opened.fileno())
+
+
+def _append(file: Path, values: Shaped[Tensor, "N S D"], num_rows: int) -> None:
+    values = values.contiguous()
+    row_bytes = values.itemsize * values.shape[1] * values.shape[2]
+    append_bytes(file, values.view(torch.uint8).numpy().tobytes(), num_rows * row_bytes)
+
+
+def quantized(
+    vectors: Float[Tensor, "N S D"], dtype: str
+) -> tuple[Shaped[Tensor, "N S D"], Float[Tensor, "N S 1"] | None]:
+    """Vectors as they are stored; for int8 with what to multiply each of them by."""
+    if dtype != "int8":
+        return vectors.to(TORCH_DTYPES[dtype]), None
+    vectors = vectors.float()
+    scales = vectors.abs().amax(dim=2, keepdim=True).clamp(min=1e-12) / 127
+    return (vectors / scales).round().to(torch.int8), scales
+
+
+def map_planes(folder: Path, manifest: Manifest) -> list[Plane]:
+    """The files of a store's vectors, mapped: nothing is read before it is used.
+
+    Raises:
+        UserError: a file is shorter than the manifest says.
+    """
+    planes = []
+    for first, end in spans(manifest.groups):
+        shape = manifest.num_rows, end - first
+        file = _file(folder, first, end, manifest.dtype)
+        vectors = map_tensor(file, (*shape, manifest.width), TORCH_DTYPES[manifest.dtype])
+        scales = None
+        if manifest.dtype == "int8":
+            scales = map_tensor(_file(folder, first, end, "scale"), (*shape, 1), torch.float32)
+        planes.append(Plane(first, vectors, scales))
+    return planes
+
+
+def map_tensor(file: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A file's first values as a tensor that is read when it is used."""
+    size = dtype.itemsize * int(np.prod(shape))
+    check_size(file, size)
+    if not size:
+        return torch.empty(shape, dtype=dtype)
+    # For reading alone and shared: a store may be larger than the memory, and not ours to write.
+    mapped = np.memmap(file, dtype=np.uint8, mode="r", shape=(size,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that it is not writable: nobody writes
+        return torch.from_numpy(mapped).view(dtype).view(shape)
+
+
+def check_size(file: Path, size: int) -> None:
+    """Refuse a file that is shorter than it should be.
+
+    Raises:
+        UserError: says by how much.
+    """
+    found = file.stat().st_size if file.exists() else 0
+    if found < size:
+        raise UserError(
+            f"{file} has {found:,} bytes, its store's manifest counts {size:,}: "
+            "it was cut off or lost; bring back a copy of it, or embed the items again"
+        )
+
+
+def _file(folder: Path, first: int, end: int, suffix: str) -> Path:
+    return folder / f"slots-{first:03d}-{end - 1:03d}.{suffix}"

@@ -1,0 +1,100 @@
+"""Ids, metadata and previews of a store's items: an Arrow stream that grows by a batch a change.
+
+Metadata are kept as JSON text: items of one store may say different things about themselves.
+
+n: some rows
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from jaxtyping import Integer
+from torch import Tensor
+
+from metaembed_pl.errors import UserError
+from metaembed_pl.retrieval.manifest import Manifest
+from metaembed_pl.retrieval.planes import append_bytes, check_size
+
+ROWS_FILE = "rows.arrows"
+SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.large_string(), nullable=False),
+        pa.field("metadata", pa.large_string(), nullable=False),
+        pa.field("preview", pa.large_binary()),
+    ]
+)
+
+
+def append_rows(
+    folder: Path,
+    manifest: Manifest,
+    ids: Sequence[str],
+    metadata: Sequence[dict[str, Any] | None],
+    previews: Sequence[bytes | None],
+) -> int:
+    """Write what is known of new items after what the manifest counts.
+
+    Returns:
+        Bytes of the file.
+
+    Raises:
+        UserError: metadata that are not JSON.
+    """
+    texts = [_to_json(id, value) for id, value in zip(ids, metadata, strict=True)]
+    table = pa.table([list(ids), texts, list(previews)], schema=SCHEMA)
+    return _append(folder, manifest, table)
+
+
+def append_table(
+    folder: Path, manifest: Manifest, table: pa.Table, rows: Integer[Tensor, " n"]
+) -> int:
+    """Write some rows of another store, as `append_rows` does."""
+    return _append(folder, manifest, table.take(pa.array(rows.numpy())))
+
+
+def _append(folder: Path, manifest: Manifest, table: pa.Table) -> int:
+    # A stream is its schema and then its batches, one behind the other.
+    batches = table.combine_chunks().to_batches()
+    content = b"".join(bytes(batch.serialize()) for batch in batches)
+    if manifest.rows_bytes == 0:
+        content = bytes(SCHEMA.serialize()) + content
+    append_bytes(folder / ROWS_FILE, content, manifest.rows_bytes)
+    return manifest.rows_bytes + len(content)
+
+
+def map_rows(folder: Path, manifest: Manifest) -> pa.Table:
+    """The rows the manifest counts, mapped: nothing is read before it is used.
+
+    Raises:
+        UserError: the file is cut off, damaged or of another length.
+    """
+    file = folder / ROWS_FILE
+    check_size(file, manifest.rows_bytes)
+    if not manifest.rows_bytes:
+        return SCHEMA.empty_table()
+    try:
+        with pa.memory_map(str(file)) as mapped:
+            content = mapped.read_buffer(manifest.rows_bytes)
+        with pa.ipc.open_stream(content) as stream:
+            table = stream.read_all()
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{file} is damaged: {str(error).splitlines()[0]}") from error
+    if table.schema != SCHEMA or len(table) != manifest.num_rows:
+        raise UserError(
+            f"{file} holds {len(table):,} rows of {', '.join(table.schema.names)}; its store's "
+            f"manifest counts {manifest.num_rows:,} of {', '.join(SCHEMA.names)}"
+        )
+    return table
+
+
+def _to_json(id: str, value: dict[str, Any] | None) -> str:
+    value = value or {}
+    if not isinstance(value, dict):
+        raise UserError(f"item {id!r}: metadata are an object, not {type(value).__name__}")
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"item {id!r}: metadata must be what JSON can hold: {error}") from error

@@ -1,0 +1,84 @@
+"""One generation of a store, mapped for reading: it stays as it was when it was opened.
+
+N: items ever added, the deleted ones too    L: items that are there    Q: queries
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from jaxtyping import Integer
+from torch import Tensor
+
+from metaembed_pl.errors import UserError
+from metaembed_pl.retrieval.manifest import Manifest
+from metaembed_pl.retrieval.planes import Plane, map_planes, map_tensor
+from metaembed_pl.retrieval.rows import map_rows
+
+DELETED_FILE = "deleted.i64"
+ATTEMPTS = 5
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a store's manifest counts.
+
+    Args:
+        manifest: of this generation.
+        planes: the vectors of all places, which are rows of the files.
+        table: ids, metadata and previews of all places.
+        places: of the items that are there, ascending.
+    """
+
+    manifest: Manifest
+    planes: list[Plane]
+    table: pa.Table
+    places: Integer[Tensor, " L"]
+
+    @classmethod
+    def open(cls, folder: Path) -> "Snapshot":
+        """Map the newest generation.
+
+        Raises:
+            UserError: there is no store, or a part of it is damaged or missing.
+        """
+        for attempt in range(ATTEMPTS):
+            manifest = Manifest.read(folder)
+            try:
+                return cls._map(folder / manifest.data, manifest)
+            except (UserError, OSError):
+                # A compaction may have removed the files meanwhile: then there is a newer manifest.
+                newer = Manifest.read(folder).generation != manifest.generation
+                if not newer or attempt == ATTEMPTS - 1:
+                    raise
+        raise AssertionError("the last attempt returns or raises")
+
+    @classmethod
+    def _map(cls, data: Path, manifest: Manifest) -> "Snapshot":
+        there = np.ones(manifest.num_rows, dtype=bool)
+        deleted = map_tensor(data / DELETED_FILE, (manifest.num_deleted,), torch.int64).numpy()
+        if len(deleted) and not 0 <= deleted.min() <= deleted.max() < manifest.num_rows:
+            raise UserError(f"{data / DELETED_FILE} is damaged: it names rows that are not there")
+        there[deleted] = False
+        places = torch.from_numpy(np.flatnonzero(there))
+        if len(places) != manifest.num_items:
+            raise UserError(f"{data / DELETED_FILE} is damaged: it names a row twice")
+        return cls(manifest, map_planes(data, manifest), map_rows(data, manifest), places)
+
+    @cached_property
+    def ids(self) -> list[str]:
+        """Of the items that are there."""
+        return self.column("id", self.places)
+
+    def column(self, name: str, places: Integer[Tensor, " _"]) -> list:
+        """Values of a column of the table."""
+        column = self.table[name]
+        whole = len(places) == len(column)
+        return (column if whole else column.take(pa.array(places.numpy()))).to_pylist()
+
+    def rows_of(self, places: Integer[Tensor, "..."]) -> Integer[Tensor, "..."]:
+        """Which of the items that are there stand at these places."""
+        return torch.searchsorted(self.places, places.contiguous())
