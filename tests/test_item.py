@@ -42,6 +42,7 @@ def test_a_bare_string_is_a_text():
 
 def test_a_json_item_survives_parsing_and_writing():
     value = {"text": "a", "image": "b.png", "id": "1", "answers": ["1", "2"], "instruction": "c"}
+    value["score"] = 0.0
     assert Item.parse(value).to_json() == value
 
 
@@ -59,6 +60,9 @@ def test_a_json_item_survives_parsing_and_writing():
         ({"text": "a", "answers": [3]}, "must be a string, not int"),
         ({"text": "a", "answers": [None]}, "is empty"),
         ({"text": "a", "instruction": " "}, "an item's instruction is empty"),
+        ({"text": "a", "score": "high"}, "must be a finite number, not 'high'"),
+        ({"text": "a", "score": float("nan")}, "must be a finite number, not nan"),
+        ({"text": "a", "score": True}, "must be a finite number, not True"),
         (["a"], "must be a JSON object, not list"),
     ],
 )

@@ -9,6 +9,7 @@ Everything that makes one valid is checked here, once; the rest of the package t
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,7 +21,7 @@ from PIL import Image
 from metaembed_pl.errors import UserError
 from metaembed_pl.picture import PICTURE_SUFFIXES, open_picture, refuse_special_file
 
-_ITEM_KEYS = ("text", "image", "id", "answers", "instruction")
+_ITEM_KEYS = ("text", "image", "id", "answers", "instruction", "score")
 _PAIR_KEYS = ("id", "asks", "query", "positive", "negatives")
 
 
@@ -35,6 +36,7 @@ class Item:
         answers: ids of all things this candidate answers; empty means itself alone.
         instruction: what to do with it, such as "Find the page that answers:". A model reads it
             before the text; it is no part of what the item is.
+        score: how well a model said it answers its pair's query, where hard negatives were mined.
 
     Raises:
         UserError: neither text nor image, or a value of the wrong type.
@@ -49,6 +51,7 @@ class Item:
     id: str | None = None
     answers: tuple[str, ...] = ()
     instruction: str | None = None
+    score: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("text", "id", "instruction"):
@@ -67,6 +70,9 @@ class Item:
         for answer in self.answers:
             _check_string(answer or "", "each of an item's answers")
         object.__setattr__(self, "answers", tuple(self.answers))
+        is_number = isinstance(self.score, (int, float)) and not isinstance(self.score, bool)
+        if self.score is not None and not (is_number and math.isfinite(self.score)):
+            raise UserError(f"an item's score must be a finite number, not {self.score!r}")
 
     @classmethod
     def parse(cls, value: "str | dict | Item", folder: Path | None = None) -> "Item":
@@ -133,8 +139,8 @@ class Item:
         """The item as JSON holds it, without empty fields; image bytes are left out."""
         image = str(self.image) if isinstance(self.image, Path) else None
         fields = {"text": self.text, "image": image, "id": self.id, "answers": list(self.answers)}
-        fields["instruction"] = self.instruction
-        return {key: value for key, value in fields.items() if value}
+        fields |= {"instruction": self.instruction, "score": self.score}
+        return {key: value for key, value in fields.items() if value or value == 0}
 
     def image_content(self) -> bytes:
         """Return the image's encoded bytes (a PIL image: its mode, size and pixels), or none.

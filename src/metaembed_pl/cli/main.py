@@ -22,6 +22,7 @@ VERBS = {
     "recipes": "list the recipes that come with the package, print one, start your own",
     "check": "would a recipe run, and on what: all faults, parameters, steps, memory",
     "data": "look into shards: counts, distributions, repeats, leaks, a contact sheet",
+    "mine": "hard negatives for shards, found by a trained model",
     "search": "search items by text or picture, at a budget",
     "export": "a run as a folder that loads anywhere, or on the Hugging Face hub",
 }

@@ -1,0 +1,301 @@
+"""`python -m metaembed_pl mine`: hard negatives for shards, found by a trained model.
+
+    python -m metaembed_pl mine --model runs/emoji/model --shards data/emoji/train/emoji_t2i \
+        --out data/emoji_mined --num-negatives 4 --ratio 0.95
+
+New shards with scores, OUT/NAME for each folder of shards, and OUT/report: what was found and left
+out (mined.json), and examples to look at (mined.png). Several processes share the work:
+
+    torchrun --nproc-per-node 8 -m metaembed_pl mine ...
+"""
+
+import argparse
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import redirect_stdout
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from metaembed_pl.errors import UserError
+
+if TYPE_CHECKING:
+    from metaembed_pl.cli.mine_report import MiningReport
+    from metaembed_pl.data.collate import Instructions
+    from metaembed_pl.data.shards import ShardedPairs
+    from metaembed_pl.item import Item, Pair
+    from metaembed_pl.model.embedder import MetaEmbedder
+    from metaembed_pl.retrieval.mining import Corpus, Mined, Miner, Rules
+    from metaembed_pl.retrieval.store import Store
+
+NUM_EXAMPLES = 12
+DIGITS = 6
+"""Of a score that is kept."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags of the verb."""
+    add = parser.add_argument
+    add("--model", type=Path, required=True, metavar="FOLDER", help="such as runs/NAME/model")
+    add("--shards", nargs="+", required=True, metavar="FOLDER", help="pairs to mine for")
+    add("--out", type=Path, required=True, metavar="FOLDER", help="where OUT/NAME and report go")
+    add(
+        "--corpus",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="what to mine from beside the positives of the same shards: folders of shards, of "
+        "pictures, or JSON Lines of items",
+    )
+    add(
+        "--num-negatives",
+        nargs="+",
+        default=["4"],
+        metavar="N",
+        help="hard negatives a query; NAME=N for the shards of that name (default: 4)",
+    )
+    add("--skip-top", type=int, default=0, metavar="N", help="leave out the N best (default: 0)")
+    add(
+        "--margin",
+        type=float,
+        default=0.0,
+        metavar="M",
+        help="leave out what scores above the positive's score less M, in cosines (default: 0)",
+    )
+    add(
+        "--ratio",
+        type=float,
+        default=0.95,
+        metavar="R",
+        help="leave out what scores above R times the positive's score; inf: no limit "
+        "(default: 0.95)",
+    )
+    add("--depth", type=int, default=100, metavar="N", help="candidates ranked (default: 100)")
+    add("--budget", metavar="RQxRC", help="rank all at this budget (default: all vectors)")
+    add("--cascade", metavar="STAGES", help="or in stages, such as 16x1:2000,4x8:100")
+    add("--keep", action="store_true", help="keep the old hard negatives, before the new ones")
+    add("--instruction", metavar="TEXT", help="that the model was trained with, for queries")
+    add("--candidate-instruction", metavar="TEXT", help="likewise for candidates")
+    add("--store", type=Path, metavar="FOLDER", help="keep the embedded corpora here, to use again")
+    add("--batch-size", type=int, default=32, metavar="N", help="items encoded at a time")
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
+    add("--overwrite", action="store_true", help="replace mined shards that are there already")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Mine each folder of shards, and report.
+
+    Raises:
+        UserError: a flag, the model or the shards are not valid.
+    """
+    from metaembed_pl.data.collate import Instructions
+    from metaembed_pl.data.shards import ShardedPairs
+
+    # What costs nothing to check comes first: encoding takes hours.
+    sources = [ShardedPairs(folder) for folder in args.shards]
+    rules = _rules(args, [source.name for source in sources])
+    told = Instructions(args.instruction, args.candidate_instruction)
+    for name in ("depth", "batch_size"):
+        if getattr(args, name) < 1:
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} must be at least 1, got {getattr(args, name)}")
+    if args.budget and args.cascade:
+        raise UserError("give --budget or --cascade, not both")
+    extra = [_read_corpus(path) for path in args.corpus]
+    for source in sources:
+        _check_new(args.out / source.name, args.overwrite)
+    with redirect_stdout(sys.stderr):
+        reports = _mine_all(args, sources, rules, extra, told)
+    for report in reports:
+        print(report.line())
+    if reports:
+        print(f"report: {args.out / 'report'}")
+
+
+def _rules(args: argparse.Namespace, names: list[str]) -> "dict[str, Rules]":
+    from metaembed_pl.retrieval.mining import Rules
+
+    if len(set(names)) < len(names):
+        raise UserError(f"the names of the shards must differ, got {', '.join(names)}")
+    counts = dict.fromkeys(names, 4)
+    for given in args.num_negatives:
+        name, _, number = given.rpartition("=")
+        if not number.isdecimal() or (name and name not in counts):
+            raise UserError(
+                f"--num-negatives takes a number, or NAME=N with one of {', '.join(names)}; got "
+                f"{given!r}"
+            )
+        counts |= dict.fromkeys([name] if name else names, int(number))
+    limits = args.skip_top, args.margin, args.ratio
+    return {name: Rules(count, *limits) for name, count in counts.items()}
+
+
+def _read_corpus(path: str) -> "Sequence[Item] | ShardedPairs":
+    from metaembed_pl.data.remote import is_remote
+    from metaembed_pl.data.shards import ShardedPairs
+    from metaembed_pl.item import read_items
+
+    if is_remote(path) or any(Path(path).glob("*.tar")):
+        return ShardedPairs(path)
+    return read_items(Path(path))
+
+
+def _check_new(folder: Path, overwrite: bool) -> None:
+    if folder.exists() and not overwrite:
+        raise UserError(f"{folder} exists already: choose another --out, or --overwrite")
+
+
+def _mine_all(
+    args: argparse.Namespace,
+    sources: "list[ShardedPairs]",
+    rules: "dict[str, Rules]",
+    extra: "list[Sequence[Item] | ShardedPairs]",
+    told: "Instructions",
+) -> "list[MiningReport]":
+    """Reports of all sources, on rank 0."""
+    from transformers.utils import logging
+
+    from metaembed_pl.budget import check_budget
+    from metaembed_pl.cli.mine_report import MiningReport, save_report
+    from metaembed_pl.cli.search import _device
+    from metaembed_pl.model.embedder import MetaEmbedder
+    from metaembed_pl.retrieval.cascade import parse_cascade
+    from metaembed_pl.retrieval.embedding import ranks
+    from metaembed_pl.retrieval.mining import Corpus, Miner
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    # The place is the same for all processes, and for a run that goes on after it was killed.
+    stores = args.store or args.out.with_name(f".{args.out.name}.stores")
+    with ranks() as (rank, _):
+        model = MetaEmbedder.from_pretrained(args.model, _device(args.device))
+        if args.cascade:
+            parse_cascade(args.cascade, model.groups)
+        else:
+            check_budget(args.budget or model.groups[-1], model.groups)
+        reports = []
+        for pairs in sources:
+            corpus = Corpus([pairs, *extra], told)
+            store = _embedded(model, stores / pairs.name, corpus, args.batch_size)
+            miner = Miner(
+                model,
+                store,
+                corpus,
+                pairs,
+                rules[pairs.name],
+                budget=args.budget,
+                cascade=args.cascade,
+                depth=args.depth,
+                instructions=told,
+            )
+            results = _results(miner, pairs, args.batch_size)
+            if rank == 0:
+                report = MiningReport(pairs, corpus, -(-NUM_EXAMPLES // len(sources)))
+                _write(args, pairs, corpus, rules[pairs.name], report, results)
+                reports.append(report)
+            else:
+                assert not list(results), "rank 0 alone is given what was found"
+        if rank == 0:
+            save_report(args.out / "report", reports)
+            if args.store is None:
+                shutil.rmtree(stores)
+        return reports
+
+
+def _embedded(model: "MetaEmbedder", folder: Path, corpus: "Corpus", batch_size: int) -> "Store":
+    """The store of a corpus, embedded by all processes as far as it is not there yet."""
+    from metaembed_pl.retrieval.embedding import embed, open_for, rank_and_world
+    from metaembed_pl.retrieval.store import Store
+
+    if rank_and_world()[0] == 0:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        open_for(model, folder)
+    _meet()
+    steps = embed(
+        Store.open(folder), model, corpus.entries(), batch_size, skip_bad=True, previews=False
+    )
+    for progress in _shown(steps, f"embedding {folder.name}", len(corpus), lambda p: p.seen):
+        skipped = progress.skipped
+    if skipped:
+        print(f"{len(skipped)} candidates cannot be read, the first: {skipped[0]}", file=sys.stderr)
+    _meet()
+    return Store.open(folder)
+
+
+def _results(
+    miner: "Miner", pairs: "ShardedPairs", batch_size: int
+) -> "Iterator[tuple[int, Mined | str]]":
+    """What was found for each pair, in order, on rank 0; each process mines its share."""
+    import torch.distributed as dist
+
+    from metaembed_pl.retrieval.embedding import rank_and_world
+
+    rank, world = rank_and_world()
+    starts = range(0, len(pairs), world * batch_size)
+    for start in _shown(starts, f"mining {pairs.name}", len(pairs), lambda start: start):
+        first = min(start + rank * batch_size, len(pairs))
+        numbers = range(first, min(first + batch_size, len(pairs)))
+        found: Any = list(zip(numbers, miner.mine(numbers), strict=True))
+        if world > 1:
+            parts: list[Any] | None = None if rank else [None] * world
+            dist.gather_object(found, parts)
+            found = [result for part in parts or [] for result in part]
+        yield from found
+
+
+def _meet() -> None:
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+
+
+def _write(
+    args: argparse.Namespace,
+    pairs: "ShardedPairs",
+    corpus: "Corpus",
+    rules: "Rules",
+    report: "MiningReport",
+    results: "Iterator[tuple[int, Mined | str]]",
+) -> None:
+    from metaembed_pl.data.shards import ShardWriter
+
+    manifest = pairs.manifest
+    described = {key: manifest.get(key, "") for key in ("licence", "attribution", "source", "note")}
+    mined = asdict(rules) | {"model": str(args.model), "corpus": args.corpus, "keep": args.keep}
+    settings = {**manifest.get("settings", {}), "mined": mined}
+    folder = args.out / pairs.name
+    with ShardWriter(
+        folder, pairs.name, settings=settings, overwrite=args.overwrite, **described
+    ) as writer:
+        for i, result in results:
+            report.note(i, result)
+            if not isinstance(result, str):
+                writer.write(_with_negatives(pairs[i], result, corpus, args.keep))
+
+
+def _with_negatives(pair: "Pair", mined: "Mined", corpus: "Corpus", keep: bool) -> "Pair":
+    # Rounded, so that the last bits, which depend on the machine, make no other shards.
+    negatives = tuple(replace(corpus[row], score=round(s, DIGITS)) for row, s in mined.negatives)
+    old = pair.negatives if keep else ()
+    positive = replace(pair.positive, score=round(mined.own, DIGITS))
+    return replace(pair, positive=positive, negatives=(*old, *negatives))
+
+
+def _shown(
+    steps: Iterable[Any], what: str, total: int, done: Callable[[Any], int]
+) -> Iterator[Any]:
+    """The same steps, with a progress bar in a terminal."""
+    if not sys.stderr.isatty():
+        yield from steps
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        for step in steps:
+            bar.update(task, completed=done(step))
+            yield step

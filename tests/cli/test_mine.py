@@ -1,0 +1,125 @@
+"""`mine` as a user runs it."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+import tiny
+from metaembed_pl.cli.main import main
+from metaembed_pl.data.shards import ShardedPairs
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("mine")
+    tiny.embedder().save_pretrained(root / "model")
+    tiny.shards(root / "a", 23, num_negatives=1)
+    tiny.shards(root / "b", 11, num_negatives=1, first=100)
+    return root
+
+
+def arguments(root, out, *more):
+    given = ["--model", root / "model", "--shards", root / "a", root / "b", "--out", out]
+    given += ["--ratio", "inf", "--batch-size", "4", *more]
+    return ["mine", *map(str, given)]
+
+
+@pytest.fixture(scope="module")
+def mined(root):
+    assert (
+        main(arguments(root, root / "mined", "--num-negatives", "3", "b=2", "--skip-top", "1")) == 0
+    )
+    return root / "mined"
+
+
+def digests(folder):
+    return {
+        path.relative_to(folder): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*.tar"))
+    }
+
+
+def test_new_shards_stand_beside_the_old_with_their_scores(root, mined):
+    for name, num in (("a", 3), ("b", 2)):
+        old, new = ShardedPairs(root / name), ShardedPairs(mined / name)
+        assert [pair.id for pair in new] == [pair.id for pair in old]
+        assert new.manifest["settings"]["mined"]["num"] == num
+        for before, after in zip(old, new, strict=True):
+            scores = [negative.score for negative in after.negatives]
+            assert scores == sorted(scores, reverse=True)
+            assert max(scores, default=-1) <= after.positive.score
+            assert len(scores) <= num
+            ids = {negative.id for negative in after.negatives}
+            assert before.positive.id not in ids
+            assert after.positive.image == before.positive.image
+    assert not list(root.glob(".*.stores"))
+
+
+def test_the_report_has_numbers_and_a_picture(mined):
+    found = json.loads((mined / "report" / "mined.json").read_text())
+    assert found["a"]["num_pairs"] == 23
+    assert sum(found["a"]["num_negatives"].values()) == 23
+    assert found["a"]["passed_over"]["known answers"] >= 1
+    assert found["b"]["num_candidates"] == 11
+    with Image.open(mined / "report" / "mined.png") as sheet:
+        assert sheet.height > 12 * 150
+
+
+def test_a_second_run_writes_the_same_bytes_and_two_processes_too(root, mined, tmp_path):
+    more = ["--num-negatives", "3", "b=2", "--skip-top", "1"]
+    assert main(arguments(root, tmp_path / "again", *more, "--store", tmp_path / "kept")) == 0
+    assert digests(tmp_path / "again") == digests(mined)
+    assert (tmp_path / "kept" / "a" / "manifest.json").exists()
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*run, "-m", "metaembed_pl", *arguments(root, tmp_path / "two", *more)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("report: ") == 1
+    assert digests(tmp_path / "two") == digests(mined)
+
+
+def test_old_negatives_are_kept_when_asked_and_more_may_be_mined_from(root, tmp_path, capsys):
+    (tmp_path / "more.jsonl").write_text("".join(f'"{tiny.text(i)}"\n' for i in range(30, 40)))
+    corpus = tmp_path / "more.jsonl"
+    given = arguments(root, tmp_path / "out", "--keep", "--num-negatives", "20", "--corpus", corpus)
+    assert main(given) == 0
+    assert "b: " in capsys.readouterr().out
+    pairs = ShardedPairs(tmp_path / "out" / "b")
+    assert pairs[0].negatives[0] == ShardedPairs(root / "b")[0].negatives[0]
+    assert any(negative.text for pair in pairs for negative in pair.negatives)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--num-negatives", "many"], r"NAME=N with one of a, b; got 'many'"),
+        (["--num-negatives", "4", "c=2"], "got 'c=2'"),
+        (["--depth", "0"], "--depth must be at least 1, got 0"),
+        (["--margin", "-1"], "margin must be at least 0.0, got -1.0"),
+        (["--budget", "1x1", "--cascade", "1x1:5"], "--budget or --cascade, not both"),
+        (["--budget", "3x3"], "budget 3x3: the model was not trained at 3"),
+        (["--shards", "{root}/a", "{root}/a"], "names of the shards must differ, got a, a"),
+        (["--corpus", "{root}/nowhere.jsonl"], "cannot read {root}/nowhere.jsonl"),
+    ],
+)
+def test_says_what_is_wrong_in_one_line(root, tmp_path, capsys, more, message):
+    more = [argument.format(root=root) for argument in more]
+    assert main(arguments(root, tmp_path / "out", *more)) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert message.format(root=root) in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_refuses_to_write_over_what_is_there(root, mined, capsys):
+    assert main(arguments(root, mined)) == 2
+    assert "mined/a exists already" in capsys.readouterr().err
