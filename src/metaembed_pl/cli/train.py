@@ -11,12 +11,10 @@ import argparse
 import difflib
 import logging
 import os
-import pickle
 import re
 import sys
 import warnings
 from dataclasses import dataclass, fields
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,18 +23,29 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from transformers.utils import logging as transformers_logging
 
+from metaembed_pl.cli.failures import told_in_one_line
 from metaembed_pl.cli.recipe_path import with_recipes_found
 from metaembed_pl.data.datamodule import EvalSource, RetrievalDataModule, TrainSource
 from metaembed_pl.errors import UserError
 from metaembed_pl.evaluation.report import write_report
 from metaembed_pl.evaluation.result import DatasetResult
 from metaembed_pl.files import write_text
-from metaembed_pl.training.callbacks import DrawnPairs, ProgressBar, ProgressLines, Speed
+from metaembed_pl.training.callbacks import (
+    DrawnPairs,
+    ProgressBar,
+    ProgressLines,
+    Speed,
+    TellsWatch,
+)
+from metaembed_pl.training.checkpoints import WholeFiles
 from metaembed_pl.training.module import MetaEmbedModule
 from metaembed_pl.training.muon import computes_in_bf16
+from metaembed_pl.training.out_of_memory import OutOfMemory
 from metaembed_pl.training.tracking import MLflowRun, mlflow_missing
+from metaembed_pl.training.watchdog import Watch
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +73,9 @@ class RunConfig:
         name: the run's folder below `folder`, and its name in MLflow.
         folder: where all runs are.
         checkpoint_every_n_steps: how often `checkpoints/last.ckpt` is written.
+        stall_timeout_s: a rank on which nothing moves for longer says where it is and ends; 0:
+            never. Above the longest batch, validation and writing of a checkpoint; below the half
+            hour after which torch.distributed gives up by itself.
         overwrite: start anew although a run of this name exists.
         mlflow_uri: where MLflow keeps its records.
         experiment: the MLflow experiment.
@@ -72,6 +84,7 @@ class RunConfig:
     name: str
     folder: str = "runs"
     checkpoint_every_n_steps: int = 200
+    stall_timeout_s: float = 900
     overwrite: bool = False
     mlflow_uri: str = "sqlite:///mlflow.db"
     experiment: str = "metaembed"
@@ -124,9 +137,15 @@ class KeepConfig(SaveConfigCallback):
 
 
 class RecipeCLI(LightningCLI):
-    """Adds what every run has: its folder, checkpoints, progress, tracking and the report."""
+    """Adds what every run has: its folder, checkpoints, progress, tracking and the report.
 
-    def __init__(self, argv: list[str]):
+    Args:
+        argv: the command line.
+        watch: ends this process if nothing moves.
+    """
+
+    def __init__(self, argv: list[str], watch: Watch):
+        self._watch = watch
         super().__init__(
             MetaEmbedModule,
             RetrievalDataModule,
@@ -179,14 +198,22 @@ class RecipeCLI(LightningCLI):
         if not sys.stderr.isatty():
             kwargs["enable_progress_bar"] = False
         kwargs["enable_model_summary"] = False
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeFiles()
+        return trainer
 
     def _callbacks(self, config: Any) -> list[Callback]:
+        watches: list[Callback] = [TellsWatch(self._watch, self.run.stall_timeout_s)]
+        if self.subcommand != "fit":
+            return watches
         speed = Speed()
         every = config.get("log_every_n_steps") or 50
         shown = ProgressBar(speed) if sys.stderr.isatty() else ProgressLines(speed, every)
-        if self.subcommand != "fit" or config.get("fast_dev_run"):
-            return [shown] if self.subcommand == "fit" else []
+        strategy = config.get("strategy")
+        watches.append(OutOfMemory(strategy if isinstance(strategy, str) else "ddp"))
+        if config.get("fast_dev_run"):
+            return [*watches, shown]
         common = {
             "dirpath": self.run.last_checkpoint.parent,
             "auto_insert_metric_name": False,
@@ -196,7 +223,7 @@ class RecipeCLI(LightningCLI):
         last = ModelCheckpoint(
             filename="last", every_n_train_steps=self.run.checkpoint_every_n_steps, **common
         )
-        callbacks = [speed, shown, best, last, DrawnPairs()]
+        callbacks = [*watches, speed, shown, best, last, DrawnPairs()]
         if config.get("logger") is not False:
             callbacks.append(LearningRateMonitor("step"))
         return callbacks
@@ -220,7 +247,7 @@ class RecipeCLI(LightningCLI):
         dry = self.trainer.fast_dev_run  # pyright: ignore[reportAttributeAccessIssue]
         if dry or self.trainer.interrupted:
             return
-        self.trainer.save_checkpoint(self.run.last_checkpoint)
+        self.trainer.save_checkpoint(self.run.last_checkpoint, weights_only=False)
         if self.trainer.is_global_zero:
             self.model.embedder.save_pretrained(self.run.path / "model", overwrite=True)
             log.info("model folder: %s", self.run.path / "model")
@@ -270,16 +297,5 @@ def run(argv: list[str]) -> None:
     transformers_logging.disable_progress_bar()
     for harmless in QUIET:
         warnings.filterwarnings("ignore", message=harmless)
-    try:
-        RecipeCLI(with_recipes_found(argv))
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{_checkpoint_in(argv)}: not a checkpoint of this package: it is broken or holds "
-            "Python objects, which could run code when loaded; give a .ckpt that `fit` wrote"
-        ) from error
-
-
-def _checkpoint_in(argv: list[str]) -> str:
-    return next(
-        (a.partition("=")[2] or b for a, b in pairwise([*argv, ""]) if "ckpt_path" in a), ""
-    )
+    with Watch() as watch, told_in_one_line(watch, argv):
+        RecipeCLI(with_recipes_found(argv), watch)

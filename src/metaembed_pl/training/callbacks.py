@@ -1,4 +1,7 @@
-"""What a run shows while it trains: a progress bar in a terminal, plain lines in a pipe."""
+"""What a run shows while it trains: a progress bar in a terminal, plain lines in a pipe.
+
+And what it tells the watchdog, which shows it when nothing moves any more.
+"""
 
 import logging
 import time
@@ -8,10 +11,13 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import RichProgressBar
 
-from metaembed_pl.data.collate import TrainBatch
+from metaembed_pl.data.collate import EvalBatch, TrainBatch
 from metaembed_pl.data.datamodule import RetrievalDataModule
+from metaembed_pl.training.watchdog import Watch
 
 log = logging.getLogger(__name__)
+
+NUM_KEYS = 5  # of a batch's pairs, as messages name them
 
 
 class Speed(pl.Callback):
@@ -130,3 +136,103 @@ class ProgressLines(pl.Callback):
         value = trainer.callback_metrics.get("val/headline")
         if value is not None and not trainer.sanity_checking and trainer.is_global_zero:
             log.info("validated at step %d: val/headline %.3f", trainer.global_step, float(value))
+
+
+class TellsWatch(pl.Callback):
+    """Tells the watch of this rank each thing that the trainer begins.
+
+    Args:
+        watch: see `Watch`.
+        stall_timeout_s: nothing may stand still for longer, from the end of set-up on.
+    """
+
+    def __init__(self, watch: Watch, stall_timeout_s: float):
+        self._watch = watch
+        watch.timeout_s = stall_timeout_s
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """The rank is known now; loading weights may take its time."""
+        self._watch.rank = f"rank {trainer.global_rank} of {trainer.world_size}"
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """What rank 0 writes alone at the end may take its time."""
+        self._watch.rest()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The first batch is waited for."""
+        self._watch.note("training, before its first batch")
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: TrainBatch, batch_idx: int
+    ) -> None:
+        """A training batch is there."""
+        self._watch.note(f"training step {batch.step}, {_named(batch)}")
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, *_: Any) -> None:
+        """The gradients are there."""
+        self._watch.note(f"{self._watch.doing}, with its gradients")
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: TrainBatch,
+        batch_idx: int,
+    ) -> None:
+        """The next batch is waited for."""
+        self._watch.note(f"training, after step {batch.step}, {_named(batch)}")
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """A checkpoint is about to be written; that of the end may take its time."""
+        if not self._watch.rests:
+            self._watch.note(f"writing the checkpoint of step {trainer.global_step}")
+
+    def on_validation_batch_start(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        batch: EvalBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """A validation batch is there."""
+        self._evaluates("validation", batch, batch_idx)
+
+    def on_test_batch_start(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        batch: EvalBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """A test batch is there."""
+        self._evaluates("test", batch, batch_idx)
+
+    def on_predict_batch_start(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        batch: EvalBatch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """A batch to embed is there."""
+        self._evaluates("embedding", batch, batch_idx)
+
+    def _evaluates(self, what: str, batch: EvalBatch, number: int) -> None:
+        # Not the items' numbers: they may be on a GPU, and this thread must not wait for it.
+        self._watch.note(f"{what}, batch {number} of {batch.dataset}, {batch.side}")
+
+
+def _named(batch: TrainBatch) -> str:
+    """The source and the first pairs of a batch.
+
+    >>> _named(TrainBatch("pets", 3, ["a", "b"], {}, {}, 0, *[None] * 3))
+    'source pets, pairs a, b'
+    """
+    more = ", ..." if len(batch.keys) > NUM_KEYS else ""
+    return f"source {batch.source}, pairs {', '.join(batch.keys[:NUM_KEYS])}{more}"

@@ -1,4 +1,4 @@
-"""What a training checkpoint holds, and how it is written.
+"""What a training checkpoint holds, and how it is written: whole or not at all.
 
 It holds what training changes: trained weights, buffers, and beside them the optimiser and the
 place in the plan. Frozen weights are left out (15 GB of a 7B model): they are read again from the
@@ -6,15 +6,57 @@ base model, which is made sure to be the same one. Frozen weights that cannot be
 they were drawn at random or changed by `lora.init: pissa`, stay in.
 """
 
+import os
+from pathlib import Path
 from typing import Any
 
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 
 from metaembed_pl.errors import UserError
+from metaembed_pl.files import new_file
 from metaembed_pl.model.lora import changed_weights
 from metaembed_pl.model.weights import refuse_faults
 
 BASE = "base_fingerprint"
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Writes a checkpoint beside its place, and then gives it its name.
+
+    Lightning's own form writes into the machine's temporary folder: where that is another disk than
+    the run's, the last step is a copy, and a kill in the middle leaves half a checkpoint.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        """Writes the file; if it cannot, what had its name before is as it was.
+
+        Raises:
+            UserError: the disk is full, or the file cannot be written for another reason.
+        """
+        path = Path(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with new_file(path) as temporary, temporary.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except (OSError, RuntimeError) as error:
+            reason = _disk_error(error) or error
+            raise UserError(
+                f"{path} could not be written: {str(reason).splitlines()[0]}; what had this name "
+                "before is as it was: make room, then go on from it with --ckpt_path last"
+            ) from error
+
+
+def _disk_error(error: BaseException | None) -> OSError | None:
+    """What the disk said: torch hides it behind an error of its own zip writer."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def leave_out_frozen(module: nn.Module, checkpoint: dict[str, Any], base: str | None) -> None:

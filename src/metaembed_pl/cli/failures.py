@@ -1,0 +1,71 @@
+"""What ends a run by no fault of its recipe, told in one line: memory, disks, other ranks."""
+
+import errno
+import pickle
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+
+from torch.distributed import DistError
+
+from metaembed_pl.errors import UserError
+from metaembed_pl.training.out_of_memory import is_out_of_memory
+from metaembed_pl.training.watchdog import Watch
+
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# How gloo, in a plain RuntimeError, says that the process at the other end is gone.
+PEER_IS_GONE = re.compile(r"Connection (closed|reset) by peer|Broken pipe|Socket closed")
+BROKEN_ZIP = "PytorchStreamReader"
+
+
+@contextmanager
+def told_in_one_line(watch: Watch, argv: list[str]) -> Iterator[None]:
+    """Turns errors that the user can do something about into `UserError`s.
+
+    Args:
+        watch: knows what was going on.
+        argv: the command line.
+
+    Raises:
+        UserError: out of memory, full disk, a rank that is gone, an unreadable checkpoint.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        told = _told(error, watch, argv)
+        if told is None:
+            raise
+        raise UserError(told) from error
+
+
+def _told(error: Exception, watch: Watch, argv: list[str]) -> str | None:
+    first = next(iter(str(error).splitlines()), type(error).__name__)
+    if is_out_of_memory(error):
+        return f"out of memory: {' '.join([first, *getattr(error, '__notes__', [])])}"
+    if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
+        return f"{first}: make room, then go on with --ckpt_path last"
+    if isinstance(error, DistError) or (
+        isinstance(error, RuntimeError) and PEER_IS_GONE.search(str(error))
+    ):
+        first = first.partition(". This is typically")[0]  # gloo goes on to wish good luck
+        return (
+            f"{watch.where}: the connection to other ranks failed ({first}): if one has ended or "
+            "was killed, what it said last tells why; go on with --ckpt_path last"
+        )
+    checkpoint = _checkpoint_in(argv)
+    is_broken = isinstance(error, pickle.UnpicklingError | EOFError) or BROKEN_ZIP in first
+    if checkpoint and is_broken:
+        return (
+            f"{checkpoint}: not a checkpoint of this package: it is broken or holds "
+            "Python objects, which could run code when loaded; give a .ckpt that `fit` wrote"
+        )
+    return None
+
+
+def _checkpoint_in(argv: list[str]) -> str:
+    return next(
+        (a.partition("=")[2] or b for a, b in pairwise([*argv, ""]) if "ckpt_path" in a), ""
+    )

@@ -1,0 +1,117 @@
+"""Out of memory in a step: what the step was, what it was estimated at, and which keys to lower."""
+
+import os
+from dataclasses import asdict
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from metaembed_pl.data.collate import TrainBatch
+from metaembed_pl.model.embedder import MetaEmbedder
+from metaembed_pl.training.activations import Rows
+from metaembed_pl.training.fitting import would_fit
+from metaembed_pl.training.memory import GIB, Running, Step, estimate
+
+CPU_WORDS = "DefaultCPUAllocator: "  # how torch's CPU allocator begins its RuntimeError
+LOWERED = 0.8
+"""Where a step was estimated to fit and did not, advice aims this far below the estimate."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch, on a GPU or a CPU, or Python could not get the memory it asked for."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and CPU_WORDS in str(error)
+    )
+
+
+class OutOfMemory(pl.Callback):
+    """Adds advice to an error of memory, as a note that the command line shows.
+
+    Args:
+        strategy: the recipe's name of it.
+    """
+
+    def __init__(self, strategy: str):
+        self._strategy = strategy
+        self._batch: TrainBatch | None = None
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: TrainBatch, batch_idx: int
+    ) -> None:
+        """The batch that may be too large."""
+        self._batch = batch
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """It was not."""
+        self._batch = None
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Adds the advice."""
+        if self._batch is None or not is_out_of_memory(exception):
+            return
+        backbone = pl_module.backbone_config
+        running = Running(
+            num_gpus=trainer.world_size,
+            strategy=self._strategy,
+            precision=str(trainer.precision),
+            is_checkpointed=backbone.gradient_checkpointing,
+            has_mask=backbone.attention != "flash_attention_2",
+            on_gpu=pl_module.device.type == "cuda",
+            is_quantized=backbone.quantization is not None,
+        )
+        step = step_of(self._batch, pl_module.embedder, pl_module.loss.both_directions)
+        told = advice(pl_module.embedder, step, running, limit_bytes(pl_module.device))
+        exception.add_note(
+            f"step {self._batch.step} of source {self._batch.source}, {step.num_pairs} pairs a "
+            f"rank, rows of {step.query.num_tokens} and {step.candidate.num_tokens} tokens: {told}"
+        )
+
+
+def step_of(batch: TrainBatch, model: MetaEmbedder, both_directions: bool) -> Step:
+    """What a batch makes a rank compute."""
+    vision: Any = model.backbone.config.vision_config
+    return Step(
+        num_pairs=len(batch.keys),
+        num_negatives=batch.num_negatives,
+        query=_row(batch.queries, vision.patch_size),
+        candidate=_row(batch.candidates, vision.patch_size),
+        both_directions=both_directions,
+    )
+
+
+def _row(inputs: dict[str, Tensor], patch_size: int) -> Rows:
+    """The mean row of a batch; all have the tokens of the longest."""
+    count, num_tokens = inputs["input_ids"].shape
+    pixels = inputs.get("pixel_values")
+    if pixels is None:
+        return Rows(1, num_tokens)
+    # Patches that are cut already, or whole pictures and tiles.
+    patches = len(pixels) if pixels.dim() == 2 else pixels.numel() // (3 * patch_size**2)
+    return Rows(1, num_tokens, -(-patches // count), pixels.nbytes // count)
+
+
+def limit_bytes(device: torch.device) -> int:
+    """The memory of a GPU; of a CPU, what this process may have."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    import resource  # not on Windows
+
+    allowed = resource.getrlimit(resource.RLIMIT_AS)[0]
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return there if allowed == resource.RLIM_INFINITY else min(there, allowed)
+
+
+def advice(model: MetaEmbedder, step: Step, running: Running, limit: int) -> str:
+    """The estimate by part, and the keys to lower, cheapest first."""
+    memory = estimate(model, step, running)
+    parts = sorted(asdict(memory).items(), key=lambda part: -part[1])
+    told = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts if size > GIB / 20)
+    settings = would_fit(model, step, running, min(limit, round(LOWERED * memory.total)))
+    settings += ["fewer data.num_negatives"] * (step.num_negatives > 0)
+    settings += ["a lower model.backbone.max_pixels or max_text_tokens (shorter rows)"]
+    return (
+        f"estimated {memory.total / GIB:.1f} GiB ({told}) of {limit / GIB:.1f}; change one of, "
+        f"cheapest first: {'; '.join(settings)}"
+    )

@@ -1,0 +1,100 @@
+"""Ends a process that waits for ever, and says what it waited for.
+
+A collective that one rank never reaches holds the other ranks for half an hour, and what they say
+then names neither batch nor step. So a thread on every rank looks how long ago its main thread last
+moved. It also ends a rank whose launcher is gone, which nobody else would do.
+
+    >>> with Watch() as watch:
+    ...     watch.timeout_s = 900
+    ...     watch.note("training step 3, source pets, pairs 1, 2")
+    ...     watch.where
+    'rank 0, training step 3, source pets, pairs 1, 2'
+"""
+
+import os
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import NoReturn
+
+STATUS = 3  # of a process that is ended here
+POLL_S = 0.5
+GRACE_S = 2.0  # in which other ranks can say where they are, before the end of this one ends them
+NUM_FRAMES = 12  # innermost ones, of what is shown of a stack
+
+
+class Watch:
+    """A thread that ends this process when nothing moves, or when its launcher is gone.
+
+    Args (attributes, as they become known):
+        timeout_s: nothing may stand still for longer; 0 allows everything.
+        rank: of this process.
+    """
+
+    def __init__(self) -> None:
+        self.timeout_s = 0.0
+        self.rank = "rank 0"
+        # Set for what Lightning's launcher or torchrun has started, and not yet for others.
+        self._launcher = os.getppid() if "LOCAL_RANK" in os.environ else None
+        self._main = threading.get_ident()
+        self._noted: tuple[str] | None = None
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+
+    def __enter__(self) -> "Watch":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        self._thread.join()
+
+    def note(self, doing: str) -> None:
+        """Something moves: this is what the main thread does from now on."""
+        self._noted = (doing,)  # a new object each time, so that the same words count as well
+
+    def rest(self) -> None:
+        """From now on nothing need move."""
+        self._noted = None
+
+    @property
+    def rests(self) -> bool:
+        """Whether nothing need move."""
+        return self._noted is None
+
+    @property
+    def doing(self) -> str:
+        """What was noted last."""
+        return self._noted[0] if self._noted else "at rest"
+
+    @property
+    def where(self) -> str:
+        """The rank, and what it was doing last."""
+        return f"{self.rank}, {self.doing}"
+
+    def _run(self) -> None:
+        seen, still_s, then = None, 0.0, time.monotonic()
+        while not self._is_over.wait(POLL_S):
+            now = time.monotonic()
+            # While the process is suspended, this thread stands still too: that does not count.
+            still_s = still_s + min(now - then, 2 * POLL_S) if seen is self._noted else 0.0
+            seen, then = self._noted, now
+            if self._launcher is not None and os.getppid() != self._launcher:
+                self._end("the process that launched it has ended or was killed")
+            if seen is not None and self.timeout_s and still_s > self.timeout_s:
+                self._end(f"nothing has moved for {still_s:.0f} s (run.stall_timeout_s)", GRACE_S)
+
+    def _end(self, why: str, grace_s: float = 0.0) -> NoReturn:
+        stack = traceback.extract_stack(sys._current_frames()[self._main])
+        waits = f"{stack[-1].name} ({Path(stack[-1].filename).name}:{stack[-1].lineno})"
+        told = "".join(traceback.format_list(stack[-NUM_FRAMES:]))
+        message = f"metaembed-pl: {self.where}: {why}; it waits in {waits}:\n{told}"
+        message += (
+            f"metaembed-pl: {self.rank} ends; `--ckpt_path last` goes on from its checkpoint\n"
+        )
+        os.write(2, message.encode())  # in one go, beside those of other ranks
+        time.sleep(grace_s)
+        # The main thread may never come back from a collective: no clean exit can be waited for.
+        os._exit(STATUS)
