@@ -55,7 +55,7 @@ def python(*arguments: str, **environment: str) -> subprocess.Popen:
 
 def test_a_stalled_process_names_its_place_and_ends():
     process = python(WAITS, "1")
-    _, error = process.communicate(timeout=15)
+    _, error = process.communicate(timeout=60)
     assert process.returncode == STATUS
     assert re.search(r"rank 0, training step 7, source pets, pairs a, b: nothing .* 1 s", error)
     assert "it waits in wait_in_vain (" in error
@@ -67,8 +67,8 @@ def test_a_rank_ends_when_its_launcher_is_killed():
     assert launcher.stdout.readline() == "up\n"
     start = time.monotonic()
     launcher.kill()
-    error = launcher.communicate(timeout=15)[1]  # until the rank has closed its end as well
-    assert time.monotonic() - start < 5
+    error = launcher.communicate(timeout=60)[1]  # until the rank has closed its end as well
+    assert time.monotonic() - start < 10
     assert "the process that launched it has ended or was killed" in error
 
 
@@ -76,7 +76,7 @@ def test_a_process_of_nobodys_outlives_the_shell_that_started_it():
     shell = python(LAUNCHES, MOVES)
     assert shell.stdout.readline() == "up\n"
     shell.kill()
-    assert shell.communicate(timeout=15)[1] == ""
+    assert shell.communicate(timeout=60)[1] == ""
 
 
 def test_the_time_for_which_a_process_was_suspended_does_not_count():
@@ -85,7 +85,7 @@ def test_the_time_for_which_a_process_was_suspended_does_not_count():
     process.send_signal(signal.SIGSTOP)
     time.sleep(4)
     process.send_signal(signal.SIGCONT)
-    assert process.communicate(timeout=15)[1] == ""
+    assert process.communicate(timeout=60)[1] == ""
     assert process.returncode == 0
 
 
