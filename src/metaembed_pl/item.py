@@ -224,10 +224,10 @@ def read_pairs(path: Path) -> Iterator[Pair]:
     """
     path = Path(path)
     lines: dict[str, int] = {}
-    for number, value in _read_json_lines(path):
+    for number, value in read_json_lines(path):
         try:
             pair = Pair.parse(value, path.parent, default_id=f"{path.stem}:{number}")
-            _check_unique(pair.id, number, lines)
+            check_unique(pair.id, number, lines)
         except UserError as error:
             raise UserError(f"{path}:{number}: {error}") from error
         yield pair
@@ -250,11 +250,11 @@ def read_items(path: Path) -> list[Item]:
             raise UserError(f"{path} holds no pictures ({', '.join(sorted(PICTURE_SUFFIXES))})")
         return items
     items, lines = [], {}
-    for number, value in _read_json_lines(path):
+    for number, value in read_json_lines(path):
         try:
             items.append(Item.parse(value, path.parent))
             if items[-1].id is not None:
-                _check_unique(items[-1].id, number, lines)
+                check_unique(items[-1].id, number, lines)
         except UserError as error:
             raise UserError(f"{path}:{number}: {error}") from error
     if not items:
@@ -270,7 +270,12 @@ def stable_hash(id: str) -> int:
     return int.from_bytes(hashlib.sha256(id.encode()).digest()[:8], "big") >> 1
 
 
-def _read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """Read the lines of a JSON Lines file that are not empty, with their numbers, one at a time.
+
+    Raises:
+        UserError: names file and line.
+    """
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
@@ -308,7 +313,8 @@ def _check_string(value: object, what: str) -> None:
         raise UserError(f"{what} is not valid Unicode: a lone surrogate") from error
 
 
-def _check_unique(id: str, number: int, lines: dict[str, int]) -> None:
+def check_unique(id: str, number: int, lines: dict[str, int]) -> None:
+    """Refuse an id that an earlier line has; note the line of one that is new."""
     first = lines.setdefault(id, number)
     if first != number:
         raise UserError(f"id {id!r} was used before, in line {first}")

@@ -23,6 +23,7 @@ VERBS = {
     "check": "would a recipe run, and on what: all faults, parameters, steps, memory",
     "data": "look into shards: counts, distributions, repeats, leaks, a contact sheet",
     "mine": "hard negatives for shards, found by a trained model",
+    "embed": "items into a store of meta embeddings: streamed, resumable, on one process or many",
     "search": "search items by text or picture, at a budget",
     "export": "a run as a folder that loads anywhere, or on the Hugging Face hub",
 }

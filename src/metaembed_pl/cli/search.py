@@ -1,8 +1,11 @@
 """`python -m metaembed_pl search`: ranks items for a text, a picture or both.
 
+    python -m metaembed_pl search --model runs/emoji/model --store shelf --query "flag of Japan" \
+        --cascade 16x1:2000,4x8:200,16x64:10 --where lang=de
     python -m metaembed_pl search --model runs/emoji/model --items data/emoji/test/emoji_t2i \
         --query "flag of Japan" --budget 2x4 --top 5
 
+A store (`embed` makes one) is searched in milliseconds; items without one are encoded each time.
 Ranks on standard output: a table in a terminal, aligned text in a pipe, JSON with --json.
 """
 
@@ -12,35 +15,48 @@ import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+from metaembed_pl.cli.found import Answer, Found
 from metaembed_pl.display import plain
 from metaembed_pl.errors import UserError
 
 if TYPE_CHECKING:
-    from metaembed_pl.budget import Budget
     from metaembed_pl.item import Item
-    from metaembed_pl.retrieval.search import Hit
 
 HEAD = ("rank", "score", "id", "text")
+OF_STORES = ("cascade", "where", "target_recall", "normalised")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of the verb."""
     add = parser.add_argument
     add("--model", type=Path, required=True, metavar="FOLDER", help="such as runs/NAME/model")
+    add("--store", type=Path, metavar="FOLDER", help="what to search, as `embed` made it")
     add(
         "--items",
         type=Path,
-        required=True,
         metavar="PATH",
-        help="what to search: a JSON Lines of items, a folder of pictures, or a folder of shards",
+        help="or a JSON Lines of items, a folder of pictures, or a folder of shards",
     )
     add("--query", metavar="TEXT", help="what to look for, in words")
     add(
         "--image", type=Path, metavar="FILE", help="what to look for, as a picture; also with words"
     )
-    add("--budget", metavar="RQxRC", help="query x candidate vectors to spend (default: all)")
+    add(
+        "--budget",
+        metavar="RQxRC",
+        help="query x candidate vectors to spend (default: all); of a store also: auto",
+    )
+    add("--target-recall", type=float, metavar="R", help="of --budget auto (default: 0.98)")
+    add("--cascade", metavar="STAGES", help="of a store, such as 16x1:2000,4x8:200,16x64:10")
+    add(
+        "--where",
+        action="append",
+        metavar="KEY=VALUE",
+        help="of a store: metadata that must hold; also != < <= > >=; again for more",
+    )
+    add("--normalised", action="store_true", help="of a store: scores divided by r_q")
     add("--top", type=int, default=10, metavar="N", help="results to show (default: 10)")
     add("--batch-size", type=int, default=32, metavar="N", help="items encoded at a time")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
@@ -51,34 +67,45 @@ def run(args: argparse.Namespace) -> None:
     """Search, and print what is found.
 
     Raises:
-        UserError: a flag, the model or an item is not valid.
+        UserError: a flag, the model, the store or an item is not valid.
     """
+    # What costs nothing to check comes first: loading a model takes seconds, encoding hours.
+    _check(args)
+    query = _read_query(args.query, args.image)
+    # Results alone go to standard output, whatever libraries have to say meanwhile.
+    with redirect_stdout(sys.stderr):
+        if args.store is None:
+            from metaembed_pl.cli.search_items import search
+        else:
+            from metaembed_pl.cli.search_store import search
+        answer = search(args, query)
+    if args.json:
+        print(json.dumps(_as_json(query, answer)))
+    else:
+        if answer.note:
+            print(answer.note, file=sys.stderr)
+        _print_table([_row(place, found) for place, found in enumerate(answer.found, start=1)])
+
+
+def _check(args: argparse.Namespace) -> None:
     from metaembed_pl.budget import Budget
 
-    # What costs nothing to check comes first: loading a model takes seconds, encoding hours.
-    budget = None if args.budget is None else Budget.parse(args.budget)
+    if (args.store is None) == (args.items is None):
+        raise UserError("give what to search: --store FOLDER or --items PATH, one of them")
+    if args.store is None:
+        for name in OF_STORES:
+            if getattr(args, name):
+                flag = name.replace("_", "-")
+                raise UserError(f"--{flag} needs a --store: make one with `embed`")
+    automatic = args.store is not None and args.budget == "auto"
+    if args.budget is not None and not automatic:
+        Budget.parse(args.budget)
+    if args.target_recall is not None and not automatic:
+        raise UserError("--target-recall says what --budget auto is to reach: give that too")
     for name in ("top", "batch_size"):
         if getattr(args, name) < 1:
             flag = name.replace("_", "-")
             raise UserError(f"--{flag} must be at least 1, got {getattr(args, name)}")
-    query = _read_query(args.query, args.image)
-    pool = _read_pool(args.items)
-
-    # Results alone go to standard output, whatever libraries have to say meanwhile.
-    with redirect_stdout(sys.stderr):
-        budget, hits = _search(args, query, pool, budget)
-    found = [(pool.items[candidate], score) for candidate, score in hits]
-    if args.json:
-        print(json.dumps(_as_json(query, str(budget), found)))
-    else:
-        _print_table([_row(place, *hit, pool) for place, hit in enumerate(found, start=1)])
-
-
-class Pool(NamedTuple):
-    """What is searched, and for items out of shards the texts of the queries that ask for them."""
-
-    items: "list[Item]"
-    asked_as: dict[str, list[str]]
 
 
 def _read_query(text: str | None, image: Path | None) -> "Item":
@@ -91,84 +118,30 @@ def _read_query(text: str | None, image: Path | None) -> "Item":
     return query
 
 
-def _read_pool(path: Path) -> Pool:
-    from metaembed_pl.item import read_items
-
-    if not path.is_dir() or not any(path.glob("*.tar")):
-        try:
-            return Pool(read_items(path), {})
-        except UserError as error:
-            deeper = next(path.rglob("*.tar"), None)
-            hint = f"; choose one folder of shards, such as {deeper.parent}" if deeper else ""
-            raise UserError(f"{error}{hint}") from error
-    from metaembed_pl.data.shards import ShardedPairs
-
-    items: dict[str, Item] = {}
-    asked_as: dict[str, list[str]] = {}
-    for pair in ShardedPairs(path):
-        items.setdefault(pair.positive.uid, pair.positive)
-        if pair.query.text is not None:
-            asked_as.setdefault(pair.positive.uid, []).append(pair.query.text)
-    return Pool(list(items.values()), asked_as)
-
-
-def _search(
-    args: argparse.Namespace, query: "Item", pool: Pool, budget: "Budget | None"
-) -> "tuple[Budget, list[Hit]]":
-    from transformers.utils import logging
-
-    from metaembed_pl.budget import check_budget
-    from metaembed_pl.model.embedder import MetaEmbedder
-    from metaembed_pl.retrieval.search import rank
-
-    progress = sys.stderr.isatty()
-    if not progress:
-        logging.disable_progress_bar()
-    model = MetaEmbedder.from_pretrained(args.model, _device(args.device))
-    budget = check_budget(budget or model.groups[-1], model.groups)
-    hits = rank(model, [query], pool.items, budget, args.top, args.batch_size, progress)
-    return budget, hits[0]
-
-
-def _device(name: str | None) -> str:
-    import torch
-
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device {name} is not to be had here: {reason}") from error
-    return name
-
-
-def _as_json(query: "Item", budget: str, found: "Sequence[tuple[Item, float]]") -> dict[str, Any]:
+def _as_json(query: "Item", answer: Answer) -> dict[str, Any]:
     return {
         "query": {"text": query.text, "image": None if query.image is None else str(query.image)},
-        "budget": budget,
+        **answer.cost,
         "results": [
             {
                 "rank": place,
-                "score": score,
-                "id": item.uid,
-                "text": item.text,
-                # A picture inside a shard has no path of its own.
-                "image": str(item.image) if isinstance(item.image, Path) else None,
+                "score": found.score,
+                "id": found.id,
+                "text": found.text,
+                "image": found.image,
+                **({} if found.metadata is None else {"metadata": found.metadata}),
             }
-            for place, (item, score) in enumerate(found, start=1)
+            for place, found in enumerate(answer.found, start=1)
         ],
     }
 
 
-def _row(place: int, item: "Item", score: float, pool: Pool) -> tuple[str, str, str, str]:
+def _row(place: int, found: Found) -> tuple[str, str, str, str]:
     """A result in words; for a picture, what asks for it or where it is."""
-    text = item.text or ""
-    if not text and item.uid in pool.asked_as:
-        text = "asked for as " + ", ".join(f'"{asked}"' for asked in pool.asked_as[item.uid])
-    elif not text and isinstance(item.image, Path):
-        text = str(item.image)
-    return str(place), f"{score:.4f}", plain(item.id or ""), plain(text)
+    asked = f"asked for as {found.asked_as}" if found.asked_as else ""
+    text = found.text or asked or found.image or ""
+    name = "" if found.id.startswith("sha256:") else found.id
+    return str(place), f"{found.score:.4f}", plain(name), plain(text)
 
 
 def _print_table(rows: Sequence[tuple[str, ...]]) -> None:

@@ -10,6 +10,7 @@ Q: queries    Rq: their vectors    D: width    N: places that are searched    K:
 """
 
 import itertools
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -20,7 +21,6 @@ from torch import Tensor
 
 from metaembed_pl.budget import Budget, check_budget
 from metaembed_pl.errors import UserError
-from metaembed_pl.retrieval.planes import vector_bytes
 from metaembed_pl.retrieval.scoring import best_rows, fast_dtype, scan
 from metaembed_pl.retrieval.snapshot import Snapshot
 
@@ -54,6 +54,22 @@ class Hits:
     stages: tuple[Stage, ...]
     milliseconds: float
     bytes_read: int = field(compare=False)
+
+
+class Found(NamedTuple):
+    """What stages found, by query, best first.
+
+    Args:
+        scores: MaxSim at the last budget.
+        places: where the hits stand in the store's files.
+        bytes_read: of vectors.
+        seconds: it took.
+    """
+
+    scores: Float[Tensor, "Q K"]
+    places: Integer[Tensor, "Q K"]
+    bytes_read: int
+    seconds: float
 
 
 def parse_cascade(
@@ -90,28 +106,25 @@ def run_stages(
     queries: Float[Tensor, "Q Rq D"],
     stages: Sequence[Stage],
     places: Integer[Tensor, " N"],
-) -> tuple[Float[Tensor, "Q K"], Integer[Tensor, "Q K"], int]:
+) -> Found:
     """Search places stage by stage.
 
     The first stage multiplies in what the machine is fastest at. Where that is coarser than float32
     it keeps more than asked, and these are scored once more: scores that are returned, and the
     order, are those of float32.
-
-    Returns:
-        Scores and places of the hits, and how many bytes of vectors were read.
     """
+    started = time.perf_counter()
     first, *later = stages
     dtype = fast_dtype(queries.device)
     if dtype != torch.float32:
         later = [first, *later]
         first = Stage(first.budget, 2 * first.keep + 32)
-    size = vector_bytes(snapshot.manifest)
     r_q, r_c = first.budget
     scored = scan(snapshot.planes, queries[:, :r_q], r_c, places, dtype)
     scores, found = best_rows(scored, first.keep)
-    bytes_read = len(places) * r_c * size
+    num_vectors = len(places) * r_c
     for (r_q, r_c), keep in later:
-        bytes_read += found.numel() * r_c * size
+        num_vectors += found.numel() * r_c
         best = [
             best_rows(
                 scan(snapshot.planes, query[None, :r_q], r_c, of_query.sort().values.cpu()), keep
@@ -119,4 +132,5 @@ def run_stages(
             for query, of_query in zip(queries, found, strict=True)
         ]
         scores, found = (torch.cat(of_all) for of_all in zip(*best, strict=True))
-    return scores, found, bytes_read
+    seconds = time.perf_counter() - started
+    return Found(scores, found, num_vectors * snapshot.vector_bytes, seconds)

@@ -82,18 +82,21 @@ def shown(item: Item) -> dict[str, Any]:
 
 
 def open_for(model: MetaEmbedder, folder: str | Path, dtype: str | None = None) -> Store:
-    """The store of a model: opened where it is there, made where it is not.
+    """The store of a model: opened where it is there, made, by rank 0, where it is not.
 
     Raises:
         UserError: it holds another model's vectors, or has another dtype than asked for.
     """
-    if Path(folder).exists() and any(Path(folder).iterdir()):
-        store = Store.open(folder)
-        check_model(store, model)
-        if dtype not in (None, store.dtype):
-            raise UserError(f"{folder} stores {store.dtype}, not {dtype}: leave the dtype out")
-        return store
-    return Store.create(folder, model.groups, model.width, identity_of(model), dtype or "bf16")
+    rank, world = rank_and_world()
+    if rank == 0 and not (Path(folder).exists() and any(Path(folder).iterdir())):
+        Store.create(folder, model.groups, model.width, identity_of(model), dtype or "bf16")
+    if world > 1:
+        dist.barrier()
+    store = Store.open(folder)
+    check_model(store, model)
+    if dtype not in (None, store.dtype):
+        raise UserError(f"{folder} stores {store.dtype}, not {dtype}: leave the dtype out")
+    return store
 
 
 def check_model(store: Store, model: MetaEmbedder) -> None:
@@ -260,14 +263,14 @@ def rank_and_world() -> tuple[int, int]:
 
 
 @contextmanager
-def ranks() -> Iterator[tuple[int, int]]:
-    """The ranks that torchrun started, if it did, able to talk to each other; this one's number."""
+def ranks() -> Iterator[int]:
+    """This rank's number; the ranks that torchrun started, if it did, can talk to each other."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield 0, 1
+        yield 0
         return
     # What is sent is on the CPU: embeddings on their way to the disk.
     dist.init_process_group("gloo")
     try:
-        yield rank_and_world()
+        yield dist.get_rank()
     finally:
         dist.destroy_process_group()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from metaembed_pl.errors import UserError
 from metaembed_pl.retrieval.manifest import Manifest
-from metaembed_pl.retrieval.planes import Plane, map_planes, map_tensor
+from metaembed_pl.retrieval.planes import Plane, map_planes, map_tensor, vector_bytes
 from metaembed_pl.retrieval.rows import map_rows
 
 DELETED_FILE = "deleted.i64"
@@ -67,6 +67,11 @@ class Snapshot:
         if len(places) != manifest.num_items:
             raise UserError(f"{data / DELETED_FILE} is damaged: it names a row twice")
         return cls(manifest, map_planes(data, manifest), map_rows(data, manifest), places)
+
+    @property
+    def vector_bytes(self) -> int:
+        """Of a stored vector, its scale included."""
+        return vector_bytes(self.manifest)
 
     @cached_property
     def ids(self) -> list[str]:

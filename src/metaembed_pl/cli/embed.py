@@ -1,0 +1,118 @@
+"""`python -m metaembed_pl embed`: items into a store of meta embeddings, to be searched.
+
+    python -m metaembed_pl embed --model runs/emoji/model --items things.jsonl --store shelf
+    torchrun --nproc-per-node 8 -m metaembed_pl embed --model M --items manuals/ --store shelf
+
+Items that the store has already are left as they are, so the same command goes on after an
+interruption, and adds what is new. What was done is told in one line on standard output.
+"""
+
+import argparse
+import json
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from metaembed_pl.errors import UserError
+
+if TYPE_CHECKING:
+    from metaembed_pl.retrieval import embedding
+
+ITEMS = "JSON Lines of items, a folder of shards, a PDF, or a folder of pictures and PDFs"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags of the verb."""
+    add = parser.add_argument
+    add("--model", type=Path, required=True, metavar="FOLDER", help="such as runs/NAME/model")
+    add("--items", type=Path, required=True, metavar="PATH", help=ITEMS)
+    add("--store", type=Path, required=True, metavar="FOLDER", help="made, or added to")
+    add("--dtype", choices=("bf16", "fp16", "int8"), help="of a new store (default: bf16)")
+    add("--batch-size", type=int, default=32, metavar="N", help="items encoded at a time")
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
+    add("--again", action="store_true", help="embed also what the store has, and replace it")
+    add("--skip-bad", action="store_true", help="leave out, and name, what cannot be read")
+    add("--no-previews", action="store_true", help="keep no small pictures in the store")
+    add("--json", action="store_true", help="one JSON object instead of a line of text")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Embed, and say what was done.
+
+    Raises:
+        UserError: a flag, the model, the store or an item is not valid.
+    """
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size must be at least 1, got {args.batch_size}")
+    with redirect_stdout(sys.stderr):
+        told = _embed(args)
+    if told is None:
+        return
+    if args.json:
+        print(json.dumps(told))
+        return
+    print(
+        f"{told['items']:,} items in {args.store}, {told['embedded']:,} of them new"
+        + (f", {told['skipped']:,} left out" if told["skipped"] else "")
+        + (
+            f"; of the 10 nearest of {told['sample']} items {told['dtype']} kept "
+            f"{100 * told['kept']:.1f} %"
+            if told["sample"] > 1
+            else ""
+        )
+    )
+
+
+def _embed(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Does the work; what was done, or nothing on ranks that do not write."""
+    from metaembed_pl.retrieval.sources import open_source
+
+    source = open_source(args.items)  # before the model, which takes seconds
+
+    from transformers.utils import logging
+
+    from metaembed_pl.cli.device import find_device
+    from metaembed_pl.cli.progress import Progress
+    from metaembed_pl.model.embedder import MetaEmbedder
+    from metaembed_pl.retrieval import embedding
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    with embedding.ranks() as rank:
+        model = MetaEmbedder.from_pretrained(args.model, find_device(args.device))
+        store = embedding.open_for(model, args.store, args.dtype)
+        steps = embedding.embed(
+            store,
+            model,
+            source,
+            args.batch_size,
+            again=args.again,
+            skip_bad=args.skip_bad,
+            previews=not args.no_previews,
+        )
+        if rank:
+            for _ in steps:
+                pass
+            return None
+        with Progress("embedding", len(source)) as progress:
+            done = embedding.Progress()
+            for done in steps:
+                progress.update(done.seen, done.embedded)
+        for reason in done.skipped:
+            print(f"left out {reason}", file=sys.stderr)
+        return _told(store, done)
+
+
+def _told(store: Any, done: "embedding.Progress") -> dict[str, Any]:
+    from metaembed_pl.retrieval.embedding import kept_recall
+
+    kept, sample = kept_recall(store, done) if done.sample else (1.0, 0)
+    return {
+        "items": len(store),
+        "embedded": done.embedded,
+        "skipped": len(done.skipped),
+        "dtype": store.dtype,
+        "kept": kept,
+        "sample": sample,
+    }

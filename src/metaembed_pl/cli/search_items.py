@@ -1,0 +1,69 @@
+"""`search --items`: items without a store, encoded for this one search."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from metaembed_pl.cli.found import Answer, Found
+from metaembed_pl.errors import UserError
+
+if TYPE_CHECKING:
+    from metaembed_pl.item import Item
+
+
+def search(args: argparse.Namespace, query: "Item") -> Answer:
+    """Encode all items and rank them.
+
+    Raises:
+        UserError: the items or the model are not valid.
+    """
+    items, asked_as = _read_pool(args.items)
+
+    from transformers.utils import logging
+
+    from metaembed_pl.budget import check_budget
+    from metaembed_pl.cli.device import find_device
+    from metaembed_pl.model.embedder import MetaEmbedder
+    from metaembed_pl.retrieval.search import rank
+
+    progress = sys.stderr.isatty()
+    if not progress:
+        logging.disable_progress_bar()
+    model = MetaEmbedder.from_pretrained(args.model, find_device(args.device))
+    budget = check_budget(args.budget or model.groups[-1], model.groups)
+    (hits,) = rank(model, [query], items, budget, args.top, args.batch_size, progress)
+    found = [
+        Found(
+            item.uid,
+            score,
+            item.text,
+            # A picture inside a shard has no path of its own.
+            str(item.image) if isinstance(item.image, Path) else None,
+            ", ".join(f'"{text}"' for text in asked_as.get(item.uid, [])),
+        )
+        for item, score in ((items[hit.candidate], hit.score) for hit in hits)
+    ]
+    return Answer(found, {"budget": str(budget)})
+
+
+def _read_pool(path: Path) -> "tuple[list[Item], dict[str, list[str]]]":
+    """What is searched, and for items of shards the texts of the queries that ask for them."""
+    from metaembed_pl.item import read_items
+
+    if not path.is_dir() or not any(path.glob("*.tar")):
+        try:
+            return read_items(path), {}
+        except UserError as error:
+            deeper = next(path.rglob("*.tar"), None)
+            hint = f"; choose one folder of shards, such as {deeper.parent}" if deeper else ""
+            raise UserError(f"{error}{hint}") from error
+    from metaembed_pl.data.shards import ShardedPairs
+
+    items: dict[str, Item] = {}
+    asked_as: dict[str, list[str]] = {}
+    for pair in ShardedPairs(path):
+        items.setdefault(pair.positive.uid, pair.positive)
+        if pair.query.text is not None:
+            asked_as.setdefault(pair.positive.uid, []).append(pair.query.text)
+    return list(items.values()), asked_as

@@ -1,0 +1,243 @@
+"""Reading a store: what it holds, and what is found in it.
+
+N: items    n: some of them    R: their vectors    Q: queries    Rq: their vectors    D: width
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from metaembed_pl.budget import Budget, check_budget
+from metaembed_pl.errors import UserError
+from metaembed_pl.retrieval.cascade import Hits, Stage, parse_cascade, run_stages
+from metaembed_pl.retrieval.scoring import scan
+from metaembed_pl.retrieval.snapshot import Snapshot
+from metaembed_pl.retrieval.where import parse_where
+
+
+class Reader:
+    """A store as it was when it was opened; `Store` is one that can also change it.
+
+    Args:
+        folder: the store's.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        self._snapshot: Snapshot | None = Snapshot.open(self.folder)
+        self._manifest = self._snapshot.manifest
+        self._places: dict[str, int] | None = None  # of the ids; made when first needed
+
+    @property
+    def groups(self) -> tuple[Budget, ...]:
+        """The nested groups of the model."""
+        return self._manifest.groups
+
+    @property
+    def width(self) -> int:
+        """Of a vector."""
+        return self._manifest.width
+
+    @property
+    def dtype(self) -> str:
+        """Of the stored components: bf16, fp16 or int8."""
+        return self._manifest.dtype
+
+    @property
+    def identity(self) -> str:
+        """Of the model whose vectors these are."""
+        return self._manifest.identity
+
+    @property
+    def generation(self) -> int:
+        """Counts the changes of the store."""
+        return self._manifest.generation
+
+    def __len__(self) -> int:
+        return self._manifest.num_items
+
+    def __contains__(self, id: str) -> bool:
+        return id in self._places_by_id()
+
+    @property
+    def ids(self) -> list[str]:
+        """Of all items, by row."""
+        return self.snapshot().ids
+
+    def rows_of(self, ids: Iterable[str]) -> list[int]:
+        """The rows of items.
+
+        Raises:
+            UserError: an id that is not there.
+        """
+        places = torch.tensor([self._place_of(id) for id in ids], dtype=torch.long)
+        return self.snapshot().rows_of(places).tolist()
+
+    def metadata(self, rows: Sequence[int] | None = None) -> list[dict[str, Any]]:
+        """What was said of items when they were added; None: of all."""
+        snapshot = self.snapshot()
+        return [json.loads(text) for text in snapshot.column("metadata", self._at(rows))]
+
+    def previews(self, rows: Sequence[int]) -> list[bytes | None]:
+        """The small pictures of items, as encoded JPEG, where they have one."""
+        return self.snapshot().column("preview", self._at(rows))
+
+    def vectors(
+        self, rows: Sequence[int] | None = None, r_c: int | None = None
+    ) -> Float[Tensor, "N r_c D"]:
+        """The first `r_c` meta embeddings of items, float32; None: all.
+
+        Raises:
+            UserError: the model was not trained at `r_c`.
+        """
+        snapshot = self.snapshot()
+        r_q, every = self.groups[-1]
+        r_c = check_budget((r_q, every if r_c is None else r_c), self.groups).r_c
+        places = self._at(rows)
+        parts = [
+            plane.read(places, torch.float32, places.device)
+            for plane in snapshot.planes
+            if plane.first < r_c
+        ]
+        return torch.cat(parts, dim=1)
+
+    def scores(
+        self, queries: Float[Tensor, "Q Rq D"], budget: Budget | str | None = None
+    ) -> Iterator[tuple[range, Float[Tensor, "Q n"]]]:
+        """Scores of every item for every query, some rows at a time, in order.
+
+        Args:
+            queries: of the store's model, all R_q vectors; where they are is where scores are made.
+            budget: None spends all vectors.
+
+        Yields:
+            Rows, and their scores: exact, float32, not divided by r_q.
+
+        Raises:
+            UserError: a budget the model was not trained for, or queries that do not fit.
+        """
+        snapshot = self.snapshot()
+        r_q, r_c = check_budget(budget or self.groups[-1], self.groups)
+        self._check_queries(queries)
+        done = 0
+        for places, scores in scan(snapshot.planes, queries[:, :r_q], r_c, snapshot.places):
+            yield range(done, done + len(places)), scores
+            done += len(places)
+
+    def search(
+        self,
+        queries: Float[Tensor, "Q Rq D"],
+        budget: Budget | str | None = None,
+        *,
+        cascade: str | Sequence[Stage | str] | None = None,
+        top: int | None = None,
+        where: str | Sequence[str] = (),
+        normalised: bool = False,
+    ) -> Hits:
+        """Find the best items for each query.
+
+        Args:
+            queries: of the store's model, all R_q vectors; where they are is where scores are made.
+            budget: every item is scored at it, exactly; None spends all vectors.
+            cascade: instead of a budget, such as "16x1:2000,4x8:200,16x64:10".
+            top: hits of a query; None: what the cascade's last stage keeps, or 10.
+            where: conditions on metadata, such as "lang=de"; all must hold.
+            normalised: divide scores by r_q: they then lie in [-1, 1] at any budget.
+
+        Returns:
+            The hits; of equal scores the earlier row comes first.
+
+        Raises:
+            UserError: the store is empty, or any of these is not valid.
+        """
+        snapshot = self.snapshot()
+        stages = self.stages(budget, cascade, top)
+        self._check_queries(queries)
+        if not len(self):
+            raise UserError(f"{self.folder} is empty: add items with `embed`")
+        places = self._matching(where)
+        if len(places) == 0 or len(queries) == 0:
+            nothing: list[list[Any]] = [[] for _ in queries]
+            return Hits(nothing, nothing, nothing, stages, 0.0, 0)
+        found = run_stages(snapshot, queries, stages, places)
+        scores = found.scores[:, :top] / (stages[-1].budget.r_q if normalised else 1)
+        best = found.places[:, :top].cpu()
+        ids = iter(snapshot.column("id", best.flatten()))
+        return Hits(
+            [[next(ids) for _ in of_query] for of_query in best],
+            scores.tolist(),
+            snapshot.rows_of(best).tolist(),
+            stages,
+            1000 * found.seconds,
+            found.bytes_read,
+        )
+
+    def snapshot(self) -> Snapshot:
+        """The generation that this object knows, mapped."""
+        if self._snapshot is None:
+            self._snapshot = Snapshot.open(self.folder)
+            self._manifest = self._snapshot.manifest
+        return self._snapshot
+
+    def _places_by_id(self) -> dict[str, int]:
+        if self._places is None:
+            snapshot = self.snapshot()
+            self._places = dict(zip(snapshot.ids, snapshot.places.tolist(), strict=True))
+        return self._places
+
+    def _place_of(self, id: str) -> int:
+        try:
+            return self._places_by_id()[id]
+        except KeyError as error:
+            raise UserError(f"{self.folder} has no item {id!r}") from error
+
+    def _at(self, rows: Sequence[int] | None) -> Tensor:
+        places = self.snapshot().places
+        return places if rows is None else places[torch.as_tensor(rows, dtype=torch.long)]
+
+    def _matching(self, where: str | Sequence[str]) -> Tensor:
+        """Places of the items for which all conditions hold."""
+        conditions = parse_where(where)
+        places = self.snapshot().places
+        if not conditions:
+            return places
+        holds = [all(c.holds(value) for c in conditions) for value in self.metadata()]
+        return places[torch.from_numpy(np.flatnonzero(holds))]
+
+    def stages(
+        self,
+        budget: Budget | str | None = None,
+        cascade: str | Sequence[Stage | str] | None = None,
+        top: int | None = None,
+    ) -> tuple[Stage, ...]:
+        """What `search` does with these.
+
+        Raises:
+            UserError: the store's model cannot serve them.
+        """
+        if top is not None and top < 1:
+            raise UserError(f"top must be at least 1, got {top}")
+        if cascade is None:
+            return (Stage(check_budget(budget or self.groups[-1], self.groups), top or 10),)
+        if budget is not None:
+            raise UserError(f"give a budget ({budget}) or a cascade, not both")
+        stages = parse_cascade(cascade, self.groups)
+        if top is not None and top > stages[-1].keep:
+            raise UserError(f"the cascade's last stage {stages[-1]} keeps fewer than the top {top}")
+        return stages
+
+    def _check_queries(self, queries: Tensor) -> None:
+        expected = self.groups[-1].r_q, self.width
+        if queries.ndim != 3 or tuple(queries.shape[1:]) != expected:
+            raise UserError(
+                f"queries must be N x {expected[0]} x {expected[1]} as {self.folder} is, "
+                f"got {' x '.join(map(str, queries.shape))}: encode them with the store's model"
+            )
+        if not queries.isfinite().all():
+            raise UserError("queries hold NaN or infinity: they find nothing")

@@ -1,0 +1,324 @@
+import json
+import os
+import pty
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pypdfium2
+import pytest
+import torch
+
+import tiny
+from metaembed_pl.cli import progress as progress_module
+from metaembed_pl.cli.main import main
+from metaembed_pl.cli.progress import Progress
+from metaembed_pl.errors import UserError
+from metaembed_pl.item import Item
+from metaembed_pl.model.embedder import MetaEmbedder
+from metaembed_pl.retrieval.sources import open_source
+from metaembed_pl.retrieval.store import Store
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "model"
+    tiny.embedder().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def things(tmp_path):
+    """Twelve items, of which two are pictures and two say something about themselves."""
+    lines = [
+        {"id": "fruit", "text": "red apple", "metadata": {"lang": "en", "price": 3}},
+        {"id": "obst", "text": "roter Apfel", "metadata": {"lang": "de", "price": 2}},
+        {"image": "noise 0.png"},
+        {"id": "two", "text": "noise", "image": "noise 1.png"},
+        *(tiny.text(i) for i in range(8)),
+    ]
+    for i in range(2):
+        tiny.picture(i).save(tmp_path / f"noise {i}.png")
+    return write_lines(tmp_path / "things.jsonl", lines)
+
+
+def write_lines(file, lines):
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
+
+
+def embed(model, items, store, *arguments):
+    command = ["embed", "--model", model, "--items", items, "--store", store, "--device", "cpu"]
+    return main([str(part) for part in (*command, *arguments)])
+
+
+def search(model, store, *arguments):
+    command = ["search", "--model", model, "--store", store, "--device", "cpu", "--json"]
+    return main([str(part) for part in (*command, *arguments)])
+
+
+def test_json_lines_keep_their_metadata_and_are_found(model, things, tmp_path, capsys):
+    store = tmp_path / "s"
+    assert embed(model, things, store, "--batch-size", 5, "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["items"], told["embedded"], told["skipped"]) == (12, 12, 0)
+    assert told["dtype"] == "bf16"
+    assert 0.9 < told["kept"] <= 1
+    opened = Store.open(store)
+    assert opened.metadata(opened.rows_of(["fruit", "two"])) == [
+        {"text": "red apple", "lang": "en", "price": 3},
+        {"text": "noise", "image": str(tmp_path / "noise 1.png")},
+    ]
+
+    assert search(model, store, "--query", "apple", "--budget", "4x1", "--where", "lang=de") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [result["id"] for result in found["results"]] == ["obst"]
+    assert found["results"][0]["metadata"] == {"text": "roter Apfel", "lang": "de", "price": 2}
+    assert found["plan"] == "4x1:10"
+    assert found["bytes_read"] == 1 * 32 * 2
+
+    assert search(model, store, "--query", "apple", "--cascade", "4x1:9,4x8:3") == 0
+    found = json.loads(capsys.readouterr().out)
+    query = MetaEmbedder.from_pretrained(model).encode_query(["apple"])
+    hits = opened.search(query, cascade="4x1:9,4x8:3")
+    assert [result["id"] for result in found["results"]] == hits.ids[0]
+    assert [result["score"] for result in found["results"]] == pytest.approx(hits.scores[0])
+
+
+def test_the_same_command_adds_what_is_new(model, things, tmp_path, capsys):
+    assert embed(model, things, tmp_path / "s") == 0
+    assert "12 items in" in capsys.readouterr().out
+    with things.open("a") as file:
+        file.write('"a new thing"\n')
+    assert embed(model, things, tmp_path / "s") == 0
+    assert "13 items in" in (out := capsys.readouterr().out)
+    assert "1 of them new" in out
+
+
+def test_killed_it_goes_on_at_the_next_item(model, tmp_path, capsys):
+    things = write_lines(tmp_path / "many.jsonl", [{"id": f"{i}", "text": "x"} for i in range(400)])
+    command = [sys.executable, "-m", "metaembed_pl", "embed", "--model", model, "--items", things]
+    command += ["--store", tmp_path / "s", "--device", "cpu", "--batch-size", "1"]
+    running = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 100
+    while not (tmp_path / "s").exists() or len(Store.open(tmp_path / "s")) < 5:
+        assert time.monotonic() < deadline
+        assert running.poll() is None, "it ended before it was killed"
+        time.sleep(0.02)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    done = len(Store.open(tmp_path / "s"))
+    assert 5 <= done < 400
+    assert embed(model, things, tmp_path / "s", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["embedded"] == 400 - done
+    assert Store.open(tmp_path / "s").ids == [f"{i}" for i in range(400)]
+
+
+def test_two_processes_write_what_one_would(model, things, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "metaembed_pl", "embed", "--model", model, "--items", things]
+    command += ["--store", tmp_path / "two", "--device", "cpu", "--batch-size", "2", "--json"]
+    ranks = [
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ
+            | {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": "2"}
+            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"},
+        )
+        for rank in range(2)
+    ]
+    try:
+        said = [rank.communicate(timeout=200) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], said
+    assert json.loads(said[0][0])["embedded"] == 12
+    assert said[1][0] == ""
+    assert embed(model, things, tmp_path / "one", "--batch-size", 2) == 0
+    one, two = Store.open(tmp_path / "one"), Store.open(tmp_path / "two")
+    assert two.ids == one.ids
+    assert two.metadata() == one.metadata()
+    assert two.previews(range(12)) == one.previews(range(12))
+    assert torch.equal(two.vectors(), one.vectors())
+
+
+def test_shards_are_embedded_by_their_positives_each_once(model, tmp_path, capsys):
+    folder = tiny.shards(tmp_path / "shards", 5)
+    assert embed(model, folder, tmp_path / "s") == 0
+    store = Store.open(tmp_path / "s")
+    assert store.ids == [f"picture-{i}" for i in range(5)]
+    assert store.metadata([3]) == [{"asked_as": tiny.text(3)}]
+    expected = tiny.embedder().encode_candidate([Item(image=tiny.picture(3))])
+    assert torch.allclose(store.vectors([3]), expected, atol=2**-8)
+
+
+def make_pdf(file, num_pages):
+    document = pypdfium2.PdfDocument.new()
+    for page in range(num_pages):
+        document.new_page(100 + 20 * page, 50)
+    document.save(file)
+    return file
+
+
+def test_a_folder_is_embedded_by_its_pictures_and_the_pages_of_its_pdfs(model, tmp_path, capsys):
+    folder = tmp_path / "folder"
+    (folder / "deeper").mkdir(parents=True)
+    tiny.picture(0).save(folder / "a.png")
+    make_pdf(folder / "deeper" / "b.pdf", 3)
+    (folder / "c.pdf").write_bytes(b"no PDF")
+    (folder / "notes.txt").write_text("not looked at")
+    assert embed(model, folder, tmp_path / "s") == 2
+    assert "item 'c.pdf#page=1': page 1 of" in capsys.readouterr().err
+    assert embed(model, folder, tmp_path / "s", "--skip-bad") == 0
+    out, err = capsys.readouterr()
+    assert "4 items in" in out
+    assert "1 left out" in out
+    assert "left out c.pdf#page=1: page 1 of" in err
+    store = Store.open(tmp_path / "s")
+    assert store.ids == ["a.png", *(f"deeper/b.pdf#page={page}" for page in (1, 2, 3))]
+    assert store.metadata([2]) == [{"file": str(folder / "deeper" / "b.pdf"), "page": 2}]
+    assert all(preview.startswith(b"\xff\xd8") for preview in store.previews(range(4)))
+
+
+def test_a_pdf_may_be_given_by_itself_and_previews_left_out(model, tmp_path):
+    file = make_pdf(tmp_path / "b.pdf", 2)
+    assert embed(model, file, tmp_path / "s", "--no-previews", "--dtype", "int8") == 0
+    store = Store.open(tmp_path / "s")
+    assert store.ids == ["b.pdf#page=1", "b.pdf#page=2"]
+    assert store.previews([0, 1]) == [None, None]
+    assert store.dtype == "int8"
+
+
+def test_auto_reaches_the_recall_it_was_asked_for(model, tmp_path, capsys):
+    things = write_lines(
+        tmp_path / "many.jsonl", [{"id": f"{i}", "text": tiny.text(i)} for i in range(100)]
+    )
+    assert embed(model, things, tmp_path / "s") == 0
+    asked = ["--query", "red apple", "--budget", "auto"]
+    capsys.readouterr()
+    assert search(model, tmp_path / "s", *asked, "--target-recall", "1") == 0
+    out, err = capsys.readouterr()
+    assert "measuring what this store needs" in err
+    exact = json.loads(out)
+    assert search(model, tmp_path / "s", *asked, "--target-recall", "0.01") == 0
+    out, err = capsys.readouterr()
+    assert "measuring" not in err, "it was measured once, and kept"
+    assert json.loads(out)["bytes_read"] < exact["bytes_read"]
+    assert json.loads(out)["plan"] == "1x1:10"
+    calibration = json.loads((tmp_path / "s" / "calibration.json").read_text())
+    assert calibration["used"] == "32 texts of its items, on 100 of 100 items"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"--store": None}, "--store FOLDER or --items PATH, one of them"),
+        ({"--items": "x.jsonl"}, "--store FOLDER or --items PATH, one of them"),
+        ({"--budget": "3x4"}, "not trained at 3 query vectors; choose one of 1, 2, 4"),
+        ({"--budget": "4x64"}, "not trained at 64 candidate vectors; choose one of 1, 4, 8"),
+        ({"--budget": "auto", "--target-recall": "2"}, "above 0 and up to 1, got 2.0"),
+        ({"--target-recall": "0.9"}, "--target-recall says what --budget auto is to reach"),
+        ({"--cascade": "4x1:9,4x8"}, "such as 4x8:200; got '4x8'"),
+        ({"--where": "lang"}, "such as lang=de; got 'lang'"),
+        ({"--store": "nowhere"}, "nowhere is not a store"),
+        ({"--store": None, "--items": "x", "--where": "a=b"}, "--where needs a --store"),
+    ],
+)
+def test_a_search_that_cannot_be_is_one_line_and_exit_2(
+    model, things, tmp_path, capsys, changes, message
+):
+    assert embed(model, things, tmp_path / "s") == 0
+    capsys.readouterr()
+    flags = {"--model": model, "--store": tmp_path / "s", "--query": "cat", "--device": "cpu"}
+    flags |= changes
+    arguments = [str(part) for flag in flags.items() if flag[1] is not None for part in flag]
+    assert main(["search", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err
+    assert len([line for line in err.splitlines() if "measuring" not in line]) == 1
+
+
+def test_refuses_another_models_store_and_leaves_it_as_it_was(model, things, tmp_path, capsys):
+    assert embed(model, things, tmp_path / "s") == 0
+    tiny.embedder(seed=1).save_pretrained(tmp_path / "other")
+    before = Store.open(tmp_path / "s").generation
+    assert embed(tmp_path / "other", things, tmp_path / "s", "--again") == 2
+    assert "holds the vectors of another model" in capsys.readouterr().err
+    assert search(tmp_path / "other", tmp_path / "s", "--query", "cat") == 2
+    assert "holds the vectors of another model" in capsys.readouterr().err
+    assert Store.open(tmp_path / "s").generation == before
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([{"id": "a", "text": "x"}, {"id": "a", "text": "y"}], ":2: id 'a' was used before"),
+        (["x", {"text": "y", "metadata": 3}], ":2: an item's metadata must be an object, not int"),
+        (["x", {"text": "y", "colour": "red"}], ":2: an item has unknown key 'colour'"),
+        ([{"image": "gone.png"}], "gone.png"),
+        ([], "holds no items"),
+    ],
+)
+def test_items_that_are_not_valid_are_one_line_and_exit_2(model, tmp_path, capsys, lines, message):
+    items = write_lines(tmp_path / "items.jsonl", lines)
+    assert embed(model, items, tmp_path / "s") == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_a_pipe_gets_lines_with_rate_and_time_left(capsys, monkeypatch):
+    monkeypatch.setattr(progress_module, "LINE_EVERY_S", 0.0)
+    monkeypatch.setattr(time, "monotonic", iter([0.0, 10.0, 20.0]).__next__)
+    with Progress("embedding", 4000) as progress:
+        progress.update(1000, 100)
+        progress.update(2000, 200)
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "embedding: 1,000 of 4,000 items, 10.0/s, 5 min left"
+    assert second == "embedding: 2,000 of 4,000 items, 10.0/s, 3 min left"
+
+
+def test_a_terminal_gets_a_bar_with_rate_and_time_left():
+    ours, theirs = pty.openpty()
+    program = """
+import sys, time
+from metaembed_pl.cli.progress import Progress
+with Progress("embedding", 30) as progress:
+    for i in range(1, 31):
+        time.sleep(0.01)
+        progress.update(i, i)
+"""
+    environment = {**os.environ, "COLUMNS": "120", "TERM": "xterm"}
+    subprocess.run([sys.executable, "-c", program], stderr=theirs, env=environment, check=True)
+    os.close(theirs)
+    shown = os.read(ours, 100_000).decode()
+    assert "embedding" in shown
+    assert "30/30" in shown
+    assert "/s" in shown
+
+
+def test_help_is_light():
+    program = "import sys; from metaembed_pl.cli.main import main\n"
+    program += "try: main(['embed', '--help'])\nexcept SystemExit: pass\n"
+    program += "print({'torch', 'pyarrow', 'PIL', 'rich', 'numpy'} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert "--skip-bad" in done.stdout
+    assert done.stdout.splitlines()[-1] == "set()"
+
+
+def test_a_folder_of_folders_of_shards_is_told_to_choose_one(tmp_path):
+    tiny.shards(tmp_path / "data" / "pets", 2)
+    with pytest.raises(UserError, match=r"no pictures and no PDFs; .* such as .*/data/pets"):
+        open_source(tmp_path / "data")
