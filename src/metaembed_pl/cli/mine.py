@@ -157,8 +157,8 @@ def _mine_all(
     from transformers.utils import logging
 
     from metaembed_pl.budget import check_budget
+    from metaembed_pl.cli.device import find_device
     from metaembed_pl.cli.mine_report import MiningReport, save_report
-    from metaembed_pl.cli.search import _device
     from metaembed_pl.model.embedder import MetaEmbedder
     from metaembed_pl.retrieval.cascade import parse_cascade
     from metaembed_pl.retrieval.embedding import ranks
@@ -169,7 +169,7 @@ def _mine_all(
     # The place is the same for all processes, and for a run that goes on after it was killed.
     stores = args.store or args.out.with_name(f".{args.out.name}.stores")
     with ranks() as (rank, _):
-        model = MetaEmbedder.from_pretrained(args.model, _device(args.device))
+        model = MetaEmbedder.from_pretrained(args.model, find_device(args.device))
         if args.cascade:
             parse_cascade(args.cascade, model.groups)
         else:
