@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from _parallel import in_order, progress
-from _source import SHOWN, kind_of, listed, loaded, main_of
+from _source import SHOWN, check_picture, kind_of, listed, loaded, main_of
 
 from metaembed_pl.data.beir import RetrievalSetWriter
 from metaembed_pl.data.shard_index import sha256_of
@@ -170,7 +170,7 @@ def check(record: Record) -> tuple[Item, Record] | str:
     fields = {key: record.pop(key, None) for key in ("id", "text", "image")}
     try:
         item = loaded(fields, "item")
-        item.load_image()
+        check_picture(item)
     except UserError as error:
         return f"{error} ({fields['id']})"
     return item, {key: value for key, value in record.items() if value is not None}

@@ -10,6 +10,7 @@ shard, and what is finished already is kept.
 """
 
 import argparse
+import hashlib
 import re
 import shlex
 import sys
@@ -41,6 +42,8 @@ Draft = dict[str, Any]
 BUCKETS = 1000  # what share can be held out, in steps of a thousandth
 JUDGED_FROM = 1000  # pairs; before that a share of dropped ones says little
 SHOWN = 5  # dropped pairs that are named
+REMEMBERED = 200_000  # pictures that a process knows to decode; a digest each
+_DECODED: set[bytes] = set()
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,8 @@ class Product:
         folder: where they stand; the card lies in it.
         drafts: makes the drafts, from the first one on, every time the same.
         source: where the data are from.
-        held_out: share of the candidates for `test/` beside `train/`; None writes shards into
-            `folder` itself.
+        held_out: share of the candidates (or of what drafts say by `held_out_by`) for `test/`
+            beside `train/`; None writes shards into `folder` itself.
         settings: all that decides the pairs.
         licence, attribution, note: for manifest and card.
     """
@@ -210,18 +213,24 @@ def check(draft: Draft, held_out: float | None = None, split: str = "") -> Check
     """Read and decode all of a draft.
 
     Args:
-        draft: a pair as JSON says it; pictures may be `Named`, items may be `Item`.
+        draft: a pair as JSON says it; pictures may be `Named`, items may be `Item`. What it has as
+            `held_out_by` decides its split, instead of its candidate.
         held_out: share of the candidates that the test owns; None where nothing is divided.
         split: `train` or `test`, where it is.
     """
-    id, left_out = str(draft["id"]), []
+    draft, left_out = dict(draft), []
+    id, owner = str(draft["id"]), draft.pop("held_out_by", None)
     try:
+        if owner is not None and held_out and is_held_out(owner, held_out) != (split == "test"):
+            return Checked(id)
         positive = loaded(draft["positive"], "positive")
-        if held_out is not None and is_held_out(positive, held_out) != (split == "test"):
+        if owner is not None:
+            held_out = None
+        elif held_out and is_held_out(positive.uid, held_out) != (split == "test"):
             return Checked(id)
         query = loaded(draft["query"], "query")
         for item in (query, positive):
-            item.load_image()
+            check_picture(item)
         negatives = []
         for value in draft.get("negatives") or ():
             try:
@@ -234,9 +243,25 @@ def check(draft: Draft, held_out: float | None = None, split: str = "") -> Check
         return Checked(id, dropped=str(error))
 
 
-def is_held_out(candidate: Item, share: float) -> bool:
-    """Whether the test owns a candidate, by its id (or, without one, its content)."""
-    return stable_hash(candidate.uid) % BUCKETS < share * BUCKETS
+def is_held_out(uid: str, share: float) -> bool:
+    """Whether the test owns a candidate, by its uid: its id or, without one, its content."""
+    return stable_hash(uid) % BUCKETS < share * BUCKETS
+
+
+def check_picture(item: Item) -> None:
+    """Decode an item's picture, if it has one that this process has not decoded before.
+
+    Raises:
+        UserError: it does not decode, or is too large.
+    """
+    if item.image is None:
+        return
+    digest = hashlib.sha256(item.image_content()).digest()
+    if digest not in _DECODED:
+        item.load_image()
+        if len(_DECODED) >= REMEMBERED:
+            _DECODED.clear()
+        _DECODED.add(digest)
 
 
 def kind_of(reason: str) -> str:
@@ -376,9 +401,9 @@ def _negative(value: Any, positive: Item, held_out: float | None) -> Item:
     item = loaded(value, "hard negative")
     if item.uid == positive.uid:
         raise UserError("hard negative is the positive itself")
-    if held_out is not None and is_held_out(item, held_out):
+    if held_out and is_held_out(item.uid, held_out):
         raise UserError("hard negative is held out")
-    item.load_image()
+    check_picture(item)
     return item
 
 

@@ -185,7 +185,7 @@ def test_a_bad_hard_negative_is_left_out_and_its_pair_stays():
 
 def test_held_out_candidates_are_tested_on_and_never_trained_on():
     drafts = [draft(n, negatives=[{"image": hub.png(m)} for m in range(30)]) for n in range(30)]
-    owned = {n for n in range(30) if is_held_out(Item(image=hub.png(n)), 0.3)}
+    owned = {n for n in range(30) if is_held_out(Item(image=hub.png(n)).uid, 0.3)}
     assert 0 < len(owned) < 30
     for split, own in (("train", set(range(30)) - owned), ("test", owned)):
         pairs = [check(value, 0.3, split).pair for value in drafts]

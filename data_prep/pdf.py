@@ -1,0 +1,382 @@
+"""A folder of PDFs -> pictures of their pages, shards of query -> page, and a retrieval set.
+
+    python data_prep/pdf.py --from manuals --out data/manuals
+
+| below OUT | is |
+|---|---|
+| pages/DOC/0062.png | each page drawn, but those of contents and index |
+| items.jsonl | the pages as items: what is searched |
+| train/, test/ | shards: a query and a page that answers it, with pages that look as if |
+| retrieval/ | the test's queries over all pages, with their text layer for BM25 |
+
+Queries are what the author says of the pages: the titles of the outline, and the terms of the
+back-of-book index, which names their pages (several, often). An index is found by its look: most
+lines end in page numbers; which page a printed number means follows from the numbers at the top
+and bottom of the pages. Nothing is sent anywhere, and no model is asked.
+
+A page is its picture. With --words N it is also the N words of its text layer that are most its
+own (tf-idf), where it has one: for a model too small to read.
+
+Hard negatives are neighbours and pages of the same section that lack the query's words. Queries are
+held out, not pages: one in ten by a hash of its words (--held-out), so the test asks new questions
+of the pages that you have. A PDF that does not open and a page that cannot be drawn are left out,
+named and counted; one that comes twice is read once.
+"""
+
+import argparse
+import json
+import math
+import re
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from _parallel import in_order, progress
+from _pdf import Document, read_document, render
+from _retrieval import Benchmark, Record
+from _retrieval import make as make_benchmark
+from _source import Draft, Product, is_held_out, kind_of, listed, main_of, make
+
+from metaembed_pl.data.shard_index import sha256_of
+from metaembed_pl.errors import UserError
+from metaembed_pl.files import write_text
+
+RECIPE = 1  # raise it when the same PDFs make other pages or queries
+STATE = "pages.json"
+
+
+@dataclass
+class Query:
+    """What is asked, and the pages that answer.
+
+    Args:
+        text: as its author wrote it.
+        kind: `title` or `term`.
+        pages: ids of the right pages.
+    """
+
+    text: str
+    kind: str
+    pages: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Library:
+    """All documents and their pages.
+
+    Args:
+        folder: the pages' pictures.
+        documents: by name.
+        pages: id of each page that was drawn -> document and number, from 0.
+        queries: by their words, in lower case.
+        words: of each page's text, that the model gets beside the picture.
+    """
+
+    folder: Path
+    documents: dict[str, Document]
+    pages: dict[str, tuple[str, int]]
+    queries: dict[str, Query]
+    words: dict[str, str]
+
+    def item(self, page: str) -> dict[str, Any]:
+        """A page as an item."""
+        return {"id": page, "image": self.folder / page, "text": self.words.get(page) or None}
+
+    def answers(self) -> dict[str, list[str]]:
+        """The queries that each page answers."""
+        found: dict[str, list[str]] = {}
+        for key, query in self.queries.items():
+            for page in query.pages:
+                found.setdefault(page, []).append(key)
+        return found
+
+    def text_of(self, page: str) -> str:
+        """A page's text layer."""
+        name, number = self.pages[page]
+        # PDFs may hold halves of characters, which no file does.
+        return self.documents[name].texts[number].encode("utf-8", "replace").decode()
+
+
+def page_id(name: str, number: int) -> str:
+    """A page's picture, below the folder of pages.
+
+    >>> page_id("gnuplot", 61)
+    'gnuplot/0062.png'
+    """
+    return f"{name}/{number + 1:04d}.png"
+
+
+def find_pdfs(root: Path) -> dict[str, Path]:
+    """PDFs below a folder by name, each content once.
+
+    Raises:
+        UserError: no folder, or none in it.
+    """
+    if not root.is_dir():
+        raise UserError(f"no folder {root}: give --from a folder of PDFs")
+    found: dict[str, Path] = {}
+    seen: dict[str, Path] = {}
+    for path in sorted(root.rglob("*")):
+        if path.suffix.lower() == ".pdf" and path.is_file():
+            first = seen.setdefault(sha256_of(path), path)
+            if first is path:
+                found[path.relative_to(root).with_suffix("").as_posix()] = path
+            else:
+                print(f"{path.name} is {first.name} once more: read once", file=sys.stderr)
+    if not found:
+        raise UserError(f"{root} holds no PDFs")
+    return found
+
+
+def read_library(options: argparse.Namespace) -> tuple[Library, dict[str, Any]]:
+    """Read all PDFs and draw their pages.
+
+    Returns:
+        The library, and the settings that decide it.
+
+    Raises:
+        UserError: nothing readable, pages of other settings in the way, or no queries.
+    """
+    pdfs = find_pdfs(options.where)
+    settings = {
+        "recipe": RECIPE,
+        "side": options.side,
+        "pdfs": {name: sha256_of(path) for name, path in pdfs.items()},
+    }
+    folder = prepare_folder(options.out / "pages", settings, options.force)
+    dropped: Counter[str] = Counter()
+    documents = {}
+    results = in_order(try_to_read, pdfs.values(), options.num_workers, chunk=1)
+    for name, result in zip(pdfs, progress(results, "reading", len(pdfs)), strict=True):
+        if isinstance(result, str):
+            print(f"dropped {name}: {result}", file=sys.stderr)
+            dropped[kind_of(result)] += 1
+        else:
+            documents[name] = result
+    if not documents:
+        raise UserError(f"none of {len(pdfs)} PDFs can be read{listed(dropped)}")
+    jobs = [
+        (pdfs[name], number, options.side, folder / page_id(name, number))
+        for name, document in documents.items()
+        for number in range(len(document.texts))
+        if number not in document.listings
+    ]
+    pages = {}
+    drawn = in_order(draw, jobs, options.num_workers, chunk=8)
+    for (_, number, _, target), error in zip(
+        jobs, progress(drawn, "drawing", len(jobs)), strict=True
+    ):
+        id = target.relative_to(folder).as_posix()
+        if error is None:
+            pages[id] = (str(Path(id).parent.as_posix()), number)
+        else:
+            print(f"dropped {id}: {error}", file=sys.stderr)
+            dropped[kind_of(error)] += 1
+    if dropped.total() > options.max_dropped * (len(pages) + dropped.total()):
+        raise UserError(
+            f"{dropped.total()} pages and PDFs cannot be used, more than --max-dropped "
+            f"{options.max_dropped}{listed(dropped)}"
+        )
+    texts = {page: documents[name].texts[number] for page, (name, number) in pages.items()}
+    library = Library(
+        folder,
+        documents,
+        pages,
+        find_queries(documents, pages),
+        telling_words(texts, options.words),
+    )
+    if not library.queries:
+        raise UserError(
+            f"{len(documents)} PDFs have neither an outline nor an index: there are no queries. "
+            f"Their pages are in {folder}; bring pairs of your own with pairs.py"
+        )
+    print(f"{folder}: {len(pages):,} pages of {len(documents)} PDFs{listed(dropped)}")
+    return library, settings
+
+
+def prepare_folder(folder: Path, settings: dict[str, Any], force: bool) -> Path:
+    """A folder for pages that holds none of other settings: those that are there are kept."""
+    state = folder / STATE
+    known = json.loads(state.read_text()) if state.exists() else None
+    if known != settings and folder.exists():
+        if known is None or not force:
+            raise UserError(f"{folder} holds other pages: choose another --out, or give --force")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(state, json.dumps(settings))
+    return folder
+
+
+def try_to_read(path: Path) -> Document | str:
+    """A document, or what is wrong with it."""
+    try:
+        return read_document(path)
+    except UserError as error:
+        return str(error)
+
+
+def draw(job: tuple[Path, int, int, Path]) -> str | None:
+    """Draw a page that is not there yet; returns what went wrong."""
+    path, number, side, target = job
+    return None if target.exists() else render(path, number, side, target)
+
+
+def find_queries(
+    documents: dict[str, Document], pages: dict[str, tuple[str, int]]
+) -> dict[str, Query]:
+    """Titles and terms of all documents; equal words are one query, with the pages of both."""
+    queries: dict[str, Query] = {}
+    for name, document in documents.items():
+        for kind, texts in (("title", document.titles), ("term", document.terms)):
+            for text, numbers in texts.items():
+                query = queries.setdefault(text.casefold(), Query(text, kind))
+                ids = (page_id(name, number) for number in numbers)
+                query.pages += [id for id in ids if id in pages and id not in query.pages]
+    return {key: query for key, query in queries.items() if query.pages}
+
+
+def telling_words(texts: dict[str, str], count: int) -> dict[str, str]:
+    """The words of each text that are most its own, by tf-idf, in the order they come.
+
+    >>> telling_words({"a": "the cat and the dog", "b": "the fox and a hen"}, 2)
+    {'a': 'cat dog', 'b': 'fox a'}
+    """
+    words = (
+        {key: re.findall(r"\w+", text.casefold()) for key, text in texts.items()} if count else {}
+    )
+    found_in = Counter(word for some in words.values() for word in set(some))
+    telling = {}
+    for key, some in words.items():
+        times = Counter(some)
+        own = sorted(times, key=lambda w: -times[w] * math.log(len(words) / found_in[w]))[:count]
+        telling[key] = " ".join(sorted(own, key=some.index))
+    return telling
+
+
+def drafts(library: Library, num_negatives: int) -> Iterator[Draft]:
+    """A pair for each query and each of its pages."""
+    answers = library.answers()
+
+    def item(page: str) -> dict[str, Any]:
+        return library.item(page) | {"answers": answers.get(page, [])}
+
+    for key, query in library.queries.items():
+        for page in query.pages:
+            yield {
+                "id": f"{key} -> {page}",
+                "query": {"text": query.text},
+                "positive": item(page),
+                "negatives": [
+                    item(other) for other in near_misses(library, key, page)[:num_negatives]
+                ],
+                "asks": key,
+                "held_out_by": key,
+            }
+
+
+def near_misses(library: Library, key: str, page: str) -> list[str]:
+    """Pages near one, or of its section, that do not answer: the nearest first."""
+    name, number = library.pages[page]
+    document = library.documents[name]
+    near = {number + step for step in (-2, -1, 1, 2)} | set(document.section(number))
+    right = set(library.queries[key].pages)
+    words = re.findall(r"\w+", key)
+    return [
+        other
+        for place in sorted(near - {number}, key=lambda place: (abs(place - number), place))
+        if (other := page_id(name, place)) in library.pages
+        and other not in right
+        # A page with all its words may well answer, whatever the index says.
+        and not all(word in library.text_of(other).casefold() for word in words)
+    ]
+
+
+def benchmark(library: Library, options: argparse.Namespace, settings: dict[str, Any]) -> Benchmark:
+    """The held-out queries over all pages."""
+    asked = {k: q for k, q in library.queries.items() if is_held_out(k, options.held_out)}
+
+    def candidates() -> Iterator[Record]:
+        for page in library.pages:
+            yield library.item(page) | {"text_layer": library.text_of(page)}
+
+    return Benchmark(
+        name=name_of(options),
+        folder=options.out / "retrieval",
+        candidates=candidates,
+        queries=lambda: ({"id": k, "text": q.text, "kind": q.kind} for k, q in asked.items()),
+        judgements=lambda: ((k, page, 1) for k, q in asked.items() for page in q.pages),
+        lists=None,
+        source=f"{len(library.documents)} PDFs of {options.where.resolve().name}",
+        settings={**settings, "held_out": options.held_out, "words": options.words},
+        licence=options.licence or "",
+    )
+
+
+def write_items(library: Library, path: Path) -> None:
+    """What is searched, as JSON Lines of items."""
+    lines = []
+    for page in library.pages:
+        item = library.item(page)
+        item["image"] = item["image"].relative_to(path.parent).as_posix()
+        lines.append(json.dumps({k: v for k, v in item.items() if v}, ensure_ascii=False) + "\n")
+    write_text(path, "".join(lines))
+
+
+def name_of(options: argparse.Namespace) -> str:
+    """The source's name in metrics and logs."""
+    return options.name or options.out.resolve().name
+
+
+def build(options: argparse.Namespace) -> None:
+    """Write pages, shards and the retrieval set."""
+    if not 64 <= options.side <= 8192:
+        raise UserError(f"--side must be 64 to 8192 pixels, not {options.side}")
+    library, settings = read_library(options)
+    kinds = Counter(query.kind for query in library.queries.values())
+    print(f"queries: {kinds['title']:,} titles, {kinds['term']:,} terms")
+    write_items(library, options.out / "items.jsonl")
+    make(
+        Product(
+            name=name_of(options),
+            folder=options.out,
+            drafts=partial(drafts, library, options.num_negatives),
+            source=f"{len(library.documents)} PDFs of {options.where.resolve().name}",
+            held_out=options.held_out,
+            settings={
+                **settings,
+                "held_out": options.held_out,
+                "num_negatives": options.num_negatives,
+                "words": options.words,
+            },
+            note="Queries are outline titles and index terms; pages are those they name.",
+        ),
+        options,
+    )
+    if options.held_out:
+        make_benchmark(benchmark(library, options, settings), options)
+
+
+def declare(parser: argparse.ArgumentParser) -> None:
+    """The flags of this script."""
+    add = parser.add_argument
+    add("--from", dest="where", type=Path, required=True, help="folder of PDFs")
+    add("--out", type=Path, required=True, help="folder to write to")
+    add("--side", type=int, default=1024, help="longer side of a page in pixels (1024)")
+    add("--words", type=int, default=0, metavar="N", help="of a page, for the model to read (0)")
+    add("--num-negatives", type=int, default=2, metavar="N", help="hard negatives a pair (2)")
+    add("--name", help="the source's name in metrics and logs (default: the folder's)")
+    add("--held-out", type=float, default=0.1, help="share of the queries to test on (0.1)")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the data; return the exit status."""
+    return main_of("pdf.py", __doc__, build, declare, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
