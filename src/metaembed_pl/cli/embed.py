@@ -79,7 +79,7 @@ def _embed(args: argparse.Namespace) -> dict[str, Any] | None:
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    with embedding.ranks() as rank:
+    with embedding.ranks() as (rank, _):
         model = MetaEmbedder.from_pretrained(args.model, find_device(args.device))
         store = embedding.open_for(model, args.store, args.dtype)
         steps = embedding.embed(

@@ -263,14 +263,14 @@ def rank_and_world() -> tuple[int, int]:
 
 
 @contextmanager
-def ranks() -> Iterator[int]:
-    """This rank's number; the ranks that torchrun started, if it did, can talk to each other."""
+def ranks() -> Iterator[tuple[int, int]]:
+    """Lets the ranks that torchrun started, if it did, talk to each other; `rank_and_world`."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield 0
+        yield 0, 1
         return
     # What is sent is on the CPU: embeddings on their way to the disk.
     dist.init_process_group("gloo")
     try:
-        yield dist.get_rank()
+        yield rank_and_world()
     finally:
         dist.destroy_process_group()
