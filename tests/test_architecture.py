@@ -18,6 +18,9 @@ ROOMS = (
     ("cli",),
 )
 APART = {"training", "retrieval", "evaluation"}
+# Candidates of a benchmark are encoded into a store like any others, and evaluation, which stands
+# below retrieval, reads that store: two ways of keeping vectors would differ one day.
+OPEN = {"metaembed_pl.retrieval.store", "metaembed_pl.retrieval.embedding"}
 # What takes longer to import than a light verb may take in all.
 HEAVY = set(
     "deepspeed jsonargparse lightning matplotlib mlflow numpy peft PIL pyarrow pypdfium2 rich "
@@ -73,7 +76,8 @@ def test_imports_from_rooms_above_only(path):
         if other is None or other == own:
             continue
         assert floor(other) <= floor(own), f"{own} is above {other}, and must not import {module}"
-        assert not {own, other} <= APART, f"{own} and {other} stay apart: {module}"
+        may = own == "evaluation" and module.rpartition(".")[0] in OPEN
+        assert may or not {own, other} <= APART, f"{own} and {other} stay apart: {module}"
 
 
 def light_modules():

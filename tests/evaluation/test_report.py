@@ -10,7 +10,7 @@ from metaembed_pl.budget import Budget
 from metaembed_pl.data.retrieval_set import RetrievalSet
 from metaembed_pl.errors import UserError
 from metaembed_pl.evaluation import report
-from metaembed_pl.evaluation.budgets_picture import Cost, draw_budgets
+from metaembed_pl.evaluation.budgets_picture import Cost, Curve, draw_budgets
 from metaembed_pl.evaluation.canvas import report_style, save_picture, spread
 from metaembed_pl.evaluation.gallery_picture import NUM_QUERIES, draw_gallery
 from metaembed_pl.evaluation.report import measure_costs, write_report
@@ -165,7 +165,10 @@ def test_a_user_matplotlib_settings_change_nothing(tmp_path):
 
     def draw(name):
         with report_style():
-            save_picture(draw_budgets([made_up()], GROUPS, costs), tmp_path / f"budgets{name}")
+            save_picture(
+                draw_budgets([Curve("made", [0.25, 0.5])], GROUPS, costs),
+                tmp_path / f"budgets{name}",
+            )
             save_picture(draw_gallery([made_up()], GROUPS), tmp_path / f"gallery{name}")
         return [(tmp_path / f"{kind}{name}").read_bytes() for kind in ("budgets", "gallery")]
 
@@ -176,14 +179,10 @@ def test_a_user_matplotlib_settings_change_nothing(tmp_path):
 
 def test_budgets_of_one_group_or_equal_cost_are_drawn():
     groups = [Budget(1, 3), Budget(2, 3)]
-    metrics = {f"recall@1/{group}": 0.5 for group in groups}
-    result = DatasetResult(
-        made_up().retrieval_set, metrics, torch.ones(6, 2, 1), torch.ones(4, 3, 1)
-    )
     for some in (groups, groups[:1]):
         costs = [Cost(6, 0.001)] * len(some)
         with report_style():
-            texts = written(draw_budgets([result], some, costs))
+            texts = written(draw_budgets([Curve("x", [0.5] * len(some))], some, costs))
         assert [text for text in texts if text in ("1x3", "2x3")] == [str(g) for g in some] * 2
 
 

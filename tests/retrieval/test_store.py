@@ -18,7 +18,7 @@ from unchecked import shapes_unchecked
 GROUPS = parse_groups(["1x1", "2x4", "4x8"])
 WIDTH = 16
 # How far a stored component may be from what was given, in parts of the vector's largest.
-ROUNDING = {"bf16": 2**-8, "fp16": 2**-11, "int8": 0.51 / 127}
+ROUNDING = {"fp32": 2**-24, "bf16": 2**-8, "fp16": 2**-11, "int8": 0.51 / 127}
 
 
 def vectors(count, num_vectors=8, seed=0):
@@ -252,7 +252,7 @@ def test_refuses_to_make_a_store_where_one_is(tmp_path):
     ("settings", "message"),
     [
         ({"width": 0}, "width cannot be 0"),
-        ({"dtype": "fp8"}, "one of bf16, fp16, int8; got 'fp8'"),
+        ({"dtype": "fp8"}, "one of fp32, bf16, fp16, int8; got 'fp8'"),
         ({"identity": ""}, "identity cannot be ''"),
         ({"data": "../elsewhere"}, "data cannot be '../elsewhere'"),
         ({"num_rows": -1}, "num_rows cannot be -1"),

@@ -9,9 +9,15 @@ from matplotlib.figure import Figure
 from metaembed_pl.budget import Budget
 from metaembed_pl.display import shortened
 from metaembed_pl.evaluation.canvas import FAINT, INK, LINES, MUTED, spread
-from metaembed_pl.evaluation.result import DatasetResult
 
 METRIC = "recall@1"
+
+
+class Curve(NamedTuple):
+    """What is drawn as one line: its name, and its value at each budget."""
+
+    name: str
+    values: Sequence[float]
 
 
 class Cost(NamedTuple):
@@ -22,34 +28,38 @@ class Cost(NamedTuple):
 
 
 def draw_budgets(
-    results: Sequence[DatasetResult], groups: Sequence[Budget], costs: Sequence[Cost]
+    curves: Sequence[Curve],
+    groups: Sequence[Budget],
+    costs: Sequence[Cost],
+    metric: str = METRIC,
 ) -> Figure:
     """One line a dataset and one marker a budget, over what the budget costs.
 
     Args:
-        results: with `recall@1` of every group.
+        curves: what is drawn.
         groups: smallest first.
         costs: one a group.
+        metric: its name.
     """
     figure = Figure(figsize=(11, 4.4))
     panels = figure.subplots(1, 2, sharey=True)
     figure.subplots_adjust(left=0.035, right=0.84, top=0.81, bottom=0.14, wspace=0.54)
     sizes = [cost.candidate_bytes for cost in costs]
     times_ms = [1000 * cost.scoring_s for cost in costs]
-    _draw_panel(panels[0], results, groups, sizes, [format_bytes(size) for size in sizes])
-    _draw_panel(panels[1], results, groups, times_ms, [format_ms(time) for time in times_ms])
-    _title(panels[0], "Quality and index size", f"{METRIC} against bytes a candidate, in bf16")
+    _draw_panel(panels[0], curves, groups, sizes, [format_bytes(size) for size in sizes])
+    _draw_panel(panels[1], curves, groups, times_ms, [format_ms(time) for time in times_ms])
+    _title(panels[0], "Quality and index size", f"{metric} against bytes a candidate, in bf16")
     _title(
         panels[1],
         "Quality and search time",
-        f"{METRIC} against time to score 10,000 candidates",
+        f"{metric} against time to score 10,000 candidates",
     )
     return figure
 
 
 def _draw_panel(
     axes: Axes,
-    results: Sequence[DatasetResult],
+    curves: Sequence[Curve],
     groups: Sequence[Budget],
     costs: Sequence[float],
     cost_labels: Sequence[str],
@@ -62,15 +72,14 @@ def _draw_panel(
     axes.set_ylim(0, 1)
     _clear(axes)
     _label_budgets(axes, groups, costs, cost_labels)
-    ends = [result.metrics[f"{METRIC}/{groups[-1]}"] for result in results]
+    ends = [curve.values[-1] for curve in curves]
     labels = spread(ends, gap=0.075, highest=1)
-    for i, (result, end, label_y) in enumerate(zip(results, ends, labels, strict=True)):
-        values = [result.metrics[f"{METRIC}/{group}"] for group in groups]
+    for i, (curve, label_y) in enumerate(zip(curves, labels, strict=True)):
         colour = LINES[i % len(LINES)]
         dots = {"marker": "o", "markersize": 7, "markeredgecolor": "white", "markeredgewidth": 1.2}
-        axes.plot(costs, values, color=colour, linewidth=2, clip_on=False, zorder=3, **dots)
-        name = shortened(result.name, 20)
-        _write(axes, f"{end:.2f}  {name}", (1, label_y), (8, 0), color=colour, fontweight="bold")
+        axes.plot(costs, curve.values, color=colour, linewidth=2, clip_on=False, zorder=3, **dots)
+        label = f"{curve.values[-1]:.2f}  {shortened(curve.name, 20)}"
+        _write(axes, label, (1, label_y), (8, 0), color=colour, fontweight="bold")
 
 
 def _clear(axes: Axes) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from metaembed_pl.budget import Budget
 from metaembed_pl.environment import commit, versions
 from metaembed_pl.errors import UserError
-from metaembed_pl.evaluation.budgets_picture import Cost, draw_budgets
+from metaembed_pl.evaluation.budgets_picture import METRIC, Cost, Curve, draw_budgets
 from metaembed_pl.evaluation.canvas import report_style, save_picture
 from metaembed_pl.evaluation.gallery_picture import draw_gallery
 from metaembed_pl.evaluation.result import DatasetResult
@@ -65,13 +65,23 @@ def write_report(
     )
     with report_style():
         # Both are drawn before one is saved: a picture that does not decode leaves the old report.
-        figures = draw_budgets(results, groups, costs), draw_gallery(results, groups)
+        figures = (
+            draw_budgets(_curves(results, groups), groups, costs),
+            draw_gallery(results, groups),
+        )
         save_picture(figures[0], budgets)
         save_picture(figures[1], gallery)
     write_text(page, _page(stage, results, groups, costs))
     # Last, so that whoever waits for the numbers finds the whole report.
     write_text(metrics_file, json.dumps(metrics, indent=2, sort_keys=True) + "\n")
     return [metrics_file, page, budgets, gallery]
+
+
+def _curves(results: Sequence[DatasetResult], groups: Sequence[Budget]) -> list[Curve]:
+    return [
+        Curve(result.name, [result.metrics[f"{METRIC}/{group}"] for group in groups])
+        for result in results
+    ]
 
 
 def measure_costs(

@@ -75,9 +75,28 @@ def interval(tasks: Sequence[Values], seed: int = 0) -> Interval:
     >>> interval([[0.0, 1.0], [1.0, 1.0]]).mean
     0.75
     """
-    rows = [np.asarray(values, dtype=float) for values in tasks]
-    means = _resampled_means(rows, np.random.default_rng(seed))
-    return _interval(rows, means)
+    return interval_of(
+        [float(np.mean(values)) for values in tasks],
+        [resampled_means(values, seed + i) for i, values in enumerate(tasks)],
+    )
+
+
+def interval_of(means: Sequence[float], resampled: Sequence[np.ndarray]) -> Interval:
+    """As `interval`, of each task's mean and what `resampled_means` gives for it."""
+    tail = 100 * (1 - CONFIDENCE) / 2
+    low, high = np.percentile(np.mean(resampled, axis=0), [tail, 100 - tail])
+    return Interval(float(np.mean(means)), float(low), float(high))
+
+
+def resampled_means(values: Values, seed: int) -> np.ndarray:
+    """B means of as many queries, drawn with replacement."""
+    values, rng = np.asarray(values, dtype=float), np.random.default_rng(seed)
+    # A hundred at a time, so that a large task stays small in memory.
+    parts = [
+        values[rng.integers(0, len(values), (100, len(values)))].mean(axis=1)
+        for _ in range(RESAMPLES // 100)
+    ]
+    return np.concatenate(parts)
 
 
 def compare(first: Mapping[str, Values], second: Mapping[str, Values], seed: int = 0) -> Comparison:
@@ -100,9 +119,8 @@ def compare(first: Mapping[str, Values], second: Mapping[str, Values], seed: int
         np.asarray(second[task], dtype=float) - np.asarray(first[task], dtype=float)
         for task in first
     ]
-    rng = np.random.default_rng(seed)
-    difference = _interval(rows, _resampled_means(rows, rng))
-    by_chance = np.abs(_randomised_means(rows, rng))
+    difference = interval(rows, seed)
+    by_chance = np.abs(_randomised_means(rows, np.random.default_rng(seed)))
     # The observed assignment is one of those that a coin could give: p is never 0.
     as_large = int((by_chance >= abs(difference.mean) - 1e-12).sum())
     every = np.concatenate(rows)
@@ -118,16 +136,6 @@ def compare(first: Mapping[str, Values], second: Mapping[str, Values], seed: int
     )
 
 
-def _resampled_means(rows: Sequence[np.ndarray], rng: np.random.Generator) -> np.ndarray:
-    """Means over tasks of B draws, with replacement, of each task's queries."""
-    total = np.zeros(RESAMPLES)
-    for values in rows:
-        for start in range(0, RESAMPLES, 100):  # so that a large task stays small in memory
-            draws = rng.integers(0, len(values), (100, len(values)))
-            total[start : start + 100] += values[draws].mean(axis=1)
-    return total / len(rows)
-
-
 def _randomised_means(rows: Sequence[np.ndarray], rng: np.random.Generator) -> np.ndarray:
     """Means over tasks with the sign of each query's difference left to a coin, B times."""
     total = np.zeros(RESAMPLES)
@@ -136,12 +144,6 @@ def _randomised_means(rows: Sequence[np.ndarray], rng: np.random.Generator) -> n
             signs = rng.integers(0, 2, (100, len(values))) * 2 - 1
             total[start : start + 100] += (signs * values).mean(axis=1)
     return total / len(rows)
-
-
-def _interval(rows: Sequence[np.ndarray], means: np.ndarray) -> Interval:
-    tail = 100 * (1 - CONFIDENCE) / 2
-    low, high = np.percentile(means, [tail, 100 - tail])
-    return Interval(float(np.mean([values.mean() for values in rows])), float(low), float(high))
 
 
 def _check(first: Mapping[str, Values], second: Mapping[str, Values]) -> None:

@@ -18,7 +18,7 @@ from metaembed_pl.files import new_file
 
 FORMAT = 1
 MANIFEST_FILE = "manifest.json"
-DTYPES = ("bf16", "fp16", "int8")
+DTYPES = ("fp32", "bf16", "fp16", "int8")
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,12 @@ from metaembed_pl.budget import Budget
 from metaembed_pl.errors import UserError
 from metaembed_pl.retrieval.manifest import Manifest
 
-TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
+TORCH_DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "int8": torch.int8,
+}
 
 
 class Plane(NamedTuple):

@@ -46,7 +46,7 @@ class Reader:
 
     @property
     def dtype(self) -> str:
-        """Of the stored components: bf16, fp16 or int8."""
+        """Of the stored components: fp32, bf16, fp16 or int8."""
         return self._manifest.dtype
 
     @property

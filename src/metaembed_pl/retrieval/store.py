@@ -79,7 +79,7 @@ class Store(Reader):
             groups: the model's nested groups.
             width: of its vectors.
             identity: of the model, as `identity_of` tells it.
-            dtype: of the stored components: bf16, fp16, or int8 with a scale a vector.
+            dtype: of the stored components: fp32, bf16, fp16, or int8 with a scale a vector.
 
         Raises:
             UserError: the folder exists, or a setting is not valid.

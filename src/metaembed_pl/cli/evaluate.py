@@ -1,0 +1,191 @@
+"""`python -m metaembed_pl evaluate`: a model on a benchmark at every budget, with a report.
+
+    python -m metaembed_pl evaluate --model runs/emoji/model --benchmark pairs:data/emoji/test
+    torchrun --nproc-per-node 8 -m metaembed_pl evaluate --model M --benchmark mmeb --out results/m
+    python -m metaembed_pl evaluate compare results/a results/b --budgets 4x8,16x64
+
+The table goes to standard output, all else into the folder of --out: see docs/evaluation.md.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from metaembed_pl.cli.device import find_device
+from metaembed_pl.errors import UserError
+
+if TYPE_CHECKING:
+    from metaembed_pl.evaluation.encoding import Tell
+    from metaembed_pl.evaluation.outcome import Outcome
+
+BENCHMARKS = "mmeb, mmeb_v2, vidore_v1, vidore_v2, vidore_v3, beir:DIR, pairs:DIR"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags of the verb."""
+    add = parser.add_argument
+    add("--model", metavar="FOLDER", help="a model folder, or its id on the hub")
+    add("--benchmark", metavar="NAME", help=f"one of {BENCHMARKS}")
+    add(
+        "--budgets",
+        default="all",
+        metavar="RQxRC,...",
+        help="query x candidate vectors to spend (default: all that the model was trained for)",
+    )
+    add("--out", type=Path, metavar="DIR", help="default: evaluations/BENCHMARK-MODEL")
+    add("--data", type=Path, default=Path("data"), metavar="DIR", help="default: data")
+    add("--batch-size", type=int, default=32, metavar="N", help="items encoded at a time")
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
+    add(
+        "--dtype",
+        choices=("fp32", "bf16", "fp16", "int8"),
+        default="fp32",
+        help="of stored vectors; bf16 takes half the disk (default: fp32)",
+    )
+    add("--mlflow-uri", metavar="URI", help="log metrics and pictures there")
+    verbs = parser.add_subparsers(metavar="compare")
+    compare = verbs.add_parser(
+        "compare",
+        help="are two evaluations different, query by query",
+        description="Compare two evaluations of the same benchmark, query by query.",
+    )
+    add = compare.add_argument
+    add("first", type=Path, metavar="A", help="the folder of an evaluation")
+    add("second", type=Path, metavar="B", help="of another, or the same at another budget")
+    add(
+        "--budgets",
+        metavar="RQxRC[,RQxRC]",
+        help="of A and of B (default: the largest each)",
+    )
+    add("--metric", metavar="NAME", help="default: what each task is judged by")
+    # The verb's own `run` is set for the parser above: it asks for this one.
+    compare.set_defaults(compare=True)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Evaluate, or compare two evaluations.
+
+    Raises:
+        UserError: a flag, the model or the data are not valid.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    if getattr(args, "compare", False):
+        _compare(args)
+        return
+    # Results alone go to standard output, whatever libraries have to say meanwhile.
+    with redirect_stdout(sys.stderr):
+        outcome = _evaluate(args)
+    if outcome is not None:
+        from metaembed_pl.evaluation.tables import overview
+
+        print(overview(outcome))
+
+
+def _evaluate(args: argparse.Namespace) -> "Outcome | None":
+    # What costs nothing to check comes first: loading a model takes seconds, encoding hours.
+    for name in ("model", "benchmark"):
+        if getattr(args, name) is None:
+            raise UserError(f"evaluate needs --{name}; benchmarks are {BENCHMARKS}")
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size must be at least 1, got {args.batch_size}")
+    from metaembed_pl.evaluation.benchmarks import open_benchmark
+
+    benchmark = open_benchmark(args.benchmark, args.data)
+    from transformers.utils import logging as transformers_logging
+
+    from metaembed_pl.evaluation.run import Settings, evaluate, parse_budgets
+    from metaembed_pl.model.embedder import MetaEmbedder
+    from metaembed_pl.model.identity import identity_of
+    from metaembed_pl.retrieval.embedding import ranks
+
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    with ranks() as (rank, _):
+        if rank:
+            logging.disable(logging.INFO)
+        model = MetaEmbedder.from_pretrained(args.model, find_device(args.device))
+        budgets = parse_budgets(args.budgets, model.groups)
+        name = benchmark.name.replace(":", "-").replace("/", "-").strip("-.")
+        out = args.out or Path("evaluations") / f"{name}-{identity_of(model)[:8]}"
+        with _progress(rank) as tell:
+            settings = Settings(args.data, out, args.batch_size, args.dtype, tell)
+            outcome = evaluate(model, benchmark, budgets, settings)
+        if outcome is not None:
+            _report(outcome, benchmark, model, args, out)
+        return outcome
+
+
+def _report(
+    outcome: "Outcome", benchmark: Any, model: Any, args: argparse.Namespace, out: Path
+) -> None:
+    from metaembed_pl.evaluation.page import write_pages
+
+    files = write_pages(outcome, benchmark, model, args.data, out)
+    logging.getLogger(__name__).info("report: %s", out / "report.html")
+    if args.mlflow_uri:
+        _log(outcome, files, args.mlflow_uri)
+
+
+def _log(outcome: "Outcome", files: list[Path], uri: str) -> None:
+    """One MLflow run: every mean, what they depend on, the report and its pictures."""
+    from metaembed_pl.training.tracking import mlflow_missing, mlflow_name
+
+    if mlflow_missing():
+        raise UserError("--mlflow-uri needs MLflow: pip install metaembed-pl[mlflow]")
+    import mlflow
+
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_experiment("metaembed-evaluation")
+    with mlflow.start_run(run_name=outcome.benchmark):
+        mlflow.log_params({key: str(value)[:500] for key, value in outcome.about.items()})
+        mlflow.log_metrics({mlflow_name(name): v for name, v in outcome.metrics().items()})
+        for file in files:
+            mlflow.log_artifact(str(file))
+
+
+@contextmanager
+def _progress(rank: int) -> "Iterator[Tell]":
+    """A bar in a terminal, none in a pipe."""
+    if rank or not sys.stderr.isatty():
+        yield lambda what, done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeRemainingColumn as Left
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Left()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        bar = bars.add_task("", total=None)
+
+        def tell(what: str, done: int, total: int) -> None:
+            if bars.tasks[0].description != what:
+                bars.reset(bar, description=what)
+            bars.update(bar, completed=done, total=total)
+
+        yield tell
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from metaembed_pl.evaluation.outcome import Outcome, by_task
+    from metaembed_pl.evaluation.statistics import compare
+    from metaembed_pl.evaluation.tables import comparison
+
+    sides = [Outcome.load(args.first), Outcome.load(args.second)]
+    given = args.budgets.split(",") if args.budgets else [side.budgets[-1] for side in sides]
+    if len(given) not in (1, 2):
+        raise UserError(f"--budgets takes one budget or two, got {args.budgets!r}")
+    budgets = [given[0], given[-1]]
+    for task, other in zip(*(side.tasks for side in sides), strict=False):
+        if task.name == other.name and task.data != other.data:
+            raise UserError(f"{task.name}: the two evaluations asked other data")
+    first, second = (
+        by_task(side, budget, args.metric) for side, budget in zip(sides, budgets, strict=True)
+    )
+    found = compare(first, second)
+    each = {name: compare({name: first[name]}, {name: second[name]}) for name in first}
+    names = [f"{args.first} at {budgets[0]}", f"{args.second} at {budgets[1]}"]
+    print(comparison(found, each, names))

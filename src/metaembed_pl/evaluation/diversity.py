@@ -1,0 +1,42 @@
+"""How alike the vectors of an item are: vectors that say the same thing are paid for twice.
+
+N: items    R: vectors of an item    D: width
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from metaembed_pl.retrieval.store import Store
+
+NUM_ITEMS = 64
+
+
+def alikeness(queries: Float[Tensor, "Q Rq D"], store: Store) -> dict[str, list[list[float]]]:
+    """For either side the mean cosine of each two vectors of an item, over some items."""
+    chosen = torch.linspace(0, len(store) - 1, min(NUM_ITEMS, len(store))).long().unique()
+    sides = {"query": queries[:NUM_ITEMS], "candidate": store.vectors(chosen.tolist())}
+    return {
+        side: [[round(value, 4) for value in row] for row in cosines(vectors.cpu()).tolist()]
+        for side, vectors in sides.items()
+        if len(vectors)
+    }
+
+
+def cosines(vectors: Float[Tensor, "N R D"]) -> Float[Tensor, "R R"]:
+    """The mean over items of the cosine of each two of their unit vectors.
+
+    >>> cosines(torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [1.0, 0.0]]]))
+    tensor([[1.0000, 0.5000], [0.5000, 1.0000]])
+    """
+    return (vectors @ vectors.transpose(1, 2)).mean(dim=0)
+
+
+def mean_cosine(cosine: list[list[float]], count: int) -> float | None:
+    """The mean over pairs of two among the first `count`; None: there is only one.
+
+    >>> mean_cosine([[1.0, 0.5], [0.5, 1.0]], 2)
+    0.5
+    """
+    pairs = [cosine[i][j] for i in range(count) for j in range(i)]
+    return sum(pairs) / len(pairs) if pairs else None

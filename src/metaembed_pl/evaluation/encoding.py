@@ -1,0 +1,122 @@
+"""The two sides of a task as meta embeddings: candidates in a store, queries in memory.
+
+Candidates are encoded once for all budgets, and for all tasks that search the same corpus. A run
+that was killed goes on at the next batch. Under torchrun every rank encodes its share.
+
+Q: queries    Rq: vectors of a query    D: width
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor
+
+from metaembed_pl.data.beir import StoredItems
+from metaembed_pl.data.retrieval_set import RetrievalSet
+from metaembed_pl.errors import UserError
+from metaembed_pl.evaluation.scoring import uids
+from metaembed_pl.item import Item
+from metaembed_pl.model.embedder import MetaEmbedder
+from metaembed_pl.retrieval.embedding import Entry, embed, open_for, rank_and_world
+from metaembed_pl.retrieval.store import Store
+
+Tell = Callable[[str, int, int], None]
+"""Called with what is done, how many of it are, and how many there are to do."""
+
+
+def digest_of(items: Sequence[Item]) -> str:
+    """What tells one corpus from another: a digest of all content, or of the file that lists it."""
+    if isinstance(items, StoredItems):
+        return hashlib.sha256(items.path.read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(f"{item.uid} {item.instruction} {replace(item, id=None).uid}\n".encode())
+    return digest.hexdigest()
+
+
+def digest_of_set(task: RetrievalSet) -> str:
+    """What tells one task from another: its corpus, its queries and what is right."""
+    parts = digest_of(task.candidates), digest_of(task.queries)
+    judged = str((task.relevant, task.gains, task.lists)).encode()
+    return hashlib.sha256(" ".join(parts).encode() + judged).hexdigest()
+
+
+def encode_candidates(
+    model: MetaEmbedder, task: RetrievalSet, folder: Path, batch_size: int, dtype: str, tell: Tell
+) -> tuple[Store, list[str]]:
+    """A store of the candidates of a task: what is in it already is not encoded again.
+
+    Args:
+        model: encodes.
+        task: what to encode.
+        folder: that holds all stores of the evaluation.
+        batch_size: on each rank; changes speed and memory, not the result.
+        dtype: of the stored vectors.
+        tell: told of each batch.
+
+    Returns:
+        The store, and the candidates that could not be read, with the reason.
+    """
+    name = re.sub(r"[^\w.-]+", "_", _corpus_name(task))
+    folder = folder / f"{name}-{digest_of(task.candidates)[:12]}"
+    store = open_for(model, folder, dtype)
+    ids, skipped = uids(task.candidates), []
+    entries = (Entry(id, partial(task.candidates.__getitem__, i)) for i, id in enumerate(ids))
+    for progress in embed(store, model, entries, batch_size, skip_bad=True, previews=False):
+        skipped = progress.skipped
+        tell("candidates", progress.seen, len(ids))
+    return store, skipped
+
+
+def encode_queries(
+    model: MetaEmbedder, queries: Sequence[Item], batch_size: int, tell: Tell
+) -> tuple[Float[Tensor, "Q Rq D"], dict[int, str]]:
+    """Meta embeddings of queries, on rank 0.
+
+    Returns:
+        The embeddings, zeros for a query that cannot be read, and which these are, with the reason.
+    """
+    rank, world = rank_and_world()
+    found = torch.zeros(len(queries), model.groups[-1].r_q, model.width)
+    bad: dict[int, str] = {}
+    starts = range(rank * batch_size, len(queries), world * batch_size)
+    for start in starts:
+        indices = range(start, min(start + batch_size, len(queries)))
+        readable = list(_readable(queries, indices, bad))
+        if readable:
+            places, items = zip(*readable, strict=True)
+            found[list(places)] = model.encode_query(items, batch_size)
+        tell("queries", indices.stop, len(queries))
+    if world > 1:
+        mine = [i for start in starts for i in range(start, min(start + batch_size, len(queries)))]
+        parts: list | None = None if rank else [None] * world
+        dist.gather_object((mine, found[mine], bad), parts)
+        for places, vectors, bad_there in parts or []:
+            found[places] = vectors
+            bad |= bad_there
+    return found, bad
+
+
+def _readable(
+    queries: Sequence[Item], indices: Iterable[int], bad: dict[int, str]
+) -> Iterator[tuple[int, Item]]:
+    for index in indices:
+        try:
+            item = queries[index]
+            yield index, replace(item, image=item.load_image())
+        except UserError as error:
+            bad[index] = str(error)
+
+
+def _corpus_name(task: RetrievalSet) -> str:
+    """Tasks that search one corpus name it alike."""
+    if isinstance(task.candidates, StoredItems):
+        return task.candidates.path.resolve().parent.name
+    return task.name

@@ -1,0 +1,217 @@
+"""A benchmark from beginning to end: encode, rank, keep; the report is report.py's and html.py's.
+
+What is finished is kept task by task, so that an evaluation that was stopped goes on where it was.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from metaembed_pl.budget import Budget, check_budget
+from metaembed_pl.data.retrieval_set import RetrievalSet
+from metaembed_pl.environment import commit, versions
+from metaembed_pl.errors import UserError
+from metaembed_pl.evaluation.benchmarks import Benchmark, Task
+from metaembed_pl.evaluation.diversity import alikeness
+from metaembed_pl.evaluation.encoding import (
+    Tell,
+    digest_of_set,
+    encode_candidates,
+    encode_queries,
+)
+from metaembed_pl.evaluation.outcome import Outcome, TaskOutcome
+from metaembed_pl.evaluation.scoring import rank_task, uids
+from metaembed_pl.files import write_text
+from metaembed_pl.model.embedder import MetaEmbedder
+from metaembed_pl.model.identity import identity_of
+from metaembed_pl.retrieval.embedding import rank_and_world
+
+log = logging.getLogger(__name__)
+
+ABOUT = "evaluation.json"
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to evaluate; nothing here but `dtype` changes a number.
+
+    Args:
+        data: the folder of all data.
+        out: where results and stores go.
+        batch_size: items that are encoded at a time.
+        dtype: of stored vectors; fp32 gives what the model gives, bf16 takes half the disk.
+        tell: told how far a side is.
+    """
+
+    data: Path
+    out: Path
+    batch_size: int = 32
+    dtype: str = "fp32"
+    tell: Tell = lambda what, done, total: None
+
+
+def parse_budgets(text: str, groups: Sequence[Budget]) -> list[Budget]:
+    """The budgets of a command line: `all`, or some with commas between; smallest first.
+
+    Raises:
+        UserError: one that the model was not trained for.
+
+    >>> [str(b) for b in parse_budgets("4x8,16x1", [Budget(4, 1), Budget(16, 8)])]
+    ['16x1', '4x8']
+    """
+    if text == ALL:
+        return list(groups)
+    budgets = {check_budget(part, groups) for part in text.split(",")}
+    return sorted(budgets, key=lambda budget: (budget.r_c, budget.r_q))
+
+
+def evaluate(
+    model: MetaEmbedder, benchmark: Benchmark, budgets: Sequence[Budget], settings: Settings
+) -> Outcome | None:
+    """Evaluate a model on a benchmark; what was kept of an earlier run is not done again.
+
+    Args:
+        model: on the device to use.
+        benchmark: its files are there.
+        budgets: smallest first.
+        settings: the rest.
+
+    Returns:
+        The outcome, kept in the settings' folder; None on all ranks but the first.
+
+    Raises:
+        UserError: the folder holds another model's or benchmark's evaluation, or data are not
+            valid.
+    """
+    rank, _ = rank_and_world()
+    about = _begin(model, benchmark, settings) if rank == 0 else {}
+    done = []
+    for number, task in enumerate(benchmark.tasks, start=1):
+        found = task.open(settings.data)
+        kept = _kept(task, found, budgets, settings.out)
+        if kept is None:
+            started = time.perf_counter()
+            kept = _evaluate_task(model, task, found, budgets, settings)
+            took = time.perf_counter() - started
+            if kept is not None:
+                _say(f"{number} of {len(benchmark.tasks)}", kept, budgets[-1], f"{took:.0f} s")
+        elif rank == 0:
+            _say(f"{number} of {len(benchmark.tasks)}", kept, budgets[-1], "kept")
+        done.append(kept)
+    if rank:
+        return None
+    names = [str(budget) for budget in budgets]
+    tasks = [task for task in done if task is not None]
+    outcome = Outcome(benchmark.name, benchmark.title, names, about, tasks)
+    outcome.save(settings.out)
+    return outcome
+
+
+def _begin(model: MetaEmbedder, benchmark: Benchmark, settings: Settings) -> dict[str, Any]:
+    """Refuse to mix two evaluations in one folder; say what this one depends on."""
+    key = {
+        "benchmark": benchmark.name,
+        "identity": identity_of(model),
+        "dtype": settings.dtype,
+    }
+    file = settings.out / ABOUT
+    if file.exists():
+        kept = json.loads(file.read_text())
+        for name, value in key.items():
+            if kept.get(name) != value:
+                raise UserError(
+                    f"{settings.out} holds an evaluation with {name} {kept.get(name)!r}, not "
+                    f"{value!r}: choose another --out"
+                )
+    settings.out.mkdir(parents=True, exist_ok=True)
+    about = key | {
+        "width": model.width,
+        "groups": [str(group) for group in model.groups],
+        "model": model.settings(),
+        "versions": versions(),
+        "commit": commit(),
+        "torch_threads": torch.get_num_threads(),
+        "device": str(model.device),
+        "batch_size": settings.batch_size,
+    }
+    write_text(file, json.dumps(about, indent=2) + "\n")
+    return about
+
+
+def _kept(
+    task: Task, found: RetrievalSet, budgets: Sequence[Budget], out: Path
+) -> TaskOutcome | None:
+    """What an earlier run kept of the same task, where it has all the budgets."""
+    kept = TaskOutcome.load(out, task.name)
+    if kept is None or kept.data != digest_of_set(found):
+        return None
+    has_all = all(f"{task.metric}/{budget}" in kept.values for budget in budgets)
+    ends = {str(budgets[0]), str(budgets[-1])}
+    return kept if has_all and ends <= set(kept.hits) else None
+
+
+def _evaluate_task(
+    model: MetaEmbedder,
+    task: Task,
+    found: RetrievalSet,
+    budgets: Sequence[Budget],
+    settings: Settings,
+) -> TaskOutcome | None:
+    started = time.perf_counter()
+    stores = settings.out / "stores"
+    store, bad_candidates = encode_candidates(
+        model, found, stores, settings.batch_size, settings.dtype, settings.tell
+    )
+    queries, bad_queries = encode_queries(model, found.queries, settings.batch_size, settings.tell)
+    if rank_and_world()[0]:
+        dist.barrier()  # rank 0 ranks: nobody is to time out in the next task meanwhile
+        return None
+    encoded = time.perf_counter()
+    values, hits = {}, {}
+    is_good = torch.ones(len(queries))
+    is_good[list(bad_queries)] = 0
+    for budget in budgets:
+        ranked = rank_task(found, queries.to(model.device), store, budget)
+        for name, per_query in ranked.values.items():
+            values[f"{name}/{budget}"] = (per_query * is_good).tolist()
+        if budget in (budgets[0], budgets[-1]):
+            hits[str(budget)] = ranked.hits
+        settings.tell("budgets", budgets.index(budget) + 1, len(budgets))
+    kept = TaskOutcome(
+        name=task.name,
+        metric=task.metric,
+        labels=task.labels,
+        data=digest_of_set(found),
+        queries=uids(found.queries),
+        num_candidates=len(found.candidates),
+        num_left_out=found.num_left_out,
+        bad_queries=[f"{found.queries[i].uid}: {why}" for i, why in sorted(bad_queries.items())],
+        bad_candidates=bad_candidates,
+        deviation=task.deviation(found),
+        values=values,
+        hits=hits,
+        diversity=alikeness(queries, store),
+        seconds={"encoding": encoded - started, "ranking": time.perf_counter() - encoded},
+    )
+    kept.save(settings.out)
+    if rank_and_world()[1] > 1:
+        dist.barrier()
+    return kept
+
+
+def _say(place: str, task: TaskOutcome, budget: Budget, how: str) -> None:
+    name = f"{task.metric}/{budget}"
+    log.info("%s: %s, %s %.3f (%s)", place, task.name, name, task.score(str(budget)), how)
+    unread = len(task.bad_queries) + len(task.bad_candidates)
+    if unread:
+        log.warning("%s: %d items cannot be read and count as missed", task.name, unread)
+    if task.deviation:
+        log.warning("%s is not as published: %s", task.name, task.deviation)

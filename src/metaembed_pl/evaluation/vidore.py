@@ -1,0 +1,132 @@
+"""ViDoRe v1, v2 and v3: questions to pages of documents, all pages of a set in one pool.
+
+v2 has graded judgements (0, 1, 2; above 0 counts), of duplicate ones the highest, and four sets in
+seven tasks: three sets ask in four languages, each with all of them (multilingual) and in English
+alone. nDCG@5 for v1 and v2, nDCG@10 for v3.
+
+Counts are those that mteb ships (descriptive_stats); a test compares them.
+
+Source: ViDoRe, arXiv 2407.01449; v2, arXiv 2505.17166.
+"""
+
+from metaembed_pl.evaluation.benchmarks import Benchmark, Reference, Task
+
+# Hub id below vidore/ -> task, queries, pages.
+V1 = {
+    "arxivqa_test_subsampled_beir": ("ArxivQA", 500, 500),
+    "docvqa_test_subsampled_beir": ("DocVQA", 451, 500),
+    "infovqa_test_subsampled_beir": ("InfoVQA", 494, 500),
+    "tabfquad_test_subsampled_beir": ("TabFQuAD", 280, 70),
+    "tatdqa_test_beir": ("TAT-DQA", 1646, 277),
+    "shiftproject_test_beir": ("Shift Project", 100, 1000),
+    "syntheticDocQA_artificial_intelligence_test_beir": ("Artificial Intelligence", 100, 968),
+    "syntheticDocQA_energy_test_beir": ("Energy", 100, 977),
+    "syntheticDocQA_government_reports_test_beir": ("Government Reports", 100, 972),
+    "syntheticDocQA_healthcare_industry_test_beir": ("Healthcare Industry", 100, 965),
+}
+
+# Hub id below vidore/ -> task, queries in all languages, in English, pages.
+VIDORE_V2_SETS = {
+    "esg_reports_human_labeled_v2": ("ESG human", 52, 52, 1538),
+    "economics_reports_v2": ("Economics", 232, 58, 452),
+    "biomedical_lectures_v2": ("Biomedical", 640, 160, 1016),
+    "esg_reports_v2": ("ESG synthetic", 228, 57, 1538),
+}
+
+# Hub id below vidore/vidore_v3_ -> task, queries in all six languages, pages.
+V3 = {
+    "finance_en": ("Finance, English", 1854, 2942),
+    "finance_fr": ("Finance, French", 1920, 2384),
+    "computer_science": ("Computer science", 1290, 1360),
+    "hr": ("HR", 1908, 1110),
+    "energy": ("Energy", 1848, 2225),
+    "industrial": ("Industrial", 1698, 5244),
+    "pharmaceuticals": ("Pharmaceuticals", 2184, 2313),
+    "physics": ("Physics", 1812, 1674),
+}
+
+
+def set_of(name: str, metric: str, labels: tuple[str, ...], english: bool = False) -> Task:
+    """A set of ViDoRe v2, with all of its languages or in English alone."""
+    title, num_queries, num_english, num_pages = VIDORE_V2_SETS[name]
+    several = num_queries != num_english
+    return Task(
+        f"{title} {'English' if english else 'multilingual'}" if several else title,
+        f"vidore/{name}",
+        metric,
+        labels,
+        f"vidore/{name}",
+        {"language": "english"} if english else None,
+        num_english if english else num_queries,
+        num_pages,
+    )
+
+
+VIDORE_V1 = Benchmark(
+    "vidore_v1",
+    "ViDoRe v1",
+    tuple(
+        Task(title, f"vidore/{name}", "ndcg@5", (), f"vidore/{name}", None, *counts)
+        for name, (title, *counts) in V1.items()
+    ),
+    "python data_prep/vidore.py --subset v1",
+    (Reference("MetaEmbed-3B", "16x64", 88.7),),
+)
+
+VIDORE_V2 = Benchmark(
+    "vidore_v2",
+    "ViDoRe v2",
+    (
+        set_of("esg_reports_human_labeled_v2", "ndcg@5", ()),
+        set_of("economics_reports_v2", "ndcg@5", ("multilingual",)),
+        set_of("biomedical_lectures_v2", "ndcg@5", ("multilingual",)),
+        set_of("esg_reports_v2", "ndcg@5", ("multilingual",)),
+        set_of("biomedical_lectures_v2", "ndcg@5", ("English",), english=True),
+        set_of("esg_reports_v2", "ndcg@5", ("English",), english=True),
+        set_of("economics_reports_v2", "ndcg@5", ("English",), english=True),
+    ),
+    "python data_prep/vidore.py --subset v2",
+    (
+        Reference(
+            "MetaEmbed-3B",
+            "16x64",
+            60.3,
+            {
+                "ESG human": 63.7,
+                "Economics multilingual": 55.5,
+                "Biomedical multilingual": 58.7,
+                "ESG synthetic multilingual": 57.4,
+                "Biomedical English": 61.7,
+                "ESG synthetic English": 62.6,
+                "Economics English": 62.3,
+            },
+        ),
+        Reference("MetaEmbed-7B", "16x64", 61.3),
+        Reference("MoCa-3B", "", 59.8),
+        Reference("MoCa-7B", "", 58.8),
+        Reference("GME-7B", "", 59.3),
+        Reference("mmE5-11B", "", 50.5),
+        Reference("ColPali", "", 54.5),
+        Reference("ColQwen2.5", "", 60.6),
+        Reference("Nemotron ColEmbed V2 8B", "", 65.2),
+    ),
+)
+
+VIDORE_V3 = Benchmark(
+    "vidore_v3",
+    "ViDoRe v3, public sets",
+    tuple(
+        Task(
+            title,
+            f"vidore/vidore_v3_{name}",
+            "ndcg@10",
+            (),
+            f"vidore/vidore_v3_{name}",
+            None,
+            *counts,
+        )
+        for name, (title, *counts) in V3.items()
+    ),
+    "python data_prep/vidore.py --subset v3",
+    (Reference("Nemotron ColEmbed V2 8B", "", 63.4),),
+)
