@@ -87,11 +87,28 @@ def test_a_prompt_given_in_part_keeps_the_rest_of_its_familys():
 
 def test_refuses_marks_that_the_tokenizer_would_read_as_letters():
     smol = tiny.processing(tiny.CONFIGS["smolvlm"])
-    parts = family_of("idefics3"), smol.tokenizer, smol.image_processor
-    with pytest.raises(UserError, match=r"idefics3 has <\|begin_of_text\|>.* set prompt\.prefix"):
+    other = tiny.processing(tiny.CONFIGS["paligemma"]).tokenizer  # has an <image>, and no turns
+    parts = family_of("idefics3"), other, smol.image_processor
+    with pytest.raises(UserError, match=r"idefics3 has <\S+>.* set prompt\.prefix"):
         Processing(*parts)
-    batch = Processing(*parts, Prompt(prefix="<|im_start|>User:"))([Item("red")], "query", 1)
-    assert batch["input_ids"][0, 0] == smol.tokenizer.convert_tokens_to_ids("<|im_start|>")
+    batch = Processing(*parts, Prompt(prefix="<bos>", suffix=""))([Item("red")], "query", 1)
+    assert batch["input_ids"][0, 0] == other.convert_tokens_to_ids("<bos>")
+
+
+def test_the_tokenizer_tells_which_marks_a_model_has():
+    """SmolVLM-Instruct says that it is an Idefics3, and has the marks of SmolVLM."""
+    smol = tiny.processing(tiny.CONFIGS["smolvlm"])
+    idefics = tiny.processing(tiny.CONFIGS["idefics3"])
+    assert idefics.prompt.prefix == "<|begin_of_text|>User:"
+    found = Processing(family_of("idefics3"), smol.tokenizer, smol.image_processor)
+    items = [Item("red"), Item("blue", image=tiny.picture(1))]
+    for name, tensor in smol(items, "query", 2).items():
+        assert torch.equal(found(items, "query", 2)[name], tensor), name
+    assert Processing(*_parts(found), Prompt(prefix="Ask:")).prompt.suffix == smol.prompt.suffix
+
+
+def _parts(processing: Processing) -> tuple:
+    return processing.family, processing.tokenizer, processing.image_processor
 
 
 def test_a_prompt_may_be_empty():

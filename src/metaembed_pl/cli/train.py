@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -60,6 +61,7 @@ QUIET = (  # what libraries warn of and a user of this package can do nothing ab
     ".*could not find the monitored key.*",  # likewise: it has no best checkpoint
     ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run
     ".*your dataloader is not resumable.*",  # the data module keeps the place in the plan
+    ".*`hidden_state` is deprecated.*",  # transformers 5.17 calls its own mllama layers so
     ".*sync_dist=True.*",  # our metrics have gathered all ranks' rows already
     ".*torch.distributed.* is deprecated.*",  # their successors came with torch 2.13
 )
@@ -289,7 +291,7 @@ def run(argv: list[str]) -> None:
         UserError: anything wrong with the recipe, the data or a checkpoint.
     """
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0  # the others would say the same once more
+    first = not getattr(rank_zero_only, "rank", 0)  # the others would say the same once more
     level = logging.INFO if first else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     for chatty in ("httpx", "alembic", "mlflow", "lightning.pytorch.utilities.rank_zero"):

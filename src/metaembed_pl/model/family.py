@@ -103,6 +103,7 @@ class Family:
         image_options: what the image processor is called with.
         stand_in_options: what makes it spend the least on a picture that does not count.
         packs_images: its vision tower runs over the patches of all images as one sequence.
+        other_templates: of models of this kind that have other marks; their tokenizers tell.
     """
 
     model_type: str
@@ -122,6 +123,7 @@ class Family:
     image_options: Mapping[str, Any] = field(default_factory=dict)
     stand_in_options: Mapping[str, Any] = field(default_factory=dict)
     packs_images: bool = False
+    other_templates: tuple[Template, ...] = ()
 
     def image_processor(
         self, config: Mapping[str, Any], min_pixels: int | None, max_pixels: int | None
@@ -156,11 +158,16 @@ def _qwen(model_type: str, **settings: Any) -> Family:
 
 
 def _idefics(
-    model_type: str, prefix: str, tokens: tuple[tuple[str, str | None], ...], kind: type
+    model_type: str,
+    prefix: str,
+    tokens: tuple[tuple[str, str | None], ...],
+    kind: type,
+    *others: str,
 ) -> Family:
+    suffix = "<end_of_utterance>\n"
     return Family(
         model_type,
-        Template(prefix, "<end_of_utterance>\n"),
+        Template(prefix, suffix),
         tokens,
         "<image>",
         idefics.image_text,
@@ -172,6 +179,7 @@ def _idefics(
         projector_module="connector",
         image_options={"return_row_col_info": True},
         stand_in_options={"do_image_splitting": False},
+        other_templates=tuple(Template(other, suffix) for other in others),
     )
 
 
@@ -225,7 +233,11 @@ FAMILIES = {
             image_options={"do_pan_and_scan": False},
         ),
         _idefics(
-            "idefics3", "<|begin_of_text|>User:", idefics.IDEFICS3_TOKENS, Idefics3ImageProcessorPil
+            "idefics3",
+            "<|begin_of_text|>User:",
+            idefics.IDEFICS3_TOKENS,
+            Idefics3ImageProcessorPil,
+            "<|im_start|>User:",  # SmolVLM-Instruct, the first SmolVLM, is of this type
         ),
         _idefics("smolvlm", "<|im_start|>User:", idefics.SMOLVLM_TOKENS, SmolVLMImageProcessorPil),
     )

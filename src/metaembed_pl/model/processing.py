@@ -81,8 +81,9 @@ class Processing:
         self.family = family
         self.tokenizer = tokenizer
         self.image_processor = image_processor
-        self.prompt = (prompt or Prompt()).over(family.template)
-        self._refuse_unknown_marks()
+        template = self._own_template()
+        self.prompt = (prompt or Prompt()).over(template)
+        self._refuse_unknown_marks(template)
         self.max_text_tokens = max_text_tokens
         self.padding_side = padding_side
 
@@ -124,19 +125,27 @@ class Processing:
         batch |= self.family.model_inputs(batch, seen, row_index, self._image_id)
         return batch | {"slot_index": batch["slot_index"][: len(items)]}
 
-    def _refuse_unknown_marks(self) -> None:
+    def _own_template(self) -> Template:
+        """Of the family's, the one whose marks this model's tokenizer knows."""
+        templates = (self.family.template, *self.family.other_templates)
+        known = (t for t in templates if all(map(self._knows, _marks(t.prefix + t.suffix))))
+        return next(known, self.family.template)
+
+    def _knows(self, mark: str) -> bool:
+        nothing = None, getattr(self.tokenizer, "unk_token_id", None)
+        return self.tokenizer.convert_tokens_to_ids(mark) not in nothing
+
+    def _refuse_unknown_marks(self, own: Template) -> None:
         """Models of one family may have other marks for a turn, which would be read as letters."""
-        own = self.family.template
         parts = {own.prefix, own.before_text, own.suffix}
         used = parts & {self.prompt.prefix, self.prompt.before_text, self.prompt.suffix}
-        nothing = None, getattr(self.tokenizer, "unk_token_id", None)
-        if self.tokenizer.convert_tokens_to_ids(self.family.image_token) in nothing:
+        if not self._knows(self.family.image_token):
             raise UserError(
                 f"the tokenizer does not know {self.family.image_token}: are its files missing, or "
                 f"is it not that of a {self.family.model_type} model?"
             )
-        for mark in re.findall(r"<[^<>\s]+>", " ".join(sorted(used))):
-            if self.tokenizer.convert_tokens_to_ids(mark) in nothing:
+        for mark in _marks(" ".join(sorted(used))):
+            if not self._knows(mark):
                 raise UserError(
                     f"the prompt of {self.family.model_type} has {mark}, which this model's "
                     "tokenizer does not know: set prompt.prefix and prompt.suffix to its own"
@@ -226,6 +235,15 @@ class Processing:
             Prompt(**settings["prompt"]),
             settings["max_text_tokens"],
         )
+
+
+def _marks(words: str) -> list[str]:
+    """The special tokens that stand in a template.
+
+    >>> _marks("<|im_start|>User: a < b")
+    ['<|im_start|>']
+    """
+    return re.findall(r"<[^<>\s]+>", words)
 
 
 def load_processors(path: str, revision: str | None = None) -> tuple[Any, Any]:

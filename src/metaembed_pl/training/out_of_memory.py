@@ -6,7 +6,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
 
 from metaembed_pl.data.collate import TrainBatch
 from metaembed_pl.model.embedder import MetaEmbedder
@@ -81,15 +80,15 @@ def step_of(batch: TrainBatch, model: MetaEmbedder, both_directions: bool) -> St
     )
 
 
-def _row(inputs: dict[str, Tensor], patch_size: int) -> Rows:
-    """The mean row of a batch; all have the tokens of the longest."""
-    count, num_tokens = inputs["input_ids"].shape
-    pixels = inputs.get("pixel_values")
-    if pixels is None:
-        return Rows(1, num_tokens)
+def _row(inputs: Any, patch_size: int) -> Rows:
+    """The mean row of a batch, in one piece or in chunks; as long as the longest."""
+    pieces = [inputs] if isinstance(inputs, dict) else [chunk.inputs for chunk in inputs]
+    count = sum(len(piece["input_ids"]) for piece in pieces)
+    num_tokens = max(piece["input_ids"].shape[1] for piece in pieces)
+    pixels = [piece["pixel_values"] for piece in pieces if "pixel_values" in piece]
     # Patches that are cut already, or whole pictures and tiles.
-    patches = len(pixels) if pixels.dim() == 2 else pixels.numel() // (3 * patch_size**2)
-    return Rows(1, num_tokens, -(-patches // count), pixels.nbytes // count)
+    patches = sum(len(p) if p.dim() == 2 else p.numel() // (3 * patch_size**2) for p in pixels)
+    return Rows(1, num_tokens, -(-patches // count), sum(p.nbytes for p in pixels) // count)
 
 
 def limit_bytes(device: torch.device) -> int:
