@@ -237,15 +237,6 @@ class Processing:
         )
 
 
-def _marks(words: str) -> list[str]:
-    """The special tokens that stand in a template.
-
-    >>> _marks("<|im_start|>User: a < b")
-    ['<|im_start|>']
-    """
-    return re.findall(r"<[^<>\s]+>", words)
-
-
 def load_processors(path: str, revision: str | None = None) -> tuple[Any, Any]:
     """Tokenizer and image processor of a model folder or hub id.
 
@@ -266,3 +257,12 @@ def load_processors(path: str, revision: str | None = None) -> tuple[Any, Any]:
             f"{str(error).splitlines()[0]}"
         ) from error
     return tokenizer, image_processor
+
+
+def _marks(words: str) -> list[str]:
+    """The special tokens that stand in a template.
+
+    >>> _marks("<|im_start|>User: a < b")
+    ['<|im_start|>']
+    """
+    return re.findall(r"<[^<>\s]+>", words)
