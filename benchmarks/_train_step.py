@@ -23,7 +23,7 @@ from metaembed_pl.data.collate import Side, TrainBatch
 from metaembed_pl.model.embedder import MetaEmbedder
 from metaembed_pl.training.loss import MMRLoss
 
-WARM_UP = 2
+WARM_UP = 2  # steps that are not timed; one of a tiny stand-in
 PARTS = ("data", "vision", "text", "loss", "text backward", "optimizer")
 
 
@@ -102,7 +102,7 @@ def measure(
         shapes.write_pairs(Path(folder) / "pairs", max(64, 2 * num_pairs * world), tiny)
         loader = _loader(shapes.batches(Path(folder) / "pairs", model, case, num_pairs * world))
         taken = iter(loader)
-        for _ in range(WARM_UP):
+        for _ in range(1 if tiny else WARM_UP):
             _step(case, trainee, wrapped, optimizer, next(taken), device)
         flops.synchronized(device)
         trainee.clock = clock = Clock(device)

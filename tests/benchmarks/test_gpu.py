@@ -68,7 +68,7 @@ def test_costs_of_scoring_are_those_of_the_papers_table():
 
     for budget, (gflops, _, gib) in gpu.PAPER_SEARCH.items():
         ours = gpu.scoring_cost(Budget(*budget), 100_000, 3584)
-        assert ours[0] == pytest.approx(gflops, abs=0.01)
+        assert ours[0] == pytest.approx(gflops, rel=0.01)  # the table cuts 0.717 to 0.71
         assert ours[1] / 2**30 == pytest.approx(gib, rel=0.02)  # the table rounds 0.668 to 0.68
 
 
