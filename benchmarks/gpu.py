@@ -23,6 +23,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ PAPER_SEARCH: dict[Budget, tuple[float, float | None, float]] = {
 def train_cases(sizes: list[str], tiny: bool) -> list[Case]:
     """What is compared: each case differs from the first of its size in one thing."""
     chunk = 512 if tiny else CHUNK_TOKENS
+    has_cache = find_spec("metaembed_pl.training.gradient_cache") is not None
     return [
         case
         for size in sizes
@@ -64,7 +66,7 @@ def train_cases(sizes: list[str], tiny: bool) -> list[Case]:
             Case(size),
             Case(size, attention="flash_attention_2"),
             Case(size, is_checkpointed=False),
-            Case(size, chunk_tokens=chunk),
+            *[Case(size, chunk_tokens=chunk)] * has_cache,
         )
     ]
 
