@@ -128,6 +128,7 @@ class TrainingBatches(IterableDataset):
         self.plan = plan
         self.process = process
         self.first, self.last, self.rank, self.num_ranks = 0, 0, 0, 1
+        self.max_chunk_tokens: int | None = None
 
     def __iter__(self) -> Iterator[TrainBatch]:
         worker = get_worker_info()
@@ -152,6 +153,7 @@ class TrainingBatches(IterableDataset):
             step=step,
             num_negatives=count,
             always_image=self.num_ranks > 1,
+            max_chunk_tokens=self.max_chunk_tokens,
         )
         batch.faults = faults
         return batch
@@ -326,6 +328,8 @@ class RetrievalDataModule(pl.LightningDataModule):
         dataset = TrainingBatches(self._shards, counts, self.plan, self._process(), instructions)
         trainer = self._attached()
         dataset.rank, dataset.num_ranks = trainer.global_rank, trainer.world_size
+        module: Any = trainer.lightning_module
+        dataset.max_chunk_tokens = module.max_chunk_tokens
         self.plan.rank_batch(
             0, 0, dataset.num_ranks
         )  # an uneven division shows before workers start
@@ -353,6 +357,16 @@ class RetrievalDataModule(pl.LightningDataModule):
 
     def _worker_settings(self) -> dict[str, Any]:
         return {"num_workers": self.num_workers, "pin_memory": torch.cuda.is_available()}
+
+    def transfer_batch_to_device(
+        self, batch: Any, device: torch.device, dataloader_idx: int
+    ) -> Any:
+        """Leaves chunks where they are: they are brought to the device one by one."""
+        if not isinstance(batch, TrainBatch) or isinstance(batch.queries, dict):
+            return super().transfer_batch_to_device(batch, device, dataloader_idx)
+        small = replace(batch, queries={}, candidates={})
+        small = super().transfer_batch_to_device(small, device, dataloader_idx)
+        return replace(small, queries=batch.queries, candidates=batch.candidates)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Notes how far the plan has been used, and what could not be."""

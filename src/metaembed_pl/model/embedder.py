@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from metaembed_pl.budget import Budget, check_budget, parse_groups
+from metaembed_pl.data.collate import Chunk
 from metaembed_pl.environment import versions
 from metaembed_pl.errors import UserError
 from metaembed_pl.files import new_folder
@@ -54,6 +55,13 @@ class Processor:
     ) -> dict[str, Tensor]:
         """The tensors `MetaEmbedder.forward` takes; `always_image` as in `Processing`."""
         return self.processing(items, side, self.num_slots[side], always_image)
+
+    def in_chunks(
+        self, items: Sequence[Item], side: Side, max_tokens: int, always_image: bool = False
+    ) -> list[Chunk]:
+        """The same in chunks of like length, the longest first; see `Processing.in_chunks`."""
+        slots = self.num_slots[side]
+        return self.processing.in_chunks(items, side, slots, max_tokens, always_image)
 
 
 class MetaEmbedder(nn.Module):

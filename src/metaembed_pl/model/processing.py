@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from metaembed_pl.data.collate import Chunk
 from metaembed_pl.errors import UserError
 from metaembed_pl.item import Item
 from metaembed_pl.model.family import Family, Template, family_of
@@ -106,24 +107,88 @@ class Processing:
         Raises:
             UserError: an image does not decode, or its family cannot take its shape.
         """
-        if not items:
-            raise UserError("expected at least one item, got none")
-        images = [item.load_image() for item in items]
-        texts = self._text_ids(items, side)
+        images, texts = self._images_and_texts(items, side)
         options = self.family.image_options
         if always_image and all(image is None for image in images):
-            images.append(Image.new("RGB", (32, 32), "gray"))
+            images.append(_stand_in())
             texts.append([])
             options = {**options, **self.family.stand_in_options}
-        rows = [i for i, image in enumerate(images) if image is not None]
-        seen = self._see([images[i] for i in rows], options)
-        shown = dict(zip(rows, self._image_text(seen), strict=True))
-        heads = [self._head(shown.get(i, "")) for i in range(len(images))]
-        parts = zip(self._ids(heads), texts, strict=True)
-        batch = self._pad([[*head, *text, *self._suffix] for head, text in parts], num_slots)
-        row_index = torch.tensor(rows, dtype=torch.long)
+        with_image = [i for i, image in enumerate(images) if image is not None]
+        seen = self._see([images[i] for i in with_image], options)
+        shown = dict(zip(with_image, self._image_text(seen), strict=True))
+        rows = self._rows([shown.get(i, "") for i in range(len(images))], texts)
+        return self._assembled(rows, seen, with_image, num_slots, len(items))
+
+    def in_chunks(
+        self,
+        items: Sequence[Item],
+        side: Side,
+        num_slots: int,
+        max_tokens: int,
+        always_image: bool = False,
+    ) -> list[Chunk]:
+        """Tensors of a batch in chunks of like length, longest first: little of them is padding.
+
+        Args:
+            items: at least one.
+            side: as for a whole batch.
+            num_slots: likewise.
+            max_tokens: of a chunk, padding and slots included; a longer row is a chunk by itself.
+            always_image: likewise, for each chunk.
+
+        Raises:
+            UserError: an image does not decode, or its family cannot take its shape.
+        """
+        images, texts = self._images_and_texts(items, side)
+        seen = [
+            self._see([] if image is None else [image], self.family.image_options)
+            for image in images
+        ]
+        shown = [next(iter(self._image_text(each)), "") for each in seen]
+        rows = self._rows(shown, texts)
+        chunks = []
+        for chosen in chunked([len(row) + num_slots for row in rows], max_tokens):
+            some, parts = [rows[i] for i in chosen], [seen[i] for i in chosen]
+            if always_image and not any(parts):
+                row, part = self._grey
+                some, parts = [*some, row], [*parts, part]
+            with_image = [i for i, part in enumerate(parts) if part]
+            joined = _joined([parts[i] for i in with_image])
+            inputs = self._assembled(some, joined, with_image, num_slots, len(chosen))
+            chunks.append(Chunk(torch.tensor(chosen), inputs))
+        return chunks
+
+    def _images_and_texts(
+        self, items: Sequence[Item], side: Side
+    ) -> tuple[list[Image.Image | None], list[list[int]]]:
+        if not items:
+            raise UserError("expected at least one item, got none")
+        return [item.load_image() for item in items], self._text_ids(items, side)
+
+    @cached_property
+    def _grey(self) -> tuple[list[int], Mapping[str, Any]]:
+        """The row of the picture that stands in where there is none, and what is seen of it."""
+        options = {**self.family.image_options, **self.family.stand_in_options}
+        seen = self._see([_stand_in()], options)
+        return self._rows(self._image_text(seen), [[]])[0], seen
+
+    def _rows(self, shown: list[str], texts: list[list[int]]) -> list[list[int]]:
+        """Token ids without slots: [prefix ; image ; text ; suffix]."""
+        parts = zip(self._ids([self._head(image) for image in shown]), texts, strict=True)
+        return [[*head, *text, *self._suffix] for head, text in parts]
+
+    def _assembled(
+        self,
+        rows: list[list[int]],
+        seen: Mapping[str, Any],
+        with_image: list[int],
+        num_slots: int,
+        num_items: int,
+    ) -> dict[str, Tensor]:
+        batch = self._pad(rows, num_slots)
+        row_index = torch.tensor(with_image, dtype=torch.long)
         batch |= self.family.model_inputs(batch, seen, row_index, self._image_id)
-        return batch | {"slot_index": batch["slot_index"][: len(items)]}
+        return batch | {"slot_index": batch["slot_index"][:num_items]}
 
     def _own_template(self) -> Template:
         """Of the family's, the one whose marks this model's tokenizer knows."""
@@ -235,6 +300,43 @@ class Processing:
             Prompt(**settings["prompt"]),
             settings["max_text_tokens"],
         )
+
+
+def chunked(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Rows in chunks of like length, longest first.
+
+    >>> chunked([3, 9, 4, 4], max_tokens=12)
+    [[1], [2, 3, 0]]
+    """
+    chunks: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if chunks and lengths[chunks[-1][0]] * (len(chunks[-1]) + 1) <= max_tokens:
+            chunks[-1].append(row)
+        else:
+            chunks.append([row])
+    return chunks
+
+
+def _stand_in() -> Image.Image:
+    return Image.new("RGB", (32, 32), "gray")
+
+
+def _joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """What is seen of several images, from what is seen of each: padded to the widest, one after
+    the other, as image processors do where images have different numbers of tiles.
+    """
+    found = {}
+    for name in parts[0] if parts else ():
+        tensors = [part[name] for part in parts]
+        if isinstance(tensors[0], Tensor):
+            shape = [max(sizes) for sizes in zip(*(t.shape[1:] for t in tensors), strict=True)]
+            found[name] = torch.cat([_widened(tensor, shape) for tensor in tensors])
+    return found
+
+
+def _widened(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    missing = [size - have for size, have in zip(shape, tensor.shape[1:], strict=True)]
+    return torch.nn.functional.pad(tensor, [n for size in reversed(missing) for n in (0, size)])
 
 
 def load_processors(path: str, revision: str | None = None) -> tuple[Any, Any]:

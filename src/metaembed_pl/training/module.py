@@ -27,9 +27,11 @@ from metaembed_pl.training.checkpoints import (
     refuse_misfit,
     refuse_other_base,
 )
+from metaembed_pl.training.gradient_cache import GradientCache, GradientCacheConfig
 from metaembed_pl.training.loss import MMRLoss, MMRLossOutput
 from metaembed_pl.training.metrics import RetrievalMetrics, check_headline, headline
 from metaembed_pl.training.optimizer import OptimizerConfig, build_optimizer
+from metaembed_pl.training.strategy import backward_by_parts
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +65,7 @@ class MetaEmbedModule(pl.LightningModule):
         train_vision: see `set_trainable`.
         headline: the metric that says which checkpoint is best, such as `ndcg@5`, `recall@1/4x8`
             or `esg/ndcg@5`; see `headline`. None: recall@1.
+        gradient_cache: for batches whose activations do not fit; None: all rows at once.
     """
 
     def __init__(
@@ -79,8 +82,10 @@ class MetaEmbedModule(pl.LightningModule):
         lora: LoraConfig | None = None,
         train_vision: bool = True,
         headline: str | None = None,
+        gradient_cache: GradientCacheConfig | None = None,
     ):
         super().__init__()
+        self.max_chunk_tokens = gradient_cache and gradient_cache.max_tokens
         self.backbone_config = backbone or BackboneConfig()
         self.start_from, self.lora, self.train_vision = start_from, lora, train_vision
         if self.backbone_config.quantization and lora is None:
@@ -101,6 +106,11 @@ class MetaEmbedModule(pl.LightningModule):
         self.metrics: dict[str, dict[str, RetrievalMetrics]] = {}
         self.values: dict[str, dict[str, dict[str, float]]] = {}
         self._sources_seen: set[str] = set()
+
+    @property
+    def is_pretrained(self) -> bool:
+        """Whether frozen weights can be read again from where they came from."""
+        return self.backbone_config.scratch is None
 
     def configure_model(self) -> None:
         """Builds the embedder, once.
@@ -137,13 +147,14 @@ class MetaEmbedModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leaves out the frozen weights, unless they were drawn at random."""
-        if self.backbone_config.scratch is None:
+        if self.is_pretrained:
             leave_out_frozen(self, checkpoint, self._base)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses the checkpoint of another model, or of another base model."""
         refuse_other_base(checkpoint, self._base)
-        refuse_misfit(self, checkpoint["state_dict"])
+        if "state_dict" in checkpoint:  # ZeRO has loaded the weights by now
+            refuse_misfit(self, checkpoint["state_dict"])
         self.strict_loading = False  # frozen weights may be missing, and nothing else is
 
     def configure_optimizers(self) -> Any:
@@ -163,8 +174,32 @@ class MetaEmbedModule(pl.LightningModule):
         """The MMR loss of this rank's queries."""
         # Dropout depends on the step alone, so that a resumed run draws what an unbroken one would.
         torch.manual_seed(int(os.environ.get("PL_GLOBAL_SEED", 0)) + batch.step)
+        if not isinstance(batch.queries, dict):
+            return self._cached_step(batch, batch_idx)
         queries = self.embedder(batch.queries, "query")
         candidates = self.embedder(batch.candidates, "candidate")
+        return self._loss(queries, candidates, batch)
+
+    def _cached_step(self, batch: TrainBatch, batch_idx: int) -> Tensor:
+        """The same with gradient caching: all backward passes but the last are done here."""
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self.zero_grad()  # `optimizer_zero_grad` comes too late for them
+        cache = GradientCache(self.embedder)
+        queries = cache.encode(batch.queries, "query")
+        candidates = cache.encode(batch.candidates, "candidate")
+        loss = self._loss(queries, candidates, batch)
+        of_queries, of_candidates = torch.autograd.grad(loss, (queries, candidates))
+        surrogates = cache.surrogates({"query": of_queries, "candidate": of_candidates})
+        return backward_by_parts(self.trainer, surrogates)
+
+    def optimizer_zero_grad(
+        self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Lightning calls this between `training_step` and its own backward pass."""
+        if self.max_chunk_tokens is None:
+            super().optimizer_zero_grad(epoch, batch_idx, optimizer)
+
+    def _loss(self, queries: Tensor, candidates: Tensor, batch: TrainBatch) -> Tensor:
         count = len(queries)
         negatives = candidates[count:].unflatten(0, (count, -1)) if batch.num_negatives else None
         output = self.loss(

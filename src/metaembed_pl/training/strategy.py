@@ -1,0 +1,242 @@
+"""Strategies beyond one process: what DDP, ZeRO and FSDP2 need from us to compute one gradient.
+
+Recipes choose by Lightning's names: `ddp`, `deepspeed_stage_2`, `deepspeed_stage_3`, each of the
+latter also with `_offload`, and `fsdp2`. The ZeRO ones stand here in place of Lightning's: they
+also run on the CPU (for tests, and to rehearse a recipe), shard pretrained weights as they are
+read, and never leave a checkpoint half-written.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.accelerators import CUDAAccelerator
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, StrategyRegistry
+from torch import Tensor
+
+from metaembed_pl.errors import UserError
+
+RANK_FILE = "zero_pp_rank_*_optim_states.pt"
+TRUSTED = (
+    "deepspeed.runtime.fp16.loss_scaler.",
+    "deepspeed.runtime.zero.config.",
+    "deepspeed.utils.tensor_fragment.",
+)
+COALESCED_SHARE = 0.1
+"""Where no more is trained, the gradients of a step are kept whole and reduced at its end."""
+
+
+class ZeroStrategy(DeepSpeedStrategy):
+    """DeepSpeed's ZeRO, on GPUs or on the CPU.
+
+    Args:
+        stage: 1 shards the optimiser over the ranks, 2 the gradients as well, 3 the weights too.
+        kwargs: see Lightning's `DeepSpeedStrategy`.
+    """
+
+    def __init__(self, stage: int = 3, **kwargs: Any):
+        # Set, or Lightning asks the loader for a batch sampler, which ours does without.
+        kwargs.setdefault("logging_batch_size_per_gpu", 1)
+        super().__init__(stage=stage, **kwargs)
+        assert isinstance(self.config, dict)
+        # torch's AdamW also where the optimiser is offloaded: DeepSpeed's own compiles for minutes.
+        self.config.setdefault("zero_force_ds_cpu_optimizer", False)
+        self._parts_are_done = False
+
+    @property
+    def _on_gpu(self) -> bool:
+        return isinstance(self.accelerator, CUDAAccelerator)
+
+    @property
+    def root_device(self) -> torch.device:
+        """Of this rank; on the CPU with an index, which DeepSpeed asks for."""
+        return super().root_device if self._on_gpu else torch.device("cpu", self.local_rank)
+
+    def setup_environment(self) -> None:
+        """As Lightning's, which refuses the CPU."""
+        if self._on_gpu:
+            super().setup_environment()
+            return
+        DDPStrategy.setup_environment(self)
+
+    def setup_distributed(self) -> None:
+        """As Lightning's, which asks for the index of a GPU."""
+        if self._on_gpu:
+            super().setup_distributed()
+            return
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+    @contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        """While open, transformers shards pretrained weights as it reads them.
+
+        A model from scratch is small and built whole: its random start is drawn into whole
+        tensors. DeepSpeed then shares it out like the meta tokens, from rank 0.
+        """
+        from transformers.integrations import HfDeepSpeedConfig
+
+        self._init_config_if_needed()
+        module: Any = self.lightning_module
+        # Alive as long as this name is: transformers asks for it.
+        sharded = HfDeepSpeedConfig(self.config) if self._shards(module) else None
+        yield
+        del sharded
+
+    def _shards(self, module: Any) -> bool:
+        return self.zero_stage_3 and module.is_pretrained
+
+    def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As Lightning's, unless gradient caching has gone backwards already."""
+        if self._parts_are_done:
+            self._parts_are_done = False
+            return closure_loss
+        return super().backward(closure_loss, *args, **kwargs)
+
+    def backward_by_parts(self, parts: Iterator[Tensor], num_accumulated: int) -> Tensor:
+        """Goes backwards from each part in turn; what they add up to is one gradient."""
+        engine: Any = self.deepspeed_engine
+        self._parts_are_done = True
+        if num_accumulated == 1 and _trained_share(engine.module) <= COALESCED_SHARE:
+            with engine.coalesce_grad_reduction():
+                for part in parts:
+                    engine.backward(part)
+            return part.detach()
+        for number, part in enumerate(parts):
+            if number:
+                # DeepSpeed takes a second backward pass of a step for a repetition of the first.
+                engine.optimizer.clear_backward_seen_flag()
+            engine.backward(part)
+        return part.detach()
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
+    ) -> None:
+        """Writes a folder beside the last one, and lets `filepath` point to it once it is whole.
+
+        Frozen weights that can be read again from the base model are left out.
+        """
+        module: Any = self.lightning_module
+        self.exclude_frozen_parameters = module.is_pretrained
+        link = Path(self.broadcast(str(filepath)))
+        slot = Path(self.broadcast(str(_free_slot(link)) if self.is_global_zero else ""))
+        super().save_checkpoint(checkpoint, slot, storage_options)
+        self.barrier()
+        if self.is_global_zero:
+            _point(link, slot)
+        self.barrier()
+
+    def load_checkpoint(
+        self, checkpoint_path: Any, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Goes on from a folder of `save_checkpoint`.
+
+        Raises:
+            UserError: it is no such folder, was written by another number of ranks, or holds what
+                would run code.
+        """
+        folder = Path(checkpoint_path)
+        _refuse_other_world(folder, self.world_size)
+        _refuse_objects(folder)
+        module: Any = self.lightning_module
+        module.strict_loading = not module.is_pretrained
+        return super().load_checkpoint(checkpoint_path, weights_only)
+
+
+def backward_by_parts(trainer: Trainer, parts: Iterator[Tensor]) -> Tensor:
+    """Goes backwards from all parts of a loss, each before the next is made.
+
+    Returns:
+        What `training_step` returns: the last part, from which Lightning itself goes backwards
+        (then DDP reduces the gradients of all), or under ZeRO a number that is done with.
+    """
+    num_accumulated = trainer.accumulate_grad_batches
+    if isinstance(trainer.strategy, ZeroStrategy):
+        return trainer.strategy.backward_by_parts(parts, num_accumulated)
+    # DDP listens to gradients only after `training_step`: until then they just add up.
+    last = next(parts)
+    for part in parts:
+        trainer.precision_plugin.pre_backward(
+            last / num_accumulated, trainer.lightning_module
+        ).backward()
+        last = part
+    return last
+
+
+def _trained_share(module: torch.nn.Module) -> float:
+    trained, total = 0, 0
+    for parameter in module.parameters():
+        count = getattr(parameter, "ds_numel", parameter.numel())
+        total += count
+        trained += count * parameter.requires_grad
+    return trained / total
+
+
+def _free_slot(link: Path) -> Path:
+    """One of two folders, whichever `link` does not point to; emptied."""
+    slots = [link.with_name(f".{link.name}.{letter}") for letter in "ab"]
+    slot = next(
+        slot for slot in slots if not (link.is_symlink() and link.readlink() == Path(slot.name))
+    )
+    shutil.rmtree(slot, ignore_errors=True)
+    return slot
+
+
+def _point(link: Path, folder: Path) -> None:
+    new = link.with_name(f".{link.name}.link")
+    new.unlink(missing_ok=True)
+    new.symlink_to(folder.name)
+    old = link.resolve() if link.is_symlink() else None
+    os.replace(new, link)
+    if old is not None and old != folder.resolve():
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _refuse_other_world(folder: Path, num_ranks: int) -> None:
+    way = (
+        "to go on from its weights alone, export the model (python -m metaembed_pl export) and "
+        "name the folder as model.start_from"
+    )
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder} is the checkpoint of another strategy: ZeRO goes on from folders that it "
+            f"wrote; {way}"
+        )
+    saved = len(list(folder.glob(f"checkpoint/*{RANK_FILE}")))
+    if saved != num_ranks:
+        raise UserError(
+            f"{folder} was written by {saved} ranks and this run has {num_ranks}: resume it with "
+            f"{saved}; {way}"
+        )
+
+
+def _refuse_objects(folder: Path) -> None:
+    """DeepSpeed reads its files by pickle: none may name anything but what DeepSpeed puts there."""
+    for file in sorted(folder.rglob("*.pt")):
+        try:
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+        except Exception as error:  # a broken zip, or no zip at all
+            raise UserError(f"{file}: not a readable part of a checkpoint: {error}") from error
+        foreign = [name for name in names if not name.startswith(TRUSTED)]
+        if foreign:
+            raise UserError(
+                f"{file} would run {foreign[0]} when it is read: not a checkpoint of this package"
+            )
+
+
+for _stage in (1, 2, 3):
+    for _offload in (False, True):
+        StrategyRegistry.register(
+            f"deepspeed_stage_{_stage}" + "_offload" * _offload,
+            ZeroStrategy,
+            description=f"ZeRO stage {_stage}" + " with offload to the CPU" * _offload,
+            override=True,
+            stage=_stage,
+            offload_optimizer=_offload,
+            offload_parameters=_offload and _stage == 3,
+        )

@@ -1,0 +1,187 @@
+"""One process of a group: takes one step of every case and keeps the gradient. See test_scale.py.
+
+LOCAL_RANK=1 python scale_cases.py FOLDER NUM_RANKS
+"""
+
+import json
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from torch.utils.data import DataLoader
+
+import tiny
+from metaembed_pl.data.collate import choose_negatives, collate
+from metaembed_pl.item import Item, Pair
+from metaembed_pl.model.backbone import BackboneConfig, ScratchTokenizer
+from metaembed_pl.model.lora import LoraConfig
+from metaembed_pl.model.sharded import whole
+from metaembed_pl.training.gradient_cache import GradientCacheConfig
+from metaembed_pl.training.module import LossConfig, MetaEmbedModule
+
+NUM_PAIRS = 8
+NUM_BATCHES = 2
+
+
+@dataclass(frozen=True)
+class Case:
+    strategy: str = "auto"
+    lora: bool = False
+    cached: bool = False
+    checkpointing: bool = False
+    frozen_vision: bool = False
+    accumulated: int = 0
+    precision: str = "32-true"
+    clipped: bool = False
+
+    @property
+    def reference(self) -> "Case":
+        """The same gradient, computed in one go by one process."""
+        return replace(self, strategy="auto", cached=False, checkpointing=False)
+
+    def __str__(self) -> str:
+        named = asdict(self).items()
+        return " ".join(f"{k}={v}" for k, v in named if k == "strategy" or v)
+
+
+STRATEGIES = ("ddp", "deepspeed_stage_2", "deepspeed_stage_3")
+CASES = [
+    case
+    for strategy in ("auto", *STRATEGIES)
+    for case in (
+        Case(strategy),
+        Case(strategy, checkpointing=True),
+        Case(strategy, accumulated=2),
+        Case(strategy, cached=True),
+        Case(strategy, cached=True, accumulated=2),
+        Case(strategy, cached=True, frozen_vision=True),
+        Case(strategy, lora=True),
+        Case(strategy, lora=True, cached=True, checkpointing=True),
+        Case(strategy, lora=True, cached=True, accumulated=2),
+    )
+]
+
+
+def pairs(batch: int) -> list[Pair]:
+    """Half of them with pictures, half (the second rank's) texts alone, of ragged lengths."""
+    found = []
+    for i in range(NUM_PAIRS * batch, NUM_PAIRS * (batch + 1)):
+        has_picture = i % NUM_PAIRS < NUM_PAIRS // 2
+        size = (28 + 28 * (i % 3), 56)
+        images = [tiny.picture(3 * i + j, size) if has_picture else None for j in range(3)]
+        texts = [tiny.text(3 * i + j, 1 + (5 * i + j) % 7) for j in range(3)]
+        query, positive, negative = (
+            Item(t, image=image) for t, image in zip(texts, images, strict=True)
+        )
+        found.append(Pair(str(i), query, positive, (negative,)))
+    return found
+
+
+class OneStep(MetaEmbedModule):
+    """The module with plain gradient descent, which turns a gradient into the same difference."""
+
+    def configure_model(self) -> None:
+        fresh = not hasattr(self, "embedder")
+        torch.manual_seed(0)
+        super().configure_model()
+        if fresh:
+            generator = torch.Generator().manual_seed(1)
+            for name, parameter in self.named_parameters():
+                if "lora_B" in name:  # as it starts, with zeros, lora_A would get no gradient
+                    parameter.data.normal_(std=0.05, generator=generator)
+
+    def configure_optimizers(self):
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return torch.optim.SGD(trained, lr=1.0)
+
+
+class Batches(pl.LightningDataModule):
+    """Two global batches, shared out over the ranks by halves."""
+
+    def train_dataloader(self):
+        module, ranks = self.trainer.lightning_module, self.trainer.world_size
+        rank, share = self.trainer.global_rank, NUM_PAIRS // self.trainer.world_size
+        return DataLoader(
+            [
+                collate(
+                    [choose_negatives(p, 1, 0) for p in pairs(b)[rank * share :][:share]],
+                    module.embedder.processor(),
+                    source="pairs",
+                    step=b,
+                    num_negatives=1,
+                    always_image=ranks > 1,
+                    max_chunk_tokens=module.max_chunk_tokens,
+                )
+                for b in range(NUM_BATCHES)
+            ],
+            batch_size=None,
+        )
+
+
+def step(case: Case, num_ranks: int) -> tuple[dict[str, torch.Tensor], float]:
+    """What one step of plain descent adds to each trained weight, and the loss."""
+    backbone = BackboneConfig(
+        scratch=tiny.QWEN25_VL,
+        tokenizer=ScratchTokenizer(300, [str(Path(sys.argv[1]) / "shards")]),
+        max_pixels=84 * 84,
+        gradient_checkpointing=case.checkpointing,
+    )
+    module = OneStep(
+        backbone,
+        groups=["1x1", "2x4"],
+        lora=LoraConfig(r=4, dropout=0.0) if case.lora else None,
+        train_vision=not case.frozen_vision,
+        loss=LossConfig(both_directions=True),
+        # A chunk of one row or two: ranks differ in how many they make.
+        gradient_cache=GradientCacheConfig(max_tokens=60) if case.cached else None,
+    )
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=num_ranks,
+        strategy=case.strategy,
+        precision=case.precision,
+        max_steps=1,
+        accumulate_grad_batches=case.accumulated or 1,
+        gradient_clip_val=0.05 if case.clipped else None,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    before: dict[str, torch.Tensor] = {}
+
+    class Start(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            before.update(trained(pl_module))
+
+    trainer.callbacks.append(Start())
+    trainer.fit(module, datamodule=Batches())
+    after = trained(module)
+    loss = float(trainer.callback_metrics["train/loss"])
+    return {name: after[name] - before[name] for name in after}, loss
+
+
+def trained(module) -> dict[str, torch.Tensor]:
+    named = module.embedder.named_parameters()
+    found = whole({name: p for name, p in named if p.requires_grad})
+    return {name: tensor.float().clone() for name, tensor in found.items()}
+
+
+def main(folder: Path, num_ranks: int) -> None:
+    torch.set_num_threads(1)
+    chosen = json.loads((folder / "cases.json").read_text())
+    found = {}
+    for values in chosen[str(num_ranks)]:
+        case = Case(**values)
+        found[str(case)] = step(case, num_ranks)
+        print(case, found[str(case)][1], flush=True)
+    torch.save(
+        found, folder / f"{num_ranks}.{int(__import__('os').environ.get('LOCAL_RANK', 0))}.pt"
+    )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
