@@ -90,7 +90,7 @@ class OneStep(MetaEmbedModule):
             generator = torch.Generator().manual_seed(1)
             for name, parameter in self.named_parameters():
                 if "lora_B" in name:  # as it starts, with zeros, lora_A would get no gradient
-                    parameter.data.normal_(std=0.05, generator=generator)
+                    parameter.data.normal_(std=0.01, generator=generator)
 
     def configure_optimizers(self):
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]

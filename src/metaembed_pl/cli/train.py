@@ -250,9 +250,8 @@ class RecipeCLI(LightningCLI):
         if dry or self.trainer.interrupted:
             return
         self.trainer.save_checkpoint(self.run.last_checkpoint, weights_only=False)
-        if self.trainer.is_global_zero:
-            self.model.embedder.save_pretrained(self.run.path / "model", overwrite=True)
-            log.info("model folder: %s", self.run.path / "model")
+        self.model.embedder.save_pretrained(self.run.path / "model", overwrite=True)
+        log.info("model folder: %s", self.run.path / "model")
         if self.datamodule.eval_sources["test"]:
             self.trainer.test(
                 self.model, datamodule=self.datamodule, verbose=False, weights_only=True

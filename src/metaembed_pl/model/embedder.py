@@ -34,13 +34,17 @@ from metaembed_pl.model.meta_tokens import Layout, MetaTokens
 from metaembed_pl.model.model_folder import (
     FORMAT,
     SETTINGS,
+    backbone_tensors,
     find_model_folder,
     load_folder_backbone,
     read_settings,
     save_backbone,
 )
 from metaembed_pl.model.processing import Processing, Side
-from metaembed_pl.model.weights import load_into
+from metaembed_pl.model.sharded import is_first_rank, whole
+from metaembed_pl.model.weights import load_into, refuse_unlike
+
+OWN_FILE = "meta_tokens.safetensors"
 
 
 @dataclass(frozen=True)
@@ -184,19 +188,34 @@ class MetaEmbedder(nn.Module):
     def save_pretrained(self, folder: str | Path, overwrite: bool = False) -> None:
         """Writes a model folder, whole or not at all; safetensors only.
 
+        Where several ranks train the model, each must call this, and the first one writes: weights
+        that are shared out are gathered.
+
         Raises:
-            UserError: the folder exists and `overwrite` is not set.
+            UserError: the folder exists and `overwrite` is not set, or what was written does not
+                read back.
         """
-        with new_folder(Path(folder), overwrite) as temporary:
-            self.write_into(temporary, Path(folder))
+        tensors = self._saved_tensors()
+        if is_first_rank():
+            with new_folder(Path(folder), overwrite) as temporary:
+                self._write(tensors, temporary, Path(folder))
 
     def write_into(self, folder: Path, home: Path) -> None:
         """Writes a model folder into an existing one, whose place will be `home`."""
-        settings = self.settings() | save_backbone(self.backbone, folder, home)
+        self._write(self._saved_tensors(), folder, home)
+
+    def _saved_tensors(self) -> dict[str, dict[str, Tensor]]:
+        """What is saved, by part, whole."""
+        return backbone_tensors(self.backbone) | {"own": whole(self._own_tensors())}
+
+    def _write(self, tensors: dict[str, dict[str, Tensor]], folder: Path, home: Path) -> None:
+        settings = self.settings() | save_backbone(self.backbone, tensors, folder, home)
         (folder / "processing").mkdir(exist_ok=True)
         self.processing.save(folder / "processing")
-        save_file(self._own_tensors(), folder / "meta_tokens.safetensors")
+        own = {name: tensor.contiguous() for name, tensor in tensors["own"].items()}
+        save_file(own, folder / OWN_FILE)
         (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+        refuse_unlike(folder / OWN_FILE, own)
 
     def settings(self) -> dict[str, Any]:
         """What `metaembed.json` says, but for where the backbone is."""
@@ -212,10 +231,10 @@ class MetaEmbedder(nn.Module):
         }
 
     def _own_tensors(self) -> dict[str, Tensor]:
-        own = {"meta_tokens": self.meta_tokens.embedding.weight}
+        own: dict[str, Tensor] = {"meta_tokens": self.meta_tokens.embedding.weight}
         if not isinstance(self.projection, nn.Identity):
             own["projection"] = self.projection.weight
-        return {name: tensor.detach().contiguous() for name, tensor in own.items()}
+        return own
 
     @classmethod
     def from_pretrained(
@@ -247,7 +266,7 @@ class MetaEmbedder(nn.Module):
             settings["layout"],
             settings["projection"],
         )
-        load_into(model._own_tensors(), folder / "meta_tokens.safetensors")
+        load_into(model._own_tensors(), folder / OWN_FILE)
         return model.eval().to(device)
 
 

@@ -17,8 +17,10 @@ from transformers import PreTrainedModel
 
 from metaembed_pl.errors import UserError
 from metaembed_pl.model.family import Family
-from metaembed_pl.model.weights import fingerprint, load_into
+from metaembed_pl.model.sharded import is_sharded
+from metaembed_pl.model.weights import fingerprint, load_into, refuse_unlike
 
+ADAPTER_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # what peft puts before the names of an adapter's tensors
 STARTS = START_A, START_B = "pissa_start_a", "pissa_start_b"
 
@@ -93,8 +95,12 @@ def add_lora(backbone: Any, lora: LoraConfig, targets: str) -> None:
     """Puts a new adapter into the backbone and freezes everything else in it."""
     from peft import LoraConfig as PeftConfig
 
-    if lora.init == "pissa" and getattr(backbone, "is_quantized", False):
-        raise UserError("lora.init: pissa needs weights that are not quantized; use gaussian")
+    is_quantized = getattr(backbone, "is_quantized", False)
+    if lora.init == "pissa" and (is_quantized or any(map(is_sharded, backbone.parameters()))):
+        raise UserError(
+            "lora.init: pissa needs weights that are neither quantized nor shared out over ranks "
+            "(ZeRO-3); use gaussian"
+        )
     config = PeftConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
@@ -173,20 +179,21 @@ def adapter_tensors(backbone: Any) -> dict[str, Tensor]:
     """The adapter's own tensors (not copies), under the names that peft gives them in files."""
     from peft import get_peft_model_state_dict
 
-    found = get_peft_model_state_dict(backbone, save_embedding_layers=False)
+    state = backbone.state_dict(keep_vars=True)
+    found = get_peft_model_state_dict(backbone, state_dict=state, save_embedding_layers=False)
     return {PREFIX + n: tensor for n, tensor in found.items() if not n.endswith(STARTS)}
 
 
-def save_adapter(backbone: Any, folder: Path, base: str | None) -> None:
+def save_adapter(backbone: Any, tensors: dict[str, Tensor], folder: Path, base: str | None) -> None:
     """Writes the adapter as peft does: `adapter_config.json` and `adapter_model.safetensors`.
 
     Args:
         backbone: with an adapter.
+        tensors: its `adapter_tensors`, whole.
         folder: made where it is not there.
         base: what the adapter belongs to, for other programs that read it.
     """
     config = copy.copy(backbone.peft_config["default"])
-    tensors = adapter_tensors(backbone)
     layers = adapted_layers(backbone)
     if any(hasattr(layer, START_A) for layer in layers.values()):
         tensors = _without_start(tensors, layers)
@@ -194,11 +201,9 @@ def save_adapter(backbone: Any, folder: Path, base: str | None) -> None:
         config.init_lora_weights = True
     config.base_model_name_or_path, config.inference_mode = base, True
     folder.mkdir(exist_ok=True)
-    save_file(
-        {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()},
-        folder / "adapter_model.safetensors",
-        metadata={"format": "pt"},
-    )
+    tensors = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
+    save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
+    refuse_unlike(folder / ADAPTER_FILE, tensors)
     config.save_pretrained(str(folder))
 
 
@@ -235,12 +240,18 @@ def load_adapter(backbone: Any, folder: Path) -> None:
         _inject(backbone, config)
     except UserError as error:
         raise UserError(f"{folder}: an adapter for another base model: {error}") from error
-    load_into(adapter_tensors(backbone), folder / "adapter_model.safetensors")
+    load_into(adapter_tensors(backbone), folder / ADAPTER_FILE)
 
 
 def merge_adapter(backbone: Any) -> None:
     """Adds the adapter to the weights and takes it out; without one, does nothing."""
-    for name, layer in adapted_layers(backbone).items():
+    layers = adapted_layers(backbone)
+    if any(is_sharded(layer.get_base_layer().weight) for layer in layers.values()):
+        raise UserError(
+            "an adapter cannot become part of weights that are shared out over ranks: export the "
+            "model with --merge first, and start from that folder"
+        )
+    for name, layer in layers.items():
         layer.merge(safe_merge=True)
         parent, _, child = name.rpartition(".")
         setattr(backbone.get_submodule(parent), child, layer.get_base_layer())
@@ -253,7 +264,7 @@ def base_weights(backbone: nn.Module) -> dict[str, Tensor]:
     """The weights as they are without the adapter, under the names they have without it."""
     found = {
         name.replace(".base_layer.", "."): tensor
-        for name, tensor in backbone.state_dict().items()
+        for name, tensor in backbone.state_dict(keep_vars=True).items()
         if "lora_" not in name and not name.endswith(STARTS)
     }
     for name, layer in adapted_layers(backbone).items():

@@ -13,17 +13,20 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from metaembed_pl.errors import UserError
 from metaembed_pl.model.backbone import BackboneConfig, build_backbone
 from metaembed_pl.model.lora import (
+    adapter_tensors,
     base_weights,
     has_adapter,
     load_adapter,
     save_adapter,
 )
 from metaembed_pl.model.processing import Processing, Prompt
+from metaembed_pl.model.sharded import whole
 from metaembed_pl.model.weights import fingerprint
 
 FORMAT = 1
@@ -119,29 +122,44 @@ def _agrees(value: Any, own: Any) -> bool:
     return value == own
 
 
-def save_backbone(backbone: Any, folder: Path, home: Path) -> dict[str, Any]:
-    """Writes the weights or the adapter into `folder`.
+def backbone_tensors(backbone: Any) -> dict[str, dict[str, Tensor]]:
+    """What a model folder keeps of a backbone, whole: its `weights`, its `adapter`, or both.
+
+    Of weights that are shared out over ranks, every rank must ask.
+    """
+    if not has_adapter(backbone):
+        return {"weights": whole(backbone.state_dict(keep_vars=True))}
+    found = {"adapter": whole(adapter_tensors(backbone))}
+    if backbone.peft_config["default"].base_model_name_or_path is None:
+        found["weights"] = whole(base_weights(backbone))
+    return found
+
+
+def save_backbone(
+    backbone: Any, tensors: dict[str, dict[str, Tensor]], folder: Path, home: Path
+) -> dict[str, Any]:
+    """Writes the weights, the adapter, or both into `folder`.
 
     Args:
         backbone: with or without an adapter.
+        tensors: its `backbone_tensors`.
         folder: a temporary folder.
         home: where the folder will be: the path of a base model on disk is told from there.
 
     Returns:
         What `metaembed.json` has to say of the backbone.
     """
-    if not has_adapter(backbone):
-        backbone.save_pretrained(folder / "backbone", safe_serialization=True)
+    if "weights" in tensors:
+        weights = {name: tensor.contiguous() for name, tensor in tensors["weights"].items()}
+        backbone.save_pretrained(folder / "backbone", state_dict=weights, safe_serialization=True)
+    if "adapter" not in tensors:
         return {}
     config = backbone.peft_config["default"]
     base = config.base_model_name_or_path
-    if base is None:
-        weights = {name: tensor.contiguous() for name, tensor in base_weights(backbone).items()}
-        backbone.save_pretrained(folder / "backbone", state_dict=weights, safe_serialization=True)
-        save_adapter(backbone, folder / "adapter", None)
+    path = None if base is None else base_from(base, home)
+    save_adapter(backbone, tensors["adapter"], folder / "adapter", path)
+    if path is None:
         return {}
-    path = base_from(base, home)
-    save_adapter(backbone, folder / "adapter", path)
     known = {"path": path, "revision": config.revision, "fingerprint": backbone.base_fingerprint}
     return {"backbone": known}
 

@@ -322,8 +322,10 @@ def _stand_in() -> Image.Image:
 
 
 def _joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """What is seen of several images, from what is seen of each: padded to the widest, one after
-    the other, as image processors do where images have different numbers of tiles.
+    """What is seen of several images, from what is seen of each.
+
+    One after the other, padded to the widest: so do image processors where images have different
+    numbers of tiles.
     """
     found = {}
     for name in parts[0] if parts else ():

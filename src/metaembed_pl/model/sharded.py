@@ -1,7 +1,9 @@
 """Weights that are shared out over ranks, as ZeRO-3 and FSDP2 hold them, made whole again."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -9,23 +11,36 @@ from torch.distributed.tensor import DTensor
 def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors with all their values: copies on the CPU of those that are sharded.
 
-    They are gathered one by one, so that no GPU holds more than one of them. Every rank must ask.
+    They are gathered one by one, so that no GPU holds more than one of them. Every rank must ask;
+    those after the first get no values, but the shapes.
 
     Args:
         tensors: parameters themselves, not detached: a detached one has lost its other parts.
     """
-    return {name: _whole(tensor) for name, tensor in tensors.items()}
+    found = {}
+    for name, tensor in tensors.items():
+        with gathered(tensor) as values:
+            if not is_sharded(tensor):
+                found[name] = values
+            elif is_first_rank():
+                found[name] = values.to("cpu", copy=True)
+            else:
+                found[name] = values.to("meta")
+    return found
 
 
-def _whole(tensor: Tensor) -> Tensor:
+@contextmanager
+def gathered(tensor: Tensor) -> Iterator[Tensor]:
+    """While open, the tensor with all its values; every rank must ask."""
     if hasattr(tensor, "ds_id"):
         import deepspeed
 
         with deepspeed.zero.GatheredParameters([tensor]):
-            return tensor.detach().to("cpu", copy=True)
-    if isinstance(tensor, DTensor):
-        return tensor.detach().full_tensor().cpu()
-    return tensor.detach()
+            yield tensor.detach()
+    elif isinstance(tensor, DTensor):
+        yield tensor.detach().full_tensor()
+    else:
+        yield tensor.detach()
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -36,3 +51,8 @@ def is_sharded(tensor: Tensor) -> bool:
     False
     """
     return hasattr(tensor, "ds_id") or isinstance(tensor, DTensor)
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the one that writes files."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0

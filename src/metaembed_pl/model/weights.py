@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
 from metaembed_pl.errors import UserError
+from metaembed_pl.model.sharded import gathered
 
 log = logging.getLogger(__name__)
 
@@ -164,19 +165,36 @@ def load_into(tensors: dict[str, Tensor], file: Path) -> None:
             tensor.copy_(found[name])
 
 
+def refuse_unlike(file: Path, tensors: dict[str, Tensor]) -> None:
+    """Reads back what was just written.
+
+    Raises:
+        UserError: the file does not hold exactly these tensors, or one of them is empty: rivals
+            have saved empty adapters from weights that were shared out.
+    """
+    found = load_file(file)
+    same = found.keys() == tensors.keys() and all(
+        tensor.numel() and torch.equal(found[name], tensor.cpu())
+        for name, tensor in tensors.items()
+    )
+    if not same:
+        raise UserError(f"{file}: does not read back as it was written; is the disk full?")
+
+
 def fingerprint(backbone: nn.Module) -> str | None:
     """A short digest of the weights: equal for equal weights, in fp32 and in bf16 alike.
 
-    It reads a few values of each tensor, so that it costs nothing; None where the values are not
-    there to read (a meta device, shards) or are coarser than bf16 (quantized, fp16).
+    It reads a few values of each tensor, so that it costs next to nothing; of weights that are
+    shared out over ranks, every rank must ask. None where the values are not there to read (a meta
+    device) or are coarser than bf16 (quantized, fp16).
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(backbone.named_parameters()):
-        readable = tensor.numel() and not tensor.is_meta
-        if not readable or tensor.dtype not in (torch.float32, torch.bfloat16):
+        if tensor.is_meta or tensor.dtype not in (torch.float32, torch.bfloat16):
             return None
-        places = torch.arange(NUM_SAMPLED) * (tensor.numel() - 1) // (NUM_SAMPLED - 1)
-        values = tensor.detach().flatten()[places.to(tensor.device)]
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(values.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
+        with gathered(tensor) as values:
+            places = torch.arange(NUM_SAMPLED) * (values.numel() - 1) // (NUM_SAMPLED - 1)
+            some = values.flatten()[places.to(values.device)].to(torch.bfloat16)
+        digest.update(f"{name} {tuple(values.shape)}".encode())
+        digest.update(some.view(torch.int16).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
