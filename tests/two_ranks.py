@@ -1,6 +1,7 @@
 """Runs a function on two gloo processes."""
 
 import importlib.util
+import socket
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -12,6 +13,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 TIMEOUT_S = 120
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on now."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
 
 
 def on_two_ranks(function: Callable[[int], Any], folder: Path) -> list[Any]:

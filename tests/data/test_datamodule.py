@@ -251,7 +251,8 @@ def test_a_folder_without_shards_is_an_error(tmp_path, make):
 def test_state_names_the_very_next_batch(folders):
     data = RetrievalDataModule([TrainSource(str(folders[0]))], global_batch_size=4, num_workers=0)
     data.setup("fit")
-    module = SimpleNamespace(embedder=SimpleNamespace(processor=lambda: count_items))
+    embedder = SimpleNamespace(processor=lambda: count_items)
+    module = SimpleNamespace(embedder=embedder, max_chunk_tokens=None)
     data.trainer = SimpleNamespace(lightning_module=module, global_rank=0, world_size=1)
     loader = data.train_dataloader()
     assert len(loader) == 6

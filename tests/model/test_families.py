@@ -61,6 +61,25 @@ def test_neighbours_batch_size_and_padding_side_change_nothing(name, side):
 
 
 @every_family
+@pytest.mark.parametrize("always_image", [False, True])
+def test_chunks_change_nothing(name, always_image):
+    model = loud(name)
+    together = model.encode_candidate(ITEMS)
+    lengths = batch_of(model, ITEMS)["attention_mask"].sum(dim=1)
+    limit = 2 * int(lengths.max())
+    chunks = model.processor().in_chunks(ITEMS, "candidate", limit, always_image)
+    assert sorted(torch.cat([chunk.rows for chunk in chunks]).tolist()) == list(range(len(ITEMS)))
+    assert len(chunks) > 1
+    for chunk in chunks:
+        with torch.no_grad():
+            found = model(chunk.inputs, "candidate")
+        torch.testing.assert_close(found, together[chunk.rows], atol=1e-5, rtol=0)
+        rows, length = chunk.inputs["attention_mask"].shape
+        assert len(chunk.rows) * length <= limit
+        assert rows - len(chunk.rows) <= always_image
+
+
+@every_family
 def test_every_meta_token_sees_image_and_text(name):
     model = loud(name)
     items = [

@@ -1,11 +1,12 @@
 """One process of a group: takes one step of every case and keeps the gradient. See test_scale.py.
 
-LOCAL_RANK=1 python scale_cases.py FOLDER NUM_RANKS
+LOCAL_RANK=1 python training_scale_cases.py FOLDER NUM_RANKS
 """
 
 import json
+import os
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -32,9 +33,12 @@ class Case:
     cached: bool = False
     checkpointing: bool = False
     frozen_vision: bool = False
-    accumulated: int = 0
-    precision: str = "32-true"
+    accumulated: int = 1
     clipped: bool = False
+
+    @property
+    def num_ranks(self) -> int:
+        return 1 if self.strategy == "auto" else 2
 
     @property
     def reference(self) -> "Case":
@@ -42,8 +46,13 @@ class Case:
         return replace(self, strategy="auto", cached=False, checkpointing=False)
 
     def __str__(self) -> str:
-        named = asdict(self).items()
-        return " ".join(f"{k}={v}" for k, v in named if k == "strategy" or v)
+        words = [self.strategy, "LoRA" if self.lora else "full"]
+        words += ["gradient caching"] * self.cached
+        words += ["activation checkpointing"] * self.checkpointing
+        words += ["frozen vision tower"] * self.frozen_vision
+        words += ["clipped"] * self.clipped
+        words += [f"{self.accumulated} batches accumulated"] * (self.accumulated > 1)
+        return ", ".join(words)
 
 
 STRATEGIES = ("ddp", "deepspeed_stage_2", "deepspeed_stage_3")
@@ -60,6 +69,7 @@ CASES = [
         Case(strategy, lora=True),
         Case(strategy, lora=True, cached=True, checkpointing=True),
         Case(strategy, lora=True, cached=True, accumulated=2),
+        Case(strategy, lora=True, cached=True, clipped=True),
     )
 ]
 
@@ -141,9 +151,8 @@ def step(case: Case, num_ranks: int) -> tuple[dict[str, torch.Tensor], float]:
         accelerator="cpu",
         devices=num_ranks,
         strategy=case.strategy,
-        precision=case.precision,
         max_steps=1,
-        accumulate_grad_batches=case.accumulated or 1,
+        accumulate_grad_batches=case.accumulated,
         gradient_clip_val=0.05 if case.clipped else None,
         logger=False,
         enable_checkpointing=False,
@@ -172,15 +181,12 @@ def trained(module) -> dict[str, torch.Tensor]:
 
 def main(folder: Path, num_ranks: int) -> None:
     torch.set_num_threads(1)
-    chosen = json.loads((folder / "cases.json").read_text())
     found = {}
-    for values in chosen[str(num_ranks)]:
+    for values in json.loads((folder / f"{num_ranks}.json").read_text()):
         case = Case(**values)
         found[str(case)] = step(case, num_ranks)
         print(case, found[str(case)][1], flush=True)
-    torch.save(
-        found, folder / f"{num_ranks}.{int(__import__('os').environ.get('LOCAL_RANK', 0))}.pt"
-    )
+    torch.save(found, folder / f"{num_ranks}.{os.environ.get('LOCAL_RANK', 0)}.pt")
 
 
 if __name__ == "__main__":
