@@ -71,6 +71,8 @@ CASES = [
         Case(strategy, lora=True, cached=True, accumulated=2),
         Case(strategy, lora=True, cached=True, clipped=True),
     )
+    # ZeRO-2 refuses it: see test_zero.py.
+    if not (strategy == "deepspeed_stage_2" and case.cached and case.accumulated > 1)
 ]
 
 

@@ -96,13 +96,30 @@ class ZeroStrategy(DeepSpeedStrategy):
         if self._parts_are_done:
             self._parts_are_done = False
             return closure_loss
+        # Lightning divides by the number of accumulated batches, and DeepSpeed does so once more.
+        engine: Any = self.deepspeed_engine
+        closure_loss = closure_loss * engine.gradient_accumulation_steps()
         return super().backward(closure_loss, *args, **kwargs)
 
-    def backward_by_parts(self, parts: Iterator[Tensor], num_accumulated: int) -> Tensor:
-        """Goes backwards from each part in turn; what they add up to is one gradient."""
+    def backward_by_parts(self, parts: Iterator[Tensor]) -> Tensor:
+        """Goes backwards from each part in turn; what they add up to is one gradient.
+
+        Returns:
+            The last one, done with.
+
+        Raises:
+            UserError: batches are to be accumulated as well, which stages 1 and 2 cannot.
+        """
         engine: Any = self.deepspeed_engine
+        is_accumulating = engine.gradient_accumulation_steps() > 1
+        if is_accumulating and not self.zero_stage_3:
+            raise UserError(
+                "gradient_cache with accumulate_grad_batches needs deepspeed_stage_3 or ddp: raise "
+                "data.global_batch_size instead, which costs no memory and gives more negatives"
+            )
         self._parts_are_done = True
-        if num_accumulated == 1 and _trained_share(engine.module) <= COALESCED_SHARE:
+        few = _trained_share(engine.module) <= COALESCED_SHARE and not is_accumulating
+        if few or not self.zero_stage_3:
             with engine.coalesce_grad_reduction():
                 for part in parts:
                     engine.backward(part)
@@ -155,9 +172,9 @@ def backward_by_parts(trainer: Trainer, parts: Iterator[Tensor]) -> Tensor:
         What `training_step` returns: the last part, from which Lightning itself goes backwards
         (then DDP reduces the gradients of all), or under ZeRO a number that is done with.
     """
-    num_accumulated = trainer.accumulate_grad_batches
     if isinstance(trainer.strategy, ZeroStrategy):
-        return trainer.strategy.backward_by_parts(parts, num_accumulated)
+        return trainer.strategy.backward_by_parts(parts)
+    num_accumulated = trainer.accumulate_grad_batches
     # DDP listens to gradients only after `training_step`: until then they just add up.
     last = next(parts)
     for part in parts:
