@@ -4,6 +4,7 @@ BIN := .venv/bin
 SEARCH := $(BIN)/python -m metaembed_pl search --model runs/emoji/model \
 	--items data/emoji/test/emoji_scene --query dolphin --top 3
 # --no-compile: Python compiles what is imported, when it is; compiling everything takes longer.
+TEST_PROCESSES ?= 2
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 
 .DEFAULT_GOAL := help
@@ -22,7 +23,7 @@ quickstart: runs/emoji/report/metrics.json ## install, prepare the data, train, 
 	@echo "The curves:   make mlflow"
 
 test: .venv/.installed-dev ## install, then run every test
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
 
 lint: .venv/.installed-dev ## check format, style and types
 	$(BIN)/ruff format --check .

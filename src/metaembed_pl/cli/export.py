@@ -158,12 +158,16 @@ def _of_checkpoint(run: Path, name: str, recipe: dict[str, Any] | None) -> "Meta
     from jsonargparse import ArgumentParser
 
     from metaembed_pl.training.module import MetaEmbedModule
+    from metaembed_pl.training.strategy import consolidated
 
     file = run / "checkpoints" / f"{name}.ckpt" if name in ("best", "last") else Path(name)
     if recipe is None:
         raise UserError(f"{run} has no config.fit.yaml: a checkpoint alone does not tell its model")
     try:
-        saved = torch.load(file, map_location="cpu", weights_only=True)
+        if file.is_dir():
+            saved = consolidated(file)
+        else:
+            saved = torch.load(file, map_location="cpu", weights_only=True)
         state = saved["state_dict"]
     except (OSError, pickle.UnpicklingError, KeyError, RuntimeError) as error:
         raise UserError(f"{file}: not a checkpoint that can be read: {error}") from error

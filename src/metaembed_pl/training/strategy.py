@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,10 @@ class ZeroStrategy(DeepSpeedStrategy):
     """
 
     def __init__(self, stage: int = 3, **kwargs: Any):
+        if find_spec("deepspeed") is None:
+            raise UserError(
+                f"deepspeed_stage_{stage} needs deepspeed: pip install metaembed-pl[deepspeed]"
+            )
         # Set, or Lightning asks the loader for a batch sampler, which ours does without.
         kwargs.setdefault("logging_batch_size_per_gpu", 1)
         super().__init__(stage=stage, **kwargs)
@@ -183,6 +188,26 @@ def backward_by_parts(trainer: Trainer, parts: Iterator[Tensor]) -> Tensor:
         ).backward()
         last = part
     return last
+
+
+def consolidated(folder: Path) -> dict[str, Any]:
+    """The weights of a folder that ZeRO wrote, put together, as another checkpoint has them.
+
+    Raises:
+        UserError: parts are missing or hold what would run code, or deepspeed is not installed.
+    """
+    _refuse_objects(folder)
+    if find_spec("deepspeed") is None:
+        raise UserError(f"{folder} was written by DeepSpeed: pip install metaembed-pl[deepspeed]")
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    try:
+        state = get_fp32_state_dict_from_zero_checkpoint(
+            str(folder), tag="checkpoint", exclude_frozen_parameters=True
+        )
+    except (OSError, ValueError, KeyError, AssertionError) as error:
+        raise UserError(f"{folder}: not a whole checkpoint of ZeRO: {error}") from error
+    return {"state_dict": dict(state)}
 
 
 def _trained_share(module: torch.nn.Module) -> float:
