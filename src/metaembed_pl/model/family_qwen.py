@@ -8,9 +8,9 @@ from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from metaembed_pl.errors import UserError
+from metaembed_pl.model.qwen_pictures import Qwen2VLImageProcessorPil
 
 SPECIAL_TOKENS = (
     ("<|endoftext|>", None),

@@ -11,11 +11,11 @@ from transformers.image_processing_base import ImageProcessingMixin
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from metaembed_pl.errors import UserError
+from metaembed_pl.model.qwen_pictures import Qwen2VLImageProcessorPil
 
 KINDS = {
     kind.__name__.removesuffix("Pil"): kind

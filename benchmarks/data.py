@@ -1,0 +1,260 @@
+"""Training data ready for a model: pairs a second, against colpali-engine's way; and flat memory.
+
+    python benchmarks/data.py [--save]                    # some minutes
+    python benchmarks/data.py --memory 1000000 [--save]   # a million synthetic pairs, some minutes
+
+A batch is 8 queries in words, their 8 positives and 8 hard negatives in pictures: read, decoded,
+resized and cut into patches as Qwen2.5-VL takes them, with at most 802,816 pixels a picture. Ours
+reads shards by the plan. Theirs is colpali-engine's dataset, collator and ColQwen2.5 processor over
+a Hugging Face `datasets` folder (pip install datasets; pip install --no-deps colpali-engine). Both
+have the same pictures, the same tokenizer and transformers' own image processor on Pillow. Each is
+measured in a process of its own, on one core and on two (a worker process a core).
+
+The memory is that of reading all pairs of one source by the plan, in this process: texts alone, so
+that what grows would be ours.
+"""
+
+import argparse
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import types
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib import cbook
+from PIL import Image
+from torch.utils.data import DataLoader, RandomSampler
+
+from metaembed_pl.data.datamodule import TrainingBatches
+from metaembed_pl.data.plan import Plan, PlannedSource
+from metaembed_pl.data.shards import ShardedPairs, ShardWriter
+from metaembed_pl.item import Item, Pair
+from metaembed_pl.model.backbone import train_tokenizer
+from metaembed_pl.model.embedder import Processor
+from metaembed_pl.model.family import family_of
+from metaembed_pl.model.processing import Processing
+
+RESULTS = Path(__file__).parent / "results"
+BATCH, NUM_PAIRS = 8, 96
+MIN_PIXELS, MAX_PIXELS = 4 * 28 * 28, 802_816
+SIZES = {"photo": (640, 480), "page": (1240, 1754)}
+CONFIG: dict[str, Any] = {"model_type": "qwen2_5_vl", "vision_config": {"patch_size": 14}}
+QUERY = "which of these pictures shows the bay before the storm came"
+MIN_S = 10.0
+"""Batches are timed for about this long."""
+
+
+def picture(size: tuple[int, int], i: int) -> bytes:
+    """A part of the photograph that comes with matplotlib, as JPEG."""
+    photo = Image.open(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)).convert("RGB")
+    x, y = 7 * i % 200, 5 * i % 200
+    part = photo.crop((x, y, x + photo.width - 200, y + photo.height - 200))
+    buffer = io.BytesIO()
+    part.resize(size, Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def prepare(folder: Path) -> None:
+    """The same pairs for both forms, at every size."""
+    from datasets import Dataset, Features, Value
+    from datasets import Image as Picture
+
+    features = Features({"query": Value("string"), "positive": Picture(), "negative": Picture()})
+    for name, size in SIZES.items():
+        pictures = [picture(size, i) for i in range(NUM_PAIRS + 1)]
+        with ShardWriter(folder / "ours" / name, name, pairs_per_shard=32) as writer:
+            for i in range(NUM_PAIRS):
+                answer, other = Item(image=pictures[i]), Item(image=pictures[i + 1])
+                writer.write(Pair(str(i), Item(f"{QUERY} {i}"), answer, (other,)))
+        columns = {
+            "query": [f"{QUERY} {i}" for i in range(NUM_PAIRS)],
+            "positive": [{"bytes": content, "path": None} for content in pictures[:-1]],
+            "negative": [{"bytes": content, "path": None} for content in pictures[1:]],
+        }
+        dataset = Dataset.from_dict(columns, features=features)
+        dataset.save_to_disk(folder / "theirs" / name)
+
+
+def parts() -> tuple[Any, Any]:
+    """The tokenizer and the image processor of both forms."""
+    family = family_of("qwen2_5_vl")
+    return (
+        train_tokenizer([QUERY] * 8, 400, family),
+        family.image_processor(CONFIG, MIN_PIXELS, MAX_PIXELS),
+    )
+
+
+def ours(folder: Path, num_workers: int) -> Iterable[Any]:
+    """Batches by the plan."""
+    tokenizer, image_processor = parts()
+    processing = Processing(family_of("qwen2_5_vl"), tokenizer, image_processor)
+    process = Processor(processing, {"query": 16, "candidate": 64})
+    pairs = ShardedPairs(folder)
+    plan = Plan([PlannedSource("s", tuple(pairs.shard_sizes))], BATCH)
+    batches = TrainingBatches([pairs], [1], plan, process)
+    batches.last = 10**6
+    return DataLoader(batches, batch_size=None, num_workers=num_workers)
+
+
+def theirs(folder: Path, num_workers: int) -> Iterable[Any]:
+    """Batches of colpali-engine's collator."""
+    collator, dataset, processor = colpali()
+    from datasets import load_from_disk
+
+    loaded = dataset(load_from_disk(folder), None, "query", "positive", "negative")
+    # As shuffle=True, but without an end, at which the workers would start anew.
+    sampler = RandomSampler(loaded, replacement=True, num_samples=10**6)
+    return DataLoader(
+        loaded, BATCH, sampler=sampler, collate_fn=collator(processor), num_workers=num_workers
+    )
+
+
+def colpali() -> tuple[Any, Any, Any]:
+    """colpali-engine's collator, dataset and ColQwen2.5 processor, without torchvision.
+
+    It imports one function from the module of transformers' torchvision image processor, which the
+    one on Pillow has as well; and its processor would need torchvision for videos alone.
+    """
+    from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as on_pillow
+
+    name = on_pillow.__name__.replace("_pil", "")
+    stand_in = types.ModuleType(name)
+    stand_in.smart_resize = on_pillow.smart_resize  # type: ignore[attr-defined]
+    sys.modules[name] = stand_in
+    from colpali_engine.collators.visual_retriever_collator import (  # pyright: ignore
+        VisualRetrieverCollator,
+    )
+    from colpali_engine.data.dataset import ColPaliEngineDataset  # pyright: ignore
+    from colpali_engine.models.qwen2_5.colqwen2_5.processing_colqwen2_5 import (  # pyright: ignore
+        ColQwen2_5_Processor,
+    )
+
+    class WithoutVideos(ColQwen2_5_Processor):
+        def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+            if argument_name == "video_processor":
+                return None
+            return super().check_argument_for_proper_class(argument_name, argument)
+
+    tokenizer, image_processor = parts()
+    tokenizer.image_token, tokenizer.video_token = "<|image_pad|>", "<|video_pad|>"
+    return VisualRetrieverCollator, ColPaliEngineDataset, WithoutVideos(image_processor, tokenizer)
+
+
+FORMS: dict[str, Callable[[Path, int], Iterable[Any]]] = {"ours": ours, "theirs": theirs}
+
+
+def measure(form: str, folder: str, num_cores: int) -> float:
+    """Pairs a second, in this process and its workers on so many cores."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:num_cores])
+    torch.set_num_threads(1)
+    batches = iter(FORMS[form](Path(folder), 0 if num_cores == 1 else num_cores))
+    for _ in range(2 * num_cores):  # workers start, caches fill
+        next(batches)
+    start, count = time.perf_counter(), 0
+    while time.perf_counter() - start < MIN_S:
+        next(batches)
+        count += BATCH
+    return count / (time.perf_counter() - start)
+
+
+def speeds(folder: Path) -> Iterator[dict[str, Any]]:
+    """Both forms at every size on one core and two, each in a fresh process."""
+    for name, size in SIZES.items():
+        for num_cores in (1, 2):
+            row: dict[str, Any] = {"pictures": name, "size": size, "cores": num_cores}
+            for form in FORMS:
+                one = json.dumps([form, str(folder / form / name), num_cores])
+                command = [sys.executable, __file__, "--one", one]
+                done = subprocess.run(command, capture_output=True, text=True, check=False)
+                if done.returncode:
+                    raise SystemExit(f"{form} failed on {name}:\n{done.stderr}")
+                row[form] = float(done.stdout.splitlines()[-1])
+            row["ratio"] = row["ours"] / row["theirs"]
+            yield row
+
+
+def memory(num_pairs: int) -> Iterator[dict[str, float]]:
+    """Resident memory while all pairs of a source are read by the plan.
+
+    `anonymous` is what this process has of its own; the rest are pages of files, the mapped index
+    and libraries, which the system takes back when it needs room.
+    """
+    with tempfile.TemporaryDirectory() as root:
+        with ShardWriter(Path(root) / "s", "s", pairs_per_shard=10_000) as writer:
+            for i in range(num_pairs):
+                negative = Item(f"the storm before the bay came, {i}")
+                writer.write(Pair(str(i), Item(f"{QUERY} {i}"), Item(f"answer {i}"), (negative,)))
+        pairs = ShardedPairs(Path(root) / "s")
+        plan = Plan([PlannedSource("s", tuple(pairs.shard_sizes))], 64)
+        batches = TrainingBatches([pairs], [1], plan, lambda items, side, always_image=False: {})
+        start = time.perf_counter()
+        every = max(1, num_pairs // 64 // 10)
+        for step in range(num_pairs // 64):
+            batches.load(step)
+            if step % every == 0:
+                yield {
+                    "pairs": 64 * (step + 1),
+                    "resident_mb": resident_bytes("VmRSS") / 1e6,
+                    "anonymous_mb": resident_bytes("RssAnon") / 1e6,
+                    "time_s": time.perf_counter() - start,
+                }
+
+
+def resident_bytes(field: str) -> int:
+    """A line of this process's memory accounting."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.findall(rf"{field}:\s+(\d+) kB", status)[0]) * 1024
+
+
+def machine() -> str:
+    """What the numbers were measured on."""
+    return re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[0]
+
+
+def main() -> None:
+    """Measure, print a table, save it if asked to."""
+    parser = argparse.ArgumentParser(description="Training data, ready for a model.")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/")
+    parser.add_argument("--memory", type=int, metavar="N", help="the memory of reading N pairs")
+    parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(measure(*options.one))
+        return
+    name = machine()
+    print(f"{name}, torch {torch.__version__}")
+    rows: list[dict[str, Any]] = []
+    if options.memory:
+        for row in memory(options.memory):
+            rows.append(row)
+            print("  ".join(f"{key} {value:,.1f}" for key, value in row.items()), flush=True)
+    else:
+        with tempfile.TemporaryDirectory() as root:
+            prepare(Path(root))
+            print(f"{'pictures':>18} {'cores':>6} {'ours':>8} {'theirs':>8} {'ratio':>6}  pairs/s")
+            for row in speeds(Path(root)):
+                rows.append(row)
+                shape = f"{row['pictures']} {row['size'][0]}x{row['size'][1]}"
+                print(
+                    f"{shape:>18} {row['cores']:>6} {row['ours']:>8.1f} {row['theirs']:>8.1f} "
+                    f"{row['ratio']:>6.2f}",
+                    flush=True,
+                )
+    if options.save:
+        slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+        kind = "data-memory" if options.memory else "data"
+        RESULTS.mkdir(exist_ok=True)
+        result = {"machine": name, "torch": torch.__version__, "rows": rows}
+        (RESULTS / f"{kind}-{slug}.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
