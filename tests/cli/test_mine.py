@@ -25,7 +25,7 @@ def root(tmp_path_factory):
 
 def arguments(root, out, *more):
     given = ["--model", root / "model", "--shards", root / "a", root / "b", "--out", out]
-    given += ["--ratio", "inf", "--batch-size", "4", *more]
+    given += ["--ratio", "1", "--batch-size", "4", *more]
     return ["mine", *map(str, given)]
 
 
@@ -105,7 +105,7 @@ def test_old_negatives_are_kept_when_asked_and_more_may_be_mined_from(root, tmp_
         (["--num-negatives", "many"], r"NAME=N with one of a, b; got 'many'"),
         (["--num-negatives", "4", "c=2"], "got 'c=2'"),
         (["--depth", "0"], "--depth must be at least 1, got 0"),
-        (["--margin", "-1"], "margin must be at least 0.0, got -1.0"),
+        (["--margin", "-1"], "margin must be at least 0, got -1.0"),
         (["--budget", "1x1", "--cascade", "1x1:5"], "--budget or --cascade, not both"),
         (["--budget", "3x3"], "budget 3x3: the model was not trained at 3"),
         (["--shards", "{root}/a", "{root}/a"], "names of the shards must differ, got a, a"),

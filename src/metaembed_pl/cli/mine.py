@@ -59,9 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--margin",
         type=float,
-        default=0.0,
         metavar="M",
-        help="leave out what scores above the positive's score less M, in cosines (default: 0)",
+        help="leave out what scores above the positive's score less M, in cosines (default: no "
+        "such limit)",
     )
     add(
         "--ratio",

@@ -7,6 +7,7 @@ positive is left out as an answer that nobody marked. The best of the rest are i
 N: pairs of a batch    Rq, Rc: vectors of a query, of a candidate    D: width
 """
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -40,7 +41,8 @@ class Rules:
     Args:
         num: how many of each query.
         skip_top: leave out so many of the best that are not known answers.
-        margin: leave out what scores above the positive's score less this, over r_q.
+        margin: leave out what scores above the positive's score less this, over r_q; None: no such
+            limit.
         ratio: leave out what scores above this share of the positive's score; where that is not
             above 0, what scores above the positive. Infinity: no such limit.
 
@@ -53,21 +55,24 @@ class Rules:
 
     num: int = 4
     skip_top: int = 0
-    margin: float = 0.0
+    margin: float | None = None
     ratio: float = 0.95
 
     def __post_init__(self) -> None:
-        for name, least in (("num", 0), ("skip_top", 0), ("margin", 0.0), ("ratio", 0.0)):
-            if not getattr(self, name) >= least:
-                raise UserError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        for name in ("num", "skip_top", "margin", "ratio"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise UserError(f"{name} must be at least 0, got {value}")
 
     def limit(self, own: float) -> float:
         """The highest score that a hard negative of a positive with the score `own` may have.
 
-        >>> Rules(margin=0.1, ratio=0.95).limit(0.8), Rules(margin=0.0, ratio=0.5).limit(-0.2)
-        (0.7000000000000001, -0.2)
+        >>> Rules(margin=0.25, ratio=0.95).limit(0.5), Rules(ratio=0.5).limit(-0.25)
+        (0.25, -0.25)
         """
-        return min(own - self.margin, own * self.ratio if own > 0 else own)
+        by_margin = math.inf if self.margin is None else own - self.margin
+        by_ratio = own * self.ratio if own > 0 else own
+        return min(by_margin, math.inf if math.isinf(self.ratio) else by_ratio)
 
     def choose(
         self, ranked: Sequence[Found], own: float, is_right: Callable[[int], bool]
