@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from metaembed_pl.budget import PAPER_GROUPS
 from metaembed_pl.data.collate import Side, TrainBatch
 from metaembed_pl.model.embedder import MetaEmbedder
+from metaembed_pl.training.gradient_cache import GradientCache
 from metaembed_pl.training.loss import MMRLoss
 
 WARM_UP = 2  # steps that are not timed; one of a tiny stand-in
@@ -173,8 +174,6 @@ def _step(
 
 def _cached_step(trainee: Trainee, wrapped: nn.Module, batch: TrainBatch, device: str) -> None:
     """Gradient caching, as `MetaEmbedModule` does it on one rank."""
-    from metaembed_pl.training.gradient_cache import GradientCache
-
     cache = GradientCache(trainee.embedder)
     with torch.autocast(device, torch.bfloat16):
         trainee.mark("text")

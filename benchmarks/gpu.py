@@ -23,7 +23,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,6 @@ PAPER_SEARCH: dict[Budget, tuple[float, float | None, float]] = {
 def train_cases(sizes: list[str], tiny: bool) -> list[Case]:
     """What is compared: each case differs from the first of its size in one thing."""
     chunk = 512 if tiny else CHUNK_TOKENS
-    has_cache = find_spec("metaembed_pl.training.gradient_cache") is not None
     return [
         case
         for size in sizes
@@ -66,7 +65,7 @@ def train_cases(sizes: list[str], tiny: bool) -> list[Case]:
             Case(size),
             Case(size, attention="flash_attention_2"),
             Case(size, is_checkpointed=False),
-            *[Case(size, chunk_tokens=chunk)] * has_cache,
+            Case(size, chunk_tokens=chunk),
         )
     ]
 
@@ -95,9 +94,9 @@ def loss_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for form in ("ours", "einsums", "roof"):
             queries = loss.vectors(num_queries, r_q, width, device=options.device)
             candidates = loss.vectors(num_candidates, r_c, width, device=options.device)
-            run = {
-                "roof": lambda q=queries, c=candidates: matrix_products(q, c),
-            }.get(form, lambda f=form, q=queries, c=candidates: loss.step(f, q, c, PAPER_GROUPS))
+            run = partial(loss.step, form, queries, candidates, PAPER_GROUPS)
+            if form == "roof":
+                run = partial(matrix_products, queries, candidates)
             row[form] = attempt({}, lambda run=run: _time_and_memory(run, options))
             del queries, candidates, run
         yield row
@@ -108,8 +107,7 @@ def matrix_products(queries: torch.Tensor, candidates: torch.Tensor) -> None:
     with torch.no_grad():
         q, c = queries.flatten(0, 1), candidates.flatten(0, 1)
         products = c @ q.T
-        products @ q
-        products.T @ c
+        _ = products @ q, products.T @ c
 
 
 def _time_and_memory(run: Callable[[], None], options: argparse.Namespace) -> dict[str, float]:

@@ -85,6 +85,7 @@ def test_a_step_without_memory_names_the_keys_to_lower(recipe, tmp_path):
     keys = [
         "model.backbone.gradient_checkpointing: true",
         "trainer.precision: bf16-true",
+        f"model.gradient_cache: {{max_tokens: {16 * of_candidates // 4}}}",
         "data.global_batch_size: ",
         "data.num_negatives",
         "model.backbone.max_pixels",
@@ -93,6 +94,17 @@ def test_a_step_without_memory_names_the_keys_to_lower(recipe, tmp_path):
     assert -1 not in places
     assert places == sorted(places)
     assert steps_done(recipe) == 1
+
+
+def test_a_cached_step_without_memory_names_the_chunk_to_lower(recipe, tmp_path):
+    recipe["model"]["backbone"]["scratch"]["text_config"]["intermediate_size"] = 60_000
+    recipe["model"]["gradient_cache"] = {"max_tokens": 5000}
+    ask_for(recipe, what="starve", step=0)
+    [(status, error)] = run_on_ranks(1, ["fit", "--config", written(recipe)], tmp_path)
+    assert status == 2, error
+    line = error.strip().splitlines()[-1]
+    assert line.startswith("metaembed-pl: out of memory: ")
+    assert "lower model.gradient_cache.max_tokens, now 5000" in line
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from metaembed_pl.training.fitting import would_fit
 from metaembed_pl.training.memory import GIB, Running, Step, estimate
 
 CPU_WORDS = "DefaultCPUAllocator: "  # how torch's CPU allocator begins its RuntimeError
+SHORTER = "a lower model.backbone.max_pixels or max_text_tokens (shorter rows)"
 LOWERED = 0.8
 """Where a step was estimated to fit and did not, advice aims this far below the estimate."""
 
@@ -61,7 +62,13 @@ class OutOfMemory(pl.Callback):
             is_quantized=backbone.quantization is not None,
         )
         step = step_of(self._batch, pl_module.embedder, pl_module.loss.both_directions)
-        told = advice(pl_module.embedder, step, running, limit_bytes(pl_module.device))
+        if pl_module.max_chunk_tokens is None:
+            told = advice(pl_module.embedder, step, running, limit_bytes(pl_module.device))
+        else:
+            told = (
+                f"lower model.gradient_cache.max_tokens, now {pl_module.max_chunk_tokens}: chunks "
+                f"become smaller and the gradient stays the same; or {SHORTER}"
+            )
         exception.add_note(
             f"step {self._batch.step} of source {self._batch.source}, {step.num_pairs} pairs a "
             f"rank, rows of {step.query.num_tokens} and {step.candidate.num_tokens} tokens: {told}"
@@ -108,8 +115,15 @@ def advice(model: MetaEmbedder, step: Step, running: Running, limit: int) -> str
     parts = sorted(asdict(memory).items(), key=lambda part: -part[1])
     told = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts if size > GIB / 20)
     settings = would_fit(model, step, running, min(limit, round(LOWERED * memory.total)))
+    tokens = max(rows.num_rows * rows.num_tokens for rows in step.calls)
+    cached = (
+        f"model.gradient_cache: {{max_tokens: {tokens // 4}}} (the same gradient, a third slower)"
+    )
+    # Before what changes the batch, and with it what is learned.
+    place = next((i for i, s in enumerate(settings) if s.startswith("data.")), len(settings))
+    settings.insert(place, cached)
     settings += ["fewer data.num_negatives"] * (step.num_negatives > 0)
-    settings += ["a lower model.backbone.max_pixels or max_text_tokens (shorter rows)"]
+    settings.append(SHORTER)
     return (
         f"estimated {memory.total / GIB:.1f} GiB ({told}) of {limit / GIB:.1f}; change one of, "
         f"cheapest first: {'; '.join(settings)}"
