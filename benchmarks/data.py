@@ -44,6 +44,7 @@ from metaembed_pl.model.processing import Processing
 
 RESULTS = Path(__file__).parent / "results"
 BATCH, NUM_PAIRS = 8, 96
+SHARD = 10_000  # pairs of a shard of texts
 MIN_PIXELS, MAX_PIXELS = 4 * 28 * 28, 802_816
 SIZES = {"photo": (640, 480), "page": (1240, 1754)}
 CONFIG: dict[str, Any] = {"model_type": "qwen2_5_vl", "vision_config": {"patch_size": 14}}
@@ -188,10 +189,7 @@ def memory(num_pairs: int) -> Iterator[dict[str, float]]:
     and libraries, which the system takes back when it needs room.
     """
     with tempfile.TemporaryDirectory() as root:
-        with ShardWriter(Path(root) / "s", "s", pairs_per_shard=10_000) as writer:
-            for i in range(num_pairs):
-                negative = Item(f"the storm before the bay came, {i}")
-                writer.write(Pair(str(i), Item(f"{QUERY} {i}"), Item(f"answer {i}"), (negative,)))
+        synthetic(Path(root) / "s", num_pairs)
         pairs = ShardedPairs(Path(root) / "s")
         plan = Plan([PlannedSource("s", tuple(pairs.shard_sizes))], 64)
         batches = TrainingBatches([pairs], [1], plan, lambda items, side, always_image=False: {})
@@ -206,6 +204,24 @@ def memory(num_pairs: int) -> Iterator[dict[str, float]]:
                     "anonymous_mb": resident_bytes("RssAnon") / 1e6,
                     "time_s": time.perf_counter() - start,
                 }
+
+
+def synthetic(folder: Path, num_pairs: int) -> None:
+    """Shards of so many pairs of texts: one shard is written, the others are links to it."""
+    with ShardWriter(folder, "s", pairs_per_shard=SHARD) as writer:
+        for i in range(SHARD):
+            negative = Item(f"the storm before the bay came, {i}")
+            writer.write(Pair(str(i), Item(f"{QUERY} {i}"), Item(f"answer {i}"), (negative,)))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    lines, [shard] = (folder / "index.jsonl").read_text(), manifest["shards"]
+    count = num_pairs // SHARD
+    names = [f"{number:05d}.tar" for number in range(count)]
+    for name in names[1:]:
+        os.link(folder / names[0], folder / name)
+    with (folder / "index.jsonl").open("w") as index:
+        index.writelines(lines.replace(f'["{names[0]}"', f'["{name}"') for name in names)
+    manifest |= {"num_pairs": SHARD * count, "shards": [{**shard, "file": n} for n in names]}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 def resident_bytes(field: str) -> int:

@@ -233,4 +233,4 @@ def test_the_report_has_tables_pictures_and_warnings_in_one_file(sets, tmp_path)
     assert f"torch&quot;: &quot;{torch.__version__.partition('+')[0]}" in page
     text = (out / "report.md").read_text()
     assert f"| {found.tasks[0].score('1x1'):.3f} |" in text
-    assert "![Tasks](tasks.png)" in text
+    assert "![Scores by task](tasks.png)" in text

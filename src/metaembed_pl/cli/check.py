@@ -181,6 +181,7 @@ def _running(recipe: "Recipe", num_gpus: int, on_gpu: bool) -> "Running":
         has_mask=backbone.attention != "flash_attention_2",
         on_gpu=on_gpu,
         is_quantized=backbone.quantization is not None,
+        max_chunk_tokens=recipe.model.max_chunk_tokens,
     )
 
 

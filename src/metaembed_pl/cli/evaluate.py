@@ -8,6 +8,7 @@ The table goes to standard output, all else into the folder of --out: see docs/e
 """
 
 import argparse
+import json
 import logging
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from metaembed_pl.cli.device import find_device
 from metaembed_pl.errors import UserError
+from metaembed_pl.files import write_text
 
 if TYPE_CHECKING:
     from metaembed_pl.evaluation.encoding import Tell
@@ -46,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="fp32",
         help="of stored vectors; bf16 takes half the disk (default: fp32)",
     )
+    add("--bm25", action="store_true", help="put BM25 over the candidates' words beside the model")
     add("--mlflow-uri", metavar="URI", help="log metrics and pictures there")
     verbs = parser.add_subparsers(metavar="compare")
     compare = verbs.add_parser(
@@ -124,10 +127,29 @@ def _report(
 ) -> None:
     from metaembed_pl.evaluation.page import write_pages
 
+    if args.bm25:
+        benchmark = _with_bm25(benchmark, args.data, out)
     files = write_pages(outcome, benchmark, model, args.data, out)
     logging.getLogger(__name__).info("report: %s", out / "report.html")
     if args.mlflow_uri:
         _log(outcome, files, args.mlflow_uri)
+
+
+def _with_bm25(benchmark: Any, data: Path, out: Path) -> Any:
+    """The benchmark with one more row to compare with, kept in `bm25.json`."""
+    from dataclasses import replace
+
+    from metaembed_pl.evaluation.bm25 import bm25_metrics, bm25_reference
+
+    means = {}
+    for task in benchmark.tasks:
+        values = bm25_metrics(task.open(data))
+        means[task.name] = {name: sum(row) / len(row) for name, row in values.items()}
+        score = means[task.name][task.metric]
+        logging.getLogger(__name__).info("BM25: %s, %s %.3f", task.name, task.metric, score)
+    write_text(out / "bm25.json", json.dumps(means, indent=2) + "\n")
+    scores = {task.name: means[task.name][task.metric] for task in benchmark.tasks}
+    return replace(benchmark, references=(*benchmark.references, bm25_reference(scores)))
 
 
 def _log(outcome: "Outcome", files: list[Path], uri: str) -> None:

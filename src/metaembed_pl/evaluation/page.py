@@ -50,6 +50,11 @@ from metaembed_pl.model.patches import patch_attention
 
 NUM_LOOKS = 4
 MOST_LINES = 6
+ALT = {
+    "tasks.png": "Scores by task",
+    "worst.png": "The worst queries",
+    "maps.png": "Where the vectors look",
+}
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 64rem; margin: 2rem auto;
@@ -200,17 +205,19 @@ def _parts(
     said = "Ties count against the model. Intervals: bootstrap over queries, within tasks."
     parts.append(Part("Scores", said, task_table(outcome)))
     if benchmark.references:
-        said = "Points of 100, as published by others; not run here."
+        said = (
+            "Points of 100; others as they were published, unless it says that they were run here."
+        )
         parts.append(Part("Beside others", said, reference_table(outcome, benchmark.references)))
     said = (
         "Bytes: bf16. Time: one query against "
-        f"{NUM_TIMED_CANDIDATES:,} candidates, exact, float32 on this machine's CPU with "
-        f"{torch.get_num_threads()} threads, scoring alone."
+        f"{NUM_TIMED_CANDIDATES:,} candidates, exact, float32 on this machine's CPU, threads: "
+        f"{torch.get_num_threads()}, scoring alone."
     )
     parts.append(Part("What a budget buys", said, _cost_table(outcome, costs), "budgets.png"))
-    parts.append(Part("Tasks", "", None, "tasks.png"))
-    titles = {"worst.png": "Worst queries", "maps.png": "Where the vectors look"}
-    parts += [Part(title, "", None, name) for name, title in titles.items() if name in pictures]
+    # These have their titles in them.
+    own = ("tasks.png", "worst.png", "maps.png")
+    parts += [Part(picture=name) for name in own if name in pictures]
     if "diversity.png" in pictures:
         said = "Vectors that say the same are paid for twice: 1 is the same vector, 0 unrelated."
         table = _diversity_table(outcome, budgets)
@@ -276,7 +283,7 @@ def _markdown(outcome: Outcome, parts: Sequence[Part]) -> str:
         if part.table:
             lines += ["", part.table.markdown()]
         if part.picture:
-            lines += ["", f"![{part.title}]({part.picture})"]
+            lines += ["", f"![{_alt(part)}]({part.picture})"]
     about = json.dumps(outcome.about, indent=2)
     return "\n".join([*lines, "", "## Made with", "", "```json", about, "```", ""])
 
@@ -299,11 +306,15 @@ def _html(outcome: Outcome, parts: Sequence[Part], out: Path) -> str:
             lines.append(f'<div class="scroll">{part.table.html()}</div>')
         if part.picture:
             content = base64.b64encode((out / part.picture).read_bytes()).decode()
-            alt = html.escape(part.title)
+            alt = html.escape(_alt(part))
             lines.append(f'<img alt="{alt}" src="data:image/png;base64,{content}">')
     about = html.escape(json.dumps(outcome.about, indent=2))
     lines.append(f"<h2>Made with</h2><pre>{about}</pre></body></html>")
     return "\n".join(lines) + "\n"
+
+
+def _alt(part: Part) -> str:
+    return part.title or ALT[part.picture]
 
 
 def _lead(outcome: Outcome) -> str:
@@ -311,6 +322,6 @@ def _lead(outcome: Outcome) -> str:
     num_queries = sum(len(task.queries) for task in outcome.tasks)
     return (
         f"{best.mean:.3f} ({best.low:.3f} to {best.high:.3f}) at {outcome.budgets[-1]}; "
-        f"{len(outcome.tasks)} tasks, {num_queries:,} queries; model "
+        f"tasks: {len(outcome.tasks)}; queries: {num_queries:,}; model "
         f"{str(outcome.about.get('identity', ''))[:12]}, vectors {outcome.about.get('width')} wide."
     )

@@ -148,10 +148,10 @@ def draw_maps(looks: Sequence[Looks]) -> Figure:
     figure, sheet = new_sheet(width, TOP + ROW * len(looks) + MARGIN / 2)
     write(sheet, MARGIN, 0.3, "Where the vectors look", fontsize=18, fontweight="bold")
     said = (
-        "A candidate, and what its first meta embeddings attend to in it (mean of layers and "
-        "heads). Green: matched by the query's vectors."
+        "What a candidate's first meta embeddings attend to: violet is an even share, bright twice "
+        "that. Green: matched by the query."
     )
-    write(sheet, MARGIN, 0.6, said, color=MUTED)
+    write(sheet, MARGIN, 0.6, said, color=MUTED, fontsize=9)
     for row, one in enumerate(looks):
         y = TOP + row * ROW
         draw_query(sheet, MARGIN, y, QUERY_WIDTH - 0.2, one.query)
@@ -174,9 +174,10 @@ def _draw_map(sheet: Axes, x: float, y: float, item: Item, weights: np.ndarray) 
     left, top = x + (CELL - w) / 2, y + (CELL - h) / 2
     extent = (left, left + w, top + h, top)
     sheet.imshow(np.asarray(picture.convert("L")), extent=extent, cmap="gray", aspect="auto")
-    shown = weights / max(float(weights.max()), 1e-12)
+    # Twice and half the even share are the ends of the scale: an even map shows no pattern.
+    shown = np.log2(np.maximum(weights, 1e-12) / weights.mean())
     sheet.imshow(
-        shown, extent=extent, cmap="inferno", aspect="auto", alpha=0.62, vmin=0, vmax=1, zorder=2,
+        shown, extent=extent, cmap="inferno", aspect="auto", alpha=0.62, vmin=-1, vmax=1, zorder=2,
         interpolation="bicubic",
     )  # fmt: skip
 

@@ -6,7 +6,10 @@ from typing import Any
 
 from metaembed_pl.errors import UserError
 from metaembed_pl.model.embedder import MetaEmbedder
+from metaembed_pl.training.gradient_cache import GradientCacheConfig
 from metaembed_pl.training.memory import GIB, Running, Step, estimate
+
+CHUNK_TOKENS = GradientCacheConfig().max_tokens
 
 
 def parse_gib(text: str) -> int:
@@ -65,6 +68,9 @@ def _settings(running: Running) -> Iterator[tuple[str, dict[str, Any]]]:
     if not running.is_checkpointed:
         name = "model.backbone.gradient_checkpointing: true (slower by about a third)"
         yield name, {"is_checkpointed": True}
+    if running.max_chunk_tokens is None:
+        name = f"model.gradient_cache.max_tokens: {CHUNK_TOKENS} (slower by about a third)"
+        yield name, {"max_chunk_tokens": CHUNK_TOKENS}
     if running.num_gpus > 1:
         for stage in range(max(2, running.stage + 1), 4):
             name = f"deepspeed_stage_{stage}"

@@ -3,7 +3,8 @@
 weights      as they are held, or this rank's share of them
 gradients    of what is trained; DDP holds them twice (its buckets)
 optimizer    AdamW's two moments; DeepSpeed's fp32 copy of bf16 weights
-activations  what the backward pass keeps, and what computing one layer takes beside
+activations  what the backward pass keeps, and what computing one layer takes beside; with gradient
+             caching those of one chunk, and what a frozen vision tower gave of all images
 gathered     meta embeddings of all ranks' positives, and of the own queries and candidates
 loss         winners, logits and one tile of products
 reserve      what CUDA, NCCL and a fragmented allocator take; a rule of thumb
@@ -11,6 +12,7 @@ reserve      what CUDA, NCCL and a fragmented allocator take; a rule of thumb
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from torch import nn
 
@@ -66,6 +68,7 @@ class Running:
         has_mask: attention keeps a mask; False for flash attention.
         on_gpu: on the CPU dropout keeps more, tiles are smaller and CUDA takes nothing.
         is_quantized: frozen linear layers are held in 4 bits.
+        max_chunk_tokens: of gradient caching; None: all rows at once.
     """
 
     num_gpus: int = 1
@@ -75,6 +78,7 @@ class Running:
     has_mask: bool = True
     on_gpu: bool = True
     is_quantized: bool = False
+    max_chunk_tokens: int | None = None
 
     @property
     def stage(self) -> int:
@@ -118,14 +122,9 @@ def estimate(model: MetaEmbedder, step: Step, running: Running) -> Memory:
         step: what a rank computes; lengths of the longest rows give the largest memory.
         running: on how many GPUs, and how.
     """
-    kept = activation_bytes(
-        model.backbone,
-        model.processing.family,
-        step.calls,
-        number_widths(model, running),
-        running.is_checkpointed,
-        running.has_mask,
-    )
+    kept = max(_activation_bytes(model, calls, running) for calls in _graphs(step, running))
+    if running.max_chunk_tokens is not None:
+        kept += _seen_bytes(model, step, running)
     return Memory(
         weights=_weight_bytes(model, running),
         gradients=_gradient_bytes(model, running),
@@ -135,6 +134,40 @@ def estimate(model: MetaEmbedder, step: Step, running: Running) -> Memory:
         loss=_loss_bytes(model, step, running),
         reserve=round(CUDA_BYTES + FRAGMENTED * kept) if running.on_gpu else 0,
     )
+
+
+def _graphs(step: Step, running: Running) -> list[tuple[Rows, ...]]:
+    """Forward calls whose graphs are alive together: all, or with gradient caching one chunk."""
+    if running.max_chunk_tokens is None:
+        return [step.calls]
+    chunks = []
+    for rows in step.calls:
+        fitting = max(1, running.max_chunk_tokens // rows.num_tokens)
+        chunks.append((replace(rows, num_rows=min(fitting, rows.num_rows)),))
+    return chunks
+
+
+def _activation_bytes(model: MetaEmbedder, calls: tuple[Rows, ...], running: Running) -> int:
+    return activation_bytes(
+        model.backbone,
+        model.processing.family,
+        calls,
+        number_widths(model, running),
+        running.is_checkpointed,
+        running.has_mask,
+    )
+
+
+def _seen_bytes(model: MetaEmbedder, step: Step, running: Running) -> int:
+    """What a frozen vision tower gave of all images, kept for the second pass."""
+    family = model.processing.family
+    tower = model.backbone.get_submodule(family.vision_module)
+    if any(parameter.requires_grad for parameter in tower.parameters()):
+        return 0
+    merged = 4 if family.packs_images else 1  # patches that become one token
+    tokens = sum(rows.num_rows * rows.num_patches // merged for rows in step.calls)
+    text: Any = model.backbone.config.get_text_config()
+    return tokens * text.hidden_size * number_widths(model, running).compute_bytes
 
 
 def number_widths(model: MetaEmbedder, running: Running) -> Widths:

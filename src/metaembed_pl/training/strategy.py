@@ -74,6 +74,10 @@ class ZeroStrategy(DeepSpeedStrategy):
         if self._on_gpu:
             super().setup_distributed()
             return
+        import deepspeed
+
+        # Or DeepSpeed compiles a kernel for sums in shared memory at first use, for minutes.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.set_world_ranks()
         self._init_deepspeed_distributed()
 

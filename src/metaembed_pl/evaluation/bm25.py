@@ -1,0 +1,72 @@
+"""BM25, the baseline that counts words: over a page's text layer, or a candidate's own text.
+
+For documents with words in them it is hard to beat, and costs nothing: a model that reads pages is
+worth what it adds to it. Needs the extra `bm25`.
+"""
+
+import logging
+from collections.abc import Mapping
+from importlib.util import find_spec
+
+import torch
+
+from metaembed_pl.data.beir import StoredItems
+from metaembed_pl.data.retrieval_set import RetrievalSet
+from metaembed_pl.errors import UserError
+from metaembed_pl.evaluation.benchmarks import Reference
+from metaembed_pl.ranking import ranking_metrics
+
+TEXT_LAYER = "text_layer"
+
+
+def bm25_metrics(task: RetrievalSet) -> dict[str, list[float]]:
+    """What each query scores with BM25, in the tables of the models: ties count against it.
+
+    Words are what stands between spaces and marks, in lower case; no stemming, no stop words.
+
+    Raises:
+        UserError: the extra is missing, or no candidate, or no query, has any text.
+    """
+    if find_spec("bm25s") is None:
+        raise UserError("BM25 needs bm25s: pip install metaembed-pl[bm25]")
+    import bm25s
+
+    logging.getLogger("bm25s").setLevel(logging.WARNING)
+    texts = _texts(task)
+    queries = [query.text or "" for query in task.queries]
+    if not any(texts) or not any(queries):
+        side = "candidate" if any(queries) else "query"
+        raise UserError(f"{task.name}: no {side} has a text for BM25 to count words in")
+    settings = {"stopwords": None, "show_progress": False}
+    index = bm25s.BM25()
+    index.index(bm25s.tokenize(texts, **settings), show_progress=False)
+    words = bm25s.tokenize(queries, return_ids=False, **settings)
+    known = index.vocab_dict
+    rows = []
+    for of_query in words:
+        found = [word for word in of_query if word in known]
+        rows.append(
+            torch.from_numpy(index.get_scores(found)).float() if found else torch.zeros(len(texts))
+        )
+    values = ranking_metrics(torch.stack(rows), task.relevant, gains=task.gains, lists=task.lists)
+    return {name: of_queries.tolist() for name, of_queries in values.items()}
+
+
+def bm25_reference(scores: Mapping[str, float]) -> Reference:
+    """BM25 as a row beside models, of its score of each task."""
+    points = {task: 100 * score for task, score in scores.items()}
+    return Reference(
+        "BM25 over the text layer (run here)", "", sum(points.values()) / len(points), points
+    )
+
+
+def _texts(task: RetrievalSet) -> list[str]:
+    """What there is to read of each candidate: its text layer, or else its title and text."""
+    stored = task.candidates
+    if isinstance(stored, StoredItems):
+        records = (stored.record(i) for i in range(len(stored)))
+        return [
+            record.get(TEXT_LAYER) or f"{record.get('title') or ''} {record.get('text') or ''}"
+            for record in records
+        ]
+    return [item.text or "" for item in stored]

@@ -1,0 +1,167 @@
+"""A whole run under ZeRO-3 from the command line, on two processes of the CPU.
+
+LoRA on weights that are sharded as they are read, gradient caching, checkpoints, an end by SIGKILL,
+the model folder.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import tiny
+from metaembed_pl.cli.main import main
+from metaembed_pl.errors import UserError
+from metaembed_pl.model.embedder import MetaEmbedder
+from metaembed_pl.training.strategy import _refuse_objects
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+TIMEOUT_S = 400
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    pytest.importorskip("deepspeed")
+    root = tmp_path_factory.mktemp("zero")
+    tiny.shards(root / "train", 40)
+    tiny.shards(root / "test", 12, first=500)
+    tiny.embedder(groups=("1x1", "2x4")).save_pretrained(root / "base")
+    return root
+
+
+def recipe(root: Path, name: str, **evaluation) -> str:
+    values = {
+        "run": {"name": name, "folder": str(root / "runs"), "checkpoint_every_n_steps": 2},
+        "model": {
+            "start_from": str(root / "base"),
+            "lora": {"r": 4, "dropout": 0.1},
+            "optimizer": {"lr": 1e-2, "warmup": 0.0},
+            "gradient_cache": {"max_tokens": 600},
+        },
+        "data": {
+            "train": [{"path": str(root / "train")}],
+            "global_batch_size": 4,
+            "num_workers": 0,
+            **evaluation,
+        },
+        "trainer": {
+            "max_steps": 6,
+            "accelerator": "cpu",
+            "devices": 2,
+            "strategy": "deepspeed_stage_3",
+            "gradient_clip_val": 1.0,
+            "log_every_n_steps": 1,
+            "logger": False,
+        },
+    }
+    file = root / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return str(file)
+
+
+def start(*arguments: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "metaembed_pl", "fit", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+
+
+def run(*arguments: str) -> str:
+    process = start(*arguments)
+    try:
+        told = process.communicate(timeout=TIMEOUT_S)[0]
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, told
+    return told
+
+
+@pytest.fixture(scope="module")
+def finished(root) -> Path:
+    sets = {part: [{"path": str(root / "test"), "name": "pool"}] for part in ("val", "test")}
+    told = run("--config", recipe(root, "whole", **sets))
+    assert "step 6 of 6" in told
+    return root / "runs" / "whole"
+
+
+def adapter(model: Path) -> dict[str, torch.Tensor]:
+    return load_file(model / "adapter" / "adapter_model.safetensors")
+
+
+def test_the_model_folder_holds_whole_tensors_and_loads(root, finished):
+    found = adapter(finished / "model")
+    start_of = MetaEmbedder.from_pretrained(root / "base")
+    layers = dict(start_of.backbone.named_modules())
+    for name, tensor in found.items():
+        layer = layers[name.removeprefix("base_model.model.").rpartition(".lora_")[0]]
+        size = layer.in_features if ".lora_A." in name else layer.out_features
+        assert sorted(tensor.shape) == sorted((4, size)), name
+        assert tensor.any(), name
+    model = MetaEmbedder.from_pretrained(finished / "model")
+    before, after = (m.encode_query(["red moon"]) for m in (start_of, model))
+    assert (before - after).abs().max() > 1e-3  # six steps have changed something
+
+
+def test_the_report_is_there(finished):
+    metrics = json.loads((finished / "report" / "metrics.json").read_text())
+    assert 0 <= metrics["test/pool/recall@1/2x4"] <= 1
+
+
+def test_a_checkpoint_exports_to_the_same_model(finished, tmp_path):
+    arguments = ["export", "--run", str(finished), "--checkpoint", "last"]
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 0
+    one, other = adapter(finished / "model"), adapter(tmp_path / "out")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_killed_at_a_checkpoint_and_resumed_it_ends_where_an_unbroken_run_does(root, finished):
+    config = recipe(root, "killed")
+    process = start("--config", config)
+    last = root / "runs" / "killed" / "checkpoints" / "last.ckpt"
+    deadline = time.monotonic() + TIMEOUT_S
+    while not last.exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "no checkpoint"
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not (root / "runs" / "killed" / "model").exists()
+    run("--config", config, "--ckpt_path", "last")
+    one, other = adapter(finished / "model"), adapter(root / "runs" / "killed" / "model")
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+def test_another_number_of_ranks_is_refused_with_the_way_on(root, finished):
+    config = str(root / "whole.yaml")
+    process = start("--config", config, "--ckpt_path", "last", "--trainer.devices=1")
+    told = process.communicate(timeout=TIMEOUT_S)[0]
+    assert process.returncode == 2
+    assert "was written by 2 ranks and this run has 1" in told
+    assert "model.start_from" in told
+    assert "Traceback" not in told
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(finished, tmp_path):
+    folder = tmp_path / "evil.ckpt"
+    shutil.copytree(finished / "checkpoints" / "last.ckpt", folder)
+    _refuse_objects(folder)
+    file = next(folder.glob("checkpoint/*model_states.pt"))
+    torch.save({"module": Path("anything")}, file)
+    with pytest.raises(UserError, match=r"model_states.pt would run .*Path"):
+        _refuse_objects(folder)
