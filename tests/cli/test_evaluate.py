@@ -96,3 +96,21 @@ def test_a_budget_above_the_models_is_refused_before_anything_is_written(home, c
     assert evaluate(home, 0, "never", "--budgets", "16x64") == 2
     assert "not trained at 16 query vectors; choose one of 1, 2, 4" in capsys.readouterr().err
     assert not (home / "never").exists()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_metrics_and_pictures_go_to_mlflow(home, tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.chdir(tmp_path)  # artifacts go below the working folder
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    assert evaluate(home, 0, "a", "--mlflow-uri", uri) == 0
+    client = mlflow.MlflowClient(uri)
+    experiment = client.get_experiment_by_name("metaembed-evaluation")
+    (run,) = client.search_runs([experiment.experiment_id])
+    kept = json.loads((home / "a/results.json").read_text())
+    assert run.data.metrics["evaluate/one/ndcg_at_10/4x8"] == pytest.approx(
+        kept["metrics"]["evaluate/one/ndcg@10/4x8"]
+    )
+    assert run.data.params["identity"] == kept["about"]["identity"]
+    names = {file.path for file in client.list_artifacts(run.info.run_id)}
+    assert {"report.html", "tasks.png", "worst.png", "maps.png"} <= names
