@@ -11,7 +11,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 
-TIMEOUT_S = 120
+TIMEOUT_S = 240
 LEFT_BYTES = 32 * 2**20  # of memory, to a process that starves
 
 

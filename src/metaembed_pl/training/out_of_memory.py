@@ -14,7 +14,7 @@ from metaembed_pl.training.fitting import would_fit
 from metaembed_pl.training.memory import GIB, Running, Step, estimate
 
 CPU_WORDS = "DefaultCPUAllocator: "  # how torch's CPU allocator begins its RuntimeError
-SHORTER = "a lower model.backbone.max_pixels or max_text_tokens (shorter rows)"
+CACHE = "model.gradient_cache.max_tokens"
 LOWERED = 0.8
 """Where a step was estimated to fit and did not, advice aims this far below the estimate."""
 
@@ -60,15 +60,10 @@ class OutOfMemory(pl.Callback):
             has_mask=backbone.attention != "flash_attention_2",
             on_gpu=pl_module.device.type == "cuda",
             is_quantized=backbone.quantization is not None,
+            max_chunk_tokens=pl_module.max_chunk_tokens,
         )
         step = step_of(self._batch, pl_module.embedder, pl_module.loss.both_directions)
-        if pl_module.max_chunk_tokens is None:
-            told = advice(pl_module.embedder, step, running, limit_bytes(pl_module.device))
-        else:
-            told = (
-                f"lower model.gradient_cache.max_tokens, now {pl_module.max_chunk_tokens}: chunks "
-                f"become smaller and the gradient stays the same; or {SHORTER}"
-            )
+        told = advice(pl_module.embedder, step, running, limit_bytes(pl_module.device))
         exception.add_note(
             f"step {self._batch.step} of source {self._batch.source}, {step.num_pairs} pairs a "
             f"rank, rows of {step.query.num_tokens} and {step.candidate.num_tokens} tokens: {told}"
@@ -115,16 +110,20 @@ def advice(model: MetaEmbedder, step: Step, running: Running, limit: int) -> str
     parts = sorted(asdict(memory).items(), key=lambda part: -part[1])
     told = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts if size > GIB / 20)
     settings = would_fit(model, step, running, min(limit, round(LOWERED * memory.total)))
-    tokens = max(rows.num_rows * rows.num_tokens for rows in step.calls)
-    cached = (
-        f"model.gradient_cache: {{max_tokens: {tokens // 4}}} (the same gradient, a third slower)"
-    )
-    # Before what changes the batch, and with it what is learned.
-    place = next((i for i, s in enumerate(settings) if s.startswith("data.")), len(settings))
-    settings.insert(place, cached)
+    if not any(setting.startswith(CACHE) for setting in settings):
+        settings.insert(*_smaller_chunks(step, running, settings))
     settings += ["fewer data.num_negatives"] * (step.num_negatives > 0)
-    settings.append(SHORTER)
+    settings.append("a lower model.backbone.max_pixels or max_text_tokens (shorter rows)")
     return (
         f"estimated {memory.total / GIB:.1f} GiB ({told}) of {limit / GIB:.1f}; change one of, "
         f"cheapest first: {'; '.join(settings)}"
     )
+
+
+def _smaller_chunks(step: Step, running: Running, settings: list[str]) -> tuple[int, str]:
+    """A key that leaves the gradient as it is, and its place: before what changes the batch."""
+    if running.max_chunk_tokens is not None:
+        return 0, f"{CACHE}: {running.max_chunk_tokens // 2} (smaller chunks, the same gradient)"
+    tokens = max(rows.num_rows * rows.num_tokens for rows in step.calls)
+    place = next((i for i, s in enumerate(settings) if s.startswith("data.")), len(settings))
+    return place, f"{CACHE}: {tokens // 4} (the same gradient, slower by about a third)"
