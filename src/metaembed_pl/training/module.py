@@ -11,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from metaembed_pl.budget import PAPER_GROUPS
 from metaembed_pl.data.collate import EvalBatch, TrainBatch
@@ -31,7 +32,7 @@ from metaembed_pl.training.gradient_cache import GradientCache, GradientCacheCon
 from metaembed_pl.training.loss import MMRLoss, MMRLossOutput
 from metaembed_pl.training.metrics import RetrievalMetrics, check_headline, headline
 from metaembed_pl.training.optimizer import OptimizerConfig, build_optimizer
-from metaembed_pl.training.strategy import backward_by_parts
+from metaembed_pl.training.strategy import Fsdp2Strategy, ZeroStrategy, backward_by_parts
 
 log = logging.getLogger(__name__)
 
@@ -122,6 +123,9 @@ class MetaEmbedModule(pl.LightningModule):
         self.embedder = self._new() if self.start_from is None else self._started()
         family = self.embedder.processing.family
         set_trainable(self.embedder.backbone, family, self.lora, self.train_vision)
+        strategy = self._trainer and self._trainer.strategy
+        if isinstance(strategy, Fsdp2Strategy):
+            strategy.shard(self.embedder)
 
     def _new(self) -> MetaEmbedder:
         processing = build_processing(self.backbone_config, self.prompt)
@@ -237,8 +241,19 @@ class MetaEmbedModule(pl.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Refuses gradients that are not finite before they reach the weights."""
+        if isinstance(self.trainer.strategy, ZeroStrategy):
+            return  # the norm is known after DeepSpeed's own step
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
+        self._note_norm(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+    def on_train_batch_end(self, outputs: Any, batch: TrainBatch, batch_idx: int) -> None:
+        """Under ZeRO, looks at the norm of the gradients that the step was made of."""
+        strategy = self.trainer.strategy
+        if isinstance(strategy, ZeroStrategy) and (norm := strategy.gradient_norm) is not None:
+            self._note_norm(torch.tensor(norm))
+
+    def _note_norm(self, norm: Tensor) -> None:
         if not norm.isfinite():
             raise UserError(
                 f"the gradient norm is {norm.item()} at step {self.global_step}: lower "

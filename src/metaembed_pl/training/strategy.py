@@ -17,8 +17,15 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import CUDAAccelerator
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, StrategyRegistry
-from torch import Tensor
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    ModelParallelStrategy,
+    StrategyRegistry,
+)
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from metaembed_pl.errors import UserError
 
@@ -100,6 +107,13 @@ class ZeroStrategy(DeepSpeedStrategy):
     def _shards(self, module: Any) -> bool:
         return self.zero_stage_3 and module.is_pretrained
 
+    @property
+    def gradient_norm(self) -> float | None:
+        """Of all ranks' gradients at the last step, before clipping; None before the first."""
+        engine: Any = self.deepspeed_engine
+        norm = engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
     def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As Lightning's, unless gradient caching has gone backwards already."""
         if self._parts_are_done:
@@ -174,6 +188,26 @@ class ZeroStrategy(DeepSpeedStrategy):
         return super().load_checkpoint(checkpoint_path, weights_only)
 
 
+class Fsdp2Strategy(ModelParallelStrategy):
+    """torch's FSDP2: weights, gradients and optimiser shared out over all ranks, layer by layer."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False, **kwargs)
+
+    def setup_environment(self) -> None:
+        """One mesh of all ranks."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    def shard(self, embedder: nn.Module) -> None:
+        """Shares out each layer, and what is around the layers, as units that are gathered."""
+        mesh = self.device_mesh["data_parallel"]
+        for layer in embedder.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                fully_shard(layer, mesh=mesh)
+        fully_shard(embedder, mesh=mesh)
+
+
 def backward_by_parts(trainer: Trainer, parts: Iterator[Tensor]) -> Tensor:
     """Goes backwards from all parts of a loss, each before the next is made.
 
@@ -214,7 +248,7 @@ def consolidated(folder: Path) -> dict[str, Any]:
     return {"state_dict": dict(state)}
 
 
-def _trained_share(module: torch.nn.Module) -> float:
+def _trained_share(module: nn.Module) -> float:
     trained, total = 0, 0
     for parameter in module.parameters():
         count = getattr(parameter, "ds_numel", parameter.numel())
@@ -286,3 +320,4 @@ for _stage in (1, 2, 3):
             offload_optimizer=_offload,
             offload_parameters=_offload and _stage == 3,
         )
+StrategyRegistry.register("fsdp2", Fsdp2Strategy, description="torch's FSDP2 over all ranks")
