@@ -92,6 +92,7 @@ def link(kind):
         (hub.tar_gz({"a.png": os.urandom(9999)})[:5000], "is not a whole gzipped tar"),
         (b"no tar at all", "is not a whole gzipped tar"),
     ],
+    ids=["soft link", "hard link", "device", "outside", "cut short", "no tar"],
 )
 def test_unpack_refuses_what_is_no_plain_file_and_leaves_nothing(tmp_path, content, message):
     (tmp_path / "a.tar.gz").write_bytes(content)
