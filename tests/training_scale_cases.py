@@ -76,8 +76,7 @@ CASES = [
 ]
 
 
-CASES += [Case("fsdp2"), Case("fsdp2", lora=True, cached=True), Case("fsdp2", accumulated=2)]
-CASES.append(Case("deepspeed_stage_3_offload", lora=True, cached=True))
+CASES += [Case("fsdp2"), Case("fsdp2", lora=True, cached=True)]
 REFUSED = Case("deepspeed_stage_2", cached=True, accumulated=2)
 
 
