@@ -39,12 +39,12 @@ class Plane(NamedTuple):
     vectors: Shaped[Tensor, "N S D"]
     scales: Float[Tensor, "N S 1"] | None
 
-    def read(
-        self, rows: slice | Integer[Tensor, " n"], dtype: torch.dtype, device: torch.device
+    def read_into(
+        self, block: Float[Tensor, "n S D"], rows: slice | Integer[Tensor, " n"]
     ) -> Float[Tensor, "n S D"]:
-        """The vectors of some items, as the arithmetic wants them."""
-        block = self.vectors[rows].to(device=device, dtype=dtype)
-        return block if self.scales is None else block * self.scales[rows].to(device, dtype)
+        """Fill a block, of the dtype and on the device of the arithmetic, with vectors of items."""
+        block.copy_(self.vectors[rows])
+        return block if self.scales is None else block.mul_(self.scales[rows].to(block.device))
 
 
 def spans(groups: Sequence[Budget]) -> list[tuple[int, int]]:

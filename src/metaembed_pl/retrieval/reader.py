@@ -100,12 +100,12 @@ class Reader:
         r_q, every = self.groups[-1]
         r_c = check_budget((r_q, every if r_c is None else r_c), self.groups).r_c
         places = self._at(rows)
-        parts = [
-            plane.read(places, torch.float32, places.device)
-            for plane in snapshot.planes
-            if plane.first < r_c
-        ]
-        return torch.cat(parts, dim=1)
+        vectors = torch.empty(len(places), r_c, self.width)
+        for plane in snapshot.planes:
+            if plane.first < r_c:
+                end = plane.first + plane.vectors.shape[1]
+                plane.read_into(vectors[:, plane.first : end], places)
+        return vectors
 
     def scores(
         self, queries: Float[Tensor, "Q Rq D"], budget: Budget | str | None = None

@@ -14,7 +14,7 @@ n: rows of a tile    S: slots of a plane    K: hits of a query
 
 import time
 from collections.abc import Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 
 import torch
 from jaxtyping import Float, Integer
@@ -23,9 +23,11 @@ from torch import Tensor
 from metaembed_pl.late_interaction import SCORES_AT_A_TIME
 from metaembed_pl.retrieval.planes import Plane
 
-CPU_TILE_BYTES = 2**20
-"""Of the vectors, and of the products, that a tile has at a time: what a core's cache holds."""
-GPU_TILE_BYTES = 2**28
+CPU_TILE_BYTES = 2**22
+"""Of a tile's vectors, and of its products: the fastest of 2^18 to 2^25, or within 5 % of it."""
+CPU_COLUMNS = 2**9
+"""Query vectors that a tile is multiplied with at a time."""
+GPU_TILE_BYTES, GPU_COLUMNS = 2**28, 2**14
 """Not measured."""
 
 
@@ -53,57 +55,73 @@ def scan(
         queries = queries.sum(dim=1, keepdim=True)
     # By slot and then by query: the sum over slots then adds whole rows.
     weights = queries.transpose(0, 1).to(dtype)
-    step = max(1, SCORES_AT_A_TIME // max(1, len(queries)))
+    tile = _Tile(planes, weights)
+    step = max(tile.num_rows, SCORES_AT_A_TIME // max(1, len(queries)))
     for start in range(0, len(rows), step):
         part = rows[start : start + step]
         scores = torch.empty(len(part), len(queries), device=queries.device)
-        tile = _tile_rows(planes, weights)
-        for at in range(0, len(part), tile):
-            _score_tile(planes, weights, part[at : at + tile], scores[at : at + tile])
+        for at in range(0, len(part), tile.num_rows):
+            end = at + tile.num_rows
+            tile.score(part[at:end], scores[at:end])
         yield part, scores.T
 
 
-def _tile_rows(planes: Sequence[Plane], weights: Float[Tensor, "Rq Q D"]) -> int:
-    """How many rows to take at a time."""
-    of_row = max(plane.vectors.shape[1] for plane in planes)
-    columns = min(weights.shape[0] * weights.shape[1], _columns(weights))
-    widest = max(weights.shape[2], columns) * of_row * 4
-    return max(1, _tile_bytes(weights) // widest)
+class _Tile:
+    """Some rows' vectors and their products with some query vectors, in memory that is kept.
 
+    Fresh memory for each tile would cost a third of the time: the system gives it page by page.
 
-def _tile_bytes(weights: Tensor) -> int:
-    return GPU_TILE_BYTES if weights.is_cuda else CPU_TILE_BYTES
+    Args:
+        planes: to score.
+        weights: vectors of all queries.
+    """
 
+    def __init__(self, planes: Sequence[Plane], weights: Float[Tensor, "Rq Q D"]):
+        self.planes, self.weights = planes, weights
+        num_slots, num_queries, width = weights.shape
+        on_gpu = weights.is_cuda
+        most = GPU_TILE_BYTES if on_gpu else CPU_TILE_BYTES
+        self.step = max(1, (GPU_COLUMNS if on_gpu else CPU_COLUMNS) // num_slots)
+        columns = num_slots * min(self.step, max(1, num_queries))
+        sizes = [plane.vectors.shape[1] for plane in planes]
+        of_row = 4 * max(width * sum(sizes), columns * max(sizes))
+        self.num_rows = max(1, most // of_row)
+        new = partial(torch.empty, dtype=weights.dtype, device=weights.device)
+        self._blocks = [new(self.num_rows, size, width) for size in sizes]
+        self._products = new(self.num_rows * max(sizes) * columns)
 
-def _columns(weights: Tensor) -> int:
-    """Query vectors to multiply a tile with at a time."""
-    return 2**14 if weights.is_cuda else 2**9
+    def score(self, rows: Integer[Tensor, " n"], scores: Float[Tensor, "n Q"]) -> None:
+        """Fill in the scores of at most `num_rows` rows."""
+        first, last = int(rows[0]), int(rows[-1])
+        # Rows that lie side by side are read where they are; others are gathered.
+        side_by_side = last - first + 1 == len(rows)
+        wanted = slice(first, last + 1) if side_by_side else rows
+        blocks = [
+            plane.read_into(block[: len(rows)], wanted)
+            for plane, block in zip(self.planes, self._blocks, strict=True)
+        ]
+        num_slots, num_queries, width = self.weights.shape
+        for start in range(0, num_queries, self.step):
+            columns = self.weights[:, start : start + self.step].reshape(-1, width).T
+            best = None
+            for block in blocks:
+                found = self._best_of(block, columns)
+                best = found if best is None else torch.maximum(best, found, out=best)
+            assert best is not None, "a store has at least one plane"
+            best = best.view(len(rows), num_slots, -1)
+            # bf16 would lose the last digits of a sum of many.
+            scores[:, start : start + self.step] = best.sum(dim=1, dtype=torch.float32)
 
-
-def _score_tile(
-    planes: Sequence[Plane],
-    weights: Float[Tensor, "Rq Q D"],
-    rows: Integer[Tensor, " n"],
-    scores: Float[Tensor, "n Q"],
-) -> None:
-    """Fill in the scores of a tile of rows."""
-    first, last = int(rows[0]), int(rows[-1])
-    # Rows that lie side by side are read where they are; others are gathered.
-    side_by_side = last - first + 1 == len(rows)
-    wanted = slice(first, last + 1) if side_by_side else rows
-    blocks = [plane.read(wanted, weights.dtype, weights.device) for plane in planes]
-    num_slots, num_queries, width = weights.shape
-    step = max(1, _columns(weights) // num_slots)
-    for start in range(0, num_queries, step):
-        columns = weights[:, start : start + step].reshape(-1, width).T
-        best = None
-        for block in blocks:
-            products = (block.flatten(0, 1) @ columns).view(*block.shape[:2], -1)
-            found = products[:, 0] if block.shape[1] == 1 else products.amax(dim=1)
-            best = found if best is None else torch.maximum(best, found, out=best)
-        assert best is not None, "a store has at least one plane"
-        best = best.view(len(rows), num_slots, -1)
-        torch.sum(best, dim=1, dtype=torch.float32, out=scores[:, start : start + step])
+    def _best_of(
+        self, block: Float[Tensor, "n S D"], columns: Float[Tensor, "D Rq_q"]
+    ) -> Float[Tensor, "n Rq_q"]:
+        """For each query vector its best product with a row's vectors of one plane."""
+        num_rows, num_slots, _ = block.shape
+        products = self._products[: num_rows * num_slots * columns.shape[1]]
+        products = products.view(num_rows * num_slots, -1)
+        torch.mm(block.flatten(0, 1), columns, out=products)
+        products = products.view(num_rows, num_slots, -1)
+        return products[:, 0].clone() if num_slots == 1 else products.amax(dim=1)
 
 
 def best_rows(
