@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from PIL import Image, ImageChops
+
 from metaembed_pl.errors import UserError
 from metaembed_pl.files import new_file
 
@@ -115,7 +117,7 @@ def render(path: Path, page: int, side: int, target: Path) -> str | None:
             picture = pdf[page].render(scale=side / max(width, height)).to_pil().convert("RGB")
     except Exception as error:  # pdfium names its errors, but has no kind for them
         return f"page cannot be drawn: {error}"
-    if all(low == high for low, high in _channel_spread(picture)):
+    if _is_grey(picture):
         picture = picture.convert("L").point(lambda grey: (grey >> 4) * 17)
     else:
         picture = picture.quantize(64)
@@ -211,11 +213,9 @@ def _lines(text: str) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def _channel_spread(picture: Any) -> list[tuple[int, int]]:
-    from PIL import ImageChops
-
+def _is_grey(picture: Image.Image) -> bool:
     red, green, blue = picture.split()
-    return [ImageChops.difference(red, other).getextrema() for other in (green, blue)]
+    return not any(ImageChops.difference(red, other).getbbox() for other in (green, blue))
 
 
 def _text_of(pdf: Any, page: int) -> str:

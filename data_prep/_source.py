@@ -426,7 +426,7 @@ def _card(product: Product, made: dict[str, ShardedPairs]) -> str:
     rows = "".join(
         f"| {split or 'train'} | {len(pairs):,} | "
         f"{sum(shard['bytes'] for shard in pairs.manifest['shards']) / 1e6:,.1f} MB | "
-        f"{sha256_of(pairs.folder / MANIFEST_FILE)} |\n"
+        f"{sha256_of(Path(pairs.folder) / MANIFEST_FILE)} |\n"
         for split, pairs in made.items()
     )
     about = {
