@@ -15,7 +15,8 @@ lines end in page numbers; which page a printed number means follows from the nu
 and bottom of the pages. Nothing is sent anywhere, and no model is asked.
 
 A page is its picture. With --words N it is also the N words of its text layer that are most its
-own (tf-idf), where it has one: for a model too small to read.
+own (tf-idf), where it has one, and queries are in lower case, as these words are: for a model too
+small to read and too young to know that Plot and plot are one word.
 
 Hard negatives are neighbours and pages of the same section that lack the query's words. Queries are
 held out, not pages: one in ten by a hash of its words (--held-out), so the test asks new questions
@@ -86,6 +87,10 @@ class Library:
     def item(self, page: str) -> dict[str, Any]:
         """A page as an item."""
         return {"id": page, "image": self.folder / page, "text": self.words.get(page) or None}
+
+    def asked_as(self, key: str) -> str:
+        """What the model reads of a query."""
+        return key if self.words else self.queries[key].text
 
     def answers(self) -> dict[str, list[str]]:
         """The queries that each page answers."""
@@ -269,7 +274,7 @@ def drafts(library: Library, num_negatives: int) -> Iterator[Draft]:
         for page in query.pages:
             yield {
                 "id": f"{key} -> {page}",
-                "query": {"text": query.text},
+                "query": {"text": library.asked_as(key)},
                 "positive": item(page),
                 "negatives": [
                     item(other) for other in near_misses(library, key, page)[:num_negatives]
@@ -308,7 +313,9 @@ def benchmark(library: Library, options: argparse.Namespace, settings: dict[str,
         name=name_of(options),
         folder=options.out / "retrieval",
         candidates=candidates,
-        queries=lambda: ({"id": k, "text": q.text, "kind": q.kind} for k, q in asked.items()),
+        queries=lambda: (
+            {"id": k, "text": library.asked_as(k), "kind": q.kind} for k, q in asked.items()
+        ),
         judgements=lambda: ((k, page, 1) for k, q in asked.items() for page in q.pages),
         lists=None,
         source=f"{len(library.documents)} PDFs of {options.where.resolve().name}",
