@@ -19,6 +19,7 @@ import time
 import torch
 from loss import RESULTS, machine, peak_bytes
 
+from metaembed_pl.data.collate import Side
 from metaembed_pl.item import Item
 from metaembed_pl.model.backbone import (
     BackboneConfig,
@@ -70,23 +71,21 @@ def measure(how: str, batch: int) -> dict[str, float]:
     """Time and memory of a step, in this process."""
     made = model()
     process, loss_of = made.processor(), MMRLoss(made.groups)
-    sides = {"query": items(batch, 1), "candidate": items(batch, 2)}
-    if how == "plain":
-        inputs = {side: process(of_side, side) for side, of_side in sides.items()}
-    else:
-        inputs = {s: process.in_chunks(of_side, s, MAX_TOKENS) for s, of_side in sides.items()}
+    sides: dict[Side, list[Item]] = {"query": items(batch, 1), "candidate": items(batch, 2)}
+    whole = {side: process(of_side, side) for side, of_side in sides.items()}
+    chunks = {s: process.in_chunks(of_side, s, MAX_TOKENS) for s, of_side in sides.items()}
 
-    def step() -> None:
-        if how == "plain":
-            loss_of(*(made(tensors, side) for side, tensors in inputs.items())).loss.backward()
-            return
+    def plain() -> None:
+        loss_of(*(made(tensors, side) for side, tensors in whole.items())).loss.backward()
+
+    def cached() -> None:
         cache = GradientCache(made)
-        found = {side: cache.encode(chunks, side) for side, chunks in inputs.items()}
-        loss = loss_of(*found.values()).loss
-        gradients = torch.autograd.grad(loss, list(found.values()))
+        found = {side: cache.encode(of_side, side) for side, of_side in chunks.items()}
+        gradients = torch.autograd.grad(loss_of(*found.values()).loss, list(found.values()))
         for part in cache.surrogates(dict(zip(found, gradients, strict=True))):
             part.backward()
 
+    step = plain if how == "plain" else cached
     for parameter in made.parameters():
         parameter.grad = torch.zeros_like(parameter)
     memory = peak_bytes("cpu", step)
