@@ -76,7 +76,7 @@ CASES = [
 ]
 
 
-CASES += [Case("fsdp2"), Case("fsdp2", lora=True, cached=True)]
+CASES += [Case("fsdp2"), Case("fsdp2", cached=True)]
 REFUSED = Case("deepspeed_stage_2", cached=True, accumulated=2)
 
 
