@@ -96,6 +96,13 @@ def test_a_name_prints_the_file(capsys):
     assert capsys.readouterr().out == (FOLDER / "qwen7b.yaml").read_text()
 
 
+def test_a_folder_called_like_a_recipe_does_not_hide_it(tmp_path, monkeypatch, capsys):
+    (tmp_path / "manuals").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert main(["recipes", "manuals"]) == 0
+    assert capsys.readouterr().out == (FOLDER / "manuals.yaml").read_text()
+
+
 def test_a_value_may_go_on_in_the_next_line(tmp_path):
     file = tmp_path / "x.yaml"
     file.write_text("# A title: with a colon.\n#\n# row:  one\n#   and two\nrun: {}\n# row: no\n")

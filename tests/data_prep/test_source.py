@@ -93,6 +93,7 @@ def test_a_run_that_was_cut_off_goes_on_behind_its_last_whole_shard(tmp_path):
         make(cut, until_killed())
     assert not cut.exists()
     partial = tmp_path / ".cut.partial"
+    (partial / "00009.tar").write_bytes(b"of a shard that was never finished")
     kept = {path.name: path.stat().st_mtime_ns for path in partial.glob("0000[01].tar")}
     assert len(kept) == 2
     assert make(cut, drafts)[0] == 0

@@ -72,7 +72,7 @@ def test_mmeb_train_reads_parquet_and_pictures_in_zips(tmp_path):
 @pytest.mark.parametrize("as_strings", [True, False], ids=["strings", "lists"])
 def test_moca_pairs_read_hard_negatives_as_lists_and_as_strings_that_hold_one(tmp_path, as_strings):
     copy = tmp_path / "MoCa-CL-Pairs"
-    texts, paths = ["a dog", "", "it's a [fox]"], ["", "images/CIRR/b.png", ""]
+    texts, paths = ["a dog", "", "it's a [fox]", ""], ["", "images/CIRR/b.png", "", ""]
     row = mmeb_row(("a cat", ""), ("", "images/CIRR/a.png"))
     row |= {
         "neg_text": str(texts) if as_strings else texts,

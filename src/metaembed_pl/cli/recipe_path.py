@@ -35,7 +35,7 @@ def find_recipe(name: str) -> str:
 
     Such as `emoji` or `recipes/emoji.yaml`.
     """
-    if Path(name).exists():
+    if Path(name).is_file():  # a folder of data may well be called like a recipe
         return name
     folder = recipe_folder()
     for candidate in (folder / Path(name).name, folder / f"{name}.yaml"):
