@@ -81,7 +81,6 @@ def test_a_second_run_writes_the_same_bytes(root, mined, tmp_path):
     assert (tmp_path / "kept" / "a" / "manifest.json").exists()
 
 
-@pytest.mark.xfail(strict=False, reason="two processes have once waited for each other for ever")
 def test_two_processes_write_the_same_bytes_too(root, mined, tmp_path):
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     process = subprocess.Popen(

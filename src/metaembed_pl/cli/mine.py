@@ -205,16 +205,12 @@ def _mine_all(
 
 def _embedded(model: "MetaEmbedder", folder: Path, corpus: "Corpus", batch_size: int) -> "Store":
     """The store of a corpus, embedded by all processes as far as it is not there yet."""
-    from metaembed_pl.retrieval.embedding import embed, open_for, rank_and_world
+    from metaembed_pl.retrieval.embedding import embed, open_for
     from metaembed_pl.retrieval.store import Store
 
-    if rank_and_world()[0] == 0:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        open_for(model, folder)
-    _meet()
-    steps = embed(
-        Store.open(folder), model, corpus.entries(), batch_size, skip_bad=True, previews=False
-    )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    store = open_for(model, folder)  # all ranks meet in there
+    steps = embed(store, model, corpus.entries(), batch_size, skip_bad=True, previews=False)
     for progress in _shown(steps, f"embedding {folder.name}", len(corpus), lambda p: p.seen):
         skipped = progress.skipped
     if skipped:
