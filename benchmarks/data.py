@@ -25,12 +25,12 @@ import subprocess
 import sys
 import tempfile
 import time
-import types
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from _colpali import without_torchvision
 from matplotlib import cbook
 from PIL import Image
 from torch.utils.data import DataLoader, RandomSampler
@@ -121,17 +121,13 @@ def theirs(folder: Path, num_workers: int) -> Iterable[Any]:
 
 
 def colpali() -> tuple[Any, Any, Any]:
-    """colpali-engine's collator, dataset and ColQwen2.5 processor, without torchvision.
+    """colpali-engine's collator, dataset and ColQwen2.5 processor.
 
-    It imports one function from the module of transformers' torchvision image processor, which the
-    one on Pillow has as well; and its processor would need torchvision for videos alone.
+    The processor needs torchvision for videos alone.
     """
-    from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as on_pillow
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    name = on_pillow.__name__.replace("_pil", "")
-    stand_in = types.ModuleType(name)
-    stand_in.smart_resize = on_pillow.smart_resize  # type: ignore[attr-defined]
-    sys.modules[name] = stand_in
+    without_torchvision()
     from colpali_engine.collators.visual_retriever_collator import (  # pyright: ignore
         VisualRetrieverCollator,
     )
@@ -148,7 +144,7 @@ def colpali() -> tuple[Any, Any, Any]:
 
     tokenizer, own = parts()
     # The library's own, as they have it: ours makes the same patches in less time.
-    image_processor = on_pillow.Qwen2VLImageProcessorPil(
+    image_processor = Qwen2VLImageProcessorPil(
         size=dict(own.size), patch_size=own.patch_size, merge_size=own.merge_size
     )
     tokenizer.image_token, tokenizer.video_token = "<|image_pad|>", "<|video_pad|>"
