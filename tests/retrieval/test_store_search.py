@@ -85,6 +85,16 @@ def test_a_store_without_holes_is_searched_like_one_with_them(tmp_path):
     assert store.search(QUERIES, top=30).ids == kept
 
 
+def test_as_many_hits_as_the_store_has_items_keep_their_ids(tmp_path):
+    store = Store.create(tmp_path / "s", GROUPS, WIDTH, "model")
+    store.add([str(i) for i in range(9)], unit(9, 8, WIDTH), [{"n": i} for i in range(9)])
+    for hits in (store.search(QUERIES[:1], top=9), store.search(QUERIES, top=3)):
+        assert hits.ids == [[str(row) for row in rows] for rows in hits.rows]
+    rows = store.search(QUERIES[:1], top=9).rows[0]
+    assert rows != sorted(rows)
+    assert store.metadata(rows) == [{"n": row} for row in rows]
+
+
 def test_of_equal_scores_the_earlier_row_comes_first(tmp_path, monkeypatch):
     monkeypatch.setattr(scoring, "SCORES_AT_A_TIME", 7)
     store = Store.create(tmp_path / "s", GROUPS, WIDTH, "model")

@@ -81,7 +81,7 @@ class Snapshot:
     def column(self, name: str, places: Integer[Tensor, " _"]) -> list:
         """Values of a column of the table."""
         column = self.table[name]
-        whole = len(places) == len(column)
+        whole = torch.equal(places, torch.arange(len(column)))
         return (column if whole else column.take(pa.array(places.numpy()))).to_pylist()
 
     def rows_of(self, places: Integer[Tensor, "..."]) -> Integer[Tensor, "..."]:
