@@ -150,8 +150,8 @@ def step(case: Case, num_ranks: int) -> tuple[dict[str, torch.Tensor], float]:
         lora=LoraConfig(r=4, dropout=0.0) if case.lora else None,
         train_vision=not case.frozen_vision,
         loss=LossConfig(both_directions=True),
-        # A chunk of one row or two: ranks differ in how many they make.
-        gradient_cache=GradientCacheConfig(max_tokens=60) if case.cached else None,
+        # Chunks of a few rows: ranks differ in how many they make.
+        gradient_cache=GradientCacheConfig(max_tokens=100) if case.cached else None,
     )
     trainer = pl.Trainer(
         accelerator="cpu",

@@ -85,6 +85,10 @@ class ZeroStrategy(DeepSpeedStrategy):
 
         # Or DeepSpeed compiles a kernel for sums in shared memory at first use, for minutes.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # Or for each layer it looks through all that follow within 1e9 weights, which on the small
+        # models of a CPU is all of a step, every chunk of gradient caching again.
+        assert isinstance(self.config, dict)
+        self.config["zero_optimization"].setdefault("stage3_max_reuse_distance", 0)
         self.set_world_ranks()
         self._init_deepspeed_distributed()
 
