@@ -362,6 +362,8 @@ class RetrievalDataModule(pl.LightningDataModule):
         self, batch: Any, device: torch.device, dataloader_idx: int
     ) -> Any:
         """Leaves chunks where they are: they are brought to the device one by one."""
+        if device.type == "cpu":
+            return batch
         if not isinstance(batch, TrainBatch) or isinstance(batch.queries, dict):
             return super().transfer_batch_to_device(batch, device, dataloader_idx)
         small = replace(batch, queries={}, candidates={})

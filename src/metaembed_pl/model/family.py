@@ -153,6 +153,7 @@ def _qwen(model_type: str, **settings: Any) -> Family:
         vision_module="visual",
         text_module="language_model",
         projector_module=None,
+        prepare=qwen.prepare,
         packs_images=True,
     )
 

@@ -6,8 +6,9 @@ Shape letters: B rows, L tokens, N images.
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from metaembed_pl.errors import UserError
 from metaembed_pl.model.qwen_pictures import Qwen2VLImageProcessorPil
@@ -75,3 +76,49 @@ def model_inputs(
 ) -> dict[str, Tensor]:
     """Which tokens are an image's: without it M-RoPE silently counts images as text."""
     return {"mm_token_type_ids": (batch["input_ids"] == image_id).long(), **images}
+
+
+def prepare(backbone: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Adds the positions of a batch with images, which the library finds row by row in Python.
+
+    It then waits for the GPU several times a row; here all rows are done at once.
+    """
+    if "image_grid_thw" not in inputs:
+        return inputs
+    config: Any = backbone.config
+    return inputs | {
+        "position_ids": positions(
+            inputs["mm_token_type_ids"],
+            inputs["attention_mask"],
+            inputs["image_grid_thw"][:, 1:] // config.vision_config.spatial_merge_size,
+        )
+    }
+
+
+def positions(
+    types: Int[Tensor, "B L"], mask: Int[Tensor, "B L"], sizes: Int[Tensor, "N 2"]
+) -> Int[Tensor, "3 B L"]:
+    """M-RoPE positions (time, row, column) of rows with at most one image each.
+
+    Text counts on by one. An image stands at one time, its tokens in rows and columns from there;
+    text after it counts on from the larger of its sides.
+
+    Args:
+        types: 1 where an image's token is, else 0.
+        mask: 0 where padding is.
+        sizes: rows and columns of tokens of each image.
+
+    Source: Qwen2-VL, arXiv 2409.12191, section 2.1; equal to the library's `get_rope_index`.
+
+    >>> positions(torch.tensor([[0, 1, 1, 0]]), torch.ones(1, 4).long(), torch.tensor([[1, 2]]))[2]
+    tensor([[0, 1, 2, 3]])
+    """
+    is_image, is_text = (types == 1) & (mask > 0), (types == 0) & (mask > 0)
+    has_image = is_image.any(dim=1)
+    number = has_image.cumsum(0).sub(1).clamp(min=0)
+    rows, columns = sizes[number, :, None].unbind(1)
+    # Of the text before each token, and of the image's tokens before it.
+    text, seen = is_text.cumsum(1) - is_text.long(), is_image.cumsum(1) - is_image.long()
+    after = torch.maximum(rows, columns) * ((seen > 0) & is_text)
+    inside = torch.stack([torch.zeros_like(seen), seen // columns, seen % columns])
+    return (text + after + inside * is_image) * (mask > 0)
