@@ -16,10 +16,12 @@ in memory:
 faiss     flat, or HNSW, over first vectors, asked with the sum of the query's; 2000 re-ranked with
           all vectors
 pylate, colpali-engine, maxsim-cpu
-          their exact scores of all candidates, up to 100,000 of width 128 (memory)
+          their exact scores of all candidates
 
-The roof is what this machine reaches in one matrix product of a tile's shape, in float32 or
-bfloat16, whichever is faster. --save writes benchmarks/results/search-MACHINE.json.
+The peers are left out where all vectors in float32 would take more than 4 GB.
+
+The roof is what this machine reaches in one matrix product of a tile's shape, in float32 and in
+bfloat16, which some processors emulate. --save writes benchmarks/results/search-MACHINE.json.
 """
 
 import argparse
@@ -49,7 +51,8 @@ PLANS = (*(str(group) for group in PAPER_GROUPS), "16x1", CASCADE)
 R_Q, R_C = PAPER_GROUPS[-1]
 TOP, RERANKED, NUM_QUERIES, BATCH = 10, 2000, 32, 16
 NUM_TOPICS, BLOCK = 500, 2000
-PEERS_UP_TO = 100_000 * 128
+PEERS_UP_TO = 2**32
+"""Bytes of all vectors in float32, which the peers hold in memory."""
 AT_A_TIME = 5000
 """Candidates that a peer is given at a time, where it would make all products at once."""
 HNSW_LINKS = 32
@@ -90,31 +93,29 @@ def ours(store: Store) -> Iterator[tuple[str, Search, float]]:
         )
 
 
-def peers(store: Store) -> Iterator[tuple[str, Search | None]]:
-    """Peers that are installed, with None for those that are not."""
-    first = store.vectors(r_c=1)[:, 0].contiguous()
-    fits = len(store) * store.width <= PEERS_UP_TO
-    vectors = store.vectors() if fits else None
+def peers(store: Store) -> Iterator[tuple[str, Search]]:
+    """Peers that are installed."""
+    if 4 * len(store) * R_C * store.width > PEERS_UP_TO:
+        return
+    vectors = store.vectors()
     for name, peer in (
-        ("faiss flat", partial(_faiss, "Flat", first, vectors, store)),
-        ("faiss HNSW", partial(_faiss, f"HNSW{HNSW_LINKS}", first, vectors, store)),
+        ("faiss flat", partial(_faiss, "Flat", vectors)),
+        ("faiss HNSW", partial(_faiss, f"HNSW{HNSW_LINKS}", vectors)),
         ("pylate", partial(_pylate, vectors)),
         ("colpali-engine", partial(_colpali, vectors)),
         ("maxsim-cpu", partial(_maxsim_cpu, vectors)),
     ):
-        if vectors is None and not name.startswith("faiss"):
-            continue
         try:
             yield name, peer()
         except ImportError as error:
-            print(f"{name}: {error}")
-            yield name, None
+            print(f"{name} is left out: {error}")
 
 
-def _faiss(kind: str, first: Tensor, vectors: Tensor | None, store: Store) -> Search:
+def _faiss(kind: str, vectors: Tensor) -> Search:
     import faiss  # pyright: ignore
 
     faiss.omp_set_num_threads(torch.get_num_threads())
+    first = vectors[:, 0].contiguous()
     index = faiss.index_factory(first.shape[1], kind, faiss.METRIC_INNER_PRODUCT)
     index.add(first.numpy())
     if kind != "Flat":
@@ -125,8 +126,8 @@ def _faiss(kind: str, first: Tensor, vectors: Tensor | None, store: Store) -> Se
         rows = torch.from_numpy(found).sort(dim=1).values
         best = []
         for query, of_query in zip(queries, rows, strict=True):
-            some = store.vectors(of_query) if vectors is None else vectors[of_query]
-            best.append(of_query[best_columns(maxsim(query[None], some), TOP)[1][0]])
+            scores = maxsim(query[None], vectors[of_query])
+            best.append(of_query[best_columns(scores, TOP)[1][0]])
         return torch.stack(best)
 
     return search
@@ -176,15 +177,15 @@ def measure(search: Search, queries: Tensor, exact: Tensor) -> dict[str, float]:
     }
 
 
-def roof(width: int) -> float:
-    """Operations a second of one matrix product of a tile's shape."""
-    rates = []
-    for dtype in (torch.float32, torch.bfloat16):
+def roof(width: int) -> dict[str, float]:
+    """Operations a second of one matrix product of a tile's shape, by dtype."""
+    rates = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         left, right = torch.ones(4096, width, dtype=dtype), torch.ones(width, 256, dtype=dtype)
         out = torch.empty(4096, 256, dtype=dtype)
         seconds = fastest(partial(torch.mm, left, right, out=out), "cpu", 0.5)
-        rates.append(2 * 4096 * width * 256 / seconds)
-    return max(rates)
+        rates[name] = 2 * 4096 * width * 256 / seconds
+    return rates
 
 
 def run(count: int, width: int, folder: Path) -> dict[str, Any]:
@@ -197,8 +198,6 @@ def run(count: int, width: int, folder: Path) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     plans = [*ours(store), *((name, search, None) for name, search in peers(store))]
     for name, search, read in plans:
-        if search is None:
-            continue
         rows.append({"plan": name, "bytes_read": read, **measure(search, queries, exact)})
     all_vectors = next(row for row in rows if row["plan"] == str(PAPER_GROUPS[-1]))
     for row in rows:
@@ -207,7 +206,8 @@ def run(count: int, width: int, folder: Path) -> dict[str, Any]:
         numbers = [f"{row['ms']:.2f}", f"{row['ms_batched']:.2f}", read]
         print(line.format(row["plan"], *numbers, f"{row['recall']:.3f}", f"{row['faster']:.1f}x"))
     found, most = count * R_C * 2 * width * R_Q / all_vectors["ms_batched"] * 1e3, roof(width)
-    print(f"exact, of {BATCH}: {found / 1e9:.0f} of {most / 1e9:.0f} GFLOP/s, {found / most:.0%}")
+    shares = (f"{found / rate:.0%} of {rate / 1e9:.0f} in {name}" for name, rate in most.items())
+    print(f"exact, of {BATCH}: {found / 1e9:.0f} GFLOP/s, {', '.join(shares)}")
     return {"items": count, "width": width, "rows": rows, "flops": found, "roof_flops": most}
 
 
@@ -236,13 +236,13 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     print(f"{name}, {options.num_threads} threads, torch {torch.__version__}")
     result: dict[str, Any] = {"machine": name, "num_threads": options.num_threads}
     result |= {"torch": torch.__version__, "shapes": []}
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     for count, width in options.shapes:
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
             result["shapes"].append(run(count, width, Path(folder)))
-    if options.save:
-        slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / f"search-{slug}.json").write_text(json.dumps(result, indent=1) + "\n")
+        if options.save:
+            options.out.mkdir(parents=True, exist_ok=True)
+            (options.out / f"search-{slug}.json").write_text(json.dumps(result, indent=1) + "\n")
     return result
 
 
