@@ -24,7 +24,7 @@ OPEN = {"metaembed_pl.retrieval.store", "metaembed_pl.retrieval.embedding"}
 # What takes longer to import than a light verb may take in all.
 HEAVY = set(
     "deepspeed jsonargparse lightning matplotlib mlflow numpy peft PIL pyarrow pypdfium2 rich "
-    "tokenizers torch torchmetrics transformers webdataset".split()
+    "qdrant_client qdrant_edge tokenizers torch torchmetrics transformers webdataset".split()
 )
 MODULES = sorted(
     path for path in SOURCE.rglob("*.py") if path.parent != SOURCE or path.stem[0] != "_"
@@ -83,7 +83,7 @@ def test_imports_from_rooms_above_only(path):
 def light_modules():
     """cli/main.py, the verbs that are not training, and all of ours that these import at once."""
     found, waiting = set(), [SOURCE / "cli" / "main.py", SOURCE / "cli" / "search.py"]
-    waiting.append(SOURCE / "cli" / "embed.py")
+    waiting += [SOURCE / "cli" / "embed.py", SOURCE / "cli" / "push.py"]
     while waiting:
         path = waiting.pop()
         if path in found or not path.exists():

@@ -6,15 +6,19 @@ if TYPE_CHECKING:
     from metaembed_pl.budget import Budget
     from metaembed_pl.item import Item, Pair
     from metaembed_pl.model.embedder import MetaEmbedder
+    from metaembed_pl.retrieval.qdrant.store import QdrantStore
+    from metaembed_pl.retrieval.store import Store
 
 __version__ = "0.1.0"
-__all__ = ["Budget", "Item", "MetaEmbedder", "Pair", "__version__"]
+__all__ = ["Budget", "Item", "MetaEmbedder", "Pair", "QdrantStore", "Store", "__version__"]
 
 _HOMES = {
     "Budget": "metaembed_pl.budget",
     "Item": "metaembed_pl.item",
     "MetaEmbedder": "metaembed_pl.model.embedder",
     "Pair": "metaembed_pl.item",
+    "QdrantStore": "metaembed_pl.retrieval.qdrant.store",
+    "Store": "metaembed_pl.retrieval.store",
 }
 
 

@@ -24,6 +24,7 @@ VERBS = {
     "data": "look into shards: counts, distributions, repeats, leaks, a contact sheet",
     "mine": "hard negatives for shards, found by a trained model",
     "embed": "items into a store of meta embeddings: streamed, resumable, on one process or many",
+    "push": "a store into Qdrant: a server, a cluster or a folder; resumable",
     "evaluate": "a benchmark at every budget, with a report; compare two evaluations",
     "search": "search items by text or picture, at a budget",
     "export": "a run as a folder that loads anywhere, or on the Hugging Face hub",

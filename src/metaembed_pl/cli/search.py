@@ -2,10 +2,13 @@
 
     python -m metaembed_pl search --model runs/emoji/model --store shelf --query "flag of Japan" \
         --cascade 16x1:2000,4x8:200,16x64:10 --where lang=de
+    python -m metaembed_pl search --model runs/emoji/model --store http://localhost:6333/shelf \
+        --query "flag of Japan" --cascade 16x1:2000,16x64:10
     python -m metaembed_pl search --model runs/emoji/model --items data/emoji/test/emoji_t2i \
         --query "flag of Japan" --budget 2x4 --top 5
 
-A store (`embed` makes one) is searched in milliseconds; items without one are encoded each time.
+A store (`embed` makes one, `push` puts it into Qdrant) is searched in milliseconds; items without
+one are encoded each time.
 Ranks on standard output: a table in a terminal, aligned text in a pipe, JSON with --json.
 """
 
@@ -20,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from metaembed_pl.cli.found import Answer, Found
 from metaembed_pl.display import plain
 from metaembed_pl.errors import UserError
+from metaembed_pl.retrieval.qdrant.address import is_qdrant
 
 if TYPE_CHECKING:
     from metaembed_pl.item import Item
@@ -32,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of the verb."""
     add = parser.add_argument
     add("--model", type=Path, required=True, metavar="FOLDER", help="such as runs/NAME/model")
-    add("--store", type=Path, metavar="FOLDER", help="what to search, as `embed` made it")
+    add("--store", metavar="STORE", help="what to search: a folder, or where `push` put it")
     add(
         "--items",
         type=Path,
@@ -57,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of a store: metadata that must hold; also != < <= > >=; again for more",
     )
     add("--normalised", action="store_true", help="of a store: scores divided by r_q")
+    add("--exact", action="store_true", help="of Qdrant: score every item, ask no index")
     add("--top", type=int, default=10, metavar="N", help="results to show (default: 10)")
     add("--batch-size", type=int, default=32, metavar="N", help="items encoded at a time")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
@@ -76,6 +81,8 @@ def run(args: argparse.Namespace) -> None:
     with redirect_stdout(sys.stderr):
         if args.store is None:
             from metaembed_pl.cli.search_items import search
+        elif is_qdrant(args.store):
+            from metaembed_pl.cli.search_qdrant import search
         else:
             from metaembed_pl.cli.search_store import search
         answer = search(args, query)
@@ -97,6 +104,8 @@ def _check(args: argparse.Namespace) -> None:
             if getattr(args, name):
                 flag = name.replace("_", "-")
                 raise UserError(f"--{flag} needs a --store: make one with `embed`")
+    if args.exact and (args.store is None or not is_qdrant(args.store)):
+        raise UserError("--exact is for Qdrant: everything else is exact")
     automatic = args.store is not None and args.budget == "auto"
     if args.budget is not None and not automatic:
         Budget.parse(args.budget)

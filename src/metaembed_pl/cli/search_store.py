@@ -50,7 +50,7 @@ def search(args: argparse.Namespace, query: "Item") -> Answer:
         normalised=args.normalised,
     )
     rows = hits.rows[0][: args.top]
-    found = list(map(_found, hits.ids[0], hits.scores[0], store.metadata(rows)))
+    found = list(map(found_of, hits.ids[0], hits.scores[0], store.metadata(rows)))
     plan = ",".join(map(str, hits.stages))
     cost: dict[str, Any] = {"plan": plan, "milliseconds": hits.milliseconds}
     cost |= {"bytes_read": hits.bytes_read, "items": len(store)}
@@ -78,7 +78,8 @@ def _calibration(store: "Store", model: "MetaEmbedder", batch_size: int) -> "Cal
     return calibration
 
 
-def _found(id: str, score: float, metadata: dict[str, Any]) -> Found:
+def found_of(id: str, score: float, metadata: dict[str, Any]) -> Found:
+    """A result, by what its store keeps of it."""
     where = metadata.get("image") or metadata.get("file")
     if where is not None and "page" in metadata:
         where = f"{where}, page {metadata['page']}"

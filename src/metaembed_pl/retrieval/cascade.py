@@ -101,6 +101,29 @@ def _parse_stage(text: str) -> Stage:
     return Stage(Budget.parse(budget), int(keep))
 
 
+def choose_stages(
+    groups: Sequence[Budget],
+    budget: Budget | str | None = None,
+    cascade: str | Iterable[Stage | str] | None = None,
+    top: int | None = None,
+) -> tuple[Stage, ...]:
+    """The stages of a search that was given a budget or a cascade, or neither: all vectors.
+
+    Raises:
+        UserError: a model of these groups cannot serve them.
+    """
+    if top is not None and top < 1:
+        raise UserError(f"top must be at least 1, got {top}")
+    if cascade is None:
+        return (Stage(check_budget(budget or groups[-1], groups), top or 10),)
+    if budget is not None:
+        raise UserError(f"give a budget ({budget}) or a cascade, not both")
+    stages = parse_cascade(cascade, groups)
+    if top is not None and top > stages[-1].keep:
+        raise UserError(f"the cascade's last stage {stages[-1]} keeps fewer than the top {top}")
+    return stages
+
+
 def run_stages(
     snapshot: Snapshot,
     queries: Float[Tensor, "Q Rq D"],

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,21 @@ from metaembed_pl.retrieval.store import Store
 PREVIEW_PIXELS = 320
 SAMPLE_ITEMS = 512
 SAMPLE_BYTES = 2**27
+
+
+@runtime_checkable
+class OfOneModel(Protocol):
+    """What holds the vectors of one model: a store, or a collection in Qdrant."""
+
+    @property
+    def identity(self) -> str:
+        """Of the model."""
+        ...
+
+    @property
+    def folder(self) -> Any:
+        """Where it is."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -99,8 +114,8 @@ def open_for(model: MetaEmbedder, folder: str | Path, dtype: str | None = None) 
     return store
 
 
-def check_model(store: Store, model: MetaEmbedder) -> None:
-    """Refuse a model other than that whose vectors a store holds.
+def check_model(store: OfOneModel, model: MetaEmbedder) -> None:
+    """Refuse a model other than that whose vectors a store or collection holds.
 
     Raises:
         UserError: it is another one.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from metaembed_pl.budget import Budget, check_budget
 from metaembed_pl.errors import UserError
-from metaembed_pl.retrieval.cascade import Hits, Stage, parse_cascade, run_stages
+from metaembed_pl.retrieval.cascade import Hits, Stage, choose_stages, run_stages
 from metaembed_pl.retrieval.scoring import scan
 from metaembed_pl.retrieval.snapshot import Snapshot
 from metaembed_pl.retrieval.where import parse_where
@@ -124,7 +124,7 @@ class Reader:
         """
         snapshot = self.snapshot()
         r_q, r_c = check_budget(budget or self.groups[-1], self.groups)
-        self._check_queries(queries)
+        check_queries(queries, self.groups, self.width, self.folder)
         done = 0
         for places, scores in scan(snapshot.planes, queries[:, :r_q], r_c, snapshot.places):
             yield range(done, done + len(places)), scores
@@ -158,7 +158,7 @@ class Reader:
         """
         snapshot = self.snapshot()
         stages = self.stages(budget, cascade, top)
-        self._check_queries(queries)
+        check_queries(queries, self.groups, self.width, self.folder)
         if not len(self):
             raise UserError(f"{self.folder} is empty: add items with `embed`")
         places = self._matching(where)
@@ -221,23 +221,22 @@ class Reader:
         Raises:
             UserError: the store's model cannot serve them.
         """
-        if top is not None and top < 1:
-            raise UserError(f"top must be at least 1, got {top}")
-        if cascade is None:
-            return (Stage(check_budget(budget or self.groups[-1], self.groups), top or 10),)
-        if budget is not None:
-            raise UserError(f"give a budget ({budget}) or a cascade, not both")
-        stages = parse_cascade(cascade, self.groups)
-        if top is not None and top > stages[-1].keep:
-            raise UserError(f"the cascade's last stage {stages[-1]} keeps fewer than the top {top}")
-        return stages
+        return choose_stages(self.groups, budget, cascade, top)
 
-    def _check_queries(self, queries: Tensor) -> None:
-        expected = self.groups[-1].r_q, self.width
-        if queries.ndim != 3 or tuple(queries.shape[1:]) != expected:
-            raise UserError(
-                f"queries must be N x {expected[0]} x {expected[1]} as {self.folder} is, "
-                f"got {' x '.join(map(str, queries.shape))}: encode them with the store's model"
-            )
-        if not queries.isfinite().all():
-            raise UserError("queries hold NaN or infinity: they find nothing")
+
+def check_queries(
+    queries: Tensor, groups: Sequence[Budget], width: int, folder: str | Path
+) -> None:
+    """Refuse queries that are not of the model whose vectors a store holds.
+
+    Raises:
+        UserError: they have another shape, or are not finite.
+    """
+    expected = groups[-1].r_q, width
+    if queries.ndim != 3 or tuple(queries.shape[1:]) != expected:
+        raise UserError(
+            f"queries must be N x {expected[0]} x {expected[1]} as {folder} is, "
+            f"got {' x '.join(map(str, queries.shape))}: encode them with the store's model"
+        )
+    if not queries.isfinite().all():
+        raise UserError("queries hold NaN or infinity: they find nothing")

@@ -1,0 +1,154 @@
+"""`python -m metaembed_pl push`: a store into Qdrant, for more than one machine can hold or serve.
+
+    python -m metaembed_pl push --store shelf --plan
+    python -m metaembed_pl push --store shelf --to http://localhost:6333/shelf --shards 6
+    python -m metaembed_pl push --store shelf --to shelf.edge
+
+The first prints what it will cost, and connects to nothing. The same command goes on after an
+interruption, and brings a collection up to date after the store has changed. A server's key is read
+from the environment variable QDRANT_API_KEY. What was done is told in one line on standard output.
+"""
+
+import argparse
+import json
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from metaembed_pl.errors import UserError
+from metaembed_pl.retrieval.qdrant.address import parse_address
+
+if TYPE_CHECKING:
+    from metaembed_pl.retrieval.store import Store
+
+SETTINGS = ("dtype", "quantization", "on_disk", "shards", "replicas", "batch_size")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags of the verb."""
+    add = parser.add_argument
+    add("--store", type=Path, required=True, metavar="FOLDER", help="as `embed` made it")
+    add("--to", metavar="ADDRESS", help="http://HOST:6333/NAME, or a folder for Qdrant Edge")
+    add("--plan", action="store_true", help="print what it costs, by items and precision; no more")
+    add(
+        "--counts",
+        metavar="N,N,...",
+        help="candidate vectors to search with, such as 1,8,64 (default: all the model knows)",
+    )
+    add(
+        "--dtype",
+        choices=("fp32", "fp16", "turbo8"),
+        help="of a new collection (default: fp16; fp32 of a store in fp32)",
+    )
+    add(
+        "--quantization",
+        choices=("int8", "binary"),
+        help="a coarser copy of the smallest count, kept in memory and searched first",
+    )
+    add("--on-disk", action="store_true", default=None, help="keep nothing in memory but ids")
+    add("--shards", type=int, metavar="N", help="of a new collection on a cluster")
+    add("--replicas", type=int, metavar="N", help="of each shard")
+    add(
+        "--filter",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="metadata to make filtering by fast; again for more",
+    )
+    add("--batch-size", type=int, metavar="N", help="items sent at a time (default: what fits)")
+    add("--json", action="store_true", help="one JSON object instead of a line of text")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Push, and say what was done.
+
+    Raises:
+        UserError: a flag or the store is not valid, or the collection is not for it.
+    """
+    for name in ("shards", "replicas", "batch_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if (args.to is None) != args.plan:
+        raise UserError("give where to push to, --to ADDRESS, or --plan to see what it costs")
+    counts = None if args.counts is None else _parse_counts(args.counts)
+    with redirect_stdout(sys.stderr):
+        from metaembed_pl.retrieval.store import Store
+
+        if args.plan:
+            told = _plan(args, Store.open(args.store), counts)
+        else:
+            parse_address(args.to)  # before what takes seconds to import
+            told = _push(args, Store.open(args.store), counts)
+    print(json.dumps(told) if args.json else told["text"])
+
+
+def _parse_counts(text: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise UserError(f"--counts are whole numbers, such as 1,8,64; got {text!r}")
+    return tuple(map(int, parts))
+
+
+def _push(args: argparse.Namespace, store: "Store", counts: tuple[int, ...] | None) -> Any:
+    from metaembed_pl.cli.progress import Progress
+    from metaembed_pl.retrieval.qdrant.collection import open_collection
+    from metaembed_pl.retrieval.qdrant.push import Pushed, push
+
+    collection = open_collection(args.to)
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    done = Pushed()
+    try:
+        with Progress("pushing", len(store)) as progress:
+            for done in push(store, collection, counts=counts, filters=args.filter, **settings):
+                progress.update(done.seen, done.sent)
+    finally:
+        collection.close()
+    text = f"{len(store):,} items in {collection.address}, {done.sent:,} of them new or changed"
+    text += f", {done.deleted:,} deleted" if done.deleted else ""
+    told = {"items": len(store), "sent": done.sent, "deleted": done.deleted}
+    return {**told, "text": text}
+
+
+def _plan(args: argparse.Namespace, store: "Store", counts: tuple[int, ...] | None) -> Any:
+    """What a collection of this store will cost, and one of more items like these."""
+    from metaembed_pl.retrieval.qdrant.sizing import ITEMS, PAYLOAD_BYTES, sizing, sizing_table
+
+    counts = counts or tuple(sorted({group.r_c for group in store.groups}))
+    payload = _payload_bytes(store) or PAYLOAD_BYTES
+    dtype = args.dtype or ("fp32" if store.dtype == "fp32" else "fp16")
+    replicas = args.replicas or 1
+    size = sizing(
+        len(store),
+        store.width,
+        counts,
+        dtype,
+        args.quantization,
+        bool(args.on_disk),
+        payload,
+        replicas,
+    )
+    rows = sizing_table(sorted({len(store), *ITEMS}), store.width, counts, dtype, payload, replicas)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(map(str.rjust, row, widths)) for row in rows]
+    vectors = " + ".join(map(str, counts))
+    lines.append(
+        f"an item: {vectors} vectors of width {store.width}, {payload:.0f} bytes of payload; "
+        f"{replicas} of each shard"
+    )
+    told = {"items": len(store), "disk_bytes": size.disk, "memory_bytes": size.memory}
+    return {**told, "text": "\n".join(lines)}
+
+
+def _payload_bytes(store: "Store") -> float:
+    """Of an item's payload, the mean of some."""
+    from metaembed_pl.retrieval.calibration import spread
+
+    rows = spread(len(store), 1000).tolist() if len(store) else []
+    ids = store.ids
+    texts = [
+        json.dumps({"id": ids[row], "revision": 16 * "0", "metadata": metadata}, ensure_ascii=False)
+        for row, metadata in zip(rows, store.metadata(rows), strict=True)
+    ]
+    return sum(len(text.encode()) for text in texts) / max(1, len(texts))

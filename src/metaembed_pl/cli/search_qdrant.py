@@ -1,0 +1,53 @@
+"""`search --store` of a collection in Qdrant: a budget or a cascade, in one request."""
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from metaembed_pl.cli.found import Answer
+from metaembed_pl.errors import UserError
+
+if TYPE_CHECKING:
+    from metaembed_pl.item import Item
+
+
+def search(args: argparse.Namespace, query: "Item") -> Answer:
+    """Search a collection.
+
+    Raises:
+        UserError: it is not there or another model's, or a flag does not fit it.
+    """
+    if args.budget == "auto":
+        raise UserError(
+            "--budget auto is measured on a store in a folder: see there what it chooses, and give "
+            "that as --cascade"
+        )
+    from metaembed_pl.retrieval.qdrant.store import QdrantStore
+
+    with QdrantStore.open(args.store, args.exact) as store:
+        store.stages(args.budget, args.cascade)  # before the model, which takes seconds
+
+        from transformers.utils import logging
+
+        from metaembed_pl.cli.device import find_device
+        from metaembed_pl.cli.search_store import found_of
+        from metaembed_pl.model.embedder import MetaEmbedder
+        from metaembed_pl.retrieval.embedding import check_model
+
+        if not sys.stderr.isatty():
+            logging.disable_progress_bar()
+        model = MetaEmbedder.from_pretrained(args.model, find_device(args.device))
+        check_model(store, model)
+        hits = store.search(
+            model.encode_query([query], args.batch_size),
+            args.budget,
+            cascade=args.cascade,
+            top=None if args.cascade else args.top,
+            where=args.where or (),
+            normalised=args.normalised,
+        )
+        items = len(store)
+    found = list(map(found_of, hits.ids[0], hits.scores[0], hits.metadata[0]))[: args.top]
+    plan = ",".join(map(str, hits.stages))
+    cost = {"plan": plan, "milliseconds": hits.milliseconds, "items": items}
+    return Answer(found, cost, f"{plan}: {hits.milliseconds:.1f} ms")

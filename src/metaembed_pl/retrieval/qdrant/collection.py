@@ -1,0 +1,207 @@
+"""A collection on a Qdrant server or cluster, and what a collection is asked for.
+
+The calls are those of Qdrant's REST interface; a folder of Qdrant Edge (edge.py) answers the same.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from metaembed_pl.errors import Unreachable, UserError
+from metaembed_pl.retrieval.qdrant.address import ServerAddress, parse_address
+from metaembed_pl.retrieval.qdrant.layout import Layout
+from metaembed_pl.retrieval.qdrant.packages import (
+    ApiException,
+    QdrantClient,
+    UnexpectedResponse,
+    models,
+)
+
+KEY_VARIABLE = "QDRANT_API_KEY"
+DESCRIPTION = "metaembed_pl"
+"""The entry of a collection's metadata that is ours."""
+TIMEOUT_S = 120
+IDS_AT_A_TIME = 10_000
+
+
+@runtime_checkable
+class Collection(Protocol):
+    """What is asked of a collection. Ids are those of points: UUIDs."""
+
+    address: str
+
+    def layout(self) -> Layout | None:
+        """What it holds; None: there is no such collection yet."""
+        ...
+
+    def create(self, layout: Layout, shards: int | None, replicas: int | None) -> None:
+        """Make it, empty."""
+        ...
+
+    def index(self, key: str, kind: models.PayloadSchemaType) -> None:
+        """Make filtering by a key of the payload fast."""
+        ...
+
+    def revisions(self, ids: Sequence[str]) -> dict[str, str]:
+        """Of those of these points that are there."""
+        ...
+
+    def upsert(self, points: Sequence[models.PointStruct]) -> None:
+        """Add points, or replace them; on disk when this returns."""
+        ...
+
+    def delete(self, ids: Sequence[str]) -> None:
+        """Remove points."""
+        ...
+
+    def ids(self) -> Iterator[list[str]]:
+        """Of all points, some at a time."""
+        ...
+
+    def count(self) -> int:
+        """How many points there are."""
+        ...
+
+    def query(self, requests: Sequence[models.QueryRequest]) -> list[list[Any]]:
+        """The scored points of each request, best first."""
+        ...
+
+    def finish(self) -> None:
+        """What is to be done when everything was added."""
+        ...
+
+    def close(self) -> None:
+        """Let go of it."""
+        ...
+
+
+def open_collection(address: str | Path) -> Collection:
+    """The collection at an address, which need not be there yet.
+
+    Raises:
+        UserError: the address is not one.
+    """
+    from metaembed_pl.retrieval.qdrant.edge import EdgeCollection
+
+    parsed = parse_address(address)
+    if isinstance(parsed, Path):
+        return EdgeCollection(parsed)
+    key = os.environ.get(KEY_VARIABLE)
+    client = QdrantClient(
+        url=parsed.server, api_key=key, timeout=TIMEOUT_S, check_compatibility=False
+    )
+    return ServerCollection(client, parsed)
+
+
+class ServerCollection:
+    """A collection on a server.
+
+    Args:
+        client: connected to the server.
+        address: where it is.
+    """
+
+    def __init__(self, client: QdrantClient, address: ServerAddress):
+        self._client, self._name = client, address.collection
+        self.address = f"{address.server}/{address.collection}"
+
+    def layout(self) -> Layout | None:
+        """See `Collection`.
+
+        Raises:
+            UserError: it is not one of a store.
+        """
+        with self._asked():
+            if not self._client.collection_exists(self._name):
+                return None
+            kept = self._client.get_collection(self._name).config.metadata or {}
+        try:
+            return Layout.from_json(kept.get(DESCRIPTION))
+        except UserError as error:
+            raise UserError(f"{self.address}: {error}; choose another name") from error
+
+    def create(self, layout: Layout, shards: int | None, replicas: int | None) -> None:
+        """See `Collection`."""
+        with self._asked():
+            self._client.create_collection(
+                self._name,
+                vectors_config=layout.vectors(),
+                shard_number=shards,
+                replication_factor=replicas,
+                metadata={DESCRIPTION: layout.to_json()},
+            )
+
+    def index(self, key: str, kind: models.PayloadSchemaType) -> None:
+        """See `Collection`."""
+        with self._asked():
+            self._client.create_payload_index(self._name, key, kind, wait=True)
+
+    def revisions(self, ids: Sequence[str]) -> dict[str, str]:
+        """See `Collection`."""
+        with self._asked():
+            records = self._client.retrieve(self._name, list(ids), with_payload=["revision"])
+        return {str(record.id): (record.payload or {}).get("revision", "") for record in records}
+
+    def upsert(self, points: Sequence[models.PointStruct]) -> None:
+        """See `Collection`."""
+        with self._asked():
+            self._client.upsert(self._name, list(points), wait=True)
+
+    def delete(self, ids: Sequence[str]) -> None:
+        """See `Collection`."""
+        with self._asked():
+            self._client.delete(self._name, models.PointIdsList(points=list(ids)), wait=True)
+
+    def ids(self) -> Iterator[list[str]]:
+        """See `Collection`."""
+        offset: Any = None
+        while True:
+            with self._asked():
+                records, offset = self._client.scroll(
+                    self._name, limit=IDS_AT_A_TIME, offset=offset, with_payload=False
+                )
+            yield [str(record.id) for record in records]
+            if offset is None:
+                return
+
+    def count(self) -> int:
+        """See `Collection`."""
+        with self._asked():
+            return self._client.count(self._name, exact=True).count
+
+    def query(self, requests: Sequence[models.QueryRequest]) -> list[list[Any]]:
+        """See `Collection`."""
+        with self._asked():
+            found = self._client.query_batch_points(self._name, list(requests))
+        return [response.points for response in found]
+
+    def finish(self) -> None:
+        """See `Collection`: a server makes its indexes by itself."""
+
+    def close(self) -> None:
+        """See `Collection`."""
+        self._client.close()
+
+    @contextmanager
+    def _asked(self) -> Iterator[None]:
+        """Whatever a server or the network has against a request becomes one line."""
+        try:
+            yield
+        except UnexpectedResponse as error:
+            hint = f"; set {KEY_VARIABLE}" if error.status_code in (401, 403) else ""
+            raise UserError(
+                f"{self.address}: the server says {error.status_code}: {_reason(error)}{hint}"
+            ) from error
+        except ApiException as error:
+            raise Unreachable(f"{self.address} cannot be reached: {error}") from error
+
+
+def _reason(error: UnexpectedResponse) -> str:
+    """Why a server refused, as it says itself."""
+    try:
+        return json.loads(error.content)["status"]["error"]
+    except (ValueError, KeyError, TypeError):
+        return error.reason_phrase or "no reason given"

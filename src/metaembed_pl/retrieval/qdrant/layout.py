@@ -1,0 +1,187 @@
+"""How the items of a store lie in a collection: an item is a point.
+
+Qdrant scores a named vector as a whole, so a point has one for each candidate count that is to be
+searched: `first_8` holds the first 8 vectors of an item. Prefixes are repeated: 1, 4, 8, 16 and 64
+vectors are 93, 45 % more than 64; 1, 8 and 64 are 73, 14 % more.
+
+The smallest count has an index (HNSW) and is kept in memory; where it is 1, it is a plain vector.
+Larger ones have none and lie on disk: they are read for the few items that a cascade rescores.
+
+N: items    R: their vectors    D: width
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+from uuid import UUID, uuid5
+
+from jaxtyping import Float
+from torch import Tensor
+
+from metaembed_pl.budget import Budget, parse_groups
+from metaembed_pl.errors import UserError
+from metaembed_pl.retrieval.qdrant.packages import models
+from metaembed_pl.retrieval.reader import Reader
+
+FORMAT = 1
+DTYPES = {
+    "fp32": models.Datatype.FLOAT32,
+    "fp16": models.Datatype.FLOAT16,
+    "turbo8": models.Datatype.TURBO8,
+}
+QUANTIZATIONS = ("int8", "binary")
+IDS = UUID("6f0c3f3e-6d0b-5d5c-9a52-3f0a1c0a7f11")
+"""Points of Qdrant have UUIDs: an item's is made of its id and this."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a collection holds, and how; it is kept with the collection.
+
+    Args:
+        identity: of the model whose meta embeddings these are.
+        groups: the model's nested groups.
+        width: of a vector.
+        counts: of candidate vectors that can be searched, ascending.
+        dtype: of stored components, in Qdrant's words: fp32, fp16, turbo8.
+        quantization: of a coarser copy of the smallest count, which is searched first; may be none.
+        on_disk: the smallest count and its index are not kept in memory either.
+    """
+
+    identity: str
+    groups: tuple[Budget, ...]
+    width: int
+    counts: tuple[int, ...]
+    dtype: str = "fp16"
+    quantization: str | None = None
+    on_disk: bool = False
+
+    def __post_init__(self) -> None:
+        trained = sorted({group.r_c for group in self.groups})
+        unknown = sorted(set(self.counts) - set(trained))
+        if unknown or not self.counts:
+            raise UserError(
+                f"the model was not trained at {', '.join(map(str, unknown)) or 'no'} candidate "
+                f"vectors; choose of {', '.join(map(str, trained))}"
+            )
+        object.__setattr__(self, "counts", tuple(sorted(set(self.counts))))
+        for name, value, known in (
+            ("dtype", self.dtype, tuple(DTYPES)),
+            ("quantization", self.quantization, (*QUANTIZATIONS, None)),
+        ):
+            if value not in known:
+                raise UserError(f"{name} {value!r}: choose one of {', '.join(map(str, known))}")
+
+    @classmethod
+    def of(cls, store: Reader, counts: Sequence[int] | None = None, **settings: Any) -> "Layout":
+        """That of a store: settings that are not given, or None, are the defaults.
+
+        Raises:
+            UserError: a setting is not valid.
+        """
+        given = {name: value for name, value in settings.items() if value is not None}
+        if store.dtype == "fp32":
+            given = {"dtype": "fp32", **given}
+        every = tuple(sorted({group.r_c for group in store.groups}))
+        counts = every if counts is None else tuple(counts)
+        return cls(store.identity, store.groups, store.width, counts, **given)
+
+    def to_json(self) -> dict[str, Any]:
+        """What a collection keeps."""
+        return {"format": FORMAT, **asdict(self), "groups": [str(group) for group in self.groups]}
+
+    @classmethod
+    def from_json(cls, value: Any) -> "Layout":
+        """What a collection kept.
+
+        Raises:
+            UserError: it is no layout.
+        """
+        try:
+            value = dict(value)
+            if value.pop("format") != FORMAT:
+                raise UserError("made by another version of this package")
+            groups = parse_groups(value.pop("groups"))
+            return cls(groups=groups, counts=tuple(value.pop("counts")), **value)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"not a collection of a store: {error}") from error
+
+    def vectors(self) -> dict[str, models.VectorParams]:
+        """The named vectors of a collection."""
+        return {name_of(count): self._vector(count) for count in self.counts}
+
+    def _vector(self, count: int) -> models.VectorParams:
+        first = count == self.counts[0]
+        # With a coarse copy in memory, the vectors themselves are only read to rescore.
+        hot = first and not self.on_disk and self.quantization is None
+        max_sim = models.MultiVectorConfig(comparator=models.MultiVectorComparator.MAX_SIM)
+        return models.VectorParams(
+            size=self.width,
+            distance=models.Distance.DOT,
+            datatype=DTYPES[self.dtype],
+            memory=models.Memory.CACHED if hot else models.Memory.COLD,
+            hnsw_config=self._index() if first else models.HnswConfigDiff(m=0),
+            quantization_config=self._quantized() if first else None,
+            multivector_config=max_sim if count > 1 else None,
+        )
+
+    def _index(self) -> models.HnswConfigDiff:
+        memory = models.Memory.COLD if self.on_disk else models.Memory.CACHED
+        return models.HnswConfigDiff(memory=memory)
+
+    def _quantized(self) -> models.ScalarQuantization | models.BinaryQuantization | None:
+        memory = models.Memory.COLD if self.on_disk else models.Memory.PINNED
+        if self.quantization == "int8":
+            return models.ScalarQuantization(
+                scalar=models.ScalarQuantizationConfig(type=models.ScalarType.INT8, memory=memory)
+            )
+        if self.quantization == "binary":
+            return models.BinaryQuantization(binary=models.BinaryQuantizationConfig(memory=memory))
+        return None
+
+    def points(
+        self,
+        ids: Sequence[str],
+        vectors: Float[Tensor, "N R D"],
+        metadata: Sequence[dict[str, Any]],
+        revisions: Sequence[str],
+    ) -> list[models.PointStruct]:
+        """Items as Qdrant takes them.
+
+        Args:
+            ids: of the items.
+            vectors: as many of each as the largest count.
+            metadata: of each.
+            revisions: of each.
+        """
+        return [
+            models.PointStruct(
+                id=point_id(id),
+                vector={name_of(count): _rows(of_item[:count]) for count in self.counts},
+                payload={"id": id, "revision": now, "metadata": value},
+            )
+            for id, of_item, value, now in zip(ids, vectors, metadata, revisions, strict=True)
+        ]
+
+
+def name_of(count: int) -> str:
+    """The named vector that holds the first `count` vectors of an item."""
+    return f"first_{count}"
+
+
+def point_id(id: str) -> str:
+    """The UUID of an item's point: the same at each push."""
+    return str(uuid5(IDS, id))
+
+
+def revision(vectors: Float[Tensor, "R D"], metadata: dict[str, Any]) -> str:
+    """Tells an item from the same item with other vectors or metadata."""
+    digest = hashlib.blake2b(vectors.contiguous().numpy().tobytes(), digest_size=8)
+    digest.update(json.dumps(metadata, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def _rows(vectors: Float[Tensor, "R D"]) -> list[Any]:
+    return vectors[0].tolist() if len(vectors) == 1 else vectors.tolist()

@@ -1,0 +1,186 @@
+"""A store into a collection: what is missing or changed is sent, what is gone is deleted.
+
+The same call goes on after an interruption, and brings a collection up to date after the store has
+changed: every item has a digest of its vectors and metadata in the collection, and is sent when
+that is another. So a push reads the whole store, and sends little.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from metaembed_pl.errors import UserError
+from metaembed_pl.retrieval.qdrant.collection import Collection
+from metaembed_pl.retrieval.qdrant.layout import Layout, point_id, revision
+from metaembed_pl.retrieval.qdrant.packages import models
+from metaembed_pl.retrieval.qdrant.requests import DATE, payload_key
+from metaembed_pl.retrieval.reader import Reader
+
+REQUEST_BYTES = 2**24
+"""Of a request at most, about: a server takes 32 MiB."""
+NUMBER_BYTES = 20
+"""A component, as a server is sent it."""
+MOST_ITEMS = 256
+
+
+@dataclass
+class Pushed:
+    """How far a push is.
+
+    Args:
+        seen: items looked at.
+        sent: of them, new or changed.
+        deleted: points whose items the store has no more.
+    """
+
+    seen: int = 0
+    sent: int = 0
+    deleted: int = 0
+
+
+def push(
+    store: Reader,
+    collection: Collection,
+    *,
+    counts: Sequence[int] | None = None,
+    dtype: str | None = None,
+    quantization: str | None = None,
+    on_disk: bool | None = None,
+    filters: Sequence[str] = (),
+    shards: int | None = None,
+    replicas: int | None = None,
+    batch_size: int | None = None,
+) -> Iterator[Pushed]:
+    """Make a collection hold what a store holds; one that is not there is made.
+
+    Args:
+        store: stays as it is.
+        collection: where to.
+        counts: of candidate vectors that are to be searched; this and the next three may be left
+            out for a collection that is there.
+        dtype: see `Layout`.
+        quantization: see `Layout`.
+        on_disk: see `Layout`.
+        filters: keys of the metadata by which searches will be filtered.
+        shards: of a collection that is made, on a cluster.
+        replicas: of each shard.
+        batch_size: items sent at a time; None: what fits a request.
+
+    Yields:
+        How far it is, after each batch; the same object each time.
+
+    Raises:
+        UserError: the collection is another store's, was made otherwise or cannot be reached, or
+            the counts of items do not agree in the end.
+    """
+    kinds = {payload_key(key): kind_of(store, key) for key in filters}
+    settings = {"counts": counts, "dtype": dtype, "quantization": quantization, "on_disk": on_disk}
+    layout = Layout.of(store, **settings)
+    there = collection.layout()
+    if there is None:
+        collection.create(layout, shards, replicas)
+    else:
+        given = {name for name, value in settings.items() if value is not None}
+        check_layout(collection.address, there, layout, given)
+        layout = there
+    for key, kind in kinds.items():
+        collection.index(key, kind)
+    done = Pushed()
+    step = batch_size or items_at_a_time(layout)
+    for rows in _parts(len(store), step):
+        done.sent += _send(store, collection, layout, rows)
+        done.seen = rows.stop
+        yield done
+    if collection.count() != len(store):
+        done.deleted = _delete_gone(store, collection)
+    collection.finish()
+    if (count := collection.count()) != len(store):
+        raise UserError(
+            f"{collection.address} has {count:,} items where the store has {len(store):,}: did "
+            "another process change it meanwhile? Push again"
+        )
+    yield done
+
+
+def items_at_a_time(layout: Layout) -> int:
+    """How many items fit a request."""
+    of_item = NUMBER_BYTES * layout.width * sum(layout.counts)
+    return max(1, min(MOST_ITEMS, REQUEST_BYTES // of_item))
+
+
+def check_layout(address: str, there: Layout, wanted: Layout, given: Iterable[str]) -> None:
+    """Refuse a collection that was made otherwise.
+
+    Args:
+        address: of the collection.
+        there: its layout.
+        wanted: that of the store.
+        given: settings that were asked for.
+
+    Raises:
+        UserError: it is another model's, or one of these settings is another.
+    """
+    if there.identity != wanted.identity:
+        raise UserError(
+            f"{address} holds the vectors of another model (identity {there.identity:.12}, this "
+            f"store's is {wanted.identity:.12}): choose another name"
+        )
+    for name in sorted(given):
+        before, now = getattr(there, name), getattr(wanted, name)
+        if before != now:
+            raise UserError(
+                f"{address} was made with {name} {before}, not {now}: leave that out, or choose "
+                "another name"
+            )
+
+
+def kind_of(store: Reader, key: str) -> models.PayloadSchemaType:
+    """The index that fits what a store's metadata say under a key: that of the first that do.
+
+    Raises:
+        UserError: none says anything, or what it says is no text, number or truth.
+    """
+    metadata = (value for rows in _parts(len(store), MOST_ITEMS) for value in store.metadata(rows))
+    value = next((value[key] for value in metadata if value.get(key) is not None), None)
+    value = value[0] if isinstance(value, list) and value else value
+    if isinstance(value, bool):
+        return models.PayloadSchemaType.BOOL
+    if isinstance(value, int | float):
+        return models.PayloadSchemaType.FLOAT
+    if isinstance(value, str):
+        dated = DATE.fullmatch(value)
+        return models.PayloadSchemaType.DATETIME if dated else models.PayloadSchemaType.KEYWORD
+    raise UserError(
+        f"{store.folder}: no item's metadata have a text, number or truth under {key!r}, by which "
+        "to filter"
+    )
+
+
+def _parts(count: int, step: int) -> Iterator[range]:
+    return (range(start, min(start + step, count)) for start in range(0, count, step))
+
+
+def _send(store: Reader, collection: Collection, layout: Layout, rows: range) -> int:
+    """Send those of some items that are new or changed; how many they were."""
+    ids, metadata = store.ids[rows.start : rows.stop], store.metadata(rows)
+    vectors = store.vectors(rows, layout.counts[-1])
+    revisions = list(map(revision, vectors, metadata))
+    points = list(map(point_id, ids))
+    known = collection.revisions(points)
+    changed = [i for i, point in enumerate(points) if known.get(point) != revisions[i]]
+    if changed:
+        columns = ([column[i] for i in changed] for column in (ids, metadata, revisions))
+        ids, metadata, revisions = columns
+        collection.upsert(layout.points(ids, vectors[changed], metadata, revisions))
+    return len(changed)
+
+
+def _delete_gone(store: Reader, collection: Collection) -> int:
+    """Delete points of items that the store does not have; how many they were."""
+    kept = {point_id(id) for id in store.ids}
+    deleted = 0
+    for ids in collection.ids():
+        gone = [id for id in ids if id not in kept]
+        if gone:
+            collection.delete(gone)
+        deleted += len(gone)
+    return deleted

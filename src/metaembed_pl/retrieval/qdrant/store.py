@@ -1,0 +1,168 @@
+"""Searching a collection as if it were a store.
+
+    with QdrantStore.open("http://localhost:6333/things") as store:
+        store.search(model.encode_query(["a red apple"]), cascade="16x1:2000,16x64:10")
+
+Q: queries    Rq: their vectors    D: width
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from metaembed_pl.budget import Budget
+from metaembed_pl.errors import UserError
+from metaembed_pl.retrieval.cascade import Hits, Stage, choose_stages
+from metaembed_pl.retrieval.qdrant.collection import Collection, open_collection
+from metaembed_pl.retrieval.qdrant.layout import Layout
+from metaembed_pl.retrieval.qdrant.requests import search_request
+from metaembed_pl.retrieval.reader import check_queries
+from metaembed_pl.retrieval.where import parse_where
+
+
+@dataclass(frozen=True)
+class QdrantHits(Hits):
+    """What a search of a collection found: `Hits` with the metadata of the items.
+
+    A collection has no rows, and does not tell what it reads: `rows` are empty and `bytes_read` 0.
+
+    Args:
+        metadata: of the items, by query.
+    """
+
+    metadata: list[list[dict[str, Any]]]
+
+
+class QdrantStore:
+    """A collection that was opened; use `QdrantStore.open`, and `close` or `with`.
+
+    Args:
+        collection: made by `push`.
+        layout: what it holds.
+        exact: see `open`.
+    """
+
+    def __init__(self, collection: Collection, layout: Layout, exact: bool = False):
+        self._collection, self.layout, self.exact = collection, layout, exact
+
+    @classmethod
+    def open(cls, address: str | Path, exact: bool = False) -> "QdrantStore":
+        """Open a collection.
+
+        Args:
+            address: `http://HOST:6333/NAME` of a server, or a folder of Qdrant Edge.
+            exact: a search that begins with the smallest count scores every item, instead of asking
+                the index and the coarser copy: slower, and misses nothing.
+
+        Raises:
+            UserError: there is none, it is not one of a store, or it cannot be reached.
+        """
+        collection = open_collection(address)
+        layout = collection.layout()
+        if layout is None:
+            raise UserError(f"{collection.address} is not there: make it with `push`")
+        return cls(collection, layout, exact)
+
+    def close(self) -> None:
+        """Let go of the collection: only one process at a time has a folder open."""
+        self._collection.close()
+
+    def __enter__(self) -> "QdrantStore":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    @property
+    def folder(self) -> str:
+        """Where the collection is."""
+        return self._collection.address
+
+    @property
+    def groups(self) -> tuple[Budget, ...]:
+        """The nested groups of the model."""
+        return self.layout.groups
+
+    @property
+    def width(self) -> int:
+        """Of a vector."""
+        return self.layout.width
+
+    @property
+    def identity(self) -> str:
+        """Of the model whose vectors these are."""
+        return self.layout.identity
+
+    def __len__(self) -> int:
+        return self._collection.count()
+
+    def stages(
+        self,
+        budget: Budget | str | None = None,
+        cascade: str | Sequence[Stage | str] | None = None,
+        top: int | None = None,
+    ) -> tuple[Stage, ...]:
+        """What `search` does with these.
+
+        Raises:
+            UserError: the model or the collection cannot serve them.
+        """
+        if budget is None and cascade is None:
+            budget = Budget(self.groups[-1].r_q, self.layout.counts[-1])
+        stages = choose_stages(self.groups, budget, cascade, top)
+        for stage in stages:
+            if stage.budget.r_c not in self.layout.counts:
+                raise UserError(
+                    f"{self.folder} was pushed with {', '.join(map(str, self.layout.counts))} "
+                    f"candidate vectors, not {stage.budget.r_c}: choose one of these, or push with "
+                    "more --counts"
+                )
+        return stages
+
+    def search(
+        self,
+        queries: Float[Tensor, "Q Rq D"],
+        budget: Budget | str | None = None,
+        *,
+        cascade: str | Sequence[Stage | str] | None = None,
+        top: int | None = None,
+        where: str | Sequence[str] = (),
+        normalised: bool = False,
+    ) -> QdrantHits:
+        """Find the best items for each query, all stages in one request.
+
+        Args:
+            queries: of the model, all R_q vectors.
+            budget: one of the collection's counts; None spends all vectors.
+            cascade: instead of a budget, such as "16x1:2000,4x8:200,16x64:10".
+            top: hits of a query; None: what the cascade's last stage keeps, or 10.
+            where: conditions on metadata, such as "lang=de"; all must hold.
+            normalised: divide scores by r_q: they then lie in [-1, 1] at any budget.
+
+        Raises:
+            UserError: any of these is not valid, or the collection cannot be reached.
+        """
+        stages = self.stages(budget, cascade, top)
+        check_queries(queries, self.groups, self.width, self.folder)
+        conditions = parse_where(where)
+        started = time.perf_counter()
+        found = self._collection.query(
+            [search_request(self.layout, q, stages, conditions, self.exact) for q in queries]
+        )
+        milliseconds = 1000 * (time.perf_counter() - started)
+        divisor = stages[-1].budget.r_q if normalised else 1
+        found = [points[:top] for points in found]
+        return QdrantHits(
+            [[point.payload["id"] for point in points] for points in found],
+            [[point.score / divisor for point in points] for points in found],
+            [[] for _ in found],
+            stages,
+            milliseconds,
+            0,
+            [[point.payload["metadata"] for point in points] for points in found],
+        )
