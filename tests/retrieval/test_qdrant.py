@@ -460,5 +460,10 @@ def test_sizes_on_paper_are_those_of_edges_files(tmp_path, settings):
 def test_the_tables_in_the_docs_are_what_the_formula_gives():
     docs = (Path(__file__).parents[2] / "docs" / "qdrant.md").read_text()
     rows = sizing_module.sizing_table(sizing_module.ITEMS, 128, [1, 4, 8, 16, 64])
+    for counts in ([1], [1, 4], [1, 4, 8], [1, 4, 8, 16], [1, 4, 8, 16, 64], [1, 8, 64]):
+        sizes = [sizing(10**8, width, counts, quantization="int8") for width in (128, 2048)]
+        amounts = [amount for size in sizes for amount in (size.disk, size.memory)]
+        told = map(sizing_module.readable, amounts)
+        rows.append((str(counts[-1]), ",".join(map(str, counts)), *told))
     for row in rows:
         assert f"| {' | '.join(row)} |" in docs
