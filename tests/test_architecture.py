@@ -15,6 +15,7 @@ ROOMS = (
     ("training",),
     ("retrieval",),
     ("evaluation",),
+    ("serving",),
     ("cli",),
 )
 APART = {"training", "retrieval", "evaluation"}
@@ -23,8 +24,9 @@ APART = {"training", "retrieval", "evaluation"}
 OPEN = {"metaembed_pl.retrieval.store", "metaembed_pl.retrieval.embedding"}
 # What takes longer to import than a light verb may take in all.
 HEAVY = set(
-    "deepspeed jsonargparse lightning matplotlib mlflow numpy peft PIL pyarrow pypdfium2 rich "
-    "qdrant_client qdrant_edge tokenizers torch torchmetrics transformers webdataset".split()
+    "deepspeed fastapi jsonargparse lightning matplotlib mlflow numpy peft PIL pyarrow pypdfium2 "
+    "qdrant_client qdrant_edge rich starlette tokenizers torch torchmetrics transformers uvicorn "
+    "webdataset".split()
 )
 MODULES = sorted(
     path for path in SOURCE.rglob("*.py") if path.parent != SOURCE or path.stem[0] != "_"
@@ -83,7 +85,7 @@ def test_imports_from_rooms_above_only(path):
 def light_modules():
     """cli/main.py, the verbs that are not training, and all of ours that these import at once."""
     found, waiting = set(), [SOURCE / "cli" / "main.py", SOURCE / "cli" / "search.py"]
-    waiting += [SOURCE / "cli" / "embed.py", SOURCE / "cli" / "push.py"]
+    waiting += [SOURCE / "cli" / name for name in ("embed.py", "push.py", "serve.py")]
     while waiting:
         path = waiting.pop()
         if path in found or not path.exists():

@@ -27,6 +27,7 @@ VERBS = {
     "push": "a store into Qdrant: a server, a cluster or a folder; resumable",
     "evaluate": "a benchmark at every budget, with a report; compare two evaluations",
     "search": "search items by text or picture, at a budget",
+    "serve": "a local page over a store: search by text or picture, drag the budget",
     "export": "a run as a folder that loads anywhere, or on the Hugging Face hub",
 }
 

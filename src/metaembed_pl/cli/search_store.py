@@ -60,20 +60,15 @@ def search(args: argparse.Namespace, query: "Item") -> Answer:
 
 def _calibration(store: "Store", model: "MetaEmbedder", batch_size: int) -> "Calibration":
     """That of this generation of the store; measured where it was not yet."""
-    from metaembed_pl.retrieval.calibration import NUM_QUERIES, Calibration, calibrate, spread
+    from metaembed_pl.retrieval.calibration import Calibration, measure
 
     known = Calibration.load(store)
     if known is not None:
         return known
-    rows = spread(len(store), 4 * NUM_QUERIES).tolist()
-    said = [metadata.get("asked_as") or metadata.get("text") for metadata in store.metadata(rows)]
-    texts = [text for text in said if isinstance(text, str) and text.strip()][:NUM_QUERIES]
     print("measuring what this store needs ...", file=sys.stderr)
-    if len(texts) < NUM_QUERIES // 2:
-        calibration = calibrate(store)
-    else:
-        queries = model.encode_query(texts, batch_size).to(model.device)
-        calibration = calibrate(store, queries, "texts of its items")
+    calibration = measure(
+        store, lambda texts: model.encode_query(texts, batch_size).to(model.device)
+    )
     calibration.save(store)
     return calibration
 

@@ -8,7 +8,7 @@ not less, as the ten best then reach ten times as far down.
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from metaembed_pl.budget import Budget
+from metaembed_pl.budget import Budget, check_budget
 from metaembed_pl.errors import UserError
 from metaembed_pl.files import write_text
 from metaembed_pl.retrieval.cascade import Stage, parse_cascade, run_stages
@@ -75,12 +75,7 @@ class Calibration:
         if not 0 < target_recall <= 1:
             raise UserError(f"a target recall lies above 0 and up to 1, got {target_recall}")
         plan = next(row.plan for row in self.measured if row.recall >= target_recall)
-        groups = [Budget.parse(group) for group in self.groups]
-        if ":" not in plan:
-            return (Stage(Budget.parse(plan), top),)
-        *first, last = parse_cascade(plan, groups)
-        kept = [Stage(stage.budget, max(stage.keep, top)) for stage in first]
-        return (*kept, Stage(last.budget, top))
+        return stages_of(plan, [Budget.parse(group) for group in self.groups], top)
 
     def save(self, store: Store) -> None:
         """Keep it beside the store's manifest."""
@@ -148,23 +143,59 @@ def calibrate(
         scaled = [Stage(budget, max(TOP, math.ceil(share * keep))) for budget, keep in plan]
         found = run_stages(snapshot, queries, scaled, places)
         hits = (exact.places.unsqueeze(2) == found.places.unsqueeze(1)).any(dim=2)
-        # What a stage scores is what the stage before it keeps.
-        scored = list(zip([len(store), *(stage.keep for stage in plan)], plan, strict=False))
-        measured.append(
-            Measured(
-                plan_name(plan),
-                hits.float().mean().item(),
-                sum(n * b.r_c * (1 if b.r_c == 1 else b.r_q) for n, (b, _) in scored),
-                sum(n * b.r_c for n, (b, _) in scored) * snapshot.vector_bytes,
-                1000 * found.seconds / len(queries),
-            )
-        )
+        recall, milliseconds = hits.float().mean().item(), 1000 * found.seconds / len(queries)
+        measured.append(Measured(plan_name(plan), recall, *costs(plan, store), milliseconds))
     return Calibration(
         store.generation,
         tuple(map(str, store.groups)),
         f"{len(queries)} {asked_by}, on {len(rows):,} of {len(store):,} items",
         tuple(sorted(measured, key=lambda row: (row.products, row.bytes_read))),
     )
+
+
+def costs(plan: Sequence[Stage], store: Store) -> tuple[int, int]:
+    """What a query costs on a whole store: multiplications, in units of the width, and bytes."""
+    # What a stage scores is what the stage before it keeps.
+    scored = list(zip([len(store), *(stage.keep for stage in plan)], plan, strict=False))
+    products = sum(n * b.r_c * (1 if b.r_c == 1 else b.r_q) for n, (b, _) in scored)
+    return products, sum(n * b.r_c for n, (b, _) in scored) * store.snapshot().vector_bytes
+
+
+def stages_of(plan: str, groups: Sequence[Budget], top: int) -> tuple[Stage, ...]:
+    """The stages of a plan that was named, each keeping at least `top`, the last just that.
+
+    >>> groups = [Budget(1, 1), Budget(4, 8)]
+    >>> [",".join(map(str, stages_of(plan, groups, 60))) for plan in ("4x1", "4x1:50,4x8:10")]
+    ['4x1:60', '4x1:60,4x8:60']
+
+    Raises:
+        UserError: not a plan, or a budget the model was not trained for.
+    """
+    if ":" not in plan:
+        return (Stage(check_budget(plan, groups), top),)
+    *first, last = parse_cascade(plan, groups)
+    kept = [Stage(stage.budget, max(stage.keep, top)) for stage in first]
+    return (*kept, Stage(last.budget, top))
+
+
+def measure(
+    store: Store, encode: Callable[[Sequence[str]], Float[Tensor, "Q Rq D"]]
+) -> Calibration:
+    """Calibrate with texts that items of a store have as queries; where few have one, without.
+
+    Args:
+        store: not empty.
+        encode: gives texts' vectors, as queries of the store's model.
+
+    Raises:
+        UserError: the store is empty.
+    """
+    rows = spread(len(store), 4 * NUM_QUERIES).tolist()
+    said = [metadata.get("asked_as") or metadata.get("text") for metadata in store.metadata(rows)]
+    texts = [text for text in said if isinstance(text, str) and text.strip()][:NUM_QUERIES]
+    if len(texts) < NUM_QUERIES // 2:
+        return calibrate(store)
+    return calibrate(store, encode(texts), "texts of its items")
 
 
 def plan_name(plan: Sequence[Stage]) -> str:

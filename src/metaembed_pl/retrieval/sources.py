@@ -120,7 +120,7 @@ def _files(folder: Path, files: list[Path]) -> Source:
             if file not in pages:
                 yield Entry(name, partial(Item, image=file), where)
             for page in range(1, pages.get(file, 0) + 1):
-                load = partial(_page, file, page)
+                load = partial(draw_page, file, page)
                 yield Entry(f"{name}#page={page}", load, where | {"page": page})
 
     return Source(sum(pages.get(file, 1) for file in files), entries)
@@ -136,8 +136,12 @@ def _num_pages(file: Path) -> int:
         return 0
 
 
-def _page(file: Path, page: int) -> Item:
-    """A page of a PDF as a picture."""
+def draw_page(file: Path, page: int) -> Item:
+    """A page of a PDF, counted from 1, as a picture.
+
+    Raises:
+        UserError: it is not there, too large, or not to be drawn.
+    """
     pdfium = _pdfium(file)
     try:
         with pdfium.PdfDocument(file) as document:

@@ -1,0 +1,140 @@
+"""`python -m metaembed_pl serve`: a local page and JSON API over a store.
+
+    python -m metaembed_pl serve --model runs/emoji/model --store shelf
+
+Needs nothing from the internet, and listens on this machine alone unless told otherwise. Where it
+is reached stands on standard output; Ctrl-C ends it.
+"""
+
+import argparse
+import sys
+from contextlib import redirect_stdout, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from metaembed_pl.errors import UserError
+
+if TYPE_CHECKING:
+    import socket
+
+    from metaembed_pl.serving.service import Service
+
+CONNECTIONS_AT_MOST = 64
+LEFT_S = 5
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags of the verb."""
+    add = parser.add_argument
+    add("--model", type=Path, required=True, metavar="FOLDER", help="such as runs/NAME/model")
+    add("--store", type=Path, required=True, metavar="FOLDER", help="as `embed` made it")
+    add("--host", default="127.0.0.1", metavar="ADDRESS", help="default: 127.0.0.1, this machine")
+    add("--port", type=int, default=8000, metavar="N", help="default: 8000; 0: any that is free")
+    add(
+        "--pictures",
+        type=Path,
+        action="append",
+        metavar="FOLDER",
+        help="may be read and shown where items were made of files in it; again for more",
+    )
+    add(
+        "--allow-host",
+        action="append",
+        metavar="NAME",
+        help="what else this machine is called in a browser, such as behind a proxy",
+    )
+    add("--max-upload", type=float, default=10, metavar="MB", help="of a picture (default: 10)")
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Serve until interrupted.
+
+    Raises:
+        UserError: a flag, the model or the store is not valid, or the port is taken.
+    """
+    if not 0 <= args.port < 2**16:
+        raise UserError(f"--port must be between 0 and {2**16 - 1}, got {args.port}")
+    if not 0 < args.max_upload <= 1000:
+        raise UserError(f"--max-upload must be above 0 and at most 1000 MB, got {args.max_upload}")
+    try:
+        import uvicorn
+
+        from metaembed_pl.serving.app import make_app
+        from metaembed_pl.serving.guard import LOOPBACK
+    except ImportError as error:
+        raise UserError(f"serve needs {error.name}: pip install 'metaembed-pl[serve]'") from error
+    listener = _listen(args.host, args.port)
+    with listener:
+        with redirect_stdout(sys.stderr):
+            service = _service(args)
+        host, port = listener.getsockname()[:2]
+        hosts = {*(args.allow_host or ()), args.host.lower()}
+        if _is_loopback(host):
+            hosts |= LOOPBACK
+        elif not args.allow_host:
+            hosts = None
+        app = make_app(service, hosts)
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            limit_concurrency=CONNECTIONS_AT_MOST,
+            timeout_graceful_shutdown=LEFT_S,
+        )
+        _tell(args, host, port, len(service.store))
+        # uvicorn closes what is open, and then lets the interrupt through.
+        with suppress(KeyboardInterrupt):
+            uvicorn.Server(config).run(sockets=[listener])
+
+
+def _service(args: argparse.Namespace) -> "Service":
+    from metaembed_pl.retrieval.store import Store
+
+    Store.open(args.store)  # before the model, which takes seconds
+
+    from transformers.utils import logging
+
+    from metaembed_pl.cli.device import find_device
+    from metaembed_pl.model.embedder import MetaEmbedder
+    from metaembed_pl.serving.service import Service
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    model = MetaEmbedder.from_pretrained(args.model, find_device(args.device))
+    max_upload_bytes = int(args.max_upload * 1e6)
+    return Service(model, args.store, args.pictures or (), max_upload_bytes)
+
+
+def _listen(host: str, port: int) -> "socket.socket":
+    import socket
+
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise UserError(
+            f"cannot listen at {host}, port {port} ({error.strerror or error}): choose another "
+            "--port, or an address of this machine as --host"
+        ) from error
+
+
+def _is_loopback(address: str) -> bool:
+    import ipaddress
+
+    return ipaddress.ip_address(address).is_loopback
+
+
+def _tell(args: argparse.Namespace, host: str, port: int, num_items: int) -> None:
+    shown = f"[{host}]" if ":" in host else host
+    if not _is_loopback(host):
+        print(
+            f"warning: whoever reaches {shown}:{port} can search {args.store} and see its "
+            "pictures; there is no password",
+            file=sys.stderr,
+        )
+    print(
+        f"serving {args.store} ({num_items:,} items) at http://{shown}:{port} - Ctrl-C ends",
+        flush=True,
+    )

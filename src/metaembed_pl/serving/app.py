@@ -1,0 +1,216 @@
+"""The service over HTTP: a page, and a JSON API that `/openapi.json` describes.
+
+Handlers are plain functions, which run on a few threads; what they do is in `service.py`.
+"""
+
+import logging
+from collections.abc import AsyncIterator, Callable, Collection
+from contextlib import asynccontextmanager
+from importlib.resources import files
+from typing import Annotated, Any, NamedTuple
+
+import anyio.to_thread
+from fastapi import Depends, FastAPI, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.datastructures import FormData, UploadFile
+from starlette.exceptions import HTTPException
+
+from metaembed_pl import __version__
+from metaembed_pl.errors import UserError
+from metaembed_pl.serving import schema
+from metaembed_pl.serving.guard import LOOPBACK, Guard
+from metaembed_pl.serving.service import MAX_TOP, NotNow, NotThere, Service, TooLarge
+
+NUM_THREADS = 8
+FORM_BYTES = 200_000
+"""What a question may have beside its picture: 20,000 characters and the form around them."""
+STATUS = {NotThere: 404, TooLarge: 413, NotNow: 503}
+PAGE = {"index.html": "text/html", "page.js": "text/javascript", "page.css": "text/css"}
+PROBLEMS: dict[int | str, dict[str, Any]] = {
+    status: {"model": schema.Problem} for status in (404, 413, 422, 503)
+}
+FORM = {
+    "required": True,
+    "content": {
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "properties": {
+                    "text": {"type": "string", "description": "what to look for, in words"},
+                    "picture": {
+                        "type": "string",
+                        "format": "binary",
+                        "description": "and, or, as a picture: PNG, JPEG, WebP, GIF, BMP or TIFF",
+                    },
+                },
+            }
+        }
+    },
+}
+
+Id = Annotated[str, Query(max_length=2000, description="of an item")]
+Asked = Annotated[str, Query(max_length=64, description="id of a query that was asked")]
+Where = Annotated[str, Query(max_length=500)]
+
+
+def make_app(service: Service, hosts: Collection[str] | None = LOOPBACK) -> Guard:
+    """The service as an ASGI application.
+
+    Args:
+        service: what is asked.
+        hosts: names that a request may call this machine by; None: any.
+    """
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        anyio.to_thread.current_default_thread_limiter().total_tokens = NUM_THREADS
+        yield
+        await anyio.to_thread.run_sync(service.measuring.wait)
+
+    # Its pages of documentation would load scripts from elsewhere.
+    app = FastAPI(
+        title="metaembed_pl",
+        version=__version__,
+        description=schema.__doc__ or "",
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+        responses=PROBLEMS,
+    )
+    _answer_errors(app)
+    _add_page(app)
+    _add_api(app, service)
+    return Guard(app, hosts, service.max_upload_bytes + FORM_BYTES)
+
+
+def _add_page(app: FastAPI) -> None:
+    # Read once, by name: no path of a request is ever opened.
+    folder = files("metaembed_pl.serving") / "page"
+    for name, media_type in PAGE.items():
+        content = (folder / name).read_bytes()
+        path = "/" if name == "index.html" else f"/{name}"
+
+        app.add_api_route(path, _sender(content, media_type), include_in_schema=False)
+
+
+def _sender(content: bytes, media_type: str) -> Callable[[], Response]:
+    def send() -> Response:
+        return Response(content, media_type=media_type, headers={"Cache-Control": "no-cache"})
+
+    return send
+
+
+class _Form(NamedTuple):
+    text: str | None
+    picture: bytes | None
+
+
+async def _read_form(request: Request) -> _Form:
+    # Whatever its size, a text comes whole to where its length is told; the guard has a limit.
+    limit = int(request.headers.get("content-length", 0)) + FORM_BYTES
+    async with request.form(max_files=1, max_fields=2, max_part_size=limit) as form:
+        unknown = [name for name in form if name not in ("text", "picture")]
+        if unknown:
+            raise UserError(f"a question has a text, a picture or both, not {unknown[0][:80]!r}")
+        return _Form(_text(form), await _uploaded(form))
+
+
+def _text(form: FormData) -> str | None:
+    text = form.get("text")
+    if isinstance(text, UploadFile):
+        raise UserError("the text of a question is a field of the form, not a file")
+    return text
+
+
+async def _uploaded(form: FormData) -> bytes | None:
+    picture = form.get("picture")
+    if isinstance(picture, str):
+        raise UserError("the picture of a question is a file: with curl, -F picture=@FILE")
+    return None if picture is None else await picture.read()
+
+
+def _add_api(app: FastAPI, service: Service) -> None:
+    @app.get("/api/store")
+    def store() -> schema.Shelf:
+        """What is served, and what a search may spend."""
+        return service.shelf()
+
+    @app.post("/api/queries", openapi_extra={"requestBody": FORM})
+    def ask(form: Annotated[_Form, Depends(_read_form)]) -> schema.Question:
+        """Encode a text, a picture or both; searches then name the query by its id."""
+        return service.ask(form.text, form.picture)
+
+    @app.get("/api/search")
+    def search(
+        query: Asked,
+        plan: Annotated[
+            str | None, Query(max_length=200, description="a budget, a cascade, or auto")
+        ] = None,
+        top: Annotated[int, Query(ge=1, le=MAX_TOP, description="results")] = 10,
+        where: Annotated[
+            list[Where] | None,
+            Query(max_length=16, description="a condition on metadata, such as lang=de; several"),
+        ] = None,
+        normalised: Annotated[bool, Query(description="divide scores by r_q")] = False,
+        target_recall: Annotated[float, Query(gt=0, le=1, description="of auto")] = 0.98,
+    ) -> schema.Answer:
+        """Find the best items for a query at a plan; without one, all vectors are spent."""
+        return service.search(query, plan, top, where or (), normalised, target_recall)
+
+    @app.get("/api/explanation")
+    def explanation(
+        query: Asked,
+        item: Id,
+        budget: Annotated[str | None, Query(max_length=32, description="such as 4x8")] = None,
+    ) -> schema.Explanation:
+        """Which vectors of the query met which of the item, and where on its picture these look."""
+        return service.explain(query, item, budget)
+
+    @app.get("/api/preview", response_class=Response)
+    def preview(item: Id) -> Response:
+        """The small picture that the store keeps of an item."""
+        return _picture(*service.preview(item))
+
+    @app.get("/api/picture", response_class=Response)
+    def picture(item: Id) -> Response:
+        """The original of an item, where the operator allows it, else its small picture."""
+        return _picture(*service.picture(item))
+
+    @app.post("/api/measurement", status_code=202)
+    def measure() -> schema.Measurement:
+        """Measure what each plan finds and costs; `/api/store` tells when it is done."""
+        service.measuring.start(service.store)
+        return service.measuring.state(service.store)
+
+
+def _picture(content: bytes, media_type: str) -> Response:
+    headers = {"Cache-Control": "private, max-age=600"}
+    return Response(content, media_type=media_type, headers=headers)
+
+
+def _answer_errors(app: FastAPI) -> None:
+    """Every error is an object with one sentence; what nobody foresaw is also logged."""
+
+    @app.exception_handler(UserError)
+    def refuse(_request: Request, error: UserError) -> JSONResponse:
+        return _problem(STATUS.get(type(error), 422), " ".join(str(error).split()))
+
+    @app.exception_handler(HTTPException)
+    def refuse_request(_request: Request, error: HTTPException) -> JSONResponse:
+        return _problem(error.status_code, str(error.detail))
+
+    @app.exception_handler(RequestValidationError)
+    def refuse_values(_request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"][1:])
+        return _problem(422, f"{name}: {first['msg'][:1].lower()}{first['msg'][1:]}")
+
+    @app.exception_handler(Exception)
+    def fail(request: Request, error: Exception) -> JSONResponse:
+        logging.getLogger(__name__).error("%s failed", request.url.path, exc_info=error)
+        return _problem(500, "this should not have happened; the service's log tells more")
+
+
+def _problem(status: int, sentence: str) -> JSONResponse:
+    return JSONResponse({"error": sentence}, status)

@@ -1,0 +1,104 @@
+"""What stands before the service: who may ask, how much a request may hold, what browsers may do.
+
+A service on loopback is reached by every page that the user's browser shows. A page of another
+site is refused by its Origin or Sec-Fetch-Site header; one that gives its own name the address of
+this machine (DNS rebinding), by the Host header.
+"""
+
+from collections.abc import Collection
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+        "img-src 'self' blob: data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+
+
+class Guard:
+    """Refuses requests before they reach an application, and adds headers to what it answers.
+
+    Args:
+        app: what is guarded.
+        hosts: names that a request may call this machine by; None: any.
+        max_body_bytes: of a request.
+    """
+
+    def __init__(self, app: ASGIApp, hosts: Collection[str] | None, max_body_bytes: int):
+        self.app, self.hosts, self.max_body_bytes = app, hosts, max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(HEADERS)
+            await send(message)
+
+        refused = self._refused(scope["path"], Headers(scope=scope))
+        if refused is not None:
+            await refused(scope, receive, send_with_headers)
+        else:
+            await self.app(scope, self._limited(receive), send_with_headers)
+
+    def _refused(self, path: str, headers: Headers) -> JSONResponse | None:
+        host = headers.get("host", "")
+        if self.hosts is not None and _name(host) not in self.hosts:
+            return _problem(421, f"this service does not answer to the name {_name(host)[:80]!r}")
+        origin = headers.get("origin")
+        # A link on another site may lead to the page; nothing else may be asked from there.
+        foreign = headers.get("sec-fetch-site", "none") not in ("same-origin", "none")
+        if (foreign and path != "/") or (origin is not None and urlsplit(origin).netloc != host):
+            return _problem(403, "pages of other sites may not use this service")
+        length = headers.get("content-length", "0")
+        if not length.isdecimal() or int(length) > self.max_body_bytes:
+            return _problem(413, self._too_large)
+        return None
+
+    @property
+    def _too_large(self) -> str:
+        return f"the request is too large: at most {self.max_body_bytes:,} bytes are taken"
+
+    def _limited(self, receive: Receive) -> Receive:
+        """Counts what comes: a request need not say beforehand how much that will be."""
+        taken = 0
+
+        async def limited() -> Message:
+            nonlocal taken
+            message = await receive()
+            taken += len(message.get("body", b""))
+            if taken > self.max_body_bytes:
+                raise HTTPException(413, self._too_large)
+            return message
+
+        return limited
+
+
+def _name(host: str) -> str:
+    """Of a Host header, without the port.
+
+    >>> _name("localhost:8000"), _name("[::1]:8000"), _name("LOCALHOST")
+    ('localhost', '::1', 'localhost')
+    """
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
+
+
+def _problem(status: int, sentence: str) -> JSONResponse:
+    return JSONResponse({"error": sentence}, status)

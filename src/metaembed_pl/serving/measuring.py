@@ -1,0 +1,100 @@
+"""What the plans of a served store cost and find, measured in the background when asked for."""
+
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+
+from metaembed_pl.errors import UserError
+from metaembed_pl.retrieval.calibration import Calibration, costs, plan_name, plans
+from metaembed_pl.retrieval.cascade import Stage
+from metaembed_pl.retrieval.store import Store
+from metaembed_pl.serving.schema import Measurement, Plan
+
+
+class Measuring:
+    """Knows a store's calibration, or makes it.
+
+    Args:
+        calibrate: measures a store; takes seconds.
+    """
+
+    def __init__(self, calibrate: Callable[[Store], Calibration]):
+        self._calibrate = calibrate
+        self._lock = threading.Lock()
+        self._known: Calibration | None = None
+        self._running: threading.Thread | None = None
+        self._failure: tuple[int, str] | None = None
+
+    def calibration(self, store: Store) -> Calibration | None:
+        """That of a store as it is, where it was measured: by us or by `search --budget auto`."""
+        known = self._known
+        if known is None or known.generation != store.generation:
+            self._known = known = Calibration.load(store)
+        return known
+
+    def start(self, store: Store) -> None:
+        """Measure, unless that is known or under way."""
+        with self._lock:
+            if self.state(store).state in ("running", "done"):
+                return
+            self._failure = None
+            self._running = threading.Thread(target=self._run, args=[store], name="calibration")
+            self._running.start()
+
+    def wait(self) -> None:
+        """Until what was started has ended."""
+        if self._running is not None:
+            self._running.join()
+
+    def state(self, store: Store) -> Measurement:
+        """How far it is."""
+        if self._running is not None and self._running.is_alive():
+            return Measurement(state="running")
+        known = self.calibration(store)
+        if known is not None:
+            return Measurement(state="done", used=known.used)
+        if self._failure is not None and self._failure[0] == store.generation:
+            return Measurement(state="failed", error=self._failure[1])
+        return Measurement(state="none")
+
+    def _run(self, store: Store) -> None:
+        try:
+            found = self._calibrate(store)
+        except UserError as error:
+            self._failure = store.generation, str(error)
+            return
+        # Kept for `search --budget auto` and the next start; a store on a disk that is for reading
+        # alone is measured once a start.
+        with suppress(OSError):
+            found.save(store)
+        self._known = found
+
+
+def choices(store: Store, calibration: Calibration | None) -> list[Plan]:
+    """Plans to choose from, cheapest first."""
+    exact = costs([Stage(store.groups[-1], 1)], store)[0] or 1
+    if calibration is not None:
+        return [
+            Plan(
+                plan=row.plan,
+                cost=row.products / exact,
+                bytes_read=int(row.bytes_read),
+                recall=row.recall,
+                milliseconds=row.milliseconds,
+            )
+            for row in calibration.measured
+        ]
+    found = []
+    for plan in plans(store.groups, len(store)):
+        products, bytes_read = costs(plan, store)
+        found.append((products, bytes_read, plan_name(plan)))
+    return [
+        Plan(
+            plan=name,
+            cost=products / exact,
+            bytes_read=bytes_read,
+            recall=None,
+            milliseconds=None,
+        )
+        for products, bytes_read, name in sorted(found)
+    ]

@@ -1,0 +1,339 @@
+"""A store and its model, as a service: questions are encoded once, searched often, and explained.
+
+    service = Service(MetaEmbedder.from_pretrained("runs/emoji/model"), "shelf")
+    question = service.ask("flag of Japan")
+    answer = service.search(question.query, "8x1:200,8x16:10")
+    service.explain(question.query, answer.results[0].id, answer.budget)
+
+It knows nothing of HTTP (`app.py` does), and may be called from many threads: one at a time runs
+the model, any number search. The store may change meanwhile: each call sees its newest generation.
+"""
+
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from metaembed_pl.budget import check_budget
+from metaembed_pl.errors import UserError
+from metaembed_pl.item import Item
+from metaembed_pl.model.embedder import MetaEmbedder
+from metaembed_pl.retrieval.calibration import measure, spread, stages_of
+from metaembed_pl.retrieval.cascade import Stage
+from metaembed_pl.retrieval.embedding import check_model
+from metaembed_pl.retrieval.manifest import Manifest
+from metaembed_pl.retrieval.store import Store
+from metaembed_pl.serving import schema
+from metaembed_pl.serving.explanation import Looks, looks, match
+from metaembed_pl.serving.measuring import Measuring, choices
+from metaembed_pl.serving.pictures import (
+    Encoded,
+    as_jpeg,
+    media_type,
+    original,
+    without_paths,
+)
+from metaembed_pl.serving.queries import Asked, Queries
+
+MAX_TEXT = 20_000
+MAX_TOP = 200
+MAX_UPLOAD_BYTES = 10_000_000
+NUM_EXAMPLES = 6
+EXAMPLE_LENGTH = 40
+
+
+class NotThere(UserError):
+    """A query or an item that is not known, or not any more."""
+
+
+class NotNow(UserError):
+    """The store cannot be read at the moment."""
+
+
+class TooLarge(UserError):
+    """More than the service takes."""
+
+
+class Service:
+    """What is served.
+
+    Args:
+        model: encodes; the one the store was made with.
+        folder: of the store.
+        pictures: folders whose pictures and PDFs may be read and shown, where the store's items are
+            made of them.
+        max_upload_bytes: of a picture that is asked with.
+
+    Raises:
+        UserError: the store is damaged or another model's, or a folder is not there.
+    """
+
+    def __init__(
+        self,
+        model: MetaEmbedder,
+        folder: str | Path,
+        pictures: Sequence[str | Path] = (),
+        max_upload_bytes: int = MAX_UPLOAD_BYTES,
+    ):
+        self.model, self.max_upload_bytes = model, max_upload_bytes
+        for root in pictures:
+            if not Path(root).is_dir():
+                raise UserError(f"{root} is no folder: name one whose pictures may be shown")
+        self._roots = [Path(root).resolve() for root in pictures]
+        self._store = Store.open(folder)
+        check_model(self._store, model)
+        self._opening, self._encoding = threading.Lock(), threading.Lock()
+        self._queries = Queries()
+        self.measuring = Measuring(lambda store: measure(store, self._encoded))
+
+    @property
+    def store(self) -> Store:
+        """The store as it is now; opened anew where it has changed.
+
+        Raises:
+            NotNow: it was damaged or replaced by another model's.
+        """
+        with self._opening:
+            try:
+                if Manifest.read(self._store.folder) != self._store.snapshot().manifest:
+                    newer = Store.open(self._store.folder)
+                    if newer.identity != self._store.identity:
+                        raise UserError(f"{newer.folder} was replaced by another model's store")
+                    self._store = newer
+            except UserError as error:
+                raise NotNow(str(error)) from error
+            return self._store
+
+    def shelf(self) -> schema.Shelf:
+        """What is served."""
+        store = self.store
+        calibration = self.measuring.calibration(store)
+        return schema.Shelf(
+            name=store.folder.resolve().name,
+            items=len(store),
+            generation=store.generation,
+            groups=[str(group) for group in store.groups],
+            dtype=store.dtype,
+            vector_bytes=store.snapshot().vector_bytes,
+            plans=choices(store, calibration),
+            measurement=self.measuring.state(store),
+            examples=_examples(store),
+            max_upload_bytes=self.max_upload_bytes,
+            max_text=MAX_TEXT,
+        )
+
+    def ask(self, text: str | None = None, picture: bytes | None = None) -> schema.Question:
+        """Encode a query, and keep its vectors; one that is kept is not encoded anew.
+
+        Raises:
+            TooLarge: text or picture.
+            UserError: neither is given, or the picture is none.
+        """
+        if len(text or "") > MAX_TEXT:
+            raise TooLarge(f"the text has {len(text or ''):,} characters; at most {MAX_TEXT:,}")
+        if len(picture or b"") > self.max_upload_bytes:
+            raise TooLarge(f"the picture is larger than {self.max_upload_bytes:,} bytes")
+        item = Item((text or "").strip() or None, picture)
+        id = item.content.removeprefix("sha256:")[:32]
+        asked, seconds = self._queries.get(id), 0.0
+        if asked is None:
+            started = time.perf_counter()
+            asked = Asked(item.text, picture is not None, self._encoded([item]))
+            seconds = time.perf_counter() - started
+            self._queries.keep(id, asked)
+        return schema.Question(
+            query=id, text=asked.text, has_picture=asked.has_picture, milliseconds=1000 * seconds
+        )
+
+    def search(
+        self,
+        query: str,
+        plan: str | None = None,
+        top: int = 10,
+        where: Sequence[str] = (),
+        normalised: bool = False,
+        target_recall: float = 0.98,
+    ) -> schema.Answer:
+        """Search for a query that was asked.
+
+        Args:
+            query: its id.
+            plan: a budget, the stages of a cascade, or "auto"; None spends all vectors.
+            top: results.
+            where: conditions on metadata.
+            normalised: divide scores by r_q.
+            target_recall: of "auto".
+
+        Raises:
+            NotThere: the query is not kept (any more).
+            UserError: any of these is not valid, or "auto" was not measured.
+        """
+        if not 1 <= top <= MAX_TOP:
+            raise UserError(f"top lies between 1 and {MAX_TOP}, got {top}")
+        asked, store = self._asked(query), self.store
+        stages = self._stages(store, plan, top, target_recall)
+        hits = store.search(asked.vectors, cascade=stages, where=where, normalised=normalised)
+        rows = hits.rows[0]
+        known = zip(
+            hits.ids[0], hits.scores[0], store.metadata(rows), store.previews(rows), strict=True
+        )
+        return schema.Answer(
+            plan=str(stages[0].budget) if len(stages) == 1 else ",".join(map(str, stages)),
+            budget=str(stages[-1].budget),
+            results=[_result(*one) for one in known],
+            milliseconds=hits.milliseconds,
+            bytes_read=hits.bytes_read,
+            items=len(store),
+            generation=store.generation,
+        )
+
+    def explain(self, query: str, item: str, budget: str | None = None) -> schema.Explanation:
+        """Why an item has its score for a query, and where on its picture that comes from.
+
+        Raises:
+            NotThere: the query is not kept (any more), or there is no such item.
+            UserError: the model was not trained for the budget.
+        """
+        asked, store = self._asked(query), self.store
+        r_q, r_c = spent = check_budget(budget or store.groups[-1], store.groups)
+        row = _row(store, item)
+        (metadata,), (preview,) = store.metadata([row]), store.previews([row])
+        vectors = store.vectors([row], r_c)[0]
+        found = match(asked.vectors[0, :r_q].cpu(), vectors)
+        maps, why = self._maps(metadata, preview, vectors)
+        return schema.Explanation(
+            item=_result(item, found.score, metadata, preview),
+            budget=str(spent),
+            products=found.products.tolist(),
+            winners=found.winners.tolist(),
+            maps=maps,
+            why_no_maps=why,
+        )
+
+    def preview(self, item: str) -> Encoded:
+        """The small picture of an item.
+
+        Raises:
+            NotThere: there is no such item, or no picture of it.
+        """
+        store = self.store
+        (preview,) = store.previews([_row(store, item)])
+        kind = media_type(preview) if preview else None
+        if preview is None or kind is None:
+            raise NotThere("the store keeps no picture of this item")
+        return Encoded(preview, kind)
+
+    def picture(self, item: str) -> Encoded:
+        """The original of an item where it may be shown, else its small picture.
+
+        Raises:
+            NotThere: there is no such item, or no picture of it.
+        """
+        store = self.store
+        (metadata,) = store.metadata([_row(store, item)])
+        # One at a time: a large picture takes much memory, and PDFs bear one thread alone.
+        with self._encoding:
+            picture = original(metadata, self._roots)
+        return self.preview(item) if picture is None else as_jpeg(picture)
+
+    def _asked(self, query: str) -> Asked:
+        asked = self._queries.get(query)
+        if asked is None:
+            raise NotThere("this query is not known, or not any more: ask it again")
+        return asked
+
+    def _encoded(self, queries: Sequence[Item | str]) -> Float[Tensor, "Q Rq D"]:
+        with self._encoding:
+            vectors = self.model.encode_query(queries).to(self.model.device)
+        if not vectors.isfinite().all():
+            raise UserError("the model gave NaN or infinity for this query: nothing can be found")
+        return vectors
+
+    def _stages(
+        self, store: Store, plan: str | None, top: int, target_recall: float
+    ) -> tuple[Stage, ...]:
+        if plan != "auto":
+            return stages_of(plan or str(store.groups[-1]), store.groups, top)
+        calibration = self.measuring.calibration(store)
+        if calibration is None:
+            raise UserError(
+                "this store was not measured as it is now, so auto does not know what to spend: "
+                "measure it first (POST /api/measurement), or name a budget"
+            )
+        return calibration.choose(target_recall, top)
+
+    def _maps(
+        self, metadata: dict[str, Any], preview: bytes | None, vectors: Float[Tensor, "Rc D"]
+    ) -> tuple[schema.Maps | None, str | None]:
+        with self._encoding:
+            picture = original(metadata, self._roots)
+            shown = picture or preview
+            if shown is None:
+                has_picture = "image" in metadata or "file" in metadata
+                return None, _why_no_picture(has_picture)
+            item = Item(_said(metadata, "text"), shown, instruction=_said(metadata, "instruction"))
+            found = looks(self.model, item, vectors)
+        if found is None:
+            return None, (
+                f"models of the family {self.model.processing.family.model_type} have no maps: "
+                "their image tokens do not form one grid in the row"
+            )
+        return _as_maps(found, "preview" if picture is None else "picture"), None
+
+
+def _as_maps(found: Looks, drawn_from: Any) -> schema.Maps:
+    _, height, width = found.maps.shape
+    # Three digits are more than an eye tells apart.
+    weights = found.maps.flatten(1).mul(1000).round().div(1000)
+    return schema.Maps(
+        height=height,
+        width=width,
+        weights=weights.tolist(),
+        drawn_from=drawn_from,
+        agreement=found.agreement,
+    )
+
+
+def _why_no_picture(has_picture: bool) -> str:
+    if not has_picture:
+        return "the item has no picture"
+    return (
+        "the store keeps no picture of this item: embed with previews, or allow the folder of its "
+        "original with --pictures"
+    )
+
+
+def _row(store: Store, item: str) -> int:
+    if item not in store:
+        raise NotThere(f"there is no item {item[:80]!r}")
+    return store.rows_of([item])[0]
+
+
+def _result(
+    id: str, score: float, metadata: dict[str, Any], preview: bytes | None
+) -> schema.Result:
+    return schema.Result(
+        id=id,
+        score=score,
+        text=_said(metadata, "text"),
+        has_preview=preview is not None,
+        metadata=without_paths(metadata),
+    )
+
+
+def _said(metadata: dict[str, Any], key: str) -> str | None:
+    """A text in metadata, which hold whatever a user put there."""
+    value = metadata.get(key)
+    return value if isinstance(value, str) and value.strip() else None
+
+
+def _examples(store: Store) -> list[str]:
+    """Short texts of items, to ask for."""
+    rows = spread(len(store), 8 * NUM_EXAMPLES).tolist()
+    said = [_said(value, "asked_as") or _said(value, "text") for value in store.metadata(rows)]
+    short = [text for text in said if text and len(text) <= EXAMPLE_LENGTH]
+    return list(dict.fromkeys(short))[:NUM_EXAMPLES]
