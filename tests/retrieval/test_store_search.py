@@ -80,6 +80,8 @@ def test_a_store_without_holes_is_searched_like_one_with_them(tmp_path):
         slow_scores(QUERIES, store.vectors(), 4, 8).sort().values,
         atol=1e-5,
     )
+    assert whole.ids == [[str(row) for row in rows] for rows in whole.rows]
+    assert store.metadata([2, 0, 1]) == [store.metadata()[row] for row in (2, 0, 1)]
     store.delete(["7"])
     kept = [[id for id in ids if id != "7"] for ids in whole.ids]
     assert store.search(QUERIES, top=30).ids == kept
