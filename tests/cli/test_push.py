@@ -89,7 +89,8 @@ def test_a_plan_tells_the_cost_and_connects_to_nothing(store, capsys):
     assert push(store, "--plan", "--json", "--quantization", "int8") == 0
     told = json.loads(capsys.readouterr().out)
     width = Store.open(store).width
-    size = sizing(12, width, [1, 4, 8], quantization="int8", payload_bytes=100)
+    # Payloads of two blocks, as above.
+    size = sizing(12, width, [1, 4, 8], quantization="int8", payload_bytes=200)
     assert told["memory_bytes"] == pytest.approx(size.memory)
     assert told["disk_bytes"] == pytest.approx(size.disk)
 
