@@ -84,7 +84,7 @@ def make(folder: Path, count: int, width: int) -> tuple[Store, Tensor]:
 def ours(store: Store) -> Iterator[tuple[str, Search, float]]:
     """Plans: name, search, and bytes read a query."""
     for plan in PLANS:
-        how = {"cascade": plan} if ":" in plan else {"budget": plan, "top": TOP}
+        how: dict[str, Any] = {"cascade": plan} if ":" in plan else {"budget": plan, "top": TOP}
         probe = torch.ones(1, R_Q, store.width)
         yield (
             plan,
