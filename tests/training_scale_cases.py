@@ -11,6 +11,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import DataLoader
 
 import tiny
@@ -76,7 +77,16 @@ CASES = [
 ]
 
 
-CASES += [Case("fsdp2"), Case("fsdp2", cached=True)]
+CASES += [
+    Case("fsdp2"),
+    Case("fsdp2", cached=True),
+    Case("fsdp2", lora=True),
+    Case("fsdp2", lora=True, cached=True),
+    Case("deepspeed_stage_2_offload"),
+    Case("deepspeed_stage_2_offload", lora=True, cached=True),
+    Case("deepspeed_stage_3_offload"),
+    Case("deepspeed_stage_3_offload", lora=True, cached=True),
+]
 REFUSED = Case("deepspeed_stage_2", cached=True, accumulated=2)
 
 
@@ -106,7 +116,11 @@ class OneStep(MetaEmbedModule):
             generator = torch.Generator().manual_seed(1)
             for name, parameter in self.named_parameters():
                 if "lora_B" in name:  # as it starts, with zeros, lora_A would get no gradient
-                    parameter.data.normal_(std=0.01, generator=generator)
+                    value = torch.empty(parameter.shape).normal_(std=0.01, generator=generator)
+                    if isinstance(parameter, DTensor):
+                        shared = parameter.device_mesh, parameter.placements
+                        value = distribute_tensor(value, *shared)
+                    parameter.data.copy_(value)
 
     def configure_optimizers(self):
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
