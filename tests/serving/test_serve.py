@@ -17,6 +17,7 @@ import tiny
 from metaembed_pl.cli.main import main
 from metaembed_pl.errors import UserError
 from metaembed_pl.item import Item
+from metaembed_pl.model.identity import identity_of
 from metaembed_pl.model.patches import patch_attention
 from metaembed_pl.retrieval.store import Store
 from metaembed_pl.serving.app import make_app
@@ -136,12 +137,10 @@ def test_the_maps_are_those_of_the_model(service, model, folder):
 
 def test_only_pictures_in_allowed_folders_are_read(model, tmp_path):
     (tmp_path / "in").mkdir()
-    for place in ("in", "out"):
-        tiny.picture(1, (84, 56)).save(
-            tmp_path / f"{place if place == 'in' else ''}" / f"{place}.png"
-        )
+    for path in ("in/in.png", "out.png"):
+        tiny.picture(1, (84, 56)).save(tmp_path / path)
     (tmp_path / "in" / "link.png").symlink_to(tmp_path / "out.png")
-    store = Store.create(tmp_path / "s", model.groups, model.width, identity(model))
+    store = Store.create(tmp_path / "s", model.groups, model.width, identity_of(model))
     paths = {"in": "in/in.png", "out": "out.png", "up": "in/../out.png", "link": "in/link.png"}
     vectors = model.encode_candidate([Item(image=tiny.picture(1, (84, 56)))] * 4)
     store.add(list(paths), vectors, [{"image": f"{tmp_path}/{path}"} for path in paths.values()])
@@ -156,12 +155,6 @@ def test_only_pictures_in_allowed_folders_are_read(model, tmp_path):
         with pytest.raises(NotThere, match="no picture of this item"):
             service.picture(item)
         assert service.explain(query, item).maps is None
-
-
-def identity(model):
-    from metaembed_pl.model.identity import identity_of
-
-    return identity_of(model)
 
 
 def test_pictures_come_by_the_id_of_their_item(client, folder):
@@ -235,6 +228,8 @@ def bomb():
         (("GET", "/docs", {}), 404, "Not Found"),
         (("GET", "/api/store", {"headers": {"Host": "evil.example"}}), 421, "'evil.example'"),
         (("GET", "/api/store", {"headers": {"Origin": "http://evil.example"}}), 403, "other sites"),
+        (("GET", "/api/store", {"headers": {"Origin": "http://["}}), 403, "other sites"),
+        (("GET", "/api/store", {"headers": {"Origin": "null"}}), 403, "other sites"),
         (("GET", "/api/store", {"headers": {"Sec-Fetch-Site": "cross-site"}}), 403, "other sites"),
     ],
 )

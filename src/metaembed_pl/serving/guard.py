@@ -62,7 +62,7 @@ class Guard:
         origin = headers.get("origin")
         # A link on another site may lead to the page; nothing else may be asked from there.
         foreign = headers.get("sec-fetch-site", "none") not in ("same-origin", "none")
-        if (foreign and path != "/") or (origin is not None and urlsplit(origin).netloc != host):
+        if (foreign and path != "/") or (origin is not None and _site(origin) != host):
             return _problem(403, "pages of other sites may not use this service")
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > self.max_body_bytes:
@@ -96,6 +96,18 @@ def _name(host: str) -> str:
     """
     try:
         return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
+
+
+def _site(origin: str) -> str:
+    """Of an Origin header, with the port; nothing where it names none.
+
+    >>> _site("http://localhost:8000"), _site("null"), _site("http://[")
+    ('localhost:8000', '', '')
+    """
+    try:
+        return urlsplit(origin).netloc
     except ValueError:
         return ""
 
