@@ -66,7 +66,6 @@ CASES = [
         Case(strategy, checkpointing=True),
         Case(strategy, accumulated=2),
         Case(strategy, cached=True),
-        Case(strategy, cached=True, accumulated=2),
         Case(strategy, cached=True, frozen_vision=True),
         Case(strategy, lora=True),
         Case(strategy, lora=True, cached=True, checkpointing=True),

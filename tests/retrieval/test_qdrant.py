@@ -199,7 +199,7 @@ def test_a_change_of_the_last_vector_alone_is_sent(tmp_path):
 
 def test_killed_pushes_are_finished_by_the_next(tmp_path):
     store = new_store(tmp_path / "s")
-    command = [sys.executable, Path(__file__).parent / "push_killed.py", tmp_path / "s"]
+    command = [sys.executable, Path(__file__).parents[1] / "push_killed.py", tmp_path / "s"]
     done = subprocess.run([*command, tmp_path / "edge"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     told = sum(int(count) for count in done.stdout.split())

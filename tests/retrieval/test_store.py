@@ -166,7 +166,7 @@ def test_killed_at_any_moment_or_read_meanwhile_it_is_whole(tmp_path, what):
     """See store_changes.py."""
     store, given = new_store(tmp_path / "s"), vectors(1)
     store.add(["first"], given, [{"check": given[0, 0, 0].item()}])
-    command = [sys.executable, Path(__file__).with_name("store_changes.py"), what, tmp_path / "s"]
+    command = [sys.executable, Path(__file__).parents[1] / "store_changes.py", what, tmp_path / "s"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert (done.stdout, done.stderr) == ("fine\n", "")
 

@@ -10,12 +10,11 @@ import sys
 import time
 from pathlib import Path
 
-from store_changes import fork
-
 from metaembed_pl.retrieval.qdrant.collection import open_collection
 from metaembed_pl.retrieval.qdrant.layout import Layout
 from metaembed_pl.retrieval.qdrant.push import push
 from metaembed_pl.retrieval.store import Store
+from store_changes import fork
 
 
 def push_all(store, folder, told):
