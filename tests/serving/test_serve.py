@@ -291,6 +291,7 @@ def test_what_is_added_meanwhile_is_found_and_a_broken_manifest_is_told(model, t
         answer = client.get("/api/search", params={"query": query})
         assert answer.status_code == 503
         assert "was edited or damaged" in answer.json()["error"]
+        assert str(path.parent) not in answer.json()["error"]
         manifest.write_text(good)
         assert client.get("/api/search", params={"query": query}).status_code == 200
 

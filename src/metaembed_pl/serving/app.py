@@ -78,7 +78,7 @@ def make_app(service: Service, hosts: Collection[str] | None = LOOPBACK) -> Guar
         lifespan=lifespan,
         responses=PROBLEMS,
     )
-    _answer_errors(app)
+    _answer_errors(app, service)
     _add_page(app)
     _add_api(app, service)
     return Guard(app, hosts, service.max_upload_bytes + FORM_BYTES)
@@ -189,12 +189,14 @@ def _picture(content: bytes, media_type: str) -> Response:
     return Response(content, media_type=media_type, headers=headers)
 
 
-def _answer_errors(app: FastAPI) -> None:
+def _answer_errors(app: FastAPI, service: Service) -> None:
     """Every error is an object with one sentence; what nobody foresaw is also logged."""
 
     @app.exception_handler(UserError)
     def refuse(_request: Request, error: UserError) -> JSONResponse:
-        return _problem(STATUS.get(type(error), 422), " ".join(str(error).split()))
+        # Where the store lies on this machine is nobody else's business.
+        told = str(error).replace(str(service.folder), service.folder.name)
+        return _problem(STATUS.get(type(error), 422), " ".join(told.split()))
 
     @app.exception_handler(HTTPException)
     def refuse_request(_request: Request, error: HTTPException) -> JSONResponse:

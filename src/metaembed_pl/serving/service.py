@@ -91,6 +91,11 @@ class Service:
         self.measuring = Measuring(lambda store: measure(store, self._encoded))
 
     @property
+    def folder(self) -> Path:
+        """Of the store."""
+        return self._store.folder
+
+    @property
     def store(self) -> Store:
         """The store as it is now; opened anew where it has changed.
 
