@@ -101,3 +101,12 @@ def picture_size(content: bytes) -> tuple[str, int, int]:
     except Exception as error:  # as above
         reason = str(error).split(" <_io")[0] or type(error).__name__
         raise UserError(f"the image does not decode ({reason})") from error
+
+
+def small_jpeg(picture: Image.Image, pixels: int, quality: int) -> bytes:
+    """A copy of at most `pixels` a side, as JPEG."""
+    small = picture.copy()
+    small.thumbnail((pixels, pixels))
+    buffer = io.BytesIO()
+    small.save(buffer, format="JPEG", quality=quality)
+    return buffer.getvalue()

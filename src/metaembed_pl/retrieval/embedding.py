@@ -5,7 +5,6 @@ the batch in flight is all that is lost. On several ranks (torchrun) each encode
 step, and rank 0 writes: every item once, in order, as one process would.
 """
 
-import io
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +16,6 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 import torch.distributed as dist
 from jaxtyping import Float
-from PIL import Image
 from torch import Tensor
 
 from metaembed_pl.errors import UserError
@@ -25,6 +23,7 @@ from metaembed_pl.item import Item
 from metaembed_pl.late_interaction import maxsim
 from metaembed_pl.model.embedder import MetaEmbedder
 from metaembed_pl.model.identity import identity_of
+from metaembed_pl.picture import small_jpeg
 from metaembed_pl.retrieval.store import Store
 
 PREVIEW_PIXELS = 320
@@ -212,18 +211,12 @@ def _encode(model: MetaEmbedder, entries: list[Entry], skip_bad: bool, previews:
         items.append(replace(item, image=picture))
         part.ids.append(entry.id)
         part.metadata.append(entry.metadata)
-        part.previews.append(_preview(picture) if previews and picture else None)
+        part.previews.append(
+            small_jpeg(picture, PREVIEW_PIXELS, 85) if previews and picture else None
+        )
     if items:
         part.embeddings = model.encode_candidate(items, len(items))
     return part
-
-
-def _preview(picture: Image.Image) -> bytes:
-    small = picture.copy()
-    small.thumbnail((PREVIEW_PIXELS, PREVIEW_PIXELS))
-    buffer = io.BytesIO()
-    small.save(buffer, format="JPEG", quality=85)
-    return buffer.getvalue()
 
 
 def _gathered(part: _Part) -> list[_Part]:

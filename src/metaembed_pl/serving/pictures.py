@@ -4,7 +4,6 @@ No path comes from a client: the store says where an item's picture is, and only
 folder that the operator named is read.
 """
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from metaembed_pl.errors import UserError
-from metaembed_pl.picture import open_picture, picture_size
+from metaembed_pl.picture import open_picture, picture_size, small_jpeg
 from metaembed_pl.retrieval.sources import PDF_SUFFIX, draw_page
 
 SHOWN_PIXELS = 1280
@@ -59,11 +58,7 @@ def original(metadata: dict[str, Any], roots: Sequence[Path]) -> Image.Image | N
 
 def as_jpeg(picture: Image.Image) -> Encoded:
     """A picture of at most `SHOWN_PIXELS` a side, encoded."""
-    small = picture.copy()
-    small.thumbnail((SHOWN_PIXELS, SHOWN_PIXELS))
-    buffer = io.BytesIO()
-    small.save(buffer, format="JPEG", quality=88)
-    return Encoded(buffer.getvalue(), Image.MIME["JPEG"])
+    return Encoded(small_jpeg(picture, SHOWN_PIXELS, 88), Image.MIME["JPEG"])
 
 
 def without_paths(metadata: dict[str, Any]) -> dict[str, Any]:
