@@ -168,9 +168,13 @@ def _send(store: Reader, collection: Collection, layout: Layout, rows: range) ->
     known = collection.revisions(points)
     changed = [i for i, point in enumerate(points) if known.get(point) != revisions[i]]
     if changed:
-        columns = ([column[i] for i in changed] for column in (ids, metadata, revisions))
-        ids, metadata, revisions = columns
-        collection.upsert(layout.points(ids, vectors[changed], metadata, revisions))
+        new = layout.points(
+            [ids[i] for i in changed],
+            vectors[changed],
+            [metadata[i] for i in changed],
+            [revisions[i] for i in changed],
+        )
+        collection.upsert(new)
     return len(changed)
 
 
