@@ -1,30 +1,38 @@
-"""ViDoRe v1, v2 and v3 -> retrieval sets of questions and the pages that answer.
+"""ViDoRe v1, v2, v3 and MMEB-V2's other visual documents -> retrieval sets of questions and pages.
 
     python data_prep/vidore.py --subset v2                    # four sets, to data/vidore/NAME
+    python data_prep/vidore.py --subset visrag --subset visdoc_ood    # what else MMEB-V2 has
     python data_prep/vidore.py --subset vidore_v3_hr
     python data_prep/vidore.py --subset v1 --from ~/vidore    # copies in ~/vidore/NAME
 
-Layout, three configurations with the split test (the hub's dataset cards of v1's BEIR versions and
-mteb's of v2; of v3 a public loader with its features):
+Layout, three configurations with one split: test, in visrag train (the hub's dataset cards of v1's
+BEIR versions, VisRAG and ViDoSeek; mteb's loaders of v2 and MMLongBench-doc; of v3 a public loader
+with its features; of the two `page-fixed` that VLM2Vec's loader reads them like ViDoSeek):
 
-| | v1, v2 | v3 |
+| | v1, v2, visrag, visdoc_ood | v3 |
 |---|---|---|
-| queries/test-*.parquet | query-id, query, language | query_id, query, language, answer, ... |
-| corpus/test-*.parquet | corpus-id, image | corpus_id, image, doc_id, markdown, ... |
-| qrels/test-*.parquet | query-id, corpus-id, score | query_id, corpus_id, score, ... |
+| queries/SPLIT-*.parquet | query-id, query, ... | query_id, query, language, answer, ... |
+| corpus/SPLIT-*.parquet | corpus-id, image | corpus_id, image, doc_id, markdown, ... |
+| qrels/SPLIT-*.parquet | query-id, corpus-id, score | query_id, corpus_id, score, ... |
 
-v1 has no languages. Scores are graded, and all are kept. Other columns become metadata; a page's
-`markdown` becomes its `text_layer`, for BM25 and not for the model. English or multilingual is
-then a choice of queries by language.
+Queries of v2 have a language as well, those of visdoc_ood a corpus_range: the pages of the document
+that is asked about, though all pages are searched. Scores are graded, and all are kept: where
+visdoc_ood looks for documents, all pages of the right one have 2, those with the answer 3. Where it
+looks for pages, the sets are those with `page-fixed` in their names: the ones before them had the
+page beside the right one as right (VLM2Vec's issue 167), and scores on those do not compare.
 
-Not yet verified on the hub's files: all of v3's columns beside ids, query, language, image and
-score.
+Other columns become metadata; a page's `markdown` becomes its `text_layer`, for BM25 and not for
+the model. English or multilingual is then a choice of queries by language.
+
+Not yet verified on the hub's files: visrag and visdoc_ood, and of v3 all columns beside ids, query,
+language, image and score.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -35,46 +43,83 @@ from _rows import read_rows
 
 from metaembed_pl.errors import UserError
 
+
+@dataclass(frozen=True)
+class Collection:
+    """Datasets that are published together.
+
+    Args:
+        organisation: that has them on the hub.
+        names: of the datasets there; their folders here are called the same.
+        split: the one that each of them has.
+    """
+
+    organisation: str
+    names: tuple[str, ...]
+    split: str = "test"
+
+
 SETS = {
-    "v1": (
-        "arxivqa_test_subsampled_beir",
-        "docvqa_test_subsampled_beir",
-        "infovqa_test_subsampled_beir",
-        "tabfquad_test_subsampled_beir",
-        "tatdqa_test_beir",
-        "shiftproject_test_beir",
-        "syntheticDocQA_artificial_intelligence_test_beir",
-        "syntheticDocQA_energy_test_beir",
-        "syntheticDocQA_government_reports_test_beir",
-        "syntheticDocQA_healthcare_industry_test_beir",
+    "v1": Collection(
+        "vidore",
+        (
+            "arxivqa_test_subsampled_beir",
+            "docvqa_test_subsampled_beir",
+            "infovqa_test_subsampled_beir",
+            "tabfquad_test_subsampled_beir",
+            "tatdqa_test_beir",
+            "shiftproject_test_beir",
+            "syntheticDocQA_artificial_intelligence_test_beir",
+            "syntheticDocQA_energy_test_beir",
+            "syntheticDocQA_government_reports_test_beir",
+            "syntheticDocQA_healthcare_industry_test_beir",
+        ),
     ),
-    "v2": (
-        "esg_reports_human_labeled_v2",
-        "esg_reports_v2",
-        "biomedical_lectures_v2",
-        "economics_reports_v2",
+    "v2": Collection(
+        "vidore",
+        (
+            "esg_reports_human_labeled_v2",
+            "esg_reports_v2",
+            "biomedical_lectures_v2",
+            "economics_reports_v2",
+        ),
     ),
-    "v3": tuple(
-        f"vidore_v3_{domain}"
-        for domain in (
-            "finance_en",
-            "finance_fr",
-            "computer_science",
-            "hr",
-            "energy",
-            "industrial",
-            "pharmaceuticals",
-            "physics",
-        )
+    "v3": Collection(
+        "vidore",
+        tuple(
+            f"vidore_v3_{domain}"
+            for domain in (
+                "finance_en",
+                "finance_fr",
+                "computer_science",
+                "hr",
+                "energy",
+                "industrial",
+                "pharmaceuticals",
+                "physics",
+            )
+        ),
+    ),
+    "visrag": Collection(
+        "openbmb",
+        tuple(
+            f"VisRAG-Ret-Test-{name}"
+            for name in ("ArxivQA", "ChartQA", "MP-DocVQA", "SlideVQA", "InfoVQA", "PlotQA")
+        ),
+        split="train",
+    ),
+    "visdoc_ood": Collection(
+        "VLM2Vec",
+        ("ViDoSeek-page-fixed", "ViDoSeek", "MMLongBench-page-fixed", "MMLongBench-doc"),
     ),
 }
-NAMES = tuple(name for names in SETS.values() for name in names)
+COLLECTION_OF = {name: collection for collection in SETS.values() for name in collection.names}
 TEXT_LAYER = "markdown"
 
 
-def read(where: str, part: str, *columns: str) -> Iterator[dict[str, Any]]:
-    """Rows of a configuration with the columns' names of v3: v1 and v2 have hyphens in them."""
-    for row in read_rows(where, f"{part}/test-*.parquet"):
+def read(where: str, part: str, split: str, *columns: str) -> Iterator[dict[str, Any]]:
+    """Rows of a configuration with the columns' names of v3: all others have hyphens in them."""
+    for row in read_rows(where, f"{part}/{split}-*.parquet"):
         row = {name.replace("-", "_"): value for name, value in row.items()}
         missing = [name for name in columns if name not in row]
         if missing:
@@ -84,15 +129,15 @@ def read(where: str, part: str, *columns: str) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def queries(where: str, limit: int | None) -> Iterator[Record]:
+def queries(where: str, split: str, limit: int | None) -> Iterator[Record]:
     """The questions, with what else is known of them."""
-    for row in islice(read(where, "queries", "query_id", "query"), limit):
+    for row in islice(read(where, "queries", split, "query_id", "query"), limit):
         yield {"id": str(row.pop("query_id")), "text": row.pop("query"), **metadata(row)}
 
 
-def candidates(where: str) -> Iterator[Record]:
+def candidates(where: str, split: str) -> Iterator[Record]:
     """The pages, with what else is known of them."""
-    for row in read(where, "corpus", "corpus_id", "image"):
+    for row in read(where, "corpus", split, "corpus_id", "image"):
         image = (row.pop("image") or {}).get("bytes")
         text_layer = row.pop(TEXT_LAYER, None) or None
         yield {
@@ -103,9 +148,9 @@ def candidates(where: str) -> Iterator[Record]:
         }
 
 
-def judgements(where: str) -> Iterator[tuple[str, str, float]]:
+def judgements(where: str, split: str) -> Iterator[tuple[str, str, float]]:
     """How right pages are."""
-    for row in read(where, "qrels", "query_id", "corpus_id", "score"):
+    for row in read(where, "qrels", split, "query_id", "corpus_id", "score"):
         yield str(row["query_id"]), str(row["corpus_id"]), float(row["score"])
 
 
@@ -128,20 +173,30 @@ def _is_json(value: Any) -> bool:
 
 def benchmarks(options: argparse.Namespace) -> Iterator[Benchmark]:
     """One retrieval set a dataset."""
-    wanted = [name for chosen in options.subset or SETS for name in SETS.get(chosen, (chosen,))]
-    for name in wanted:
-        where = f"{options.where}/{name}"
+    for name in wanted(options.subset or SETS):
+        collection = COLLECTION_OF[name]
+        where, split = f"{options.where or collection.organisation}/{name}", collection.split
         yield Benchmark(
             name=name,
             folder=options.out / name,
-            candidates=partial(candidates, where),
-            queries=partial(queries, where, options.limit),
-            judgements=partial(judgements, where),
+            candidates=partial(candidates, where, split),
+            queries=partial(queries, where, split, options.limit),
+            judgements=partial(judgements, where, split),
             lists=None,
             source=where,
             settings={"from": where},
             note="For the licence see the hub's card of the dataset.",
         )
+
+
+def wanted(chosen: Iterable[str]) -> list[str]:
+    """The datasets that are meant, each once.
+
+    >>> wanted(["esg_reports_v2", "v2"])[:2]
+    ['esg_reports_v2', 'esg_reports_human_labeled_v2']
+    """
+    names = [name for one in chosen for name in (SETS[one].names if one in SETS else (one,))]
+    return list(dict.fromkeys(names))
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
@@ -151,16 +206,18 @@ def declare(parser: argparse.ArgumentParser) -> None:
     add(
         "--from",
         dest="where",
-        default="vidore",
         metavar="ORGANISATION_OR_FOLDER",
-        help="what holds the datasets, on the hub or on disk (default: vidore)",
+        help="what holds the datasets, on the hub or on disk (default: who published each: "
+        + ", ".join(f"{name} {collection.organisation}" for name, collection in SETS.items())
+        + ")",
     )
     add(
         "--subset",
         action="append",
-        choices=(*SETS, *NAMES),
+        choices=(*SETS, *COLLECTION_OF),
         metavar="NAME",
-        help=f"a version ({', '.join(SETS)}) or one set; may be given several times (default: all)",
+        help=f"a collection ({', '.join(SETS)}) or one set; may be given several times "
+        "(default: all)",
     )
 
 

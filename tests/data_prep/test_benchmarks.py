@@ -7,6 +7,7 @@ import pytest
 
 import hub
 from metaembed_pl.data.beir import read_retrieval_set
+from metaembed_pl.evaluation.mmeb import MMEB_V2
 
 
 def run(script, out, *options):
@@ -115,19 +116,26 @@ MORE = {
 }
 
 
-def write_vidore(copy, version):
+def write_vidore(copy, version, qrels=QRELS):
     tables = {
         "queries": [dict(row) for row in QUERIES],
         "corpus": [{"corpus-id": 10 + i, "image": hub.png(i)} for i in range(3)],
-        "qrels": [dict(zip(("query-id", "corpus-id", "score"), row, strict=True)) for row in QRELS],
+        "qrels": [dict(zip(("query-id", "corpus-id", "score"), row, strict=True)) for row in qrels],
     }
     for name, rows in tables.items():
-        if version == "v1":
+        if version not in ("v2", "v3"):
             rows = [{key: value for key, value in row.items() if key != "language"} for row in rows]
         if version == "v3":
             rows = [{k.replace("-", "_"): v for k, v in row.items()} | MORE[name] for row in rows]
+        if version == "visrag":  # ids are names there
+            rows = [
+                {k: f"{v}.png" if k[-2:] == "id" else v for k, v in row.items()} for row in rows
+            ]
+        if version == "visdoc_ood" and name == "queries":
+            rows = [row | {"corpus_range": [10, 11]} for row in rows]
         images = ("image",) if name == "corpus" else ()
-        hub.write_parquet(copy / name / "test-00000-of-00001.parquet", rows, images)
+        split = "train" if version == "visrag" else "test"
+        hub.write_parquet(copy / name / f"{split}-00000-of-00001.parquet", rows, images)
 
 
 @pytest.mark.parametrize(
@@ -155,15 +163,35 @@ def test_vidore_reads_queries_corpus_and_graded_judgements(tmp_path, version, na
 
 def test_a_version_of_vidore_is_all_of_its_sets(tmp_path, capsys):
     vidore = importlib.import_module("vidore")
-    for name in vidore.SETS["v2"]:
+    names = vidore.SETS["v2"].names
+    for name in names:
         write_vidore(tmp_path / "vidore" / name, "v2")
     assert (
         run("vidore", tmp_path / "out", "--from", str(tmp_path / "vidore"), "--subset", "v2") == 0
     )
-    assert {path.name for path in (tmp_path / "out").iterdir()} == set(vidore.SETS["v2"])
-    assert [len(names) for names in vidore.SETS.values()] == [10, 4, 8]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == set(names)
+    assert [len(collection.names) for collection in vidore.SETS.values()] == [10, 4, 8, 6, 4]
     (tmp_path / "vidore" / "esg_reports_v2" / "qrels" / "test-00000-of-00001.parquet").unlink()
     options = ("--from", str(tmp_path / "vidore"), "--subset", "esg_reports_v2", "--force")
     assert run("vidore", tmp_path / "out", *options) == 2
     assert "esg_reports_v2 has no file qrels/test-*.parquet" in capsys.readouterr().err
     assert len(read_retrieval_set(tmp_path / "out" / "esg_reports_v2").queries) == 2  # the old one
+
+
+def test_mmeb_v2_evaluates_what_the_script_writes_of_its_other_documents(tmp_path):
+    vidore = importlib.import_module("vidore")
+    # In ViDoSeek and MMLongBench pages of the right document have 2, those with the answer 3 too.
+    qrels = [(0, 10, 2), (0, 11, 2), (0, 11, 3), (1, 12, 2)]
+    for part in ("visrag", "visdoc_ood"):
+        for name in vidore.SETS[part].names:
+            write_vidore(tmp_path / "hub" / name, part, qrels)
+    options = ("--subset", "visrag", "--subset", "visdoc_ood", "--from", str(tmp_path / "hub"))
+    assert run("vidore", tmp_path / "data" / "vidore", *options) == 0
+    tasks = [*MMEB_V2.labelled("VisRAG"), *MMEB_V2.labelled("visual documents, OOD")]
+    assert len(tasks) == 10
+    for task in tasks:
+        found = task.open(tmp_path / "data")
+        assert [query.text for query in found.queries] == [row["query"] for row in QUERIES[:2]]
+        assert [shown(page) for page in found.candidates] == [(None, hub.png(i)) for i in range(3)]
+        assert (found.relevant, found.gains) == ([[0, 1], [2]], [[2, 3], [2]])
+        assert task.deviation(found).startswith(f"2 queries instead of {task.num_queries:,}")

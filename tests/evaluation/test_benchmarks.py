@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,14 @@ import tiny
 from metaembed_pl.data.beir import RetrievalSetWriter
 from metaembed_pl.data.retrieval_set import RetrievalSet
 from metaembed_pl.errors import UserError
-from metaembed_pl.evaluation.benchmarks import open_benchmark
-from metaembed_pl.evaluation.mmeb import IN, MMEB, MMEB_V2, OUT
+from metaembed_pl.evaluation.benchmarks import Reference, open_benchmark
+from metaembed_pl.evaluation.mmeb import IN, MMEB, MMEB_V2, OUT, VISRAG
+from metaembed_pl.evaluation.outcome import Outcome, TaskOutcome
+from metaembed_pl.evaluation.tables import reference_table
 from metaembed_pl.evaluation.vidore import VIDORE_V1, VIDORE_V2, VIDORE_V3
 from metaembed_pl.item import Item
 
+NAMED = (MMEB, MMEB_V2, VIDORE_V1, VIDORE_V2, VIDORE_V3)
 DATA_PREP = Path(__file__).parents[2] / "data_prep"
 
 
@@ -40,8 +44,15 @@ def test_mmeb_has_its_36_sets_in_their_meta_tasks():
 def test_mmeb_v2_has_36_image_sets_and_24_of_documents():
     assert len(MMEB_V2.labelled("image")) == 36
     documents = MMEB_V2.labelled("visual documents")
-    assert len({task.name for task in documents}) == 24
+    parts = Counter(task.labels[0] for task in documents)
+    assert parts == {"ViDoRe v1": 10, "ViDoRe v2": 4, "VisRAG": 6, "visual documents, OOD": 4}
     assert {task.metric for task in documents} == {"ndcg@5"}
+
+
+@pytest.mark.parametrize("benchmark", NAMED, ids=lambda one: one.name)
+def test_no_two_tasks_of_a_benchmark_have_one_name(benchmark):
+    """Each is kept in a file of its name."""
+    assert len({task.name for task in benchmark.tasks}) == len(benchmark.tasks)
 
 
 def test_vidore_v2_has_seven_tasks_over_four_sets():
@@ -57,10 +68,13 @@ def test_vidore_v2_has_seven_tasks_over_four_sets():
 def test_the_scripts_write_where_the_benchmarks_read(monkeypatch):
     subsets = prepared("mmeb_eval", "SUBSETS", monkeypatch)
     assert {f"mmeb_eval/{name}" for name in subsets} == {task.folder for task in MMEB.tasks}
-    sets = prepared("vidore", "SETS", monkeypatch)
-    for version, benchmark in (("v1", VIDORE_V1), ("v2", VIDORE_V2), ("v3", VIDORE_V3)):
-        folders = {task.folder for task in benchmark.tasks}
-        assert {f"vidore/{name}" for name in sets[version]} == folders
+    collections = prepared("vidore", "SETS", monkeypatch)
+    for subset, collection in collections.items():
+        command = f"python data_prep/vidore.py --subset {subset}"
+        tasks = [task for one in NAMED for task in one.tasks if task.prepare == command]
+        assert {task.folder for task in tasks} == {f"vidore/{name}" for name in collection.names}
+        sources = {f"{collection.organisation}/{name}" for name in collection.names}
+        assert {task.source for task in tasks} == sources
 
 
 MTEB_NAMES = {
@@ -84,13 +98,25 @@ MTEB_NAMES = {
     "v3 Energy": "Vidore3Energy",
     **{name: f"Vidore3{name}" for name in ("Industrial", "Pharmaceuticals", "Physics")},
 }
+SHIPPED = [
+    *((f"VisRAG {name}", f"Retrieval/VisRAGRet{name.replace('-', '')}") for name in VISRAG),
+    ("MMLongBench-doc", "Image/DocumentUnderstanding/MMLongBenchDocRetrieval"),
+]
+
+
+def shipped_with_mteb(file):
+    """What it tells of a dataset's only split; not imported, which takes seconds."""
+    mteb = importlib.util.find_spec("mteb")
+    if mteb is None:
+        pytest.skip("mteb is not installed")
+    path = Path(mteb.origin).parent / "descriptive_stats" / f"{file}.json"
+    [of_split] = json.loads(path.read_text()).values()
+    return of_split
 
 
 def counts_of_mteb(name):
     """Queries by language, or in all; and pages."""
-    mteb = importlib.util.find_spec("mteb")
-    folder = Path(mteb.origin).parent / "descriptive_stats/Image/DocumentUnderstanding"
-    whole = json.loads((folder / f"{name}Retrieval.json").read_text())["test"]
+    whole = shipped_with_mteb(f"Image/DocumentUnderstanding/{name}Retrieval")
     parts = whole.get("hf_subset_descriptive_stats") or {"all": whole}
     queries = {}
     for language, part in parts.items():
@@ -106,13 +132,20 @@ def counts_of_mteb(name):
     ids=lambda value: value.name,
 )
 def test_counts_are_those_that_mteb_ships(benchmark, task):
-    pytest.importorskip("mteb")
     name = task.name.removesuffix(" English").removesuffix(" multilingual").removesuffix(",")
     name = task.name if task.name in MTEB_NAMES else name
     name = f"v3 {name}" if benchmark is VIDORE_V3 and name == "Energy" else name
     queries, pages = counts_of_mteb(MTEB_NAMES[name])
     expected = queries["english"] if task.where else sum(queries.values())
     assert (task.num_queries, task.num_candidates) == (expected, pages)
+
+
+@pytest.mark.parametrize(("name", "file"), SHIPPED)
+def test_counts_of_mmeb_v2s_other_documents_are_those_that_mteb_ships(name, file):
+    [task] = [task for task in MMEB_V2.tasks if task.name == name]
+    shipped = shipped_with_mteb(file)
+    assert task.num_queries == shipped["num_queries"]
+    assert task.num_candidates == shipped["num_documents"]
 
 
 def small_set(folder, num_queries=2):
@@ -131,7 +164,47 @@ def test_missing_files_are_named_with_their_ids_and_the_command(tmp_path):
     assert "3 of 4 sets are not in" in said
     assert "vidore/economics_reports_v2" in said
     assert "vidore/esg_reports_v2" not in said
-    assert "`python data_prep/vidore.py --subset v2`" in said
+    command = f"python data_prep/vidore.py --subset v2 --out {tmp_path}/vidore"
+    assert said.endswith(f"get them with `{command}`")
+
+
+def test_only_the_commands_for_what_is_missing_are_told(tmp_path):
+    missing = ("vidore/VisRAG-Ret-Test-PlotQA", "vidore/ViDoSeek", "mmeb_eval/CIRR")
+    for task in MMEB_V2.tasks:
+        if task.folder not in missing:
+            (tmp_path / task.folder).mkdir(parents=True)
+    with pytest.raises(UserError) as raised:
+        open_benchmark("mmeb_v2", tmp_path)
+    said = str(raised.value)
+    assert (
+        f"3 of 60 sets are not in {tmp_path}: mmeb_eval/CIRR, {missing[0]}, {missing[1]};" in said
+    )
+    assert "TIGER-Lab/MMEB-eval, openbmb/VisRAG-Ret-Test-PlotQA, VLM2Vec/ViDoSeek;" in said
+    assert [part.split(" --out ")[0] for part in said.split("`")[1].split("; ")] == [
+        "python data_prep/mmeb_eval.py",
+        "python data_prep/vidore.py --subset visrag",
+        "python data_prep/vidore.py --subset visdoc_ood",
+    ]
+
+
+def test_others_stand_beside_this_model_in_the_means_that_they_are_known_by():
+    scores = {"CIRR": (("retrieval", "image"), 0.5), "ESG": (("visual documents",), 1.0)}
+    tasks = [
+        TaskOutcome(name, "", labels, "", ["q"], 1, 0, [], [], None, {"/1x1": [score]}, {})
+        for name, (labels, score) in scores.items()
+    ]
+    others = (*MMEB_V2.references, Reference("weaker", "", 9.0), Reference("no mean", "", None))
+    table = reference_table(Outcome("", "", ["1x1"], {}, tasks), others)
+    assert table.head == ["model", "budget", "overall", "image", "visual documents"]
+    assert table.rows == [
+        ["Qwen3-VL-Embedding-8B", "", "81.0", "80.1", "82.4"],
+        ["this model", "1x1", "75.0", "50.0", "100.0"],
+        ["weaker", "", "9.0", "", ""],
+    ]
+    assert table.strong == {1}
+    means = MMEB_V2.references[0].tasks
+    parts = [len(MMEB_V2.labelled(label)) * mean for label, mean in means.items()]
+    assert sum(parts) / len(MMEB_V2.tasks) == pytest.approx(81.0, abs=0.05)
 
 
 def test_a_set_of_another_size_than_published_is_told():

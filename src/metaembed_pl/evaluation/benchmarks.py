@@ -33,6 +33,7 @@ class Task:
         where: only queries with these metadata.
         num_queries: as published; None where it is not known.
         num_candidates: likewise.
+        prepare: the command that writes its files, but for --out, the folder of its folder.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Task:
     where: dict[str, str] | None = None
     num_queries: int | None = None
     num_candidates: int | None = None
+    prepare: str = ""
 
     def open(self, data: Path) -> RetrievalSet:
         """Its queries and candidates.
@@ -94,14 +96,12 @@ class Benchmark:
         name: on the command line.
         title: in reports.
         tasks: at least one.
-        prepare: the command that makes its files.
         references: to compare with.
     """
 
     name: str
     title: str
     tasks: tuple[Task, ...]
-    prepare: str = ""
     references: tuple[Reference, ...] = ()
 
     @property
@@ -119,14 +119,19 @@ class Benchmark:
         Raises:
             UserError: names every one that is, where it comes from and the command that gets it.
         """
-        folders = {task.folder: task.source for task in self.tasks}
-        missing = [name for name in folders if not (data / name).is_dir()]
+        missing = {t.folder: t for t in self.tasks if not (data / t.folder).is_dir()}
         if missing:
-            ids = ", ".join(dict.fromkeys(folders[name] for name in missing))
+            count = len({task.folder for task in self.tasks})
+            ids = ", ".join(dict.fromkeys(task.source for task in missing.values()))
+            commands = "; ".join(
+                dict.fromkeys(
+                    f"{task.prepare} --out {(data / folder).parent}"
+                    for folder, task in missing.items()
+                )
+            )
             raise UserError(
-                f"{self.name}: {len(missing)} of {len(folders)} sets are not in {data}: "
-                f"{', '.join(missing)}; on the hub they are {ids}; get them with "
-                f"`{self.prepare}`, or write what it does not know in the layout of data/beir.py"
+                f"{self.name}: {len(missing)} of {count} sets are not in {data}: "
+                f"{', '.join(missing)}; on the hub they are {ids}; get them with `{commands}`"
             )
 
 

@@ -88,21 +88,33 @@ def task_table(outcome: Outcome) -> Table:
 
 
 def reference_table(outcome: Outcome, references: Sequence[Reference]) -> Table:
-    """This model's overall mean beside what others scored, in points of 100, best first."""
+    """This model's means beside what others scored, in points of 100, best first.
+
+    The overall mean, and those that any of the others is known by.
+    """
+    known = set().union(*(reference.tasks for reference in references))
+    labels = [OVERALL, *(label for label in outcome.labels[:-1] if label in known)]
     rows = [
-        (100 * outcome.mean(OVERALL, budget).mean, ["this model", budget], True)
+        (["this model", budget], [100 * outcome.mean(label, budget).mean for label in labels])
         for budget in outcome.budgets
     ]
+    num_ours = len(rows)
     rows += [
-        (reference.score, [reference.model, reference.budget], False)
+        (
+            [reference.model, reference.budget],
+            [reference.score, *(reference.tasks.get(label) for label in labels[1:])],
+        )
         for reference in references
         if reference.score is not None
     ]
-    rows.sort(key=lambda row: -row[0])
+    order = sorted(range(len(rows)), key=lambda i: -(rows[i][1][0] or 0))
     return Table(
-        ["model", "budget", OVERALL],
-        [[*names, f"{score:.1f}"] for score, names, _ in rows],
-        frozenset(i for i, (_, _, is_ours) in enumerate(rows) if is_ours),
+        ["model", "budget", *labels],
+        [
+            [*names, *("" if score is None else f"{score:.1f}" for score in scores)]
+            for names, scores in (rows[i] for i in order)
+        ],
+        frozenset(place for place, i in enumerate(order) if i < num_ours),
     )
 
 

@@ -59,17 +59,22 @@ def set_of(name: str, metric: str, labels: tuple[str, ...], english: bool = Fals
         {"language": "english"} if english else None,
         num_english if english else num_queries,
         num_pages,
+        prepare("v2"),
     )
+
+
+def prepare(subset: str) -> str:
+    """The command that writes sets of visual documents."""
+    return f"python data_prep/vidore.py --subset {subset}"
 
 
 VIDORE_V1 = Benchmark(
     "vidore_v1",
     "ViDoRe v1",
     tuple(
-        Task(title, f"vidore/{name}", "ndcg@5", (), f"vidore/{name}", None, *counts)
+        Task(title, f"vidore/{name}", "ndcg@5", (), f"vidore/{name}", None, *counts, prepare("v1"))
         for name, (title, *counts) in V1.items()
     ),
-    "python data_prep/vidore.py --subset v1",
     (Reference("MetaEmbed-3B", "16x64", 88.7),),
 )
 
@@ -85,7 +90,6 @@ VIDORE_V2 = Benchmark(
         set_of("esg_reports_v2", "ndcg@5", ("English",), english=True),
         set_of("economics_reports_v2", "ndcg@5", ("English",), english=True),
     ),
-    "python data_prep/vidore.py --subset v2",
     (
         Reference(
             "MetaEmbed-3B",
@@ -124,9 +128,9 @@ VIDORE_V3 = Benchmark(
             f"vidore/vidore_v3_{name}",
             None,
             *counts,
+            prepare("v3"),
         )
         for name, (title, *counts) in V3.items()
     ),
-    "python data_prep/vidore.py --subset v3",
     (Reference("Nemotron ColEmbed V2 8B", "", 63.4),),
 )
