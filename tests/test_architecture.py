@@ -48,12 +48,15 @@ def imports(tree):
 
 def imports_at_once(path):
     """What importing a file imports: not inside functions, not what type checkers alone see."""
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.FunctionDef):
+    waiting = list(ast.parse(path.read_text()).body)
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.ClassDef):
+            waiting += node.body
+        elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             continue
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            continue
-        yield from imports(node)
+        elif not isinstance(node, ast.FunctionDef):
+            yield from imports(node)
 
 
 def room(module):

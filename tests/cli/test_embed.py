@@ -87,6 +87,27 @@ def test_json_lines_keep_their_metadata_and_are_found(model, things, tmp_path, c
     assert [result["score"] for result in found["results"]] == pytest.approx(hits.scores[0])
 
 
+def test_a_store_of_less_width_is_made_told_and_searched(model, things, tmp_path, capsys):
+    assert embed(model, things, tmp_path / "s", "--width", 8, "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["width"], told["model_width"], told["items"]) == (8, 32, 12)
+    with things.open("a") as file:
+        file.write('"a new thing"\n"and another"\n')
+    assert embed(model, things, tmp_path / "s", "--width", 8) == 0
+    assert "2 of them new; of the 10 nearest of 2 items width 8 in bf16 kept" in (
+        capsys.readouterr().out
+    )
+    assert search(model, tmp_path / "s", "--query", "apple", "--budget", "4x1") == 0
+    found = json.loads(capsys.readouterr().out)
+    hits = Store.open(tmp_path / "s").search(
+        MetaEmbedder.from_pretrained(model).encode_query(["apple"]), "4x1"
+    )
+    assert [result["id"] for result in found["results"]] == hits.ids[0]
+    for width, message in ((9, "of width 8, not 9"), (0, "--width must be at least 1, got 0")):
+        assert embed(model, things, tmp_path / "s", "--width", width) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_the_same_command_adds_what_is_new(model, things, tmp_path, capsys):
     assert embed(model, things, tmp_path / "s") == 0
     assert "12 items in" in capsys.readouterr().out

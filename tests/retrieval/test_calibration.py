@@ -4,6 +4,7 @@ import torch
 from metaembed_pl.budget import PAPER_GROUPS, parse_groups
 from metaembed_pl.errors import UserError
 from metaembed_pl.retrieval import calibration as calibration_module
+from metaembed_pl.retrieval import cascade as cascade_module
 from metaembed_pl.retrieval.calibration import Calibration, calibrate, plan_name, plans
 from metaembed_pl.retrieval.store import Store
 
@@ -19,7 +20,9 @@ def store(tmp_path_factory):
     return store
 
 
-def test_a_plan_finds_and_reads_what_was_measured(store):
+def test_a_plan_finds_and_reads_what_was_measured(store, monkeypatch):
+    # Where bf16 is faster, what it chose is read again.
+    monkeypatch.setattr(cascade_module, "fast_dtype", lambda device: torch.float32)
     queries = store.vectors([5, 50, 77])[:, :4]
     found = calibrate(store, queries, "own vectors")
     assert found.used == "3 own vectors, on 300 of 300 items"

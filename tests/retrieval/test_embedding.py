@@ -6,7 +6,8 @@ from metaembed_pl.errors import UserError
 from metaembed_pl.item import Item
 from metaembed_pl.model.embedder import MetaEmbedder
 from metaembed_pl.model.identity import identity_of
-from metaembed_pl.retrieval.embedding import Entry, embed, kept_recall, open_for
+from metaembed_pl.retrieval.embedding import Entry, embed, open_for
+from metaembed_pl.retrieval.kept import kept_recall
 from metaembed_pl.retrieval.store import Store
 
 

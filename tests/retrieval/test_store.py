@@ -226,7 +226,7 @@ def test_refuses_a_manifest_that_was_edited(tmp_path, key, value):
     [
         ("{", r"manifest.json cannot be read"),
         ("[]", r"manifest.json is not a store's manifest of format 1"),
-        ('{"format": 2}', r"of format 1"),
+        ('{"format": 3}', r"of format 1 or 2"),
     ],
 )
 def test_refuses_a_manifest_that_is_none(tmp_path, content, message):

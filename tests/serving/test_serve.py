@@ -118,6 +118,23 @@ def test_the_explanation_sums_to_the_score(client, model, folder, r_q, r_c):
     assert found[item] == pytest.approx(total, abs=1e-4)
 
 
+def test_a_projected_store_is_searched_and_explained(model, tmp_path):
+    items = [Item(image=tiny.picture(i, (84, 56)), id=f"{i}") for i in range(12)]
+    store = Store.build(tmp_path / "s", model, items, width=20)
+    service = Service(model, tmp_path / "s", max_upload_bytes=MAX_UPLOAD)
+    shelf = service.shelf()
+    assert (shelf.width, shelf.model_width) == (20, model.width)
+    query = service.ask("green fish").query
+    found = service.search(query, "4x8", top=12)
+    assert [one.id for one in found.results] == store.search(
+        model.encode_query(["green fish"]), "4x8", top=12
+    ).ids[0]
+    for one in found.results:
+        why = service.explain(query, one.id, "4x8")
+        assert sum(max(row) for row in why.products) == pytest.approx(one.score, abs=1e-5)
+        assert why.maps.agreement == pytest.approx(1, abs=0.05)
+
+
 def test_the_maps_are_those_of_the_model(service, model, folder):
     item = "a/../b #2?x=1&é"
     why = service.explain(service.ask("cat").query, item, "2x4")

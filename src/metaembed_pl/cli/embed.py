@@ -14,6 +14,8 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from metaembed_pl.cli.model import load_model
+from metaembed_pl.cli.progress import Progress
 from metaembed_pl.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,6 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--items", type=Path, required=True, metavar="PATH", help=ITEMS)
     add("--store", type=Path, required=True, metavar="FOLDER", help="made, or added to")
     add("--dtype", choices=("bf16", "fp16", "int8"), help="of a new store (default: bf16)")
+    add(
+        "--width",
+        type=int,
+        metavar="W",
+        help="components of a vector of a new store, by a projection that 512 of the items teach "
+        "(default: all the model's)",
+    )
     add("--batch-size", type=int, default=32, metavar="N", help="items encoded at a time")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
     add("--again", action="store_true", help="embed also what the store has, and replace it")
@@ -43,8 +52,9 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UserError: a flag, the model, the store or an item is not valid.
     """
-    if args.batch_size < 1:
-        raise UserError(f"--batch-size must be at least 1, got {args.batch_size}")
+    for name, value in (("batch-size", args.batch_size), ("width", args.width)):
+        if value is not None and value < 1:
+            raise UserError(f"--{name} must be at least 1, got {value}")
     with redirect_stdout(sys.stderr):
         told = _embed(args)
     if told is None:
@@ -56,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
         f"{told['items']:,} items in {args.store}, {told['embedded']:,} of them new"
         + (f", {told['skipped']:,} left out" if told["skipped"] else "")
         + (
-            f"; of the 10 nearest of {told['sample']} items {told['dtype']} kept "
+            f"; of the 10 nearest of {told['sample']} items {_kept_as(told)} kept "
             f"{100 * told['kept']:.1f} %"
             if told["sample"] > 1
             else ""
@@ -70,18 +80,11 @@ def _embed(args: argparse.Namespace) -> dict[str, Any] | None:
 
     source = open_source(args.items)  # before the model, which takes seconds
 
-    from transformers.utils import logging
-
-    from metaembed_pl.cli.device import find_device
-    from metaembed_pl.cli.progress import Progress
-    from metaembed_pl.model.embedder import MetaEmbedder
     from metaembed_pl.retrieval import embedding
 
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
     with embedding.ranks() as (rank, _):
-        model = MetaEmbedder.from_pretrained(args.model, find_device(args.device))
-        store = embedding.open_for(model, args.store, args.dtype)
+        model = load_model(args.model, args.device)
+        store = embedding.open_for(model, args.store, args.dtype, args.width, source, args.skip_bad)
         steps = embedding.embed(
             store,
             model,
@@ -105,7 +108,7 @@ def _embed(args: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def _told(store: Any, done: "embedding.Progress") -> dict[str, Any]:
-    from metaembed_pl.retrieval.embedding import kept_recall
+    from metaembed_pl.retrieval.kept import kept_recall
 
     kept, sample = kept_recall(store, done) if done.sample else (1.0, 0)
     return {
@@ -113,6 +116,14 @@ def _told(store: Any, done: "embedding.Progress") -> dict[str, Any]:
         "embedded": done.embedded,
         "skipped": len(done.skipped),
         "dtype": store.dtype,
+        "width": store.width,
+        "model_width": store.model_width,
         "kept": kept,
         "sample": sample,
     }
+
+
+def _kept_as(told: dict[str, Any]) -> str:
+    """What may have cost recall: the precision, and a projection where there is one."""
+    projected = told["width"] < told["model_width"]
+    return f"width {told['width']} in {told['dtype']}" if projected else told["dtype"]

@@ -16,7 +16,8 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metaembed_pl.cli.device import find_device
+from metaembed_pl.cli.model import load_model
+from metaembed_pl.cli.progress import Progress
 from metaembed_pl.errors import UserError
 from metaembed_pl.files import write_text
 
@@ -98,19 +99,14 @@ def _evaluate(args: argparse.Namespace) -> "Outcome | None":
     from metaembed_pl.evaluation.benchmarks import open_benchmark
 
     benchmark = open_benchmark(args.benchmark, args.data)
-    from transformers.utils import logging as transformers_logging
-
     from metaembed_pl.evaluation.run import Settings, evaluate, parse_budgets
-    from metaembed_pl.model.embedder import MetaEmbedder
     from metaembed_pl.model.identity import identity_of
     from metaembed_pl.retrieval.embedding import ranks
 
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
     with ranks() as (rank, _):
         if rank:
             logging.disable(logging.INFO)
-        model = MetaEmbedder.from_pretrained(args.model, find_device(args.device))
+        model = load_model(args.model, args.device)
         budgets = parse_budgets(args.budgets, model.groups)
         name = benchmark.name.replace(":", "-").replace("/", "-").strip("-.")
         out = args.out or Path("evaluations") / f"{name}-{identity_of(model)[:8]}"
@@ -171,22 +167,15 @@ def _log(outcome: "Outcome", files: list[Path], uri: str) -> None:
 
 @contextmanager
 def _progress(rank: int) -> "Iterator[Tell]":
-    """A bar in a terminal, none in a pipe."""
-    if rank or not sys.stderr.isatty():
+    """Tells how far a task is; on the first rank alone."""
+    if rank:
         yield lambda what, done, total: None
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.progress import TimeRemainingColumn as Left
-
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Left()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        bar = bars.add_task("", total=None)
+    with Progress("", 0) as progress:
 
         def tell(what: str, done: int, total: int) -> None:
-            if bars.tasks[0].description != what:
-                bars.reset(bar, description=what)
-            bars.update(bar, completed=done, total=total)
+            progress.begin(what, total)
+            progress.update(done, done)
 
         yield tell
 

@@ -12,12 +12,14 @@ out (mined.json), and examples to look at (mined.png). Several processes share t
 import argparse
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from metaembed_pl.cli.model import load_model
+from metaembed_pl.cli.progress import shown
 from metaembed_pl.errors import UserError
 
 if TYPE_CHECKING:
@@ -154,22 +156,16 @@ def _mine_all(
     told: "Instructions",
 ) -> "list[MiningReport]":
     """Reports of all sources, on rank 0."""
-    from transformers.utils import logging
-
     from metaembed_pl.budget import check_budget
-    from metaembed_pl.cli.device import find_device
     from metaembed_pl.cli.mine_report import MiningReport, save_report
-    from metaembed_pl.model.embedder import MetaEmbedder
     from metaembed_pl.retrieval.cascade import parse_cascade
     from metaembed_pl.retrieval.embedding import ranks
     from metaembed_pl.retrieval.mining import Corpus, Miner
 
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
     # The place is the same for all processes, and for a run that goes on after it was killed.
     stores = args.store or args.out.with_name(f".{args.out.name}.stores")
     with ranks() as (rank, _):
-        model = MetaEmbedder.from_pretrained(args.model, find_device(args.device))
+        model = load_model(args.model, args.device)
         if args.cascade:
             parse_cascade(args.cascade, model.groups)
         else:
@@ -211,7 +207,7 @@ def _embedded(model: "MetaEmbedder", folder: Path, corpus: "Corpus", batch_size:
     folder.parent.mkdir(parents=True, exist_ok=True)
     store = open_for(model, folder)  # all ranks meet in there
     steps = embed(store, model, corpus.entries(), batch_size, skip_bad=True, previews=False)
-    for progress in _shown(steps, f"embedding {folder.name}", len(corpus), lambda p: p.seen):
+    for progress in shown(steps, f"embedding {folder.name}", len(corpus), lambda p: p.seen):
         skipped = progress.skipped
     if skipped:
         print(f"{len(skipped)} candidates cannot be read, the first: {skipped[0]}", file=sys.stderr)
@@ -229,7 +225,7 @@ def _results(
 
     rank, world = rank_and_world()
     starts = range(0, len(pairs), world * batch_size)
-    for start in _shown(starts, f"mining {pairs.name}", len(pairs), lambda start: start):
+    for start in shown(starts, f"mining {pairs.name}", len(pairs), int):
         first = min(start + rank * batch_size, len(pairs))
         numbers = range(first, min(first + batch_size, len(pairs)))
         found: Any = list(zip(numbers, miner.mine(numbers), strict=True))
@@ -277,21 +273,3 @@ def _with_negatives(pair: "Pair", mined: "Mined", corpus: "Corpus", keep: bool) 
     old = pair.negatives if keep else ()
     positive = replace(pair.positive, score=round(mined.own, DIGITS))
     return replace(pair, positive=positive, negatives=(*old, *negatives))
-
-
-def _shown(
-    steps: Iterable[Any], what: str, total: int, done: Callable[[Any], int]
-) -> Iterator[Any]:
-    """The same steps, with a progress bar in a terminal."""
-    if not sys.stderr.isatty():
-        yield from steps
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=total)
-        for step in steps:
-            bar.update(task, completed=done(step))
-            yield step

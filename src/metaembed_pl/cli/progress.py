@@ -1,9 +1,13 @@
 """How far a long job is: a bar with rate and time left in a terminal, lines in a pipe."""
 
+import os
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
+
+Step = TypeVar("Step")
 
 LINE_EVERY_S = 10.0
 
@@ -48,6 +52,14 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
 
+    def begin(self, does: str, total: int) -> None:
+        """Go over to another job, in the place of the one before; the same goes on."""
+        if (does, total) == (self.does, self.total):
+            return
+        self.does, self.total, self._started = does, total, time.monotonic()
+        if self._bar is not None:
+            self._bar.reset(self._bar.task_ids[0], description=does, total=total)
+
     def update(self, seen: int, done: int) -> None:
         """Say how many things were looked at, and how many of them took work."""
         now = time.monotonic()
@@ -62,6 +74,26 @@ class Progress:
                 file=sys.stderr,
                 flush=True,
             )
+
+
+def shown(
+    steps: Iterable[Step], does: str, total: int, seen: Callable[[Step], int]
+) -> Iterator[Step]:
+    """The same steps, and how far they are; of several processes the first tells it.
+
+    Args:
+        steps: of a job.
+        does: what it does.
+        total: how many things there are.
+        seen: how many were looked at after a step.
+    """
+    if int(os.environ.get("RANK", "0")):
+        yield from steps
+        return
+    with Progress(does, total) as progress:
+        for step in steps:
+            progress.update(seen(step), seen(step))
+            yield step
 
 
 def duration(seconds: float) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from metaembed_pl.cli.found import Answer, Found
+from metaembed_pl.cli.model import load_model
 from metaembed_pl.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,19 +21,14 @@ def search(args: argparse.Namespace, query: "Item") -> Answer:
     """
     items, asked_as = _read_pool(args.items)
 
-    from transformers.utils import logging
-
     from metaembed_pl.budget import check_budget
-    from metaembed_pl.cli.device import find_device
-    from metaembed_pl.model.embedder import MetaEmbedder
     from metaembed_pl.retrieval.search import rank
 
-    progress = sys.stderr.isatty()
-    if not progress:
-        logging.disable_progress_bar()
-    model = MetaEmbedder.from_pretrained(args.model, find_device(args.device))
+    model = load_model(args.model, args.device)
     budget = check_budget(args.budget or model.groups[-1], model.groups)
-    (hits,) = rank(model, [query], items, budget, args.top, args.batch_size, progress)
+    (hits,) = rank(
+        model, [query], items, budget, args.top, args.batch_size, progress=sys.stderr.isatty()
+    )
     found = [
         Found(
             item.uid,

@@ -1,10 +1,11 @@
 """`search --store` of a collection in Qdrant: a budget or a cascade, in one request."""
 
 import argparse
-import sys
 from typing import TYPE_CHECKING
 
 from metaembed_pl.cli.found import Answer
+from metaembed_pl.cli.model import load_model
+from metaembed_pl.cli.search_store import found_of
 from metaembed_pl.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,18 +27,7 @@ def search(args: argparse.Namespace, query: "Item") -> Answer:
 
     with QdrantStore.open(args.store, args.exact) as store:
         store.stages(args.budget, args.cascade)  # before the model, which takes seconds
-
-        from transformers.utils import logging
-
-        from metaembed_pl.cli.device import find_device
-        from metaembed_pl.cli.search_store import found_of
-        from metaembed_pl.model.embedder import MetaEmbedder
-        from metaembed_pl.retrieval.embedding import check_model
-
-        if not sys.stderr.isatty():
-            logging.disable_progress_bar()
-        model = MetaEmbedder.from_pretrained(args.model, find_device(args.device))
-        check_model(store, model)
+        model = load_model(args.model, args.device, store)
         hits = store.search(
             model.encode_query([query], args.batch_size),
             args.budget,

@@ -5,6 +5,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from metaembed_pl.cli.found import Answer, Found
+from metaembed_pl.cli.model import load_model
 
 if TYPE_CHECKING:
     from metaembed_pl.item import Item
@@ -24,17 +25,7 @@ def search(args: argparse.Namespace, query: "Item") -> Answer:
     store = Store.open(args.store)
     if args.budget != "auto":
         store.stages(args.budget, args.cascade)  # before the model, which takes seconds
-
-    from transformers.utils import logging
-
-    from metaembed_pl.cli.device import find_device
-    from metaembed_pl.model.embedder import MetaEmbedder
-    from metaembed_pl.retrieval.embedding import check_model
-
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-    model = MetaEmbedder.from_pretrained(args.model, find_device(args.device))
-    check_model(store, model)
+    model = load_model(args.model, args.device, store)
     budget, cascade, note = args.budget, args.cascade, ""
     if budget == "auto":
         calibration = _calibration(store, model, args.batch_size)

@@ -12,6 +12,7 @@ from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from metaembed_pl.cli.model import load_model
 from metaembed_pl.errors import UserError
 
 if TYPE_CHECKING:
@@ -92,17 +93,11 @@ def run(args: argparse.Namespace) -> None:
 def _service(args: argparse.Namespace) -> "Service":
     from metaembed_pl.retrieval.store import Store
 
-    Store.open(args.store)  # before the model, which takes seconds
+    store = Store.open(args.store)  # before the model, which takes seconds
 
-    from transformers.utils import logging
-
-    from metaembed_pl.cli.device import find_device
-    from metaembed_pl.model.embedder import MetaEmbedder
     from metaembed_pl.serving.service import Service
 
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-    model = MetaEmbedder.from_pretrained(args.model, find_device(args.device))
+    model = load_model(args.model, args.device, store)
     max_upload_bytes = int(args.max_upload * 1e6)
     return Service(model, args.store, args.pictures or (), max_upload_bytes)
 

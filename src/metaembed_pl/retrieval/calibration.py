@@ -131,6 +131,8 @@ def calibrate(
         raise UserError(f"{store.folder} is empty: there is nothing to calibrate on")
     if queries is None:
         queries, asked_by = _stored_queries(store), "stored items, by their own vectors"
+    else:
+        queries = store.accept(queries)
     snapshot = store.snapshot()
     r_q, r_c = store.groups[-1]
     affordable = int(PRODUCTS_AT_MOST / (len(queries) * r_q * r_c * store.width))

@@ -7,11 +7,11 @@ step, and rank 0 writes: every item once, in order, as one process would.
 
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,30 +20,20 @@ from torch import Tensor
 
 from metaembed_pl.errors import UserError
 from metaembed_pl.item import Item
-from metaembed_pl.late_interaction import maxsim
 from metaembed_pl.model.embedder import MetaEmbedder
 from metaembed_pl.model.identity import identity_of
 from metaembed_pl.picture import small_jpeg
+from metaembed_pl.retrieval.calibration import spread
+from metaembed_pl.retrieval.projection import Projection, check_width
+from metaembed_pl.retrieval.searchable import Searchable
 from metaembed_pl.retrieval.store import Store
 
 PREVIEW_PIXELS = 320
 SAMPLE_ITEMS = 512
 SAMPLE_BYTES = 2**27
-
-
-@runtime_checkable
-class OfOneModel(Protocol):
-    """What holds the vectors of one model: a store, or a collection in Qdrant."""
-
-    @property
-    def identity(self) -> str:
-        """Of the model."""
-        ...
-
-    @property
-    def folder(self) -> Any:
-        """Where it is."""
-        ...
+LEARNED_FROM = 512
+"""Items that teach a projection."""
+LEARNED_AT_A_TIME = 32
 
 
 @dataclass(frozen=True)
@@ -95,25 +85,65 @@ def shown(item: Item) -> dict[str, Any]:
     return metadata
 
 
-def open_for(model: MetaEmbedder, folder: str | Path, dtype: str | None = None) -> Store:
+def open_for(
+    model: MetaEmbedder,
+    folder: str | Path,
+    dtype: str | None = None,
+    width: int | None = None,
+    items: Iterable["Entry | Item | str | dict"] = (),
+    skip_bad: bool = False,
+) -> Store:
     """The store of a model: opened where it is there, made, by rank 0, where it is not.
 
+    Args:
+        model: whose vectors it holds.
+        folder: of the store.
+        dtype: of a store that is made; None: bf16.
+        width: of the vectors of a store that is made; None: the model's.
+        items: that will be embedded; some of them teach the projection to a smaller width.
+        skip_bad: learn without items that cannot be read, instead of stopping.
+
     Raises:
-        UserError: it holds another model's vectors, or has another dtype than asked for.
+        UserError: it holds another model's vectors, has another dtype or width than asked for, or
+            there are too few items to learn from.
     """
     rank, world = rank_and_world()
     if rank == 0 and not (Path(folder).exists() and any(Path(folder).iterdir())):
-        Store.create(folder, model.groups, model.width, identity_of(model), dtype or "bf16")
+        projection = None
+        if width not in (None, model.width):
+            check_width(width, model.width)
+            projection = Projection.learn(_lesson(model, items, skip_bad), width)
+        identity = identity_of(model)
+        Store.create(folder, model.groups, model.width, identity, dtype or "bf16", projection)
     if world > 1:
         dist.barrier()
     store = Store.open(folder)
     check_model(store, model)
     if dtype not in (None, store.dtype):
         raise UserError(f"{folder} stores {store.dtype}, not {dtype}: leave the dtype out")
+    if width not in (None, store.width):
+        raise UserError(
+            f"{folder} stores vectors of width {store.width}, not {width}: leave the width out"
+        )
     return store
 
 
-def check_model(store: OfOneModel, model: MetaEmbedder) -> None:
+def _lesson(
+    model: MetaEmbedder, items: Iterable["Entry | Item | str | dict"], skip_bad: bool
+) -> Iterator[Float[Tensor, "_ R D"]]:
+    """The vectors that a projection is learned from: of items all over, which may be sorted."""
+    if not isinstance(items, Sized):
+        raise UserError(
+            "a projection is learned from items all over, which are then embedded with the others: "
+            "give a list of items, or what has a length and can be read twice"
+        )
+    chosen = set(spread(len(items), LEARNED_FROM).tolist())
+    entries = (Entry.of(item) for number, item in enumerate(items) if number in chosen)
+    while some := list(itertools.islice(entries, LEARNED_AT_A_TIME)):
+        yield _encode(model, some, skip_bad, previews=False).embeddings
+
+
+def check_model(store: Searchable, model: MetaEmbedder) -> None:
     """Refuse a model other than that whose vectors a store or collection holds.
 
     Raises:
@@ -235,32 +265,6 @@ def _sample(progress: Progress, part: _Part) -> None:
     room = min(SAMPLE_ITEMS, SAMPLE_BYTES // max(1, size)) - held
     if room > 0 and part.ids:
         progress.sample.append((part.ids[:room], part.embeddings[:room]))
-
-
-def kept_recall(store: Store, progress: Progress, top: int = 10) -> tuple[float, int]:
-    """What storing them cost: how many of each item's nearest others are still its nearest.
-
-    Each of the first items that were embedded asks for the others, with its own vectors.
-
-    Returns:
-        The share of the `top` nearest that storing kept, and the number of items.
-    """
-    ids = [id for some, _ in progress.sample for id in some]
-    before = torch.cat([vectors for _, vectors in progress.sample])
-    after = store.vectors(store.rows_of(ids))
-    queries = before[:, : store.groups[-1].r_q]
-    top = min(top, len(ids) - 1)
-    if top < 1:
-        return 1.0, len(ids)
-    best = [_nearest(queries, vectors, top) for vectors in (before, after)]
-    kept = (best[0].unsqueeze(2) == best[1].unsqueeze(1)).any(dim=2)
-    return kept.float().mean().item(), len(ids)
-
-
-def _nearest(
-    queries: Float[Tensor, "N Rq D"], candidates: Float[Tensor, "N R D"], top: int
-) -> Tensor:
-    return maxsim(queries, candidates).fill_diagonal_(-torch.inf).topk(top, dim=1).indices
 
 
 def rank_and_world() -> tuple[int, int]:

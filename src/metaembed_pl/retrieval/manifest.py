@@ -12,22 +12,24 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from metaembed_pl.budget import Budget, parse_groups
+from metaembed_pl.budget import parse_groups
 from metaembed_pl.errors import UserError
 from metaembed_pl.files import new_file
+from metaembed_pl.retrieval.searchable import Kind
 
-FORMAT = 1
+FORMAT, PROJECTED_FORMAT = 1, 2
+"""The second of a store with a projection: who knows nothing of them must not search it."""
 MANIFEST_FILE = "manifest.json"
 DTYPES = ("fp32", "bf16", "fp16", "int8")
 
 
 @dataclass(frozen=True)
-class Manifest:
+class Manifest(Kind):
     """One generation of a store.
 
     Args:
-        identity: of the model whose meta embeddings these are (`MetaEmbedder.identity`).
-        groups: the model's nested groups.
+        identity: see `Kind`.
+        groups: see `Kind`.
         width: of a stored vector.
         dtype: of a stored vector's components.
         generation: counts the changes.
@@ -35,17 +37,16 @@ class Manifest:
         num_rows: items that were ever added to it.
         num_deleted: how many of these were deleted or replaced since.
         rows_bytes: of the file of ids and metadata.
+        projection: digest of the file that holds it; None: there is none.
     """
 
-    identity: str
-    groups: tuple[Budget, ...]
-    width: int
     dtype: str
     generation: int = 0
     data: str = "data-0000"
     num_rows: int = 0
     num_deleted: int = 0
     rows_bytes: int = 0
+    projection: str | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -60,6 +61,8 @@ class Manifest:
             raise UserError(f"a store's data cannot be {self.data!r}")
         if not isinstance(self.identity, str) or not self.identity:
             raise UserError(f"a store's identity cannot be {self.identity!r}")
+        if not (self.projection is None or isinstance(self.projection, str)):
+            raise UserError(f"a store's projection cannot be {self.projection!r}")
 
     @property
     def num_slots(self) -> int:
@@ -81,7 +84,10 @@ class Manifest:
         sync_folder(folder)
 
     def _to_json(self) -> dict[str, Any]:
-        value = {"format": FORMAT, **asdict(self), "groups": [str(group) for group in self.groups]}
+        value = {**asdict(self), "groups": [str(group) for group in self.groups]}
+        if self.projection is None:
+            del value["projection"]  # what is no news to an older version reads as before
+        value = {"format": FORMAT if self.projection is None else PROJECTED_FORMAT, **value}
         return value | {"checksum": _checksum(value)}
 
     @classmethod
@@ -100,15 +106,19 @@ class Manifest:
             ) from error
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{file} cannot be read: {error}") from error
-        if not isinstance(value, dict) or value.pop("format", None) != FORMAT:
-            raise UserError(f"{file} is not a store's manifest of format {FORMAT}")
+        known = (FORMAT, PROJECTED_FORMAT)
+        if not isinstance(value, dict) or value.get("format") not in known:
+            raise UserError(f"{file} is not a store's manifest of format {FORMAT} or {known[1]}")
         checksum = value.pop("checksum", None)
-        if checksum != _checksum({"format": FORMAT, **value}):
+        if checksum != _checksum(value):
             raise UserError(
                 f"{file} was edited or damaged: its checksum is {checksum!r:.24}..., its content's "
                 "another; bring back a copy of it, or embed the items again"
             )
         try:
+            projected = value.pop("format") == PROJECTED_FORMAT
+            if projected != (value.get("projection") is not None):
+                raise UserError("its format does not say whether it has a projection")
             value["groups"] = parse_groups(value["groups"])
             return cls(**value)
         except (KeyError, TypeError, UserError) as error:

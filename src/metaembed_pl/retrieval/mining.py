@@ -235,7 +235,8 @@ class Miner:
         budget = hits.stages[-1].budget
         positives = self.store.rows_of(pair.positive.uid for pair in pairs.values())
         vectors = self.store.vectors(positives, budget.r_c).to(queries.device)
-        own = paired_scores(queries[:, : budget.r_q], vectors[:, None], [budget])[0, :, 0]
+        asked = self.store.accept(queries)[:, : budget.r_q]
+        own = paired_scores(asked, vectors[:, None], [budget])[0, :, 0]
         found: dict[int, Mined | str] = {**reasons}
         for (i, pair), rows, scores, score in zip(
             pairs.items(), hits.rows, hits.scores, (own / budget.r_q).tolist(), strict=True

@@ -16,12 +16,15 @@ from torch import Tensor
 from metaembed_pl.budget import Budget, check_budget
 from metaembed_pl.errors import UserError
 from metaembed_pl.retrieval.cascade import Hits, Stage, choose_stages, run_stages
+from metaembed_pl.retrieval.manifest import Manifest
+from metaembed_pl.retrieval.projection import PROJECTION_FILE, Projection
 from metaembed_pl.retrieval.scoring import scan
+from metaembed_pl.retrieval.searchable import Searchable
 from metaembed_pl.retrieval.snapshot import Snapshot
 from metaembed_pl.retrieval.where import parse_where
 
 
-class Reader:
+class Reader(Searchable):
     """A store as it was when it was opened; `Store` is one that can also change it.
 
     Args:
@@ -29,30 +32,41 @@ class Reader:
     """
 
     def __init__(self, folder: Path):
-        self.folder = Path(folder)
+        self._folder = Path(folder)
         self._snapshot: Snapshot | None = Snapshot.open(self.folder)
         self._manifest = self._snapshot.manifest
         self._places: dict[str, int] | None = None  # of the ids; made when first needed
+        self._read: tuple[str, Projection] | None = None  # a digest and its projection
+        _ = self.projection  # of a store without its own nothing can be searched
 
     @property
-    def groups(self) -> tuple[Budget, ...]:
-        """The nested groups of the model."""
-        return self._manifest.groups
+    def folder(self) -> Path:
+        """Where the store is."""
+        return self._folder
 
     @property
-    def width(self) -> int:
-        """Of a vector."""
-        return self._manifest.width
+    def kind(self) -> Manifest:
+        """What the store says of itself."""
+        return self._manifest
+
+    @property
+    def projection(self) -> Projection | None:
+        """See `Searchable`.
+
+        Raises:
+            UserError: its file is missing or damaged.
+        """
+        digest = self._manifest.projection
+        if digest is None:
+            return None
+        if self._read is None or self._read[0] != digest:
+            self._read = digest, Projection.read(self.folder / PROJECTION_FILE, digest)
+        return self._read[1]
 
     @property
     def dtype(self) -> str:
         """Of the stored components: fp32, bf16, fp16 or int8."""
         return self._manifest.dtype
-
-    @property
-    def identity(self) -> str:
-        """Of the model whose vectors these are."""
-        return self._manifest.identity
 
     @property
     def generation(self) -> int:
@@ -124,7 +138,7 @@ class Reader:
         """
         snapshot = self.snapshot()
         r_q, r_c = check_budget(budget or self.groups[-1], self.groups)
-        check_queries(queries, self.groups, self.width, self.folder)
+        queries = self.accept(queries)
         done = 0
         for places, scores in scan(snapshot.planes, queries[:, :r_q], r_c, snapshot.places):
             yield range(done, done + len(places)), scores
@@ -158,7 +172,7 @@ class Reader:
         """
         snapshot = self.snapshot()
         stages = self.stages(budget, cascade, top)
-        check_queries(queries, self.groups, self.width, self.folder)
+        queries = self.accept(queries)
         if not len(self):
             raise UserError(f"{self.folder} is empty: add items with `embed`")
         places = self._matching(where)
@@ -222,21 +236,3 @@ class Reader:
             UserError: the store's model cannot serve them.
         """
         return choose_stages(self.groups, budget, cascade, top)
-
-
-def check_queries(
-    queries: Tensor, groups: Sequence[Budget], width: int, folder: str | Path
-) -> None:
-    """Refuse queries that are not of the model whose vectors a store holds.
-
-    Raises:
-        UserError: they have another shape, or are not finite.
-    """
-    expected = groups[-1].r_q, width
-    if queries.ndim != 3 or tuple(queries.shape[1:]) != expected:
-        raise UserError(
-            f"queries must be N x {expected[0]} x {expected[1]} as {folder} is, "
-            f"got {' x '.join(map(str, queries.shape))}: encode them with the store's model"
-        )
-    if not queries.isfinite().all():
-        raise UserError("queries hold NaN or infinity: they find nothing")

@@ -4,10 +4,11 @@
     store.add(["a", "b"], model.encode_candidate(items), [{"lang": "de"}, {"lang": "en"}])
     store.search(model.encode_query(["a red apple"]), "4x8", top=10, where=["lang=de"])
 
-A store is a folder: `manifest.json`, and a folder of data with one file of vectors for each nested
-group of slots, the ids and metadata (`rows.arrows`) and the rows that were deleted
-(`deleted.i64`). Files only grow, and the manifest says how much of them counts: see manifest.py.
-One process writes at a time, any number read; a reader goes on with what it opened.
+A store is a folder: `manifest.json`, a projection where vectors are kept with fewer components, and
+a folder of data with one file of vectors for each nested group of slots, the ids and metadata
+(`rows.arrows`) and the rows that were deleted (`deleted.i64`). Files only grow, and the manifest
+says how much of them counts: see manifest.py. One process writes at a time, any number read; a
+reader goes on with what it opened.
 
 N: items    R: their vectors    Q: queries    Rq: their vectors    D: width
 """
@@ -29,6 +30,7 @@ from metaembed_pl.errors import UserError
 from metaembed_pl.files import new_folder
 from metaembed_pl.retrieval.manifest import MANIFEST_FILE, Manifest
 from metaembed_pl.retrieval.planes import append_bytes, append_vectors, copy_vectors
+from metaembed_pl.retrieval.projection import PROJECTION_FILE, Projection, digest_of
 from metaembed_pl.retrieval.reader import Reader
 from metaembed_pl.retrieval.rows import append_rows, append_table
 from metaembed_pl.retrieval.snapshot import DELETED_FILE
@@ -71,15 +73,17 @@ class Store(Reader):
         width: int,
         identity: str,
         dtype: str = "bf16",
+        projection: Projection | None = None,
     ) -> "Store":
         """Make an empty store.
 
         Args:
             folder: must not exist.
             groups: the model's nested groups.
-            width: of its vectors.
+            width: of the model's vectors.
             identity: of the model, as `identity_of` tells it.
             dtype: of the stored components: fp32, bf16, fp16, or int8 with a scale a vector.
+            projection: of the model's vectors to what is stored; None: all components are.
 
         Raises:
             UserError: the folder exists, or a setting is not valid.
@@ -90,6 +94,16 @@ class Store(Reader):
         manifest = Manifest(identity, parse_groups(groups), width, dtype)
         with new_folder(folder) as temporary:
             (temporary / manifest.data).mkdir()
+            if projection is not None:
+                if projection.model_width != width:
+                    raise UserError(
+                        f"the projection is of vectors of width {projection.model_width}, the "
+                        f"model's have {width}"
+                    )
+                content = projection.to_bytes()
+                append_bytes(temporary / PROJECTION_FILE, content, 0)
+                digest = digest_of(content)
+                manifest = replace(manifest, width=projection.width, projection=digest)
             manifest.write(temporary)
         return cls(folder)
 
@@ -101,6 +115,7 @@ class Store(Reader):
         items: "Iterable[Item | str | dict]",
         batch_size: int = 32,
         dtype: str | None = None,
+        width: int | None = None,
     ) -> "Store":
         """Embed items into a store; what it holds already is not embedded again.
 
@@ -112,13 +127,15 @@ class Store(Reader):
             items: texts, `{"text": ..., "image": ...}` or `Item`s, in order.
             batch_size: items that are encoded and committed at a time.
             dtype: of a store that is made; None: bf16.
+            width: of the vectors of a store that is made, by a projection that some of the items
+                teach; None: the model's.
 
         Raises:
             UserError: an item cannot be read, or the store is another model's.
         """
         from metaembed_pl.retrieval.embedding import embed, open_for
 
-        store = open_for(model, folder, dtype)
+        store = open_for(model, folder, dtype, width, items)
         for _ in embed(store, model, items, batch_size):
             pass
         return store
@@ -153,7 +170,7 @@ class Store(Reader):
             places = self._places_by_id()
             replaced = [places[id] for id in ids if id in places]
             data = self.folder / old.data
-            append_vectors(data, old, embeddings)
+            append_vectors(data, old, self.project(embeddings))
             rows_bytes = append_rows(data, old, ids, metadata, previews)
             _append_deleted(data, old, replaced)
             self._commit(
@@ -193,13 +210,13 @@ class Store(Reader):
         with self.writing() as old:
             snapshot = self.snapshot()
             generation = old.generation + 1
-            new = Manifest(
-                old.identity,
-                old.groups,
-                old.width,
-                old.dtype,
+            new = replace(
+                old,
                 generation=generation,
                 data=f"data-{generation:04d}",
+                num_rows=0,
+                num_deleted=0,
+                rows_bytes=0,
             )
             data = self.folder / new.data
             shutil.rmtree(data, ignore_errors=True)  # left by a process that was killed
@@ -248,7 +265,7 @@ class Store(Reader):
     def _check_items(
         self, ids: list[str], embeddings: Tensor, metadata: Sequence, previews: Sequence
     ) -> None:
-        expected = len(ids), self._manifest.num_slots, self.width
+        expected = len(ids), self._manifest.num_slots, self.model_width
         if tuple(embeddings.shape) != expected:
             raise UserError(
                 f"embeddings must be {' x '.join(map(str, expected))} for {len(ids)} ids in "

@@ -1,6 +1,6 @@
 """Why a candidate has its score: which of its vectors a query met, and where these look.
 
-Rq: vectors of a query    Rc: of a candidate    D: width    H, W: patches down and across
+Rq: vectors of a query    Rc: of a candidate    D: their width    H, W: patches down and across
 """
 
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from metaembed_pl.model.patches import patch_attention
 
 if TYPE_CHECKING:
     from metaembed_pl.model.embedder import MetaEmbedder
+    from metaembed_pl.retrieval.searchable import Searchable
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,15 @@ class Looks:
     agreement: float
 
 
-def looks(model: "MetaEmbedder", item: Item, stored: Float[Tensor, "Rc D"]) -> Looks | None:
+def looks(
+    model: "MetaEmbedder", item: Item, store: "Searchable", stored: Float[Tensor, "Rc D"]
+) -> Looks | None:
     """Where the first vectors of an item look; None where the model has no such maps.
 
     Args:
         model: that made the stored vectors.
         item: with a picture.
+        store: that holds them.
         stored: its vectors in the store, as many as are of interest.
     """
     attention = patch_attention(model, item, "candidate")
@@ -72,6 +76,6 @@ def looks(model: "MetaEmbedder", item: Item, stored: Float[Tensor, "Rc D"]) -> L
         return None
     attention = attention[: len(stored)]
     even = attention.mean(dim=(1, 2), keepdim=True).clamp(min=1e-12)
-    anew = model.encode_candidate([item])[0, : len(stored)]
+    anew = store.project(model.encode_candidate([item])[0, : len(stored)])
     agreement = torch.nn.functional.cosine_similarity(anew, stored, dim=1).min()
     return Looks(attention / even, agreement.item())

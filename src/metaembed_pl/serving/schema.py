@@ -50,6 +50,10 @@ class Shelf(_Shape):
     """Counts the changes of the store."""
     groups: list[str]
     """The nested groups of its model, smallest first."""
+    width: int
+    """Components of a stored vector."""
+    model_width: int
+    """Of the model's; more than are stored where the store has a projection."""
     dtype: str
     """Of a stored vector's components."""
     vector_bytes: int

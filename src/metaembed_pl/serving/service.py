@@ -122,6 +122,8 @@ class Service:
             items=len(store),
             generation=store.generation,
             groups=[str(group) for group in store.groups],
+            width=store.width,
+            model_width=store.model_width,
             dtype=store.dtype,
             vector_bytes=store.snapshot().vector_bytes,
             plans=choices(store, calibration),
@@ -208,8 +210,8 @@ class Service:
         row = _row(store, item)
         (metadata,), (preview,) = store.metadata([row]), store.previews([row])
         vectors = store.vectors([row], r_c)[0]
-        found = match(asked.vectors[0, :r_q].cpu(), vectors)
-        maps, why = self._maps(metadata, preview, vectors)
+        found = match(store.accept(asked.vectors)[0, :r_q].cpu(), vectors)
+        maps, why = self._maps(store, metadata, preview, vectors)
         return schema.Explanation(
             item=_result(item, found.score, metadata, preview),
             budget=str(spent),
@@ -272,7 +274,11 @@ class Service:
         return calibration.choose(target_recall, top)
 
     def _maps(
-        self, metadata: dict[str, Any], preview: bytes | None, vectors: Float[Tensor, "Rc D"]
+        self,
+        store: Store,
+        metadata: dict[str, Any],
+        preview: bytes | None,
+        vectors: Float[Tensor, "Rc D"],
     ) -> tuple[schema.Maps | None, str | None]:
         with self._encoding:
             picture = original(metadata, self._roots)
@@ -281,7 +287,7 @@ class Service:
                 has_picture = "image" in metadata or "file" in metadata
                 return None, _why_no_picture(has_picture)
             item = Item(_said(metadata, "text"), shown, instruction=_said(metadata, "instruction"))
-            found = looks(self.model, item, vectors)
+            found = looks(self.model, item, store, vectors)
         if found is None:
             return None, (
                 f"models of the family {self.model.processing.family.model_type} have no maps: "

@@ -10,6 +10,7 @@ Larger ones have none and lie on disk: they are read for the few items that a ca
 N: items    R: their vectors    D: width
 """
 
+import base64
 import hashlib
 import json
 from collections.abc import Sequence
@@ -20,10 +21,12 @@ from uuid import UUID, uuid5
 from jaxtyping import Float
 from torch import Tensor
 
-from metaembed_pl.budget import Budget, parse_groups
+from metaembed_pl.budget import parse_groups
 from metaembed_pl.errors import UserError
+from metaembed_pl.retrieval.projection import Projection
 from metaembed_pl.retrieval.qdrant.packages import models
 from metaembed_pl.retrieval.reader import Reader
+from metaembed_pl.retrieval.searchable import Kind
 
 FORMAT = 1
 DTYPES = {
@@ -31,32 +34,34 @@ DTYPES = {
     "fp16": models.Datatype.FLOAT16,
     "turbo8": models.Datatype.TURBO8,
 }
+PROJECTION_CHARACTERS = 2**23
+"""At most: of 5120 components to 300, say. A server takes 32 MiB a request, and copies what a
+collection says of itself to every machine."""
 QUANTIZATIONS = ("int8", "binary")
 IDS = UUID("6f0c3f3e-6d0b-5d5c-9a52-3f0a1c0a7f11")
 """Points of Qdrant have UUIDs: an item's is made of its id and this."""
 
 
 @dataclass(frozen=True)
-class Layout:
+class Layout(Kind):
     """What a collection holds, and how; it is kept with the collection.
 
     Args:
-        identity: of the model whose meta embeddings these are.
-        groups: the model's nested groups.
+        identity: see `Kind`.
+        groups: see `Kind`.
         width: of a vector.
         counts: of candidate vectors that can be searched, ascending.
         dtype: of stored components, in Qdrant's words: fp32, fp16, turbo8.
         quantization: of a coarser copy of the smallest count, which is searched first; may be none.
         on_disk: the smallest count and its index are not kept in memory either.
+        projection: the store's, as text, since queries need it; None: it has none.
     """
 
-    identity: str
-    groups: tuple[Budget, ...]
-    width: int
     counts: tuple[int, ...]
     dtype: str = "fp16"
     quantization: str | None = None
     on_disk: bool = False
+    projection: str | None = None
 
     def __post_init__(self) -> None:
         trained = sorted({group.r_c for group in self.groups})
@@ -86,11 +91,16 @@ class Layout:
             given = {"dtype": "fp32", **given}
         every = tuple(sorted({group.r_c for group in store.groups}))
         counts = every if counts is None else tuple(counts)
+        if store.projection is not None:
+            given["projection"] = _as_text(store.projection)
         return cls(store.identity, store.groups, store.width, counts, **given)
 
     def to_json(self) -> dict[str, Any]:
         """What a collection keeps."""
-        return {"format": FORMAT, **asdict(self), "groups": [str(group) for group in self.groups]}
+        value = {"format": FORMAT, **asdict(self), "groups": [str(group) for group in self.groups]}
+        if self.projection is None:
+            del value["projection"]  # what is no news to an older version reads as before
+        return value
 
     @classmethod
     def from_json(cls, value: Any) -> "Layout":
@@ -106,6 +116,19 @@ class Layout:
             groups = parse_groups(value.pop("groups"))
             return cls(groups=groups, counts=tuple(value.pop("counts")), **value)
         except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"not a collection of a store: {error}") from error
+
+    def read_projection(self) -> Projection | None:
+        """The store's.
+
+        Raises:
+            UserError: what the collection keeps is none.
+        """
+        if self.projection is None:
+            return None
+        try:
+            return Projection.from_bytes(base64.b64decode(self.projection, validate=True))
+        except ValueError as error:  # ours is one too
             raise UserError(f"not a collection of a store: {error}") from error
 
     def vectors(self) -> dict[str, models.VectorParams]:
@@ -164,6 +187,17 @@ class Layout:
             )
             for id, of_item, value, now in zip(ids, vectors, metadata, revisions, strict=True)
         ]
+
+
+def _as_text(projection: Projection) -> str:
+    text = base64.b64encode(projection.to_bytes()).decode()
+    if len(text) > PROJECTION_CHARACTERS:
+        raise UserError(
+            f"a projection from {projection.model_width} to {projection.width} components is too "
+            f"large for what a collection says of itself ({len(text):,} characters, at most "
+            f"{PROJECTION_CHARACTERS:,}): embed into a store of less width, or without one"
+        )
+    return text
 
 
 def name_of(count: int) -> str:

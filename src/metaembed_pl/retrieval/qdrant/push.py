@@ -117,12 +117,18 @@ def check_layout(address: str, there: Layout, wanted: Layout, given: Iterable[st
         given: settings that were asked for.
 
     Raises:
-        UserError: it is another model's, or one of these settings is another.
+        UserError: it is another model's or has another projection, or one of these settings is
+            another.
     """
     if there.identity != wanted.identity:
         raise UserError(
             f"{address} holds the vectors of another model (identity {there.identity:.12}, this "
             f"store's is {wanted.identity:.12}): choose another name"
+        )
+    if there.projection != wanted.projection:
+        raise UserError(
+            f"{address} holds vectors with another projection (of width {there.width}, this "
+            f"store's are {wanted.width} wide): choose another name"
         )
     for name in sorted(given):
         before, now = getattr(there, name), getattr(wanted, name)

@@ -9,6 +9,7 @@ Q: queries    Rq: their vectors    D: width
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ from torch import Tensor
 from metaembed_pl.budget import Budget
 from metaembed_pl.errors import UserError
 from metaembed_pl.retrieval.cascade import Hits, Stage, choose_stages
+from metaembed_pl.retrieval.projection import Projection
 from metaembed_pl.retrieval.qdrant.collection import Collection, open_collection
 from metaembed_pl.retrieval.qdrant.layout import Layout
 from metaembed_pl.retrieval.qdrant.requests import search_request
-from metaembed_pl.retrieval.reader import check_queries
+from metaembed_pl.retrieval.searchable import Searchable
 from metaembed_pl.retrieval.where import parse_where
 
 
@@ -38,7 +40,7 @@ class QdrantHits(Hits):
     metadata: list[list[dict[str, Any]]]
 
 
-class QdrantStore:
+class QdrantStore(Searchable):
     """A collection that was opened; use `QdrantStore.open`, and `close` or `with`.
 
     Args:
@@ -84,19 +86,14 @@ class QdrantStore:
         return self._collection.address
 
     @property
-    def groups(self) -> tuple[Budget, ...]:
-        """The nested groups of the model."""
-        return self.layout.groups
+    def kind(self) -> Layout:
+        """What the collection says of itself."""
+        return self.layout
 
-    @property
-    def width(self) -> int:
-        """Of a vector."""
-        return self.layout.width
-
-    @property
-    def identity(self) -> str:
-        """Of the model whose vectors these are."""
-        return self.layout.identity
+    @cached_property
+    def projection(self) -> Projection | None:
+        """See `Searchable`."""
+        return self.layout.read_projection()
 
     def __len__(self) -> int:
         return self._collection.count()
@@ -148,7 +145,7 @@ class QdrantStore:
             UserError: any of these is not valid, or the collection cannot be reached.
         """
         stages = self.stages(budget, cascade, top)
-        check_queries(queries, self.groups, self.width, self.folder)
+        queries = self.accept(queries)
         conditions = parse_where(where)
         started = time.perf_counter()
         found = self._collection.query(

@@ -179,7 +179,8 @@ async function loadShelf() {
   document.title = `${shelf.name} · metaembed`;
   $("name").textContent = shelf.name;
   const [r_q, r_c] = shelf.groups.at(-1).split("x");
-  $("facts").textContent = `${count(shelf.items.toLocaleString("en"), "item")} · ${r_c} vectors each, ${shelf.dtype} · queries of ${r_q}`;
+  const projected = shelf.width < shelf.model_width ? `, projected from ${shelf.model_width}` : "";
+  $("facts").textContent = `${count(shelf.items.toLocaleString("en"), "item")} · ${count(r_c, "vector")} each, ${shelf.width} components${projected}, ${shelf.dtype} · queries of ${r_q}`;
   const examples = shelf.examples.map((text) => element("button", {
     type: "button", textContent: text, onclick: () => { $("text").value = text; forget(); ask(); },
   }));

@@ -1,0 +1,90 @@
+"""What a store and a collection in Qdrant have in common: the vectors of one model, to be searched.
+
+Q: queries    Rq: their vectors    D: width of the model's vectors    W: of the stored ones
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxtyping import Float
+from torch import Tensor
+
+from metaembed_pl.budget import Budget
+from metaembed_pl.errors import UserError
+from metaembed_pl.retrieval.projection import Projection
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Which vectors are held.
+
+    Args:
+        identity: of the model whose meta embeddings these are, as `identity_of` tells it.
+        groups: the model's nested groups.
+        width: of a stored vector.
+    """
+
+    identity: str
+    groups: tuple[Budget, ...]
+    width: int
+
+
+class Searchable(ABC):
+    """Holds the vectors of one model, and takes queries of that model alone."""
+
+    @property
+    @abstractmethod
+    def folder(self) -> Path | str:
+        """Where it is."""
+
+    @property
+    @abstractmethod
+    def kind(self) -> Kind:
+        """Which vectors these are."""
+
+    @property
+    @abstractmethod
+    def projection(self) -> Projection | None:
+        """To fewer components than the model's vectors have; None: they are kept as they are."""
+
+    @property
+    def groups(self) -> tuple[Budget, ...]:
+        """The nested groups of the model."""
+        return self.kind.groups
+
+    @property
+    def width(self) -> int:
+        """Of a stored vector."""
+        return self.kind.width
+
+    @property
+    def model_width(self) -> int:
+        """Of the model's vectors: of queries, and of what is added."""
+        return self.width if self.projection is None else self.projection.model_width
+
+    @property
+    def identity(self) -> str:
+        """Of the model whose vectors these are."""
+        return self.kind.identity
+
+    def project(self, vectors: Float[Tensor, "*N D"]) -> Float[Tensor, "*N W"]:
+        """Vectors of the model as they are kept, but for rounding; searches do so by themselves."""
+        return vectors if self.projection is None else self.projection(vectors)
+
+    def accept(self, queries: Float[Tensor, "Q Rq D"]) -> Float[Tensor, "Q Rq W"]:
+        """Queries of the model, to be compared with what is kept.
+
+        Raises:
+            UserError: they have another shape, or are not finite.
+        """
+        expected = self.groups[-1].r_q, self.model_width
+        if queries.ndim != 3 or tuple(queries.shape[1:]) != expected:
+            kept = "" if self.projection is None else f" (they are projected to {self.width} here)"
+            raise UserError(
+                f"queries must be N x {expected[0]} x {expected[1]} for {self.folder}{kept}, "
+                f"got {' x '.join(map(str, queries.shape))}: encode them with the store's model"
+            )
+        if not queries.isfinite().all():
+            raise UserError("queries hold NaN or infinity: they find nothing")
+        return self.project(queries)
