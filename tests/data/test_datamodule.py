@@ -3,11 +3,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch.utils.data import DataLoader
+from torch.utils.data._utils.pin_memory import pin_memory
 
 import tiny
 from metaembed_pl.data.beir import RetrievalSetWriter
 from metaembed_pl.data.collate import (
+    Chunk,
+    EvalBatch,
     Instructions,
     TrainBatch,
     choose_negatives,
@@ -212,6 +216,36 @@ def test_a_picture_that_does_not_decode_is_replaced_and_counted(tmp_path):
     assert keys.count("pair-5") == 3  # itself, and in place of both
     faults = {(shard, key) for batch in found for shard, key, _ in batch.faults}
     assert len(faults) == 2
+
+
+def test_lightning_moves_every_tensor_of_a_batch_and_nothing_else():
+    def made(where):
+        ids = torch.zeros(2, device=where)
+        chunks = [Chunk(ids, {"input_ids": ids}), Chunk(ids, {"input_ids": ids})]
+        return TrainBatch("s", 4, ["a", "b"], {"input_ids": ids}, chunks, 0, ids, ids, None)
+
+    def devices(batch):
+        parts = [batch.asks, batch.answers, *batch.queries.values()]
+        parts += [part for c in batch.candidates for part in (c.rows, *c.inputs.values())]
+        return {part.device.type for part in parts}
+
+    batch = made("cpu")
+    moved = move_data_to_device(batch, torch.device("meta"))
+    assert devices(moved) == {"meta"}
+    assert devices(batch) == {"cpu"}
+    assert moved.keys is batch.keys
+    one = EvalBatch("pool", "query", torch.zeros(2), {"input_ids": torch.zeros(2)})
+    one = move_data_to_device(one, torch.device("meta"))
+    assert one.index.is_meta
+    assert one.inputs["input_ids"].is_meta
+
+
+def test_torch_pins_every_tensor_of_a_batch(monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t, *_: pinned.append(t) or t)
+    ids = torch.zeros(2)
+    pin_memory(TrainBatch("s", 4, ["a"], {"ids": ids}, [Chunk(ids, {})], 0, ids, ids, None))
+    assert len(pinned) == 4
 
 
 def test_too_many_bad_samples_stop_the_run(tmp_path):

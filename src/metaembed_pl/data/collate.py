@@ -3,9 +3,9 @@
 Shape letters: B pairs, N hard negatives a query, A answers of a candidate (padded with -1).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import torch
 from jaxtyping import Int
@@ -18,7 +18,37 @@ Side = Literal["query", "candidate"]
 
 
 @dataclass
-class Chunk:
+class WithTensors:
+    """Says how tensors inside it move.
+
+    Lightning and torch look for these methods; without them, the one would look for tensors in each
+    key of each pair, the other would pin nothing.
+    """
+
+    def to(self, device: torch.device) -> Self:
+        """A copy whose tensors are on the device; on a GPU without waiting for them."""
+        return _changed(self, lambda t: t.to(device, non_blocking=device.type == "cuda"))
+
+    def pin_memory(self) -> Self:
+        """A copy whose tensors a GPU can fetch while it computes."""
+        return _changed(self, Tensor.pin_memory)
+
+
+def _changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, WithTensors):
+        return replace(
+            value, **{name: _changed(part, change) for name, part in vars(value).items()}
+        )
+    if isinstance(value, dict):
+        return {name: _changed(part, change) for name, part in value.items()}
+    is_chunks = isinstance(value, list) and value and isinstance(value[0], Chunk)
+    return [_changed(part, change) for part in value] if is_chunks else value
+
+
+@dataclass
+class Chunk(WithTensors):
     """Some rows of a batch, encoded by themselves.
 
     Args:
@@ -51,7 +81,7 @@ class Process(Protocol):
 
 
 @dataclass
-class TrainBatch:
+class TrainBatch(WithTensors):
     """One rank's part of a global batch.
 
     Args:
@@ -81,7 +111,7 @@ class TrainBatch:
 
 
 @dataclass
-class EvalBatch:
+class EvalBatch(WithTensors):
     """Some queries or candidates of an evaluation set; `index` says which."""
 
     dataset: str
@@ -164,6 +194,8 @@ def choose_negatives(pair: Pair, count: int, turn: int) -> Pair:
     """
     found = pair.negatives
     kept = [found[(turn * count + i) % len(found)] for i in range(min(count, len(found)))]
+    if len(kept) == count:
+        return replace(pair, negatives=tuple(kept))
     filler = replace(pair.positive, answers=(*pair.positive.answered, pair.asked))
     return replace(pair, negatives=(*kept, *[filler] * (count - len(kept))))
 
