@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from metaembed_pl.budget import PAPER_GROUPS, parse_groups
 from metaembed_pl.errors import UserError
+from metaembed_pl.training import loss as loss_module
 from metaembed_pl.training.loss import MMRLoss
 from two_ranks import on_two_ranks
 from unchecked import shapes_unchecked
@@ -48,6 +49,7 @@ def a_batch(size=6):
     return batch
 
 
+TWO_ROWS = len(GROUPS) * 6 * 2  # elements of a block of scores
 MARGINS = {"no margin": None, "a margin": 0.1}
 
 
@@ -140,7 +142,11 @@ INPUTS = {
 @pytest.mark.parametrize("switches", SWITCHES, ids=str)
 @pytest.mark.parametrize("left_out", INPUTS.values(), ids=INPUTS)
 @pytest.mark.parametrize("margin", MARGINS.values(), ids=MARGINS)
-def test_the_loss_and_its_gradients_are_the_loop_of_the_paper(switches, left_out, margin):
+@pytest.mark.parametrize("limit", [2**22, TWO_ROWS], ids=["one block", "blocks of two rows"])
+def test_the_loss_and_its_gradients_are_the_loop_of_the_paper(
+    switches, left_out, margin, limit, monkeypatch
+):
+    monkeypatch.setattr(loss_module, "CPU_BLOCK_ELEMENTS", limit)
     switches = switches | {"false_negative_margin": margin}
     batch = without(a_batch(), *left_out)
     ours = loss_and_gradients(lambda b: MMRLoss(GROUPS, 0.3, **switches)(**b).loss, batch)
@@ -236,17 +242,18 @@ def cases():
 
 def work(rank):
     results = []
-    for switches, batch in cases():
-        loss = MMRLoss(GROUPS, 0.3, **switches)
-        results.append(loss_and_gradients(lambda b, loss=loss: loss(**b).loss, half(batch, rank)))
+    for loss_module.CPU_BLOCK_ELEMENTS in (2**22, TWO_ROWS):
+        for switches, batch in cases():
+            loss = MMRLoss(GROUPS, 0.3, **switches)
+            part = half(batch, rank)
+            results.append(loss_and_gradients(lambda b, loss=loss: loss(**b).loss, part))
     return {"results": results, "num_negatives": loss(**half(batch, rank)).num_negatives}
 
 
 def test_two_ranks_equal_one_process_on_the_whole_batch(tmp_path):
     first, second = on_two_ranks(work, tmp_path)
-    for (switches, batch), *halves in zip(
-        cases(), first["results"], second["results"], strict=True
-    ):
+    twice = [*cases(), *cases()]
+    for (switches, batch), *halves in zip(twice, first["results"], second["results"], strict=True):
         whole = MMRLoss(GROUPS, 0.3, **switches)
         loss, grads = loss_and_gradients(lambda b, whole=whole: whole(**b).loss, batch)
         torch.testing.assert_close((halves[0][0] + halves[1][0]) / 2, loss)

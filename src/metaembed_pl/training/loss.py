@@ -8,13 +8,14 @@ Rq, Rc: vectors of a query, of a candidate    D: width    K: what one query asks
 A, An: things one candidate answers, one hard negative, padded
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from metaembed_pl.budget import Budget, parse_groups
 from metaembed_pl.errors import UserError
@@ -28,6 +29,9 @@ from metaembed_pl.training.gather import (
 
 PADDING = -1
 """Fills `answers` of candidates that answer fewer things than others; an id is never negative."""
+CPU_BLOCK_ELEMENTS = 2**22
+GPU_BLOCK_ELEMENTS = 2**26
+"""Scores of all groups held at a time: 16 and 256 MB, some three times so much going back."""
 
 
 class MMRLossOutput(NamedTuple):
@@ -123,34 +127,64 @@ class MMRLoss(nn.Module):
         own = torch.arange(len(queries), device=queries.device) + rank * len(queries)
         all_asks = None if asks is None else gather(asks)
         all_answers = None if answers is None else gather(_pad(answers))
+        all_positives = gather_with_gradient(positives)
+        all_queries = gather_with_gradient(queries) if self.both_directions else queries
+        blocks = self._blocks(len(queries), len(all_positives), queries.is_cuda)
 
-        scores = nested_scores(queries, gather_with_gradient(positives), self.groups)
-        own_scores = scores[-1].detach().gather(1, own[:, None])
-        mask = self._mask(scores, own_scores, _is_answered(asks, all_answers))
-        # The own positive answers what is asked, but is never left out.
-        logits = self._logits(scores, mask.scatter(1, own[:, None], False))
-        if negatives is not None:
-            hard = paired_scores(queries, negatives, self.groups)
-            mask = self._mask(hard, own_scores, _is_answered(asks, negative_answers))
-            logits = torch.cat([logits, self._logits(hard, mask)], dim=2)
-        per_group = _info_nce(logits, own)
-        num_masked = (logits[-1] == -torch.inf).sum() / len(queries)
+        def of_block(rows: slice) -> tuple[Float[Tensor, " G"], Int[Tensor, ""]]:
+            scores = nested_scores(queries[rows], all_positives, self.groups)
+            answered = _is_answered(_at(asks, rows), all_answers)
+            hard = hard_answered = None
+            if negatives is not None:
+                hard = paired_scores(queries[rows], negatives[rows], self.groups)
+                hard_answered = _is_answered(_at(asks, rows), _at(negative_answers, rows))
+            losses, num_masked = self._info_nce(scores, own[rows], answered, hard, hard_answered)
+            if not self.both_directions:
+                return losses, num_masked
+            # Where these are all scores there are, the other direction has the same, transposed.
+            if world > 1 or len(blocks) > 1:
+                scores = nested_scores(all_queries, positives[rows], self.groups)
+                answered = _is_answered(all_asks, _at(answers, rows))
+            reverse, _ = self._info_nce(
+                scores.mT, own[rows], None if answered is None else answered.T
+            )
+            return (losses + reverse) / 2, num_masked
 
-        if self.both_directions:
-            # On one process the scores of the other direction are these, transposed.
-            if world > 1:
-                scores = nested_scores(gather_with_gradient(queries), positives, self.groups)
-            answered = _is_answered(all_asks, answers)
-            mask = self._mask(scores.mT, own_scores, None if answered is None else answered.T)
-            reverse = self._logits(scores.mT, mask.scatter(1, own[:, None], False))
-            per_group = (per_group + _info_nce(reverse, own)) / 2
+        per_group, num_masked = _summed(of_block, blocks)
+        per_group = per_group / len(queries)
+        num_hard = 0 if negatives is None else negatives.shape[1]
         return MMRLossOutput(
             # Not as a dot product: autocast would round it to bf16.
             loss=(per_group * per_group.new_tensor(self.weights)).sum(),
             per_group=per_group.detach(),
-            num_negatives=logits.shape[2] - 1,
-            num_masked=float(num_masked),
+            num_negatives=len(all_positives) - 1 + num_hard,
+            num_masked=float(num_masked / len(queries)),
         )
+
+    def _blocks(self, num_rows: int, num_columns: int, on_gpu: bool) -> list[slice]:
+        """Rows of the scores, so many at a time that they take bounded memory."""
+        elements = GPU_BLOCK_ELEMENTS if on_gpu else CPU_BLOCK_ELEMENTS
+        step = max(1, elements // (len(self.groups) * num_columns))
+        return [slice(i, i + step) for i in range(0, num_rows, step)]
+
+    def _info_nce(
+        self,
+        scores: Float[Tensor, "G q P"],
+        own: Int[Tensor, " q"],
+        answered: Bool[Tensor, "q P"] | None,
+        hard: Float[Tensor, "G q N"] | None = None,
+        hard_answered: Bool[Tensor, "q N"] | None = None,
+    ) -> tuple[Float[Tensor, " G"], Int[Tensor, ""]]:
+        """Summed over some rows: the loss of each group, and how many candidates are left out."""
+        own_scores = scores[-1].detach().gather(1, own[:, None])
+        mask = self._mask(scores, own_scores, answered)
+        # The own positive answers what is asked, but is never left out.
+        logits = self._logits(scores, mask.scatter(1, own[:, None], False))
+        if hard is not None:
+            mask = self._mask(hard, own_scores, hard_answered)
+            logits = torch.cat([logits, self._logits(hard, mask)], dim=2)
+        losses = F.cross_entropy(logits.flatten(0, 1), own.repeat(len(logits)), reduction="none")
+        return losses.view(len(logits), -1).sum(dim=1), (logits[-1] == -torch.inf).sum()
 
     def _mask(
         self,
@@ -181,10 +215,21 @@ class MMRLoss(nn.Module):
         return (scores / self.temperature).masked_fill(mask, -torch.inf)
 
 
-def _info_nce(logits: Float[Tensor, "G Q P"], own: Int[Tensor, " Q"]) -> Float[Tensor, " G"]:
-    targets = own.repeat(len(logits))
-    losses = F.cross_entropy(logits.flatten(0, 1), targets, reduction="none")
-    return losses.view(len(logits), -1).mean(dim=1)
+def _summed(
+    of_block: Callable[[slice], tuple[Tensor, Tensor]], blocks: list[slice]
+) -> tuple[Tensor, Tensor]:
+    """What is found over all blocks; scores of several are dropped, and made again going back."""
+    if len(blocks) == 1:
+        return of_block(blocks[0])
+    found = [
+        checkpoint(of_block, rows, use_reentrant=False, preserve_rng_state=False) for rows in blocks
+    ]
+    losses, counts = zip(*found, strict=True)
+    return torch.stack(losses).sum(dim=0), torch.stack(counts).sum()
+
+
+def _at(values: Tensor | None, rows: slice) -> Tensor | None:
+    return None if values is None else values[rows]
 
 
 def _is_answered(
