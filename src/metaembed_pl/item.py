@@ -101,7 +101,9 @@ class Item:
         Raises:
             UserError: the file is missing, does not decode or is too large.
         """
-        return None if self.image is None else open_picture(self.image)
+        if self.image is None:
+            return None
+        return self.__dict__.get("decoded_image") or open_picture(self.image)
 
     def decoded(self) -> "Item":
         """The item with its picture decoded, so that a broken one shows now.
@@ -114,6 +116,7 @@ class Item:
         found = replace(self, image=self.load_image())
         # Of the file, not of its pixels: cheaper to hash, and the same before and after.
         found.__dict__["content"] = self.content
+        found.__dict__["decoded_image"] = found.image
         return found
 
     @property

@@ -5,7 +5,8 @@ other. Without flash attention, transformers calls the kernel once an image (or 
 thousands of small calls a batch. Chunks of equal length can share one call, with the same result.
 
 `sdpa_fp32`: attention in fp32 inside a model that otherwise runs in bf16. torch's CPU kernel takes
-8 times as long for the backward pass in bf16 as in fp32 (docs/log.md).
+8 times as long for the backward pass in bf16 as in fp32 (docs/log.md). It, and `packed` on the CPU,
+compute short sequences by plain products, which torch's fused CPU kernel is no match for.
 
 `PatchProjection`: the patch embedding is a convolution whose stride is its kernel, that is, one
 matrix product; as a convolution its backward pass alone was a tenth of a training step on a CPU.
@@ -13,11 +14,13 @@ matrix product; as a convolution its backward pass alone was a tenth of a traini
 Shape letters: S patches of all images, H heads, E width of a head, n chunks of one length L.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -29,6 +32,8 @@ FP32 = "sdpa_fp32"
 # transformers hands cumulative lengths only to implementations with "flash" in their name.
 PACKED = "packed_sdpa_in_place_of_flash"
 PACKED_FP32 = "packed_sdpa_fp32_in_place_of_flash"
+SHORT = 64
+"""Tokens; at 36 plain products took half the time on a CPU, at 256 half as much again."""
 
 
 def packed_attention(
@@ -48,19 +53,34 @@ def packed_attention(
     Source: the signature of transformers' `AttentionInterface`.
     """
     lengths = cu_seq_lens_q.diff()
+
+    def attend(*chunks: Float[Tensor, "n H L E"]) -> Float[Tensor, "n*L H E"]:
+        with _kernel_of(chunks[0]):
+            output = scaled_dot_product_attention(*chunks, scale=scaling, dropout_p=dropout)
+        return output.transpose(1, 2).flatten(0, 1)
+
+    found = lengths.unique().tolist()
+    if len(found) == 1:
+        return attend(*(_chunks(tensor[0], found[0]) for tensor in (query, key, value)))[None], None
     parts, places = [], []
-    for length in lengths.unique().tolist():
+    for length in found:
         starts = cu_seq_lens_q[:-1][lengths == length]
         place = (starts[:, None] + torch.arange(length, device=starts.device)).flatten()
-        chunks = (
-            tensor[0].index_select(1, place).unflatten(1, (-1, length)).transpose(0, 1)
-            for tensor in (query, key, value)
-        )
-        output = scaled_dot_product_attention(*chunks, scale=scaling, dropout_p=dropout)
-        parts.append(output.transpose(1, 2).flatten(0, 1))
+        chosen = (tensor[0].index_select(1, place) for tensor in (query, key, value))
+        parts.append(attend(*(_chunks(tensor, length) for tensor in chosen)))
         places.append(place)
     joined = torch.cat(parts)
     return torch.empty_like(joined).index_copy(0, torch.cat(places), joined)[None], None
+
+
+def _chunks(tensor: Float[Tensor, "H S E"], length: int) -> Float[Tensor, "n H L E"]:
+    return tensor.unflatten(1, (-1, length)).transpose(0, 1)
+
+
+def _kernel_of(query: Float[Tensor, "n H L E"]) -> AbstractContextManager[Any]:
+    """Plain products where they are faster, else what torch chooses."""
+    is_short = query.device.type == "cpu" and query.shape[2] <= SHORT
+    return sdpa_kernel(SDPBackend.MATH) if is_short else nullcontext()
 
 
 def _in_fp32(attention: Any) -> Any:
@@ -75,7 +95,7 @@ def _in_fp32(attention: Any) -> Any:
         if attention_mask is not None and attention_mask.is_floating_point():
             attention_mask = attention_mask.float()
         inputs = query.float(), key.float(), value.float(), attention_mask
-        with torch.autocast(query.device.type, enabled=False):
+        with torch.autocast(query.device.type, enabled=False), _kernel_of(query):
             output, _ = attention(module, *inputs, **kwargs)
         return output.to(query.dtype), None
 

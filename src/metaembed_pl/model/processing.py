@@ -255,17 +255,20 @@ class Processing:
 
     def _pad(self, rows: list[list[int]], num_slots: int) -> dict[str, Tensor]:
         length = max(map(len, rows)) + num_slots
-        ids = torch.full((len(rows), length), self._slot_id, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        ends = torch.empty(len(rows), dtype=torch.long)
-        for i, row in enumerate(rows):
+        ids, mask, ends = [], [], []
+        for row in rows:
             used = len(row) + num_slots
-            start = length - used if self.padding_side == "left" else 0
-            ids[i, start : start + len(row)] = torch.tensor(row, dtype=torch.long)
-            mask[i, start : start + used] = 1
-            ends[i] = start + len(row)
-        slots = ends[:, None] + torch.arange(num_slots)
-        return {"input_ids": ids, "attention_mask": mask, "slot_index": slots}
+            before = length - used if self.padding_side == "left" else 0
+            after = length - used - before
+            free = [self._slot_id] * length
+            ids.append([*free[:before], *row, *free[: num_slots + after]])
+            mask.append([0] * before + [1] * used + [0] * after)
+            ends.append([before + len(row)])
+        return {
+            "input_ids": torch.tensor(ids),
+            "attention_mask": torch.tensor(mask),
+            "slot_index": torch.tensor(ends) + torch.arange(num_slots),
+        }
 
     @cached_property
     def _slot_id(self) -> int:
