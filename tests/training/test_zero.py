@@ -1,7 +1,7 @@
 """A whole run under ZeRO-3 from the command line, on two processes of the CPU.
 
-LoRA on weights that are sharded as they are read, gradient caching, checkpoints, an end by SIGKILL,
-the model folder.
+LoRA on weights that are sharded as they are read, gradient caching, checkpoints, ends by SIGKILL in
+the middle of them, the model folder.
 """
 
 import json
@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -26,6 +25,8 @@ from metaembed_pl.training.strategy import _refuse_objects
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 TIMEOUT_S = 400
+FIT = ("-m", "metaembed_pl", "fit")
+KILLED = Path(__file__).parent.parent / "fit_killed.py"
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def root(tmp_path_factory) -> Path:
     return root
 
 
-def recipe(root: Path, name: str, **evaluation) -> str:
+def recipe(root: Path, name: str, trainer: dict | None = None, **evaluation) -> str:
     values = {
         "run": {"name": name, "folder": str(root / "runs"), "checkpoint_every_n_steps": 2},
         "model": {
@@ -61,6 +62,7 @@ def recipe(root: Path, name: str, **evaluation) -> str:
             "gradient_clip_val": 1.0,
             "log_every_n_steps": 1,
             "logger": False,
+            **(trainer or {}),
         },
     }
     file = root / f"{name}.yaml"
@@ -68,9 +70,9 @@ def recipe(root: Path, name: str, **evaluation) -> str:
     return str(file)
 
 
-def start(*arguments: str) -> subprocess.Popen:
+def start(*arguments: str, program: tuple[str, ...] = FIT) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "metaembed_pl", "fit", *arguments],
+        [sys.executable, *program, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -79,15 +81,20 @@ def start(*arguments: str) -> subprocess.Popen:
     )
 
 
-def run(*arguments: str) -> str:
-    process = start(*arguments)
+def run(*arguments: str, program: tuple[str, ...] = FIT, ends: int = 0) -> str:
+    process = start(*arguments, program=program)
     try:
         told = process.communicate(timeout=TIMEOUT_S)[0]
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, told
+    assert process.returncode == ends, told
     return told
+
+
+def run_killed(part: str, config: str) -> None:
+    """A run that dies as it writes a file with this in its path."""
+    run("--config", config, program=(str(KILLED), part), ends=-signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
@@ -129,22 +136,32 @@ def test_a_checkpoint_exports_to_the_same_model(finished, tmp_path):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_killed_at_a_checkpoint_and_resumed_it_ends_where_an_unbroken_run_does(root, finished):
+def test_killed_in_a_checkpoint_and_resumed_it_ends_where_an_unbroken_run_does(root, finished):
     config = recipe(root, "killed")
-    process = start("--config", config)
-    last = root / "runs" / "killed" / "checkpoints" / "last.ckpt"
-    deadline = time.monotonic() + TIMEOUT_S
-    while not last.exists():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, "no checkpoint"
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert not (root / "runs" / "killed" / "model").exists()
+    run_killed(".last.ckpt.b/", config)  # the second; the first is in .last.ckpt.a
+    folder = root / "runs" / "killed"
+    halves = [f for f in folder.rglob(".last.ckpt.b/**/*.pt") if f.read_bytes() == b"half of a"]
+    assert halves, "it was killed elsewhere"
+    assert (folder / "checkpoints" / "last.ckpt").resolve().name == ".last.ckpt.a"
+    assert not (folder / "model").exists()
     run("--config", config, "--ckpt_path", "last")
-    one, other = adapter(finished / "model"), adapter(root / "runs" / "killed" / "model")
+    one, other = adapter(finished / "model"), adapter(folder / "model")
     for name, tensor in one.items():
         assert torch.equal(tensor, other[name]), name
+
+
+def test_killed_in_the_consolidation_an_offloaded_run_exports_the_same_model(root, finished):
+    config = recipe(root, "offloaded", trainer={"strategy": "deepspeed_stage_3_offload"})
+    run_killed("/.model.", config)
+    folder = root / "runs" / "offloaded"
+    assert list(folder.glob(".model.*/**/adapter_model.safetensors")), "it was killed elsewhere"
+    assert not (folder / "model").exists()
+    out = str(root / "of_offloaded")
+    assert main(["export", "--run", str(folder), "--checkpoint", "last", "--out", out]) == 0
+    one, other = adapter(finished / "model"), adapter(Path(out))
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.allclose(tensor, other[name], rtol=0, atol=1e-5), name
 
 
 def test_another_number_of_ranks_is_refused_with_the_way_on(root, finished):
