@@ -1,4 +1,5 @@
 import json
+import os
 import random
 import subprocess
 import sys
@@ -197,6 +198,28 @@ def test_refuses_a_file_that_was_cut_off(tmp_path, name):
     file.unlink()
     with pytest.raises(UserError, match=rf"{name} has 0 bytes"):
         Store.open(tmp_path / "s")
+
+
+def test_a_file_cut_off_while_it_is_read_is_told_and_no_end_of_the_process(tmp_path):
+    """Reading a mapped file beyond its end would kill this process, and so fail all its tests."""
+    store = new_store(tmp_path / "s", count=3000)
+    copies = {file: file.read_bytes() for file in (tmp_path / "s" / "data-0000").iterdir()}
+    expected, metadata = store.vectors(), store.metadata()
+    reads = (
+        store.vectors,
+        store.metadata,
+        lambda: store.search(vectors(1, 4), "4x8"),
+        lambda: list(store.scores(vectors(1, 4))),
+        lambda: store.previews([2999]),
+    )
+    for file, content in copies.items():
+        os.truncate(file, 100)
+        for read in reads:
+            with pytest.raises(UserError, match=rf"{file.name} has 100 bytes, its store's"):
+                read()
+        file.write_bytes(content)
+    assert torch.equal(store.vectors(), expected)
+    assert store.metadata() == metadata
 
 
 def test_refuses_rows_that_are_damaged(tmp_path):

@@ -10,19 +10,17 @@ N: items    n: items read at a time    S: slots of a file    R: slots in all    
 
 import itertools
 import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Float, Integer, Shaped
 from torch import Tensor
 
 from metaembed_pl.budget import Budget
-from metaembed_pl.errors import UserError
 from metaembed_pl.retrieval.manifest import Manifest
+from metaembed_pl.retrieval.mapped import MappedFiles
 
 TORCH_DTYPES = {
     "fp32": torch.float32,
@@ -63,9 +61,9 @@ def append_vectors(folder: Path, manifest: Manifest, embeddings: Float[Tensor, "
     """Write the vectors of new items after those that the manifest counts."""
     for first, end in spans(manifest.groups):
         vectors, scales = quantized(embeddings[:, first:end].cpu(), manifest.dtype)
-        _append(_file(folder, first, end, manifest.dtype), vectors, manifest.num_rows)
+        _append(folder / _name(first, end, manifest.dtype), vectors, manifest.num_rows)
         if scales is not None:
-            _append(_file(folder, first, end, "scale"), scales, manifest.num_rows)
+            _append(folder / _name(first, end, "scale"), scales, manifest.num_rows)
 
 
 def copy_vectors(
@@ -74,9 +72,9 @@ def copy_vectors(
     """Write stored vectors of another folder, as they are, after those that the manifest counts."""
     for plane, (first, end) in zip(planes, spans(manifest.groups), strict=True):
         vectors = plane.vectors[rows]
-        _append(_file(folder, first, end, manifest.dtype), vectors, manifest.num_rows)
+        _append(folder / _name(first, end, manifest.dtype), vectors, manifest.num_rows)
         if plane.scales is not None:
-            _append(_file(folder, first, end, "scale"), plane.scales[rows], manifest.num_rows)
+            _append(folder / _name(first, end, "scale"), plane.scales[rows], manifest.num_rows)
 
 
 def append_bytes(file: Path, content: bytes, start: int) -> None:
@@ -106,8 +104,8 @@ def quantized(
     return (vectors / scales).round().to(torch.int8), scales
 
 
-def map_planes(folder: Path, manifest: Manifest) -> list[Plane]:
-    """The files of a store's vectors, mapped: nothing is read before it is used.
+def map_planes(files: MappedFiles, manifest: Manifest) -> list[Plane]:
+    """The vectors of a store.
 
     Raises:
         UserError: a file is shorter than the manifest says.
@@ -115,41 +113,14 @@ def map_planes(folder: Path, manifest: Manifest) -> list[Plane]:
     planes = []
     for first, end in spans(manifest.groups):
         shape = manifest.num_rows, end - first
-        file = _file(folder, first, end, manifest.dtype)
-        vectors = map_tensor(file, (*shape, manifest.width), TORCH_DTYPES[manifest.dtype])
+        name = _name(first, end, manifest.dtype)
+        vectors = files.tensor(name, (*shape, manifest.width), TORCH_DTYPES[manifest.dtype])
         scales = None
         if manifest.dtype == "int8":
-            scales = map_tensor(_file(folder, first, end, "scale"), (*shape, 1), torch.float32)
+            scales = files.tensor(_name(first, end, "scale"), (*shape, 1), torch.float32)
         planes.append(Plane(first, vectors, scales))
     return planes
 
 
-def map_tensor(file: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A file's first values as a tensor that is read when it is used."""
-    size = dtype.itemsize * int(np.prod(shape))
-    check_size(file, size)
-    if not size:
-        return torch.empty(shape, dtype=dtype)
-    # For reading alone and shared: a store may be larger than the memory, and not ours to write.
-    mapped = np.memmap(file, dtype=np.uint8, mode="r", shape=(size,))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that it is not writable: nobody writes
-        return torch.from_numpy(mapped).view(dtype).view(shape)
-
-
-def check_size(file: Path, size: int) -> None:
-    """Refuse a file that is shorter than it should be.
-
-    Raises:
-        UserError: says by how much.
-    """
-    found = file.stat().st_size if file.exists() else 0
-    if found < size:
-        raise UserError(
-            f"{file} has {found:,} bytes, its store's manifest counts {size:,}: "
-            "it was cut off or lost; bring back a copy of it, or embed the items again"
-        )
-
-
-def _file(folder: Path, first: int, end: int, suffix: str) -> Path:
-    return folder / f"slots-{first:03d}-{end - 1:03d}.{suffix}"
+def _name(first: int, end: int, suffix: str) -> str:
+    return f"slots-{first:03d}-{end - 1:03d}.{suffix}"

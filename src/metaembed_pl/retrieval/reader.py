@@ -193,11 +193,18 @@ class Reader(Searchable):
         )
 
     def snapshot(self) -> Snapshot:
-        """The generation that this object knows, mapped."""
-        if self._snapshot is None:
-            self._snapshot = Snapshot.open(self.folder)
-            self._manifest = self._snapshot.manifest
-        return self._snapshot
+        """The generation that this object knows, mapped, and there to be read.
+
+        Raises:
+            UserError: a file of it was made shorter meanwhile.
+        """
+        snapshot = self._snapshot
+        if snapshot is not None and not snapshot.files.are_whole():
+            snapshot = self._places = None  # perhaps another copy is there by now
+        if snapshot is None:
+            self._snapshot = snapshot = Snapshot.open(self.folder)
+            self._manifest = snapshot.manifest
+        return snapshot
 
     def _places_by_id(self) -> dict[str, int]:
         if self._places is None:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from metaembed_pl.errors import UserError
 from metaembed_pl.retrieval.manifest import Manifest
-from metaembed_pl.retrieval.planes import append_bytes, check_size
+from metaembed_pl.retrieval.mapped import MappedFiles
+from metaembed_pl.retrieval.planes import append_bytes
 
 ROWS_FILE = "rows.arrows"
 SCHEMA = pa.schema(
@@ -65,20 +66,18 @@ def _append(folder: Path, manifest: Manifest, table: pa.Table) -> int:
     return manifest.rows_bytes + len(content)
 
 
-def map_rows(folder: Path, manifest: Manifest) -> pa.Table:
-    """The rows the manifest counts, mapped: nothing is read before it is used.
+def map_rows(files: MappedFiles, manifest: Manifest) -> pa.Table:
+    """The rows the manifest counts.
 
     Raises:
         UserError: the file is cut off, damaged or of another length.
     """
-    file = folder / ROWS_FILE
-    check_size(file, manifest.rows_bytes)
+    file = files.folder / ROWS_FILE
+    content = files.bytes(ROWS_FILE, manifest.rows_bytes)
     if not manifest.rows_bytes:
         return SCHEMA.empty_table()
     try:
-        with pa.memory_map(str(file)) as mapped:
-            content = mapped.read_buffer(manifest.rows_bytes)
-        with pa.ipc.open_stream(content) as stream:
+        with pa.ipc.open_stream(pa.py_buffer(content)) as stream:
             table = stream.read_all()
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{file} is damaged: {str(error).splitlines()[0]}") from error

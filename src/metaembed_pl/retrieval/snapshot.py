@@ -15,7 +15,8 @@ from torch import Tensor
 
 from metaembed_pl.errors import UserError
 from metaembed_pl.retrieval.manifest import Manifest
-from metaembed_pl.retrieval.planes import Plane, map_planes, map_tensor, vector_bytes
+from metaembed_pl.retrieval.mapped import MappedFiles
+from metaembed_pl.retrieval.planes import Plane, map_planes, vector_bytes
 from metaembed_pl.retrieval.rows import map_rows
 
 DELETED_FILE = "deleted.i64"
@@ -31,12 +32,14 @@ class Snapshot:
         planes: the vectors of all places, which are rows of the files.
         table: ids, metadata and previews of all places.
         places: of the items that are there, ascending.
+        files: all of these.
     """
 
     manifest: Manifest
     planes: list[Plane]
     table: pa.Table
     places: Integer[Tensor, " L"]
+    files: MappedFiles
 
     @classmethod
     def open(cls, folder: Path) -> "Snapshot":
@@ -59,14 +62,16 @@ class Snapshot:
     @classmethod
     def _map(cls, data: Path, manifest: Manifest) -> "Snapshot":
         there = np.ones(manifest.num_rows, dtype=bool)
-        deleted = map_tensor(data / DELETED_FILE, (manifest.num_deleted,), torch.int64).numpy()
+        files = MappedFiles(data)
+        deleted = files.tensor(DELETED_FILE, (manifest.num_deleted,), torch.int64).numpy()
         if len(deleted) and not 0 <= deleted.min() <= deleted.max() < manifest.num_rows:
             raise UserError(f"{data / DELETED_FILE} is damaged: it names rows that are not there")
         there[deleted] = False
         places = torch.from_numpy(np.flatnonzero(there))
         if len(places) != manifest.num_items:
             raise UserError(f"{data / DELETED_FILE} is damaged: it names a row twice")
-        return cls(manifest, map_planes(data, manifest), map_rows(data, manifest), places)
+        planes, table = map_planes(files, manifest), map_rows(files, manifest)
+        return cls(manifest, planes, table, places, files)
 
     @property
     def vector_bytes(self) -> int:
