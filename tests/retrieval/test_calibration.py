@@ -92,6 +92,16 @@ def test_plans_of_the_papers_groups_end_with_the_cascade_of_the_docs():
     ]
 
 
+def test_can_be_ended_between_any_two_searches(store):
+    calls = []
+    calibrate(store, go_on=lambda: calls.append(1))
+    for last in (1, len(calls) // 2, len(calls)):
+        left = iter(range(last - 1))
+        with pytest.raises(StopIteration):
+            calibrate(store, go_on=left.__next__)
+    assert len(calls) == 4 * (1 + len(plans(GROUPS, COUNT)))
+
+
 def test_refuses_what_cannot_be_measured(store, tmp_path):
     empty = Store.create(tmp_path / "s", GROUPS, WIDTH, "model")
     with pytest.raises(UserError, match=r"/s is empty"):

@@ -3,14 +3,17 @@
 import hashlib
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
+import threading
 import urllib.request
 import zlib
 
 import pytest
 import torch
+import uvicorn
 from starlette.testclient import TestClient
 
 import tiny
@@ -19,9 +22,14 @@ from metaembed_pl.errors import UserError
 from metaembed_pl.item import Item
 from metaembed_pl.model.identity import identity_of
 from metaembed_pl.model.patches import patch_attention
+from metaembed_pl.picture import small_jpeg
+from metaembed_pl.retrieval.calibration import calibrate
+from metaembed_pl.retrieval.sources import draw_page, open_source
 from metaembed_pl.retrieval.store import Store
 from metaembed_pl.serving.app import make_app
+from metaembed_pl.serving.measuring import Measuring
 from metaembed_pl.serving.service import MAX_TEXT, NotThere, Service
+from tiny_pdf import make_pdf
 
 MAX_UPLOAD = 50_000
 
@@ -174,6 +182,21 @@ def test_only_pictures_in_allowed_folders_are_read(model, tmp_path):
         assert service.explain(query, item).maps is None
 
 
+def test_a_page_of_a_pdf_is_shown_where_its_folder_is_allowed(model, tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in ("in/a.pdf", "b.pdf"):
+        (tmp_path / name).write_bytes(make_pdf([["first page"], ["second page"]]))
+    sources = open_source(tmp_path / "in" / "a.pdf"), open_source(tmp_path / "b.pdf")
+    Store.build(tmp_path / "s", model, [entry for source in sources for entry in source])
+    service = Service(model, tmp_path / "s", [tmp_path / "in"])
+    page = draw_page(tmp_path / "in" / "a.pdf", 2).load_image()
+    assert service.picture("a.pdf#page=2").content == small_jpeg(page, 1280, 88)
+    assert service.explain(service.ask("page").query, "a.pdf#page=2").maps.drawn_from == "picture"
+    assert service.picture("b.pdf#page=2") == service.preview("b.pdf#page=2")
+    (tmp_path / "in" / "a.pdf").unlink()
+    assert service.picture("a.pdf#page=2") == service.preview("a.pdf#page=2")
+
+
 def test_pictures_come_by_the_id_of_their_item(client, folder):
     store, item = Store.open(folder), "a/../b #4?x=1&é"
     answer = client.get("/api/preview", params={"item": item})
@@ -311,6 +334,14 @@ def test_what_is_added_meanwhile_is_found_and_a_broken_manifest_is_told(model, t
         assert str(path.parent) not in answer.json()["error"]
         manifest.write_text(good)
         assert client.get("/api/search", params={"query": query}).status_code == 200
+        for file in (path / "data-0000").iterdir():  # mapped, and cut off
+            content = file.read_bytes()
+            os.truncate(file, 7)
+            answer = client.get("/api/search", params={"query": query})
+            assert answer.status_code == 503
+            assert f"{file.name} has 7 bytes" in answer.json()["error"]
+            file.write_bytes(content)
+        assert client.get("/api/search", params={"query": query}).status_code == 200
 
 
 def test_measures_in_the_background_and_then_knows_what_to_spend(client, service):
@@ -327,14 +358,61 @@ def test_measures_in_the_background_and_then_knows_what_to_spend(client, service
     assert next(one for one in shelf["plans"] if one["plan"] == chosen)["recall"] >= 0.98
 
 
+def test_a_measurement_ends_with_the_service(model, tmp_path):
+    begun = threading.Event()
+
+    def measure_forever(store, go_on):
+        while True:
+            begun.set()
+            calibrate(store, go_on=go_on)
+
+    Store.build(tmp_path / "s", model, [tiny.text(i) for i in range(12)])
+    service = Service(model, tmp_path / "s")
+    service.measuring = Measuring(measure_forever)
+    with TestClient(make_app(service), base_url="http://localhost") as client:
+        assert client.post("/api/measurement").json()["state"] == "running"
+        assert begun.wait(20)
+    service.measuring.wait()  # it is over, or this would never be
+
+
 def test_refuses_another_models_store(folder):
     with pytest.raises(UserError, match="another model"):
         Service(tiny.embedder(seed=1), folder)
 
 
-def test_the_process_answers_and_ends_in_order(model, folder, tmp_path, capsys):
-    model.save_pretrained(tmp_path / "model")
-    command = ["serve", "--model", str(tmp_path / "model"), "--store", str(folder), "--port"]
+@pytest.fixture(scope="module")
+def command(model, folder, tmp_path_factory):
+    """All but the number of a port."""
+    saved = tmp_path_factory.mktemp("run") / "model"
+    model.save_pretrained(saved)
+    return ["serve", "--model", str(saved), "--store", str(folder), "--port"]
+
+
+def test_the_extra_that_is_missing_is_named(command, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert main([*command, "0"]) == 2
+    assert "serve needs uvicorn: pip install 'metaembed-pl[serve]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "warned", "hosts"),
+    [
+        ("", False, {"127.0.0.1", "localhost", "::1"}),
+        ("--host 0.0.0.0", True, None),
+        ("--host 0.0.0.0 --allow-host shelf.here", True, {"0.0.0.0", "shelf.here"}),
+    ],
+)
+def test_who_opens_it_to_others_is_warned(command, capsys, monkeypatch, flags, warned, hosts):
+    served = []
+    monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: served.append(self.config.app))
+    assert main([*command, "0", *flags.split()]) == 0
+    out, err = capsys.readouterr()
+    assert ("there is no password" in err) == warned
+    assert f"at http://{'0.0.0.0' if warned else '127.0.0.1'}:" in out
+    assert [app.hosts for app in served] == [hosts]
+
+
+def test_the_process_answers_and_ends_in_order(command, capsys):
     with subprocess.Popen(
         [sys.executable, "-m", "metaembed_pl", *command, "0"], stdout=subprocess.PIPE, text=True
     ) as process:

@@ -25,7 +25,7 @@ from metaembed_pl.retrieval.store import Store
 
 CALIBRATION_FILE = "calibration.json"
 TOP = 10
-NUM_QUERIES = 32
+NUM_QUERIES, ASKED_AT_A_TIME = 32, 8
 PRODUCTS_AT_MOST = 2.5e11
 """Multiplications that the exact search may take: some seconds on a core or two."""
 ROWS_AT_LEAST = 1000
@@ -115,7 +115,10 @@ def plans(groups: Sequence[Budget], num_rows: int) -> list[tuple[Stage, ...]]:
 
 
 def calibrate(
-    store: Store, queries: Float[Tensor, "Q Rq D"] | None = None, asked_by: str = "queries"
+    store: Store,
+    queries: Float[Tensor, "Q Rq D"] | None = None,
+    asked_by: str = "queries",
+    go_on: Callable[[], None] = lambda: None,
 ) -> Calibration:
     """Measure plans on a store.
 
@@ -123,6 +126,7 @@ def calibrate(
         store: not empty.
         queries: of the store's model, some dozens; None: stored items ask, with their own vectors.
         asked_by: what the queries are, in words.
+        go_on: called every second or so; what it raises ends the measurement.
 
     Raises:
         UserError: the store is empty.
@@ -138,14 +142,23 @@ def calibrate(
     affordable = int(PRODUCTS_AT_MOST / (len(queries) * r_q * r_c * store.width))
     rows = spread(len(store), max(ROWS_AT_LEAST, affordable))
     places = snapshot.places[rows]
-    exact = run_stages(snapshot, queries, [Stage(store.groups[-1], TOP)], places)
+
+    def search(plan: Sequence[Stage]) -> tuple[Tensor, float]:
+        """What a plan finds, and the seconds it takes."""
+        parts = []
+        for some in queries.split(ASKED_AT_A_TIME):
+            go_on()
+            parts.append(run_stages(snapshot, some, plan, places))
+        return torch.cat([part.places for part in parts]), sum(part.seconds for part in parts)
+
+    exact, _ = search([Stage(store.groups[-1], TOP)])
     measured = []
     for plan in plans(store.groups, len(store)):
         share = len(rows) / len(store)
         scaled = [Stage(budget, max(TOP, math.ceil(share * keep))) for budget, keep in plan]
-        found = run_stages(snapshot, queries, scaled, places)
-        hits = (exact.places.unsqueeze(2) == found.places.unsqueeze(1)).any(dim=2)
-        recall, milliseconds = hits.float().mean().item(), 1000 * found.seconds / len(queries)
+        found, seconds = search(scaled)
+        hits = (exact.unsqueeze(2) == found.unsqueeze(1)).any(dim=2)
+        recall, milliseconds = hits.float().mean().item(), 1000 * seconds / len(queries)
         measured.append(Measured(plan_name(plan), recall, *costs(plan, store), milliseconds))
     return Calibration(
         store.generation,
@@ -181,13 +194,16 @@ def stages_of(plan: str, groups: Sequence[Budget], top: int) -> tuple[Stage, ...
 
 
 def measure(
-    store: Store, encode: Callable[[Sequence[str]], Float[Tensor, "Q Rq D"]]
+    store: Store,
+    encode: Callable[[Sequence[str]], Float[Tensor, "Q Rq D"]],
+    go_on: Callable[[], None] = lambda: None,
 ) -> Calibration:
     """Calibrate with texts that items of a store have as queries; where few have one, without.
 
     Args:
         store: not empty.
         encode: gives texts' vectors, as queries of the store's model.
+        go_on: see `calibrate`.
 
     Raises:
         UserError: the store is empty.
@@ -196,8 +212,8 @@ def measure(
     said = [metadata.get("asked_as") or metadata.get("text") for metadata in store.metadata(rows)]
     texts = [text for text in said if isinstance(text, str) and text.strip()][:NUM_QUERIES]
     if len(texts) < NUM_QUERIES // 2:
-        return calibrate(store)
-    return calibrate(store, encode(texts), "texts of its items")
+        return calibrate(store, go_on=go_on)
+    return calibrate(store, encode(texts), "texts of its items", go_on)
 
 
 def plan_name(plan: Sequence[Stage]) -> str:

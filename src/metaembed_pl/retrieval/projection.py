@@ -53,7 +53,7 @@ class Projection:
         """
         products, count = None, 0
         for some in vectors:
-            flat = some.flatten(0, 1).double().cpu()
+            flat = some.flatten(0, 1).cpu().double()
             products = flat.T @ flat if products is None else products.addmm_(flat.T, flat)
             count += len(flat)
         if products is None or count < width:

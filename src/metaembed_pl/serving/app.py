@@ -66,7 +66,7 @@ def make_app(service: Service, hosts: Collection[str] | None = LOOPBACK) -> Guar
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         anyio.to_thread.current_default_thread_limiter().total_tokens = NUM_THREADS
         yield
-        await anyio.to_thread.run_sync(service.measuring.wait)
+        await anyio.to_thread.run_sync(service.measuring.stop)
 
     # Its pages of documentation would load scripts from elsewhere.
     app = FastAPI(

@@ -11,15 +11,21 @@ from metaembed_pl.retrieval.store import Store
 from metaembed_pl.serving.schema import Measurement, Plan
 
 
+class _StoppedError(Exception):
+    """The service ends."""
+
+
 class Measuring:
     """Knows a store's calibration, or makes it.
 
     Args:
-        calibrate: measures a store; takes seconds.
+        calibrate: measures a store, which takes seconds; what it is given beside the store it calls
+            now and then, and is ended by what that raises.
     """
 
-    def __init__(self, calibrate: Callable[[Store], Calibration]):
+    def __init__(self, calibrate: Callable[[Store, Callable[[], None]], Calibration]):
         self._calibrate = calibrate
+        self._stopped = threading.Event()
         self._lock = threading.Lock()
         self._known: Calibration | None = None
         self._running: threading.Thread | None = None
@@ -46,6 +52,15 @@ class Measuring:
         if self._running is not None:
             self._running.join()
 
+    def stop(self) -> None:
+        """End what was started, which takes a second or two."""
+        self._stopped.set()
+        self.wait()
+
+    def _go_on(self) -> None:
+        if self._stopped.is_set():
+            raise _StoppedError
+
     def state(self, store: Store) -> Measurement:
         """How far it is."""
         if self._running is not None and self._running.is_alive():
@@ -59,7 +74,9 @@ class Measuring:
 
     def _run(self, store: Store) -> None:
         try:
-            found = self._calibrate(store)
+            found = self._calibrate(store, self._go_on)
+        except _StoppedError:
+            return
         except UserError as error:
             self._failure = store.generation, str(error)
             return

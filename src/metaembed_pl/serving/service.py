@@ -88,7 +88,7 @@ class Service:
         check_model(self._store, model)
         self._opening, self._encoding = threading.Lock(), threading.Lock()
         self._queries = Queries()
-        self.measuring = Measuring(lambda store: measure(store, self._encoded))
+        self.measuring = Measuring(lambda store, go_on: measure(store, self._encoded, go_on))
 
     @property
     def folder(self) -> Path:

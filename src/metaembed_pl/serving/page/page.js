@@ -277,11 +277,16 @@ async function explain(id) {
   );
   const facts = Object.entries({ id: item.id, ...item.metadata }).flatMap(([key, value]) => [
     element("dt", { textContent: key }),
-    element("dd", { textContent: typeof value === "object" ? JSON.stringify(value) : value }),
+    element("dd", { textContent: words(value) }),
   ]);
   $("why-metadata").replaceChildren(...facts);
   lookAt(null);
   $("why").showModal();
+}
+
+function words(value) {
+  if (Array.isArray(value)) return value.map(words).join(", ");
+  return typeof value === "object" ? JSON.stringify(value) : value;
 }
 
 function winnerButton(words, column) {
