@@ -21,7 +21,8 @@ pylate, colpali-engine, maxsim-cpu
 The peers are left out where all vectors in float32 would take more than 4 GB.
 
 The roof is what this machine reaches in one matrix product of a tile's shape, in float32 and in
-bfloat16, which some processors emulate. --save writes benchmarks/results/search-MACHINE.json.
+bfloat16, which some processors emulate. --save writes benchmarks/results/search-MACHINE.json, and
+leaves in it what was measured of other sizes.
 """
 
 import argparse
@@ -192,7 +193,7 @@ def run(count: int, width: int, folder: Path) -> dict[str, Any]:
     """All rows of a table, printed."""
     store, queries = make(folder / "store", count, width)
     exact = torch.tensor(store.search(queries, top=TOP).rows)
-    print(f"\n{count:,} items of width {width}: {_size(folder) / 1e9:.1f} GB")
+    print(f"\n{count:,} items of width {width}: {_size(folder) / 1e9:.1f} GB", flush=True)
     line = "{:28} {:>9} {:>9} {:>10} {:>7} {:>8}"
     print(line.format("", "ms", "batched", "MB read", "recall", "faster"))
     rows: list[dict[str, Any]] = []
@@ -233,7 +234,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.num_threads)
     name = machine("cpu")
-    print(f"{name}, {options.num_threads} threads, torch {torch.__version__}")
+    print(f"{name}, {options.num_threads} threads, torch {torch.__version__}", flush=True)
     result: dict[str, Any] = {"machine": name, "num_threads": options.num_threads}
     result |= {"torch": torch.__version__, "shapes": []}
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
@@ -241,9 +242,21 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
             result["shapes"].append(run(count, width, Path(folder)))
         if options.save:
-            options.out.mkdir(parents=True, exist_ok=True)
-            (options.out / f"search-{slug}.json").write_text(json.dumps(result, indent=1) + "\n")
+            _save(options.out / f"search-{slug}.json", result)
     return result
+
+
+def _save(file: Path, result: dict[str, Any]) -> None:
+    """Write a file, with the other shapes of one that was measured alike."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    known = json.loads(file.read_text()) if file.exists() else {}
+    alike = all(known.get(key) == result[key] for key in result if key != "shapes")
+    shapes = {
+        (shape["width"], shape["items"]): shape
+        for shape in [*(known["shapes"] if alike else []), *result["shapes"]]
+    }
+    result = {**result, "shapes": [shapes[key] for key in sorted(shapes)]}
+    file.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
