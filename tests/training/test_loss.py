@@ -142,7 +142,7 @@ INPUTS = {
 @pytest.mark.parametrize("switches", SWITCHES, ids=str)
 @pytest.mark.parametrize("left_out", INPUTS.values(), ids=INPUTS)
 @pytest.mark.parametrize("margin", MARGINS.values(), ids=MARGINS)
-@pytest.mark.parametrize("limit", [2**22, TWO_ROWS], ids=["one block", "blocks of two rows"])
+@pytest.mark.parametrize("limit", [2**20, TWO_ROWS], ids=["one block", "blocks of two rows"])
 def test_the_loss_and_its_gradients_are_the_loop_of_the_paper(
     switches, left_out, margin, limit, monkeypatch
 ):
@@ -242,7 +242,7 @@ def cases():
 
 def work(rank):
     results = []
-    for loss_module.CPU_BLOCK_ELEMENTS in (2**22, TWO_ROWS):
+    for loss_module.CPU_BLOCK_ELEMENTS in (2**20, TWO_ROWS):
         for switches, batch in cases():
             loss = MMRLoss(GROUPS, 0.3, **switches)
             part = half(batch, rank)

@@ -29,9 +29,9 @@ from metaembed_pl.training.gather import (
 
 PADDING = -1
 """Fills `answers` of candidates that answer fewer things than others; an id is never negative."""
-CPU_BLOCK_ELEMENTS = 2**22
+CPU_BLOCK_ELEMENTS = 2**20
 GPU_BLOCK_ELEMENTS = 2**26
-"""Scores of all groups held at a time: 16 and 256 MB, some three times so much going back."""
+"""Scores of all groups held at a time: 4 and 256 MB, some three times so much going back."""
 
 
 class MMRLossOutput(NamedTuple):
