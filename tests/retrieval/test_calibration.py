@@ -89,6 +89,7 @@ def test_plans_of_the_papers_groups_end_with_the_cascade_of_the_docs():
         "16x1:200,4x8:20,16x64:10",
         "16x1:1000,4x8:100,16x64:10",
         "16x1:4000,4x8:400,16x64:10",
+        "16x1:16000,4x8:1600,16x64:10",
     ]
 
 

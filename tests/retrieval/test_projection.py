@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save
 
 import tiny
 from metaembed_pl.budget import parse_groups
@@ -22,6 +23,7 @@ from metaembed_pl.retrieval.qdrant.collection import open_collection
 from metaembed_pl.retrieval.qdrant.push import push
 from metaembed_pl.retrieval.qdrant.store import QdrantStore
 from metaembed_pl.retrieval.store import Store
+from qdrant_server import Api, serving
 from unchecked import shapes_unchecked
 
 GROUPS = parse_groups(["1x1", "2x4", "4x8"])
@@ -79,7 +81,7 @@ def test_the_rows_are_the_leading_right_singular_vectors():
         1, abs=1e-5
     )
     assert found.to_bytes() == Projection.learn([given[:20], given[20:]], NARROW).to_bytes()
-    assert torch.equal(Projection.from_bytes(found.to_bytes()).rows, found.rows)
+    assert torch.equal(Projection.from_bytes(found.to_bytes(), NARROW).rows, found.rows)
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)
@@ -129,6 +131,22 @@ def test_refuses_a_store_whose_projection_is_damaged(tmp_path, damage):
         file.write_bytes(Projection.learn([vectors(COUNT, seed=8)], NARROW).to_bytes())
     with pytest.raises(UserError, match=r"projection.safetensors is missing, damaged or another"):
         Store.open(tmp_path / "s")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({"rows": torch.eye(NARROW + 1, WIDTH)}, f"to {NARROW} .* of {NARROW + 1} x {WIDTH}"),
+        ({"rows": torch.eye(NARROW, WIDTH).double()}, "torch.float64"),
+        ({"rows": torch.full((NARROW, WIDTH), torch.nan)}, "this is no projection"),
+        ({"columns": torch.eye(NARROW, WIDTH)}, "this is no projection: 'rows'"),
+        (None, "this is no projection: "),
+    ],
+)
+def test_refuses_what_is_no_projection(rows, message):
+    content = b"no safetensors" if rows is None else save(rows)
+    with pytest.raises(UserError, match=message):
+        Projection.from_bytes(content, NARROW)
 
 
 @pytest.mark.parametrize("width", [NARROW, WIDTH - 1])
@@ -185,24 +203,29 @@ def pushed(store, address):
         collection.close()
 
 
-def test_a_collection_is_asked_as_the_store_is(tmp_path, monkeypatch):
+@pytest.mark.filterwarnings("ignore:Payload indexes have no effect in the local Qdrant")
+@pytest.mark.filterwarnings("ignore:Local mode performs exact")
+@pytest.mark.parametrize("kind", ["edge", "server"])
+def test_a_collection_is_asked_as_the_store_is(tmp_path, monkeypatch, kind):
     store, _, _ = projected_store(tmp_path / "s")
-    assert pushed(store, tmp_path / "edge") == 40
-    assert pushed(store, tmp_path / "edge") == 0
-    with QdrantStore.open(tmp_path / "edge") as collection:
-        assert (collection.width, collection.model_width) == (NARROW, WIDTH)
-        hits, expected = (one.search(QUERIES, "4x8", top=40) for one in (collection, store))
-        for ids, scores, known, their in zip(
-            hits.ids, hits.scores, expected.ids, expected.scores, strict=True
-        ):
-            score_of = dict(zip(known, their, strict=True))
-            assert scores == pytest.approx([score_of[id] for id in ids], abs=1e-4)
-        with shapes_unchecked(), pytest.raises(UserError, match=rf"x {WIDTH} .* 1 x 4 x {NARROW}"):
-            collection.search(torch.ones(1, 4, NARROW))
-    other = Projection.learn([vectors(COUNT, seed=8)], NARROW)
-    another = Store.create(tmp_path / "t", GROUPS, WIDTH, "model", projection=other)
-    with pytest.raises(UserError, match=r"edge holds vectors with another projection"):
-        pushed(another, tmp_path / "edge")
+    with serving(Api()) as server:
+        address = str(tmp_path / "edge") if kind == "edge" else f"{server}/things"
+        assert pushed(store, address) == 40
+        assert pushed(store, address) == 0
+        with QdrantStore.open(address) as collection:
+            assert (collection.width, collection.model_width) == (NARROW, WIDTH)
+            hits, expected = (one.search(QUERIES, "4x8", top=40) for one in (collection, store))
+            for ids, scores, known, their in zip(
+                hits.ids, hits.scores, expected.ids, expected.scores, strict=True
+            ):
+                score_of = dict(zip(known, their, strict=True))
+                assert scores == pytest.approx([score_of[id] for id in ids], abs=1e-4)
+            with shapes_unchecked(), pytest.raises(UserError, match=rf"x {WIDTH} .* 4 x {NARROW}"):
+                collection.search(torch.ones(1, 4, NARROW))
+        other = Projection.learn([vectors(COUNT, seed=8)], NARROW)
+        another = Store.create(tmp_path / "t", GROUPS, WIDTH, "model", projection=other)
+        with pytest.raises(UserError, match=rf"{address} holds vectors with another projection"):
+            pushed(another, address)
     monkeypatch.setattr(layout_module, "PROJECTION_CHARACTERS", 1000)
     with pytest.raises(UserError, match=rf"from {WIDTH} to {NARROW} .* at most 1,000"):
         pushed(store, tmp_path / "new")

@@ -278,6 +278,8 @@ def test_refuses_to_make_a_store_where_one_is(tmp_path):
         ({"dtype": "fp8"}, "one of fp32, bf16, fp16, int8; got 'fp8'"),
         ({"identity": ""}, "identity cannot be ''"),
         ({"data": "../elsewhere"}, "data cannot be '../elsewhere'"),
+        ({"data": ".."}, "data cannot be '..'"),
+        ({"projection": 3}, "projection cannot be 3"),
         ({"num_rows": -1}, "num_rows cannot be -1"),
         ({"num_rows": True}, "num_rows cannot be True"),
     ],

@@ -28,6 +28,7 @@ from metaembed_pl.retrieval.sources import draw_page, open_source
 from metaembed_pl.retrieval.store import Store
 from metaembed_pl.serving.app import make_app
 from metaembed_pl.serving.measuring import Measuring
+from metaembed_pl.serving.queries import KEPT, Asked, Queries
 from metaembed_pl.serving.service import MAX_TEXT, NotThere, Service
 from tiny_pdf import make_pdf
 
@@ -356,6 +357,32 @@ def test_measures_in_the_background_and_then_knows_what_to_spend(client, service
     assert shelf["plans"][-1]["recall"] == 1
     chosen = client.get("/api/search", params=values).json()["plan"]
     assert next(one for one in shelf["plans"] if one["plan"] == chosen)["recall"] >= 0.98
+
+
+def test_a_measurement_that_fails_is_told_and_tried_again(model, tmp_path):
+    store = Store.build(tmp_path / "s", model, [tiny.text(i) for i in range(12)])
+    faults = [UserError("no room to measure")]
+
+    def measure(store, go_on):
+        if faults:
+            raise faults.pop()
+        return calibrate(store, go_on=go_on)
+
+    measuring = Measuring(measure)
+    for state, error in (("failed", "no room to measure"), ("done", None)):
+        measuring.start(store)
+        measuring.wait()
+        assert (measuring.state(store).state, measuring.state(store).error) == (state, error)
+
+
+def test_of_many_queries_the_one_unused_for_longest_is_forgotten():
+    queries, asked = Queries(), Asked("a", False, torch.zeros(1, 1, 1))
+    for i in range(KEPT):
+        queries.keep(str(i), asked)
+    assert queries.get("0") is asked
+    queries.keep("one more", asked)
+    assert queries.get("1") is None
+    assert None not in (queries.get("0"), queries.get("2"), queries.get("one more"))
 
 
 def test_a_measurement_ends_with_the_service(model, tmp_path):

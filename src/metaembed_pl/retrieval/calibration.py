@@ -29,7 +29,7 @@ NUM_QUERIES, ASKED_AT_A_TIME = 32, 8
 PRODUCTS_AT_MOST = 2.5e11
 """Multiplications that the exact search may take: some seconds on a core or two."""
 ROWS_AT_LEAST = 1000
-KEPT_FIRST = (50, 200, 1000, 4000)
+KEPT_FIRST = (50, 200, 1000, 4000, 16_000)
 
 
 class Measured(NamedTuple):

@@ -8,6 +8,7 @@ happen, and a reader of the older manifest goes on reading what it read.
 import hashlib
 import json
 import os
+import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from metaembed_pl.retrieval.searchable import Kind
 FORMAT, PROJECTED_FORMAT = 1, 2
 """The second of a store with a projection: who knows nothing of them must not search it."""
 MANIFEST_FILE = "manifest.json"
+DATA = re.compile(r"data-[0-9]{4,}")
 DTYPES = ("fp32", "bf16", "fp16", "int8")
 
 
@@ -57,7 +59,7 @@ class Manifest(Kind):
         if self.dtype not in DTYPES:
             raise UserError(f"a store's dtype is one of {', '.join(DTYPES)}; got {self.dtype!r}")
         # A name from a file is joined to a folder: it must not lead out of it.
-        if not isinstance(self.data, str) or Path(self.data).name != self.data:
+        if not isinstance(self.data, str) or not DATA.fullmatch(self.data):
             raise UserError(f"a store's data cannot be {self.data!r}")
         if not isinstance(self.identity, str) or not self.identity:
             raise UserError(f"a store's identity cannot be {self.identity!r}")

@@ -27,7 +27,7 @@ class MappedFiles:
         self.folder = folder
         self._mapped: list[mmap.mmap] = []
 
-    def bytes(self, name: str, size: int) -> mmap.mmap | bytes:
+    def content(self, name: str, size: int) -> mmap.mmap | bytes:
         """The beginning of a file.
 
         Raises:
@@ -54,7 +54,7 @@ class MappedFiles:
             UserError: it has fewer.
         """
         size = dtype.itemsize * int(np.prod(shape))
-        content = self.bytes(name, size)
+        content = self.content(name, size)
         if not size:
             return torch.empty(shape, dtype=dtype)
         with warnings.catch_warnings():

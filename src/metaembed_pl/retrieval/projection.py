@@ -91,19 +91,26 @@ class Projection:
         return save({NAME: self.rows})
 
     @classmethod
-    def from_bytes(cls, content: bytes) -> "Projection":
-        """What `to_bytes` made.
+    def from_bytes(cls, content: bytes, width: int) -> "Projection":
+        """What `to_bytes` made, of a projection to this width.
 
         Raises:
             UserError: it is none.
         """
         try:
-            return cls(load(content)[NAME])
+            rows = load(content)[NAME]
         except (SafetensorError, KeyError) as error:
             raise UserError(f"this is no projection: {error}") from error
+        fits = rows.ndim == 2 and rows.dtype == torch.float32 and len(rows) == width
+        if not fits or not rows.isfinite().all():
+            shape = " x ".join(map(str, rows.shape))
+            raise UserError(
+                f"this is no projection to {width} components, but {rows.dtype} of {shape}"
+            )
+        return cls(rows)
 
     @classmethod
-    def read(cls, file: Path, digest: str) -> "Projection":
+    def read(cls, file: Path, digest: str, width: int) -> "Projection":
         """That of a store.
 
         Raises:
@@ -115,7 +122,7 @@ class Projection:
                 f"{file} is missing, damaged or another store's: without it nothing can be "
                 "searched or added; bring back a copy of it, or embed the items again"
             )
-        return cls.from_bytes(content)
+        return cls.from_bytes(content, width)
 
 
 def digest_of(content: bytes) -> str:

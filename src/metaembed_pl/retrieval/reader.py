@@ -60,7 +60,8 @@ class Reader(Searchable):
         if digest is None:
             return None
         if self._read is None or self._read[0] != digest:
-            self._read = digest, Projection.read(self.folder / PROJECTION_FILE, digest)
+            file = self.folder / PROJECTION_FILE
+            self._read = digest, Projection.read(file, digest, self.width)
         return self._read[1]
 
     @property

@@ -73,7 +73,7 @@ def map_rows(files: MappedFiles, manifest: Manifest) -> pa.Table:
         UserError: the file is cut off, damaged or of another length.
     """
     file = files.folder / ROWS_FILE
-    content = files.bytes(ROWS_FILE, manifest.rows_bytes)
+    content = files.content(ROWS_FILE, manifest.rows_bytes)
     if not manifest.rows_bytes:
         return SCHEMA.empty_table()
     try:

@@ -127,7 +127,8 @@ class Layout(Kind):
         if self.projection is None:
             return None
         try:
-            return Projection.from_bytes(base64.b64decode(self.projection, validate=True))
+            content = base64.b64decode(self.projection, validate=True)
+            return Projection.from_bytes(content, self.width)
         except ValueError as error:  # ours is one too
             raise UserError(f"not a collection of a store: {error}") from error
 
