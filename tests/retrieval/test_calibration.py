@@ -5,7 +5,7 @@ from metaembed_pl.budget import PAPER_GROUPS, parse_groups
 from metaembed_pl.errors import UserError
 from metaembed_pl.retrieval import calibration as calibration_module
 from metaembed_pl.retrieval import cascade as cascade_module
-from metaembed_pl.retrieval.calibration import Calibration, calibrate, plan_name, plans
+from metaembed_pl.retrieval.calibration import Calibration, calibrate, plan_name, plans, spread
 from metaembed_pl.retrieval.store import Store
 
 GROUPS = parse_groups(["1x1", "2x4", "4x8"])
@@ -66,13 +66,24 @@ def test_is_kept_for_its_generation(store, tmp_path):
     assert Calibration.load(copy) is None
 
 
-def test_a_large_store_is_sampled_and_it_says_so(store, monkeypatch):
+def test_a_large_store_is_sampled_and_it_says_so(store, tmp_path, monkeypatch):
     monkeypatch.setattr(calibration_module, "PRODUCTS_AT_MOST", 1)
     monkeypatch.setattr(calibration_module, "ROWS_AT_LEAST", 100)
     sampled = calibrate(store)
     assert sampled.used == "32 stored items, by their own vectors, on 100 of 300 items"
     exact = next(row for row in sampled.measured if row.plan == "4x8")
     assert (exact.recall, exact.products) == (1, COUNT * 32)
+    # A third of the rows by themselves, of which a stage keeps a third.
+    third = Store.create(tmp_path / "s", GROUPS, WIDTH, "model")
+    rows = spread(COUNT, 100).tolist()
+    third.add([f"{row}" for row in rows], store.vectors(rows))
+    queries = store.vectors(spread(COUNT, 32).tolist())[:, :4]
+    best = third.search(queries, "4x8").rows
+    found = third.search(queries, cascade="4x1:17,4x8:10").rows
+    kept = sum(len(set(a) & set(b)) for a, b in zip(found, best, strict=True)) / 320
+    cascade = next(row for row in sampled.measured if row.plan == "4x1:50,4x8:10")
+    assert cascade.recall == pytest.approx(kept)
+    assert kept < 1
 
 
 def test_the_summed_query_costs_what_a_single_vector_does(store):

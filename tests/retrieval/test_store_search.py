@@ -112,6 +112,12 @@ def test_ties_at_the_last_place_go_to_the_earlier_column():
     values, columns = best_columns(scores, 4)
     assert columns.tolist() == [[4, 1, 2, 3], [5, 4, 3, 2]]
     assert values.tolist() == [[3, 2, 1, 1], [6, 5, 4, 3]]
+    many = torch.randint(4, (8, 3000), generator=torch.Generator().manual_seed(0)).float()
+    for top in (1, 50, 1000, 3000):
+        expected = many.sort(dim=1, descending=True, stable=True)
+        values, columns = best_columns(many, top)
+        assert torch.equal(values, expected.values[:, :top])
+        assert torch.equal(columns, expected.indices[:, :top])
 
 
 def test_a_cascade_that_keeps_all_is_exact(store):
