@@ -143,6 +143,7 @@ def test_two_processes_write_what_one_would(model, things, tmp_path):
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "metaembed_pl", "embed", "--model", model, "--items", things]
     command += ["--store", tmp_path / "two", "--device", "cpu", "--batch-size", "2", "--json"]
+    command += ["--width", "8"]
     ranks = [
         subprocess.Popen(
             command,
@@ -163,8 +164,9 @@ def test_two_processes_write_what_one_would(model, things, tmp_path):
     assert [rank.returncode for rank in ranks] == [0, 0], said
     assert json.loads(said[0][0])["embedded"] == 12
     assert said[1][0] == ""
-    assert embed(model, things, tmp_path / "one", "--batch-size", 2) == 0
+    assert embed(model, things, tmp_path / "one", "--batch-size", 2, "--width", 8) == 0
     one, two = Store.open(tmp_path / "one"), Store.open(tmp_path / "two")
+    assert torch.equal(two.projection.rows, one.projection.rows)
     assert two.ids == one.ids
     assert two.metadata() == one.metadata()
     assert two.previews(range(12)) == one.previews(range(12))
@@ -277,6 +279,13 @@ def test_refuses_another_models_store_and_leaves_it_as_it_was(model, things, tmp
     assert search(tmp_path / "other", tmp_path / "s", "--query", "cat") == 2
     assert "holds the vectors of another model" in capsys.readouterr().err
     assert Store.open(tmp_path / "s").generation == before
+
+
+def test_refuses_a_file_in_the_place_of_a_store_and_leaves_it(model, things, tmp_path, capsys):
+    (tmp_path / "s").write_text("keep this")
+    assert embed(model, things, tmp_path / "s") == 2
+    assert "s is not a store" in capsys.readouterr().err
+    assert (tmp_path / "s").read_text() == "keep this"
 
 
 @pytest.mark.parametrize(

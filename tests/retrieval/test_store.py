@@ -264,6 +264,20 @@ def test_refuses_a_folder_that_is_no_store(tmp_path):
         Store.open(tmp_path / "nowhere")
 
 
+def test_a_store_may_be_made_in_an_empty_folder_and_in_no_other(tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert len(new_store(tmp_path / "empty", count=2)) == 2
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("keep this")
+    (tmp_path / "file").write_text("keep this")
+    for name in ("full", "file"):
+        with pytest.raises(UserError, match=rf"{name} exists already"):
+            new_store(tmp_path / name)
+    assert (
+        (tmp_path / "full" / "mine").read_text() == (tmp_path / "file").read_text() == "keep this"
+    )
+
+
 def test_refuses_to_make_a_store_where_one_is(tmp_path):
     new_store(tmp_path / "s", count=2)
     with pytest.raises(UserError, match=r"/s is a store already"):

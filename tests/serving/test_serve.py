@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,7 +30,7 @@ from metaembed_pl.retrieval.store import Store
 from metaembed_pl.serving.app import make_app
 from metaembed_pl.serving.measuring import Measuring
 from metaembed_pl.serving.queries import KEPT, Asked, Queries
-from metaembed_pl.serving.service import MAX_TEXT, NotThere, Service
+from metaembed_pl.serving.service import MAX_TEXT, MAX_TOP, NotNow, NotThere, Service
 from tiny_pdf import make_pdf
 
 MAX_UPLOAD = 50_000
@@ -361,18 +362,20 @@ def test_measures_in_the_background_and_then_knows_what_to_spend(client, service
 
 def test_a_measurement_that_fails_is_told_and_tried_again(model, tmp_path):
     store = Store.build(tmp_path / "s", model, [tiny.text(i) for i in range(12)])
-    faults = [UserError("no room to measure")]
+    faults, calls = [UserError("no room to measure")], []
 
     def measure(store, go_on):
+        calls.append(store)
         if faults:
             raise faults.pop()
         return calibrate(store, go_on=go_on)
 
     measuring = Measuring(measure)
-    for state, error in (("failed", "no room to measure"), ("done", None)):
+    for state, error in (("failed", "no room to measure"), ("done", None), ("done", None)):
         measuring.start(store)
         measuring.wait()
         assert (measuring.state(store).state, measuring.state(store).error) == (state, error)
+    assert len(calls) == 2, "what is known is not measured again"
 
 
 def test_of_many_queries_the_one_unused_for_longest_is_forgotten():
@@ -400,6 +403,25 @@ def test_a_measurement_ends_with_the_service(model, tmp_path):
         assert client.post("/api/measurement").json()["state"] == "running"
         assert begun.wait(20)
     service.measuring.wait()  # it is over, or this would never be
+
+
+def test_a_store_replaced_by_another_models_is_not_searched(model, tmp_path):
+    texts = [tiny.text(i) for i in range(3)]
+    Store.build(tmp_path / "s", model, texts)
+    service = Service(model, tmp_path / "s")
+    query = service.ask("sun").query
+    shutil.rmtree(tmp_path / "s")
+    with pytest.raises(NotNow, match="/s is not a store"):
+        service.search(query)
+    Store.build(tmp_path / "s", tiny.embedder(seed=1), texts)
+    with pytest.raises(NotNow, match="/s was replaced by another model's store"):
+        service.search(query)
+
+
+@pytest.mark.parametrize("top", [0, MAX_TOP + 1])
+def test_the_service_gives_a_number_of_results_that_a_page_can_show(service, top):
+    with pytest.raises(UserError, match=rf"between 1 and {MAX_TOP}, got {top}"):
+        service.search(service.ask("sun").query, top=top)
 
 
 def test_refuses_another_models_store(folder):

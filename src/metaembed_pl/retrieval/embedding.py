@@ -26,7 +26,7 @@ from metaembed_pl.picture import small_jpeg
 from metaembed_pl.retrieval.calibration import spread
 from metaembed_pl.retrieval.projection import Projection, check_width
 from metaembed_pl.retrieval.searchable import Searchable
-from metaembed_pl.retrieval.store import Store
+from metaembed_pl.retrieval.store import Store, is_empty
 
 PREVIEW_PIXELS = 320
 SAMPLE_ITEMS = 512
@@ -108,7 +108,7 @@ def open_for(
             there are too few items to learn from.
     """
     rank, world = rank_and_world()
-    if rank == 0 and not (Path(folder).exists() and any(Path(folder).iterdir())):
+    if rank == 0 and (not Path(folder).exists() or is_empty(Path(folder))):
         projection = None
         if width not in (None, model.width):
             check_width(width, model.width)

@@ -78,7 +78,7 @@ class Store(Reader):
         """Make an empty store.
 
         Args:
-            folder: must not exist.
+            folder: must not exist, or be empty.
             groups: the model's nested groups.
             width: of the model's vectors.
             identity: of the model, as `identity_of` tells it.
@@ -92,7 +92,7 @@ class Store(Reader):
         if (folder / MANIFEST_FILE).exists():
             raise UserError(f"{folder} is a store already: open it, or choose another folder")
         manifest = Manifest(identity, parse_groups(groups), width, dtype)
-        with new_folder(folder) as temporary:
+        with new_folder(folder, overwrite=is_empty(folder)) as temporary:
             (temporary / manifest.data).mkdir()
             if projection is not None:
                 if projection.model_width != width:
@@ -286,6 +286,11 @@ class Store(Reader):
         if not finite.all():
             bad = ids[int(finite.logical_not().nonzero()[0, 0])]
             raise UserError(f"the embeddings of {bad!r} hold NaN or infinity")
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether there is a folder with nothing in it."""
+    return folder.is_dir() and not any(folder.iterdir())
 
 
 def _append_deleted(data: Path, manifest: Manifest, places: Sequence[int]) -> None:
