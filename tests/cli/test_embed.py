@@ -14,7 +14,7 @@ import torch
 import tiny
 from metaembed_pl.cli import progress as progress_module
 from metaembed_pl.cli.main import main
-from metaembed_pl.cli.progress import Progress
+from metaembed_pl.cli.progress import Progress, shown
 from metaembed_pl.errors import UserError
 from metaembed_pl.item import Item
 from metaembed_pl.model.embedder import MetaEmbedder
@@ -316,6 +316,29 @@ def test_a_pipe_gets_lines_with_rate_and_time_left(capsys, monkeypatch):
     first, second = capsys.readouterr().err.splitlines()
     assert first == "embedding: 1,000 of 4,000 items, 10.0/s, 5 min left"
     assert second == "embedding: 2,000 of 4,000 items, 10.0/s, 3 min left"
+
+
+def test_another_job_has_a_rate_of_its_own(capsys, monkeypatch):
+    monkeypatch.setattr(progress_module, "LINE_EVERY_S", 0.0)
+    monkeypatch.setattr(time, "monotonic", iter([0.0, 10.0, 100.0, 120.0, 140.0]).__next__)
+    with Progress("candidates", 50) as progress:
+        progress.update(50, 50)
+        for done in (20, 40):
+            progress.begin("queries", 100)
+            progress.update(done, done)
+    assert capsys.readouterr().err.splitlines() == [
+        "candidates: 50 of 50 items, 5.0/s, 0 s left",
+        "queries: 20 of 100 items, 1.0/s, 80 s left",
+        "queries: 40 of 100 items, 1.0/s, 60 s left",
+    ]
+
+
+def test_the_first_of_several_processes_tells(capsys, monkeypatch):
+    monkeypatch.setattr(progress_module, "LINE_EVERY_S", 0.0)
+    for rank, told in (("0", 3), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        assert list(shown(range(3), "mining", 3, lambda step: step + 1)) == [0, 1, 2]
+        assert len(capsys.readouterr().err.splitlines()) == told
 
 
 def test_a_terminal_gets_a_bar_with_rate_and_time_left():

@@ -106,7 +106,7 @@ class Reader(Searchable):
     def vectors(
         self, rows: Sequence[int] | None = None, r_c: int | None = None
     ) -> Float[Tensor, "N r_c D"]:
-        """The first `r_c` meta embeddings of items, float32; None: all.
+        """The first `r_c` meta embeddings of items as they are kept, float32; None: all.
 
         Raises:
             UserError: the model was not trained at `r_c`.
