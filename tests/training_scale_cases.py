@@ -164,7 +164,7 @@ def step(case: Case, num_ranks: int) -> tuple[dict[str, torch.Tensor], float]:
         train_vision=not case.frozen_vision,
         loss=LossConfig(both_directions=True),
         # Chunks of a few rows: ranks differ in how many they make.
-        gradient_cache=GradientCacheConfig(max_tokens=100) if case.cached else None,
+        gradient_cache=GradientCacheConfig(max_tokens=250) if case.cached else None,
     )
     trainer = pl.Trainer(
         accelerator="cpu",
