@@ -15,6 +15,7 @@ the corrected sets those of queries that VLM2Vec's own scores tell.
 Source: VLM2Vec, arXiv 2410.05160, table 1; VLM2Vec-V2, arXiv 2507.04590, and its loaders.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from metaembed_pl.evaluation.benchmarks import Benchmark, Reference, Task
@@ -50,12 +51,12 @@ VISRAG = {
     "PlotQA": (863, 9593),
 }
 
-# Hub id below VLM2Vec/ -> task, queries, pages.
+# Hub id below VLM2Vec/ -> task, and its queries and pages.
 VISDOC_OOD = {
-    "ViDoSeek-page-fixed": ("ViDoSeek-page", 1142, None),
-    "ViDoSeek": ("ViDoSeek-doc", 1142, 5349),
-    "MMLongBench-page-fixed": ("MMLongBench-page", 838, None),
-    "MMLongBench-doc": ("MMLongBench-doc", 838, 6492),
+    "ViDoSeek-page-fixed": ("ViDoSeek-page", (1142, None)),
+    "ViDoSeek": ("ViDoSeek-doc", (1142, 5349)),
+    "MMLongBench-page-fixed": ("MMLongBench-page", (838, None)),
+    "MMLongBench-doc": ("MMLongBench-doc", (838, 6492)),
 }
 
 
@@ -82,20 +83,27 @@ def _document_tasks() -> tuple[Task, ...]:
         # Some of ViDoRe's sets are called as image sets are.
         *(replace(task, name=f"ViDoRe {task.name}") for task in (*v1, *v2)),
         *(
-            _pool(f"VisRAG {name}", "VisRAG", "visrag", f"openbmb/VisRAG-Ret-Test-{name}", *counts)
+            _pool(f"VisRAG {name}", "VisRAG", "visrag", f"openbmb/VisRAG-Ret-Test-{name}", counts)
             for name, counts in VISRAG.items()
         ),
         *(
-            _pool(task, "visual documents, OOD", "visdoc_ood", f"VLM2Vec/{name}", *counts)
-            for name, (task, *counts) in VISDOC_OOD.items()
+            _pool(task, "visual documents, OOD", "visdoc_ood", f"VLM2Vec/{name}", counts)
+            for name, (task, counts) in VISDOC_OOD.items()
         ),
     )
 
 
-def _pool(name: str, part: str, subset: str, source: str, *counts: int | None) -> Task:
-    folder = f"vidore/{source.rpartition('/')[2]}"
-    labels = (part, DOCUMENTS)
-    return Task(name, folder, "ndcg@5", labels, source, None, *counts, prepare(subset))
+def _pool(name: str, part: str, subset: str, source: str, counts: Sequence[int | None]) -> Task:
+    return Task(
+        name,
+        f"vidore/{source.rpartition('/')[2]}",
+        "ndcg@5",
+        (part, DOCUMENTS),
+        source,
+        None,
+        *counts,
+        prepare=prepare(subset),
+    )
 
 
 MMEB = Benchmark(

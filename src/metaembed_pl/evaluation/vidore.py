@@ -72,7 +72,16 @@ VIDORE_V1 = Benchmark(
     "vidore_v1",
     "ViDoRe v1",
     tuple(
-        Task(title, f"vidore/{name}", "ndcg@5", (), f"vidore/{name}", None, *counts, prepare("v1"))
+        Task(
+            title,
+            f"vidore/{name}",
+            "ndcg@5",
+            (),
+            f"vidore/{name}",
+            None,
+            *counts,
+            prepare=prepare("v1"),
+        )
         for name, (title, *counts) in V1.items()
     ),
     (Reference("MetaEmbed-3B", "16x64", 88.7),),
@@ -128,7 +137,7 @@ VIDORE_V3 = Benchmark(
             f"vidore/vidore_v3_{name}",
             None,
             *counts,
-            prepare("v3"),
+            prepare=prepare("v3"),
         )
         for name, (title, *counts) in V3.items()
     ),
