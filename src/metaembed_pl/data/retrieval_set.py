@@ -84,6 +84,21 @@ class RetrievalSet:
             lists=lists and [[place[index] for index in indices] for indices in lists],
         )
 
+    def asking(self, queries: Sequence[int]) -> "RetrievalSet":
+        """The same candidates, searched by some of the queries, given by their indices.
+
+        >>> items = [Item(letter) for letter in "abcd"]
+        >>> RetrievalSet("x", items, items, [[0], [1], [2], [3]]).asking([1, 2]).relevant
+        [[1], [2]]
+        """
+        return replace(
+            self,
+            queries=[self.queries[query] for query in queries],
+            relevant=[self.relevant[query] for query in queries],
+            gains=self.gains and [self.gains[query] for query in queries],
+            lists=self.lists and [self.lists[query] for query in queries],
+        )
+
     @classmethod
     def from_pairs(
         cls, name: str, pairs: Iterable[Pair], max_queries: int | None = None

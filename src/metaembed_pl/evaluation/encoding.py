@@ -1,7 +1,8 @@
 """The two sides of a task as meta embeddings: candidates in a store, queries in memory.
 
 Candidates are encoded once for all budgets, and for all tasks that search the same corpus. A run
-that was killed goes on at the next batch. Under torchrun every rank encodes its share.
+that was killed goes on at the next batch. Under torchrun every rank encodes its share of the
+candidates, and the queries that it asks.
 
 Q: queries    Rq: vectors of a query    D: width
 """
@@ -62,7 +63,7 @@ def encode_candidates(
         tell: told of each batch.
 
     Returns:
-        The store, and the candidates that could not be read, with the reason.
+        The store, and, on rank 0, the candidates that could not be read, with the reason.
     """
     name = re.sub(r"[^\w.-]+", "_", _corpus_name(task))
     folder = folder / f"{name}-{digest_of(task.candidates)[:12]}"
@@ -72,35 +73,29 @@ def encode_candidates(
     for progress in embed(store, model, entries, batch_size, skip_bad=True, previews=False):
         skipped = progress.skipped
         tell("candidates", progress.seen, len(ids))
+    if rank_and_world()[1] > 1:
+        dist.barrier()  # until rank 0, which writes, is done
+        store = Store.open(folder)
     return store, skipped
 
 
 def encode_queries(
     model: MetaEmbedder, queries: Sequence[Item], batch_size: int, tell: Tell
 ) -> tuple[Float[Tensor, "Q Rq D"], dict[int, str]]:
-    """Meta embeddings of queries, on rank 0.
+    """Meta embeddings of queries.
 
     Returns:
         The embeddings, zeros for a query that cannot be read, and which these are, with the reason.
     """
-    rank, world = rank_and_world()
     found = torch.zeros(len(queries), model.groups[-1].r_q, model.width)
     bad: dict[int, str] = {}
-    starts = range(rank * batch_size, len(queries), world * batch_size)
-    for start in starts:
+    for start in range(0, len(queries), batch_size):
         indices = range(start, min(start + batch_size, len(queries)))
         readable = list(_readable(queries, indices, bad))
         if readable:
             places, items = zip(*readable, strict=True)
             found[list(places)] = model.encode_query(items, batch_size)
         tell("queries", indices.stop, len(queries))
-    if world > 1:
-        mine = [i for start in starts for i in range(start, min(start + batch_size, len(queries)))]
-        parts: list | None = None if rank else [None] * world
-        dist.gather_object((mine, found[mine], bad), parts)
-        for places, vectors, bad_there in parts or []:
-            found[places] = vectors
-            bad |= bad_there
     return found, bad
 
 

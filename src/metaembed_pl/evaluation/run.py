@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from metaembed_pl.budget import Budget, check_budget
 from metaembed_pl.data.retrieval_set import RetrievalSet
 from metaembed_pl.environment import commit, versions
 from metaembed_pl.errors import UserError
 from metaembed_pl.evaluation.benchmarks import Benchmark, Task
-from metaembed_pl.evaluation.diversity import alikeness
+from metaembed_pl.evaluation.diversity import NUM_ITEMS, alikeness
 from metaembed_pl.evaluation.encoding import (
     Tell,
     digest_of_set,
@@ -27,11 +28,12 @@ from metaembed_pl.evaluation.encoding import (
     encode_queries,
 )
 from metaembed_pl.evaluation.outcome import Outcome, TaskOutcome
-from metaembed_pl.evaluation.scoring import rank_task, uids
+from metaembed_pl.evaluation.scoring import Ranked, rank_task, uids
 from metaembed_pl.files import write_text
 from metaembed_pl.model.embedder import MetaEmbedder
 from metaembed_pl.model.identity import identity_of
-from metaembed_pl.retrieval.embedding import rank_and_world
+from metaembed_pl.retrieval.embedding import gathered, rank_and_world
+from metaembed_pl.retrieval.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -170,21 +172,23 @@ def _evaluate_task(
     store, bad_candidates = encode_candidates(
         model, found, stores, settings.batch_size, settings.dtype, settings.tell
     )
-    queries, bad_queries = encode_queries(model, found.queries, settings.batch_size, settings.tell)
-    if rank_and_world()[0]:
-        dist.barrier()  # rank 0 ranks: nobody is to time out in the next task meanwhile
+    # Every rank asks its share of the queries; where there are fewer than ranks, some ask none.
+    rank, world = rank_and_world()
+    share = torch.arange(len(found.queries)).tensor_split(world)[rank].tolist()
+    of_ranks = gathered(_ask(model, found.asking(share), store, budgets, settings))
+    if world > 1:
+        dist.barrier()  # no rank ends before rank 0 has what it sent
+    if rank:
         return None
-    encoded = time.perf_counter()
+    answers = [answer for answer in of_ranks if answer is not None]
     values, hits = {}, {}
-    is_good = torch.ones(len(queries))
-    is_good[list(bad_queries)] = 0
     for budget in budgets:
-        ranked = rank_task(found, queries.to(model.device), store, budget)
+        ranked = Ranked.joined([answer.ranked[budget] for answer in answers])
         for name, per_query in ranked.values.items():
-            values[f"{name}/{budget}"] = (per_query * is_good).tolist()
+            values[f"{name}/{budget}"] = per_query.tolist()
         if budget in (budgets[0], budgets[-1]):
             hits[str(budget)] = ranked.hits
-        settings.tell("budgets", budgets.index(budget) + 1, len(budgets))
+    ranking_s = answers[0].ranking_s
     kept = TaskOutcome(
         name=task.name,
         metric=task.metric,
@@ -193,18 +197,60 @@ def _evaluate_task(
         queries=uids(found.queries),
         num_candidates=len(found.candidates),
         num_left_out=found.num_left_out,
-        bad_queries=[f"{found.queries[i].uid}: {why}" for i, why in sorted(bad_queries.items())],
+        bad_queries=[line for answer in answers for line in answer.bad],
         bad_candidates=bad_candidates,
         deviation=task.deviation(found),
         values=values,
         hits=hits,
-        diversity=alikeness(queries, store),
-        seconds={"encoding": encoded - started, "ranking": time.perf_counter() - encoded},
+        diversity=alikeness(torch.cat([answer.first for answer in answers]), store),
+        seconds={
+            "encoding": time.perf_counter() - started - ranking_s,
+            "ranking": ranking_s,
+        },
     )
     kept.save(settings.out)
-    if rank_and_world()[1] > 1:
-        dist.barrier()
     return kept
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What a rank's share of a task's queries found.
+
+    Args:
+        ranked: at each budget; a query that cannot be read has 0 everywhere.
+        bad: these queries, with the reason.
+        first: embeddings of the first queries.
+        ranking_s: time.
+    """
+
+    ranked: dict[Budget, Ranked]
+    bad: list[str]
+    first: Tensor
+    ranking_s: float
+
+
+def _ask(
+    model: MetaEmbedder,
+    share: RetrievalSet,
+    store: Store,
+    budgets: Sequence[Budget],
+    settings: Settings,
+) -> _Answer | None:
+    """Encode and rank; None where there is no query."""
+    if not share.queries:
+        return None
+    queries, bad = encode_queries(model, share.queries, settings.batch_size, settings.tell)
+    is_good = torch.ones(len(queries))
+    is_good[list(bad)] = 0
+    started = time.perf_counter()
+    ranked = {}
+    for number, budget in enumerate(budgets, start=1):
+        found = rank_task(share, queries.to(model.device), store, budget)
+        values = {name: per_query * is_good for name, per_query in found.values.items()}
+        ranked[budget] = Ranked(values, found.hits)
+        settings.tell("budgets", number, len(budgets))
+    told = [f"{share.queries[i].uid}: {why}" for i, why in sorted(bad.items())]
+    return _Answer(ranked, told, queries[:NUM_ITEMS].clone(), time.perf_counter() - started)
 
 
 def _say(place: str, task: TaskOutcome, budget: Budget, how: str) -> None:

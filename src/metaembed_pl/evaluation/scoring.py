@@ -43,6 +43,13 @@ class Ranked:
     values: dict[str, Float[Tensor, " Q"]]
     hits: list[list[tuple[int, float]]]
 
+    @classmethod
+    def joined(cls, parts: Sequence["Ranked"]) -> "Ranked":
+        """What the queries of several parts of a task find, in their order."""
+        names = parts[0].values
+        values = {name: torch.cat([part.values[name] for part in parts]) for name in names}
+        return cls(values, [hits for part in parts for hits in part.hits])
+
 
 class Group(NamedTuple):
     """Queries that are scored together.

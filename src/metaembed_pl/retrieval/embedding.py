@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -34,6 +34,7 @@ SAMPLE_BYTES = 2**27
 LEARNED_FROM = 512
 """Items that teach a projection."""
 LEARNED_AT_A_TIME = 32
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,7 @@ def embed(
         new = _new_entries(store, items, again, progress)
         while step := list(itertools.islice(new, world * batch_size)):
             share = step[rank * batch_size : (rank + 1) * batch_size]
-            for part in _gathered(_encode(model, share, skip_bad, previews)):
+            for part in gathered(_encode(model, share, skip_bad, previews)):
                 progress.skipped += part.skipped
                 store.add(part.ids, part.embeddings, part.metadata, part.previews)
                 _sample(progress, part)
@@ -249,16 +250,6 @@ def _encode(model: MetaEmbedder, entries: list[Entry], skip_bad: bool, previews:
     return part
 
 
-def _gathered(part: _Part) -> list[_Part]:
-    """The parts of all ranks, in order, on rank 0; nothing on the others."""
-    rank, world = rank_and_world()
-    if world == 1:
-        return [part]
-    parts: list[Any] | None = None if rank else [None] * world
-    dist.gather_object(part, parts)
-    return parts or []
-
-
 def _sample(progress: Progress, part: _Part) -> None:
     held = sum(len(ids) for ids, _ in progress.sample)
     size = part.embeddings[:1].numel() * 4
@@ -272,6 +263,16 @@ def rank_and_world() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+def gathered(part: T) -> list[T]:
+    """What all ranks give, in order, on rank 0; nothing on the others."""
+    rank, world = rank_and_world()
+    if world == 1:
+        return [part]
+    parts: list[Any] | None = None if rank else [None] * world
+    dist.gather_object(part, parts)
+    return parts or []
 
 
 @contextmanager
