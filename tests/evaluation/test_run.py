@@ -237,7 +237,7 @@ def test_refuses_a_budget_above_the_models(text, message):
         parse_budgets(text, tiny.embedder().groups)
 
 
-def test_the_report_has_tables_pictures_and_warnings_in_one_file(sets, tmp_path):
+def test_the_report_has_tables_pictures_and_warnings_in_one_file(sets, tmp_path, monkeypatch):
     model = tiny.embedder()
     shutil.copytree(sets / "pages", tmp_path / "data/<pages>")
     benchmark = open_benchmark(f"beir:{tmp_path}/data/<pages>", sets)
@@ -260,3 +260,7 @@ def test_the_report_has_tables_pictures_and_warnings_in_one_file(sets, tmp_path)
     text = (out / "report.md").read_text()
     assert f"| {found.tasks[0].score('1x1'):.3f} |" in text
     assert "![Scores by task](tasks.png)" in text
+    assert "by cross-attention" not in text
+    monkeypatch.setattr("metaembed_pl.evaluation.page.patch_attention", lambda *_: None)
+    write_pages(found, benchmark, model, sets, out)
+    assert "by cross-attention" in (out / "report.md").read_text()

@@ -8,7 +8,9 @@ from metaembed_pl.item import Item
 from metaembed_pl.model.patches import patch_attention
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "paligemma", "gemma3"])
+@pytest.mark.parametrize(
+    "family", ["qwen2_5_vl", "qwen3_vl", "paligemma", "gemma3", "idefics3", "smolvlm"]
+)
 def test_maps_are_shares_of_attention_and_leave_the_model_as_it_was(family):
     model = tiny.embedder(config=tiny.CONFIGS[family])
     item = Item(tiny.text(0), tiny.picture(1, (84, 56)))
@@ -49,7 +51,19 @@ def test_a_meta_token_that_looks_at_one_patch_shows_it():
     assert maps[:, 0, 0].min() > maps.flatten(1)[:, 1:].max()
 
 
-def test_no_picture_or_one_in_parts_has_no_map():
-    assert patch_attention(tiny.embedder(), Item("words"), "candidate") is None
+def test_of_a_picture_in_tiles_the_map_is_of_the_whole_one_after_them():
     model = tiny.embedder(config=tiny.CONFIGS["idefics3"])
+    item = Item(image=tiny.picture(0))
+    tokens = model.processing.tokenizer
+    row = model.processor()([item], "candidate")["input_ids"][0]
+    is_image = row == tokens.convert_tokens_to_ids("<image>")
+    whole = int((row == tokens.convert_tokens_to_ids("<global-img>")).nonzero())
+    maps = patch_attention(model, item, "candidate")
+    assert is_image[:whole].any()  # tiles
+    assert maps[0].numel() == is_image[whole:].sum()
+
+
+def test_no_picture_or_one_outside_of_the_row_has_no_map():
+    assert patch_attention(tiny.embedder(), Item("words"), "candidate") is None
+    model = tiny.embedder(config=tiny.CONFIGS["mllama"])
     assert patch_attention(model, Item(image=tiny.picture(0)), "candidate") is None

@@ -72,6 +72,12 @@ pre { background: #f5f5f5; padding: 0.8rem; overflow-x: auto; font-size: 0.8rem;
 """
 
 
+NO_MAPS = (
+    "Not shown: the model sees pictures by cross-attention, so that their tokens are not in "
+    "the rows it reads, or no right candidate is a picture that can be read."
+)
+
+
 @dataclass(frozen=True)
 class Part:
     """A part of the report.
@@ -114,6 +120,9 @@ def write_pages(
         for name, figure in pictures.items():
             save_picture(figure, out / name)
     parts = _parts(outcome, benchmark, budgets, costs, list(pictures))
+    shows_pictures = any(item.image for pool in pools for item in islice(pool.candidates, 50))
+    if shows_pictures and "maps.png" not in pictures:
+        parts.append(Part("Where the vectors look", NO_MAPS))
     write_text(out / "report.md", _markdown(outcome, parts))
     write_text(out / "report.html", _html(outcome, parts, out))
     return [out / name for name in ("report.md", "report.html", *pictures, "results.json")]

@@ -31,12 +31,15 @@ def patch_attention(model: "MetaEmbedder", item: Item, side: Side) -> Float[Tens
         side: whose meta embeddings.
 
     Returns:
-        Shares of the slot's attention; None where there is no picture, or its tokens do not form
-        one grid in the row (pictures cut into parts, models that see them by cross-attention).
+        Shares of the slot's attention. Of a picture cut into tiles (Idefics3, SmolVLM): those on
+        the whole picture that follows them. None where there is no picture, or its tokens are not
+        in the row (mllama, which sees pictures by cross-attention).
     """
     batch = model.processor()([item], side)
     image_id = model.processing.tokenizer.convert_tokens_to_ids(model.processing.family.image_token)
     places = (batch["input_ids"][0] == image_id).nonzero().flatten()
+    of_whole = getattr(model.processing.image_processor, "image_seq_length", None)
+    places = places[-of_whole:] if of_whole else places
     grid = _grid(batch, len(places), model.processing.image_processor)
     if grid is None:
         return None

@@ -291,7 +291,7 @@ class Service:
         if found is None:
             return None, (
                 f"models of the family {self.model.processing.family.model_type} have no maps: "
-                "their image tokens do not form one grid in the row"
+                "the tokens of their pictures are not in the row"
             )
         return _as_maps(found, "preview" if picture is None else "picture"), None
 
