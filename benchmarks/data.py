@@ -193,8 +193,8 @@ def speeds(folder: Path) -> Iterator[dict[str, Any]]:
                 if done.returncode:
                     raise SystemExit(f"{form} failed on {name}:\n{done.stderr}")
                 row[form] = json.loads(done.stdout.splitlines()[-1])
-            for name in ("pairs_per_s", "pairs_per_cpu_s"):
-                row[f"ratio_{name}"] = row["ours"][name] / row["theirs"][name]
+            for rate in ("pairs_per_s", "pairs_per_cpu_s"):
+                row[f"ratio_{rate}"] = row["ours"][rate] / row["theirs"][rate]
             yield row
 
 
