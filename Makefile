@@ -3,7 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 SEARCH := $(BIN)/python -m metaembed_pl search --model runs/emoji/model \
 	--items data/emoji/test/emoji_scene --query dolphin --top 3
-TEST_PROCESSES ?= 2
+# One more than cores: tests that start processes wait for them now and then.
+TEST_PROCESSES ?= 3
 # --no-compile: Python compiles what is imported, when it is; compiling everything takes longer.
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 

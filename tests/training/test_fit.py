@@ -199,21 +199,27 @@ def test_a_second_fit_of_the_same_name_is_refused(finished, capsys):
 
 def test_killed_at_any_step_and_resumed_ends_with_the_same_weights(data, tmp_path):
     """Bitwise: SIGKILL after checkpoints 3, 4 and 5, each time then `--ckpt_path last`."""
-    weights = []
-    for name, kills in (("whole", []), ("killed", [3, 4, 5])):
+    files, lasts = {}, {}
+    for name in ("whole", "killed"):
         values = recipe(data)
         values["run"] |= {"folder": str(tmp_path / name)}
         (tmp_path / name).mkdir()
-        file = write_recipe(tmp_path / name, values)
-        last = tmp_path / name / "tiny" / "checkpoints" / "last.ckpt"
-        for kill in kills:
-            _fit_until(file, last, kill)
-        resume = ["--ckpt_path", "last"] if kills else []
-        done = subprocess.run(
-            command("fit", "--config", file, *resume), capture_output=True, text=True, timeout=200
-        )
-        assert done.returncode == 0, done.stderr
-        weights.append(torch.load(last, weights_only=True))
+        files[name] = write_recipe(tmp_path / name, values)
+        lasts[name] = tmp_path / name / "tiny" / "checkpoints" / "last.ckpt"
+
+    def started(name: str, *resume: str) -> subprocess.Popen:
+        arguments = command("fit", "--config", files[name], *resume)
+        output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        return subprocess.Popen(arguments, text=True, **output)
+
+    runs = [started("whole")]
+    for kill in (3, 4, 5):
+        _fit_until(files["killed"], lasts["killed"], kill)
+    runs.append(started("killed", "--ckpt_path", "last"))
+    for run in runs:
+        told = run.communicate(timeout=200)[0]
+        assert run.returncode == 0, told
+    weights = [torch.load(last, weights_only=True) for last in lasts.values()]
     assert weights[0]["global_step"] == weights[1]["global_step"] == 6
     states = [checkpoint["state_dict"] for checkpoint in weights]
     assert states[0].keys() == states[1].keys()
