@@ -28,7 +28,7 @@ quickstart: runs/emoji/report/metrics.json ## install, prepare the data, train, 
 	@echo "The curves:   make mlflow"
 
 test: .venv/.installed-dev ## install, then run every test
-	$(BIN)/pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
+	$(BIN)/pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 lint: .venv/.installed-dev ## check format, style and types
 	$(BIN)/ruff format --check .

@@ -197,6 +197,7 @@ def test_a_second_fit_of_the_same_name_is_refused(finished, capsys):
     assert "--ckpt_path last" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_killed_at_any_step_and_resumed_ends_with_the_same_weights(data, tmp_path):
     """Bitwise: SIGKILL after checkpoints 3, 4 and 5, each time then `--ckpt_path last`."""
     files, lasts = {}, {}

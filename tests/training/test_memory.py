@@ -143,6 +143,7 @@ def test_the_estimate_is_near_the_measured_peak(family, lora):
     assert LOWEST <= compared(family, lora) <= HIGHEST
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("lora", "checkpointed", "precision", "train_vision"),
     [

@@ -141,6 +141,7 @@ def steps_done(recipe: dict) -> int:
     return torch.load(last(recipe), weights_only=True)["global_step"]
 
 
+@pytest.mark.slow
 def test_a_run_of_two_ranks_survives_a_hang_and_kills(recipe):
     """Rank 1 never arrives; then it is killed; then both are; then the run goes on to its end."""
     status, said, took_s = fit(recipe, "--run.stall_timeout_s=8", what="sleep", step=2, rank=1)
