@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -38,7 +39,8 @@ def gathered(tensor: Tensor) -> Iterator[Tensor]:
         with deepspeed.zero.GatheredParameters([tensor]):
             yield tensor.detach()
     elif isinstance(tensor, DTensor):
-        yield tensor.detach().full_tensor()
+        shared: Any = tensor.detach()  # typed as if it were a plain tensor
+        yield shared.full_tensor()
     else:
         yield tensor.detach()
 

@@ -186,6 +186,8 @@ class MetaEmbedModule(pl.LightningModule):
 
     def _cached_step(self, batch: TrainBatch, batch_idx: int) -> Tensor:
         """The same with gradient caching: all backward passes but the last are done here."""
+        assert isinstance(batch.queries, list)
+        assert isinstance(batch.candidates, list)
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             self.zero_grad()  # `optimizer_zero_grad` comes too late for them
         cache = GradientCache(self.embedder)
@@ -234,7 +236,8 @@ class MetaEmbedModule(pl.LightningModule):
             )
         size = len(batch.keys)
         self.log("train/loss", output.loss, prog_bar=True, batch_size=size)
-        every = self.trainer.log_every_n_steps
+        # Lightning sets `log_every_n_steps` from outside its class.
+        every = self.trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue]
         if not every or (self.global_step + 1) % every:
             return  # Lightning would drop them, after a third of a millisecond each
         self.log("train/false_negatives", output.num_masked, batch_size=size)
