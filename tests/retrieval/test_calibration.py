@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from calibrated import assert_plans_do_what_was_measured
 from metaembed_pl.budget import PAPER_GROUPS, parse_groups
 from metaembed_pl.errors import UserError
 from metaembed_pl.retrieval import calibration as calibration_module
@@ -26,14 +27,8 @@ def test_a_plan_finds_and_reads_what_was_measured(store, monkeypatch):
     queries = store.vectors([5, 50, 77])[:, :4]
     found = calibrate(store, queries, "own vectors")
     assert found.used == "3 own vectors, on 300 of 300 items"
-    exact = store.search(queries, "4x8").rows
     assert len(found.measured) > 4
-    for row in found.measured:
-        plan = {"cascade": row.plan} if ":" in row.plan else {"budget": row.plan}
-        hits = store.search(queries, **plan)
-        kept = sum(len(set(a) & set(b)) for a, b in zip(hits.rows, exact, strict=True)) / 30
-        assert row.recall == pytest.approx(kept)
-        assert row.bytes_read == store.search(queries[:1], **plan).bytes_read
+    assert_plans_do_what_was_measured(store, queries, found)
 
 
 def test_chooses_the_cheapest_that_is_good_enough(store):

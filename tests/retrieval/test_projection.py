@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save
 
 import tiny
+from calibrated import assert_plans_do_what_was_measured
 from metaembed_pl.budget import parse_groups
 from metaembed_pl.data.shards import ShardedPairs, ShardWriter
 from metaembed_pl.errors import UserError
@@ -185,13 +186,7 @@ def test_a_plan_finds_what_was_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(cascade, "fast_dtype", lambda device: torch.float32)
     store, _, _ = projected_store(tmp_path / "s")
     found = calibrate(store, QUERIES, "queries")
-    exact = store.search(QUERIES, "4x8").rows
-    for row in found.measured:
-        plan = {"cascade": row.plan} if ":" in row.plan else {"budget": row.plan}
-        hits = store.search(QUERIES, **plan)
-        kept = sum(len(set(a) & set(b)) for a, b in zip(hits.rows, exact, strict=True)) / 30
-        assert row.recall == pytest.approx(kept)
-        assert row.bytes_read == store.search(QUERIES[:1], **plan).bytes_read
+    assert_plans_do_what_was_measured(store, QUERIES, found)
     assert calibrate(store).used.startswith("32 stored items, by their own vectors")
 
 
