@@ -61,6 +61,21 @@ def test_of_a_picture_in_tiles_the_map_is_of_the_whole_one_after_them():
     maps = patch_attention(model, item, "candidate")
     assert is_image[:whole].any()  # tiles
     assert maps[0].numel() == is_image[whole:].sum()
+    # Without position, and with keys that draw all attention there, the maps have all of it.
+    text = model.backbone.get_submodule(model.processing.family.text_module)
+    places = is_image.clone()
+    places[:whole] = False
+
+    def draw(_module, _args, output):
+        return torch.where(places[None, :, None], 0.0, torch.full_like(output, -50.0))
+
+    text.rotary_emb.register_forward_hook(
+        lambda _m, _a, made: (torch.ones_like(made[0]), torch.zeros_like(made[1]))
+    )
+    for layer in text.layers:
+        layer.self_attn.q_proj.register_forward_hook(lambda _m, _a, o: torch.ones_like(o))
+        layer.self_attn.k_proj.register_forward_hook(draw)
+    assert patch_attention(model, item, "candidate").sum(dim=(1, 2)).min() > 0.99
 
 
 def test_no_picture_or_one_outside_of_the_row_has_no_map():
