@@ -45,19 +45,18 @@ clean: ## remove .venv, caches and builds; data/, runs/ and mlflow.db stay
 	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
+.venv/.installed: EXTRAS = emoji,mlflow
+.venv/.installed-dev: EXTRAS = emoji,mlflow,dev
+
 # torch comes first and by itself: pip then settles on the constrained build before anything else
 # can ask for another one.
-.venv/.installed: pyproject.toml constraints.txt
+.venv/.installed .venv/.installed-dev: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) torch
-	$(PIP) --editable '.[emoji,mlflow]'
-	touch $@
-
-.venv/.installed-dev: .venv/.installed
-	$(PIP) --editable '.[emoji,mlflow,dev]'
-	touch $@
+	$(PIP) --editable '.[$(EXTRAS)]'
+	touch .venv/.installed $@
 
 # Data and runs are only made where there are none: order-only prerequisites never remake them. The
 # card is written last, so data that a kill left unfinished is finished first.

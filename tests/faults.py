@@ -1,17 +1,17 @@
-"""What goes wrong on real machines, for a recipe's `trainer.callbacks` to ask for."""
+"""What goes wrong on real machines, for a recipe's `trainer.callbacks` or a process to ask for."""
 
-import multiprocessing
 import os
 import resource
 import signal
-import socket
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
+import safetensors.torch
+import torch
 
-TIMEOUT_S = 240
 LEFT_BYTES = 32 * 2**20  # of memory, to a process that starves
 
 
@@ -37,42 +37,21 @@ class Fault(pl.Callback):
             resource.setrlimit(resource.RLIMIT_AS, (held + LEFT_BYTES, held + LEFT_BYTES))
 
 
-def run_on_ranks(count: int, arguments: list[str], folder: Path) -> list[tuple[int, str]]:
-    """Exit status and standard error of `metaembed-pl ARGUMENTS` on each of one or two ranks.
-
-    They are forked from a process that has imported everything already: that costs most.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["metaembed_pl.cli.train", "faults"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    files = [folder / f"stderr.{rank}" for rank in range(count)]
-    ranks = [
-        context.Process(target=_rank, args=(rank, count, port, arguments, str(file)))
-        for rank, file in enumerate(files)
-    ]
-    for process in ranks:
-        process.start()
-    deadline = time.monotonic() + TIMEOUT_S
-    try:
-        for process in ranks:
-            process.join(deadline - time.monotonic())
-            assert process.exitcode is not None, "a rank hangs"
-    finally:
-        for process in ranks:
-            process.kill()
-    return [
-        (process.exitcode, file.read_text()) for process, file in zip(ranks, files, strict=True)
-    ]
+def die_in_checkpoint(part: str) -> None:
+    """From now on the process dies with half of a file written that has this in its path."""
+    torch.save = _dying(torch.save, part)
 
 
-def _rank(rank: int, count: int, port: int, arguments: list[str], stderr: str) -> None:
-    os.dup2(os.open(stderr, os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_APPEND), 2)
-    sys.stderr = os.fdopen(2, "w", buffering=1)
-    if count > 1:
-        os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(count)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    from metaembed_pl.cli.main import main
+def die_in_model_folder(part: str) -> None:
+    """The same of files of weights."""
+    safetensors.torch.serialize_file = _dying(safetensors.torch.serialize_file, part)
 
-    sys.exit(main(arguments))
+
+def _dying(write: Callable, part: str) -> Callable:
+    def write_or_die(content: Any, path: Any, *arguments: Any, **settings: Any) -> Any:
+        if part in str(path):
+            Path(path).write_bytes(b"half of a")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return write(content, path, *arguments, **settings)
+
+    return write_or_die

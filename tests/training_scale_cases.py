@@ -1,11 +1,5 @@
-"""One process of a group: takes one step of every case and keeps the gradient. See test_scale.py.
+"""Takes one step of every case in a process of a group, and keeps the gradient: test_scale.py."""
 
-LOCAL_RANK=1 python training_scale_cases.py FOLDER NUM_RANKS
-"""
-
-import json
-import os
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -149,11 +143,11 @@ class Batches(pl.LightningDataModule):
         )
 
 
-def step(case: Case, num_ranks: int) -> tuple[dict[str, torch.Tensor], float]:
+def step(case: Case, num_ranks: int, shards: Path) -> tuple[dict[str, torch.Tensor], float]:
     """What one step of plain descent adds to each trained weight, and the loss."""
     backbone = BackboneConfig(
         scratch=tiny.QWEN25_VL,
-        tokenizer=ScratchTokenizer(300, [str(Path(sys.argv[1]) / "shards")]),
+        tokenizer=ScratchTokenizer(300, [str(shards)]),
         max_pixels=84 * 84,
         gradient_checkpointing=case.checkpointing,
     )
@@ -198,18 +192,14 @@ def trained(module) -> dict[str, torch.Tensor]:
     return {name: tensor.float().clone() for name, tensor in found.items()}
 
 
-def main(folder: Path, num_ranks: int) -> None:
+def steps(rank: int, cases: list[Case], num_ranks: int, shards: Path, out: Path) -> None:
+    """Keeps what `step` gives for each case."""
     torch.set_num_threads(1)
     found = {}
-    for values in json.loads((folder / f"{num_ranks}.json").read_text()):
-        case = Case(**values)
+    for case in cases:
         try:
-            found[str(case)] = step(case, num_ranks)
+            found[str(case)] = step(case, num_ranks, shards)
         except UserError as error:
             found[str(case)] = {"refused": torch.zeros(0)}, str(error)
         print(case, found[str(case)][1], flush=True)
-    torch.save(found, folder / f"{num_ranks}.{os.environ.get('LOCAL_RANK', 0)}.pt")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    torch.save(found, out / f"{num_ranks}.{rank}.pt")

@@ -21,7 +21,7 @@ from metaembed_pl.late_interaction import nested_scores
 from metaembed_pl.model.embedder import MetaEmbedder
 from metaembed_pl.ranking import ranking_metrics
 from metaembed_pl.retrieval.store import Store
-from two_ranks import on_two_ranks
+from ranks import on_two_ranks
 
 NUM_PAGES = 14
 

@@ -1,7 +1,17 @@
+from types import SimpleNamespace
+
+import pytest
 import torch
+from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 import tiny
-from metaembed_pl.model.kernels import FP32, PACKED, PatchProjection, set_attention
+from metaembed_pl.model.kernels import (
+    FP32,
+    PACKED,
+    PatchProjection,
+    _with_places,
+    set_attention,
+)
 
 ITEMS = [
     {"image": tiny.picture(1)},
@@ -54,3 +64,36 @@ def test_the_patch_projection_equals_the_convolution():
     fast = model.encode_candidate(ITEMS)
     projection.__class__ = torch.nn.Conv3d
     torch.testing.assert_close(fast, model.encode_candidate(ITEMS), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_what_is_looked_up_of_an_image_is_what_its_model_finds(name):
+    model = tiny.embedder(config=tiny.CONFIGS[name])
+    looked_up = model.encode_candidate(ITEMS)
+    (hook,) = model.backbone.visual._forward_pre_hooks
+    assert model.backbone.visual._forward_pre_hooks.pop(hook) is _with_places
+    assert torch.equal(looked_up, model.encode_candidate(ITEMS))
+
+
+def test_places_are_those_of_the_library_for_images_of_many_sizes():
+    sizes = SimpleNamespace(spatial_merge_size=2, window_size=112, patch_size=14)
+    chance = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        sides = 2 * torch.randint(1, 14, (5, 2), generator=chance)
+        grids = torch.cat([torch.randint(1, 3, (5, 1), generator=chance), sides], dim=1)
+        _, found = _with_places(SimpleNamespace(config=sizes), (), {"grid_thw": grids})
+        order, ends = get_vision_window_index(grids, 2, 112, 14)
+        expected = {"position_ids": get_vision_position_ids(grids, 2)}
+        expected |= {"window_index": order, "cu_window_seqlens": ends, "grid_thw": grids}
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert torch.equal(found[name], tensor), name
+            assert found[name].dtype == tensor.dtype, name
+
+
+def test_a_size_first_seen_in_inference_can_be_trained_on():
+    model = tiny.embedder()
+    item = tiny.Item(image=tiny.picture(5, (84, 28)))
+    model.encode_candidate([item])
+    model(model.processor()([item], "candidate"), "candidate").sum().backward()
+    assert model.backbone.visual.patch_embed.proj.weight.grad.any()

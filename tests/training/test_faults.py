@@ -16,9 +16,9 @@ import torch
 import yaml
 
 import tiny
-from faults import run_on_ranks
 from metaembed_pl.cli.main import main
 from metaembed_pl.training.checkpoints import WholeFiles
+from ranks import command_line
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_a_step_without_memory_names_the_keys_to_lower(recipe, tmp_path):
     width = 60_000
     recipe["model"]["backbone"]["scratch"]["text_config"]["intermediate_size"] = width
     ask_for(recipe, what="starve", step=1)
-    [(status, error)] = run_on_ranks(1, ["fit", "--config", written(recipe)], tmp_path)
+    [(status, error)] = command_line(1, tmp_path, "fit", "--config", written(recipe)).end()
     assert status == 2, error
     line = error.strip().splitlines()[-1]
     assert line.startswith("metaembed-pl: out of memory: ")
@@ -100,7 +100,7 @@ def test_a_cached_step_without_memory_names_the_chunk_to_lower(recipe, tmp_path)
     recipe["model"]["backbone"]["scratch"]["text_config"]["intermediate_size"] = 60_000
     recipe["model"]["gradient_cache"] = {"max_tokens": 5000}
     ask_for(recipe, what="starve", step=0)
-    [(status, error)] = run_on_ranks(1, ["fit", "--config", written(recipe)], tmp_path)
+    [(status, error)] = command_line(1, tmp_path, "fit", "--config", written(recipe)).end()
     assert status == 2, error
     line = error.strip().splitlines()[-1]
     assert line.startswith("metaembed-pl: out of memory: ")

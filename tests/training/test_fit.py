@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from metaembed_pl.cli.main import main
 from metaembed_pl.data.beir import RetrievalSetWriter
 from metaembed_pl.item import Item
 from metaembed_pl.model.embedder import MetaEmbedder
+from ranks import Ranks, command_line
 
 
 def recipe(root: Path) -> dict:
@@ -155,29 +155,26 @@ def test_mlflow_has_parameters_versions_curves_and_artifacts(finished):
     }
 
 
-def test_two_ranks_end_where_one_does(data, tmp_path):
+def test_two_ranks_end_where_one_does(data, finished, tmp_path):
     """The whole way: plan, loss over both ranks, DDP, metrics, model folder and report."""
-    models, metrics = [], []
-    for ranks in (1, 2):
-        values = recipe(data)
-        values["run"]["folder"] = str(tmp_path / str(ranks))
-        values["trainer"] |= {"devices": ranks, "strategy": "ddp" if ranks > 1 else "auto"}
-        done = subprocess.run(
-            command("fit", "--config", write_recipe(tmp_path, values)),
-            capture_output=True,
-            text=True,
-            timeout=300,
-            cwd=tmp_path,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stderr.count("each query sees") == 1  # not once a rank
-        run = tmp_path / str(ranks) / "tiny"
-        models.append(MetaEmbedder.from_pretrained(run / "model").state_dict())
-        metrics.append(json.loads((run / "report" / "metrics.json").read_text()))
+    values = recipe(data)
+    values["run"]["folder"] = str(tmp_path)
+    values["trainer"] |= {"devices": 2, "strategy": "ddp"}
+    done = subprocess.run(
+        command("fit", "--config", write_recipe(tmp_path, values)),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("each query sees") == 1  # not once a rank
+    runs = [folder / "tiny" for folder in (finished[0] / "runs", tmp_path)]
+    models = [MetaEmbedder.from_pretrained(run / "model").state_dict() for run in runs]
     one, two = (torch.cat([t.flatten() for t in model.values()]) for model in models)
     # AdamW turns rounding into whole steps where a gradient is next to nothing, and only there.
     assert ((one - two).abs() > 1e-4).float().mean() < 0.01
+    metrics = [json.loads((run / "report" / "metrics.json").read_text()) for run in runs]
     assert metrics[0].keys() == metrics[1].keys()
     first, second = (found["test/pool/mrr/2x4"] for found in metrics)
     assert first == pytest.approx(second, abs=0.1)
@@ -208,18 +205,18 @@ def test_killed_at_any_step_and_resumed_ends_with_the_same_weights(data, tmp_pat
         files[name] = write_recipe(tmp_path / name, values)
         lasts[name] = tmp_path / name / "tiny" / "checkpoints" / "last.ckpt"
 
-    def started(name: str, *resume: str) -> subprocess.Popen:
-        arguments = command("fit", "--config", files[name], *resume)
-        output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        return subprocess.Popen(arguments, text=True, **output)
+    def started(name: str, *resume: str) -> Ranks:
+        said = tmp_path / name / "said"
+        return command_line(1, said, "fit", "--config", files[name], *resume)
 
     runs = [started("whole")]
     for kill in (3, 4, 5):
-        _fit_until(files["killed"], lasts["killed"], kill)
+        last = lasts["killed"]
+        _kill_at(started("killed", *(["--ckpt_path", "last"] * last.exists())), last, kill)
     runs.append(started("killed", "--ckpt_path", "last"))
     for run in runs:
-        told = run.communicate(timeout=200)[0]
-        assert run.returncode == 0, told
+        [(status, said)] = run.end()
+        assert status == 0, said
     weights = [torch.load(last, weights_only=True) for last in lasts.values()]
     assert weights[0]["global_step"] == weights[1]["global_step"] == 6
     states = [checkpoint["state_dict"] for checkpoint in weights]
@@ -227,22 +224,17 @@ def test_killed_at_any_step_and_resumed_ends_with_the_same_weights(data, tmp_pat
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
-def _fit_until(file: str, last: Path, step: int) -> None:
-    """Runs `fit` and kills it once the checkpoint of this step, or a later one, is there."""
-    resume = ["--ckpt_path", "last"] if last.exists() else []
-    process = subprocess.Popen(
-        command("fit", "--config", file, *resume),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=os.environ | {"PYTHONUNBUFFERED": "1"},
-    )
+def _kill_at(run: Ranks, last: Path, step: int) -> None:
+    """Kills a run once the checkpoint of this step, or a later one, is there."""
+    [process] = run.processes
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
+    while time.monotonic() < deadline and process.exitcode is None:
         if last.exists() and torch.load(last, weights_only=True)["global_step"] >= step:
             break
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    run.kill()
+    [(status, said)] = run.end()
+    assert status == -signal.SIGKILL, said
 
 
 @pytest.mark.parametrize(

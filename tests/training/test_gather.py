@@ -10,7 +10,7 @@ from metaembed_pl.training.gather import (
     maximum_over_ranks,
     rank_and_world,
 )
-from two_ranks import on_two_ranks
+from ranks import on_two_ranks
 
 
 def rows(rank):

@@ -12,7 +12,7 @@ from metaembed_pl.budget import PAPER_GROUPS, parse_groups
 from metaembed_pl.errors import UserError
 from metaembed_pl.training import loss as loss_module
 from metaembed_pl.training.loss import MMRLoss
-from two_ranks import on_two_ranks
+from ranks import on_two_ranks
 from unchecked import shapes_unchecked
 
 GROUPS = parse_groups(["1x1", "2x3", "3x5"])

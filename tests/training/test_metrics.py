@@ -9,7 +9,7 @@ from metaembed_pl.errors import UserError
 from metaembed_pl.late_interaction import nested_scores
 from metaembed_pl.ranking import ranking_metrics
 from metaembed_pl.training.metrics import RetrievalMetrics, headline
-from two_ranks import on_two_ranks
+from ranks import on_two_ranks
 from unchecked import shapes_unchecked
 
 GROUPS = parse_groups(["1x1", "2x4"])

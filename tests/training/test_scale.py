@@ -3,19 +3,12 @@
 `pytest -s tests/training/test_scale.py` prints the table of docs/scale.md.
 """
 
-import json
-import os
-import subprocess
-import sys
-from dataclasses import asdict
-from pathlib import Path
-
 import pytest
 import torch
 
 import tiny
-from training_scale_cases import CASES, REFUSED
-from two_ranks import free_port
+from ranks import Ranks
+from training_scale_cases import CASES, REFUSED, steps
 
 TIMEOUT_S = 900
 LARGEST = 5e-6
@@ -31,14 +24,13 @@ def results(tmp_path_factory) -> dict[str, dict]:
     alone = [case for case in CASES if case.num_ranks == 1]
     alone = list(dict.fromkeys([*alone, *(case.reference for case in CASES)]))
     shared = [*(case for case in CASES if case.num_ranks == 2), REFUSED]
-    processes = []
-    for ranks, cases in ((1, alone), (2, shared)):
-        (folder / f"{ranks}.json").write_text(json.dumps([asdict(case) for case in cases]))
-        port = str(free_port())
-        processes += [_start(folder, ranks, rank, port) for rank in range(ranks)]
-    for process in processes:
-        told = process.communicate(timeout=TIMEOUT_S)[0]
-        assert process.returncode == 0, told
+    running = [
+        Ranks(ranks, folder / f"{ranks}", steps, cases, ranks, folder / "shards", folder)
+        for ranks, cases in ((1, alone), (2, shared))
+    ]
+    for ranks in running:
+        for status, said in ranks.end(TIMEOUT_S):
+            assert status == 0, said
     found = {}
     for ranks in (1, 2):
         parts = [torch.load(folder / f"{ranks}.{rank}.pt") for rank in range(ranks)]
@@ -47,22 +39,6 @@ def results(tmp_path_factory) -> dict[str, dict]:
             loss = told[0] if name == str(REFUSED) else sum(told) / ranks
             found[name] = {"gradient": gradient, "loss": loss}
     return found
-
-
-def _start(folder: Path, num_ranks: int, rank: int, port: str) -> subprocess.Popen:
-    here = Path(__file__).parent
-    paths = [str(here.parent.parent / "src"), str(here.parent)]
-    place = {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks), "NODE_RANK": "0"}
-    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return subprocess.Popen(
-        [sys.executable, str(here.parent / "training_scale_cases.py"), str(folder), str(num_ranks)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ
-        | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-        | (place if num_ranks > 1 else {}),
-    )
 
 
 @pytest.mark.slow

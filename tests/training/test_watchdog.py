@@ -13,8 +13,8 @@ import torch
 import yaml
 
 import tiny
-from faults import run_on_ranks
 from metaembed_pl.training.watchdog import STATUS
+from ranks import command_line
 
 WAITS = """
 import sys, time
@@ -129,7 +129,7 @@ def fit(recipe: dict, *flags: str, **fault: object) -> tuple[list[int], list[str
     values = recipe | {"trainer": recipe["trainer"] | {"callbacks": callbacks}}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
     arguments = ["fit", "--config", str(folder / "recipe.yaml"), *flags]
-    status, said = zip(*run_on_ranks(2, arguments, folder), strict=True)
+    status, said = zip(*command_line(2, folder, *arguments).end(), strict=True)
     return list(status), list(said), time.time() - last(recipe).stat().st_mtime
 
 

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,15 +19,15 @@ import yaml
 from safetensors.torch import load_file
 
 import tiny
+from faults import die_in_checkpoint, die_in_model_folder
 from metaembed_pl.cli.main import main
 from metaembed_pl.errors import UserError
 from metaembed_pl.model.embedder import MetaEmbedder
 from metaembed_pl.training.strategy import _refuse_objects
+from ranks import command_line
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 TIMEOUT_S = 400
-FIT = ("-m", "metaembed_pl", "fit")
-KILLED = Path(__file__).parent.parent / "fit_killed.py"
 
 
 @pytest.fixture(scope="module")
@@ -70,37 +71,30 @@ def recipe(root: Path, name: str, trainer: dict | None = None, **evaluation) -> 
     return str(file)
 
 
-def start(*arguments: str, program: tuple[str, ...] = FIT) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, *program, *arguments],
+def run_killed(config: str, folder: Path, die: partial) -> None:
+    """A run of which one rank dies in `die`, and the other with it."""
+    ended = command_line(2, folder, "fit", "--config", config, first=die).end_with_the_first()
+    assert [status for status, _ in ended] == [-signal.SIGKILL] * 2, ended
+
+
+@pytest.fixture(scope="module")
+def finished(root) -> Path:
+    """As a user starts it: Lightning starts the second rank."""
+    sets = {part: [{"path": str(root / "test"), "name": "pool"}] for part in ("val", "test")}
+    config = recipe(root, "whole", **sets)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "metaembed_pl", "fit", "--config", config],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
         start_new_session=True,
     )
-
-
-def run(*arguments: str, program: tuple[str, ...] = FIT, ends: int = 0) -> str:
-    process = start(*arguments, program=program)
     try:
         told = process.communicate(timeout=TIMEOUT_S)[0]
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == ends, told
-    return told
-
-
-def run_killed(part: str, config: str) -> None:
-    """A run that dies as it writes a file with this in its path."""
-    run("--config", config, program=(str(KILLED), part), ends=-signal.SIGKILL)
-
-
-@pytest.fixture(scope="module")
-def finished(root) -> Path:
-    sets = {part: [{"path": str(root / "test"), "name": "pool"}] for part in ("val", "test")}
-    told = run("--config", recipe(root, "whole", **sets))
+    assert process.returncode == 0, told
     assert "step 6 of 6" in told
     return root / "runs" / "whole"
 
@@ -136,23 +130,31 @@ def test_a_checkpoint_exports_to_the_same_model(finished, tmp_path):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_killed_in_a_checkpoint_and_resumed_it_ends_where_an_unbroken_run_does(root, finished):
+def test_killed_in_a_checkpoint_and_resumed_it_ends_where_an_unbroken_run_does(
+    root, finished, tmp_path
+):
     config = recipe(root, "killed")
-    run_killed(".last.ckpt.b/", config)  # the second; the first is in .last.ckpt.a
+    # The second; the first is in .last.ckpt.a.
+    run_killed(config, tmp_path, partial(die_in_checkpoint, ".last.ckpt.b/"))
     folder = root / "runs" / "killed"
     halves = [f for f in folder.rglob(".last.ckpt.b/**/*.pt") if f.read_bytes() == b"half of a"]
     assert halves, "it was killed elsewhere"
     assert (folder / "checkpoints" / "last.ckpt").resolve().name == ".last.ckpt.a"
     assert not (folder / "model").exists()
-    run("--config", config, "--ckpt_path", "last")
+    for status, said in command_line(
+        2, tmp_path, "fit", "--config", config, "--ckpt_path", "last"
+    ).end():
+        assert status == 0, said
     one, other = adapter(finished / "model"), adapter(folder / "model")
     for name, tensor in one.items():
         assert torch.equal(tensor, other[name]), name
 
 
-def test_killed_in_the_consolidation_an_offloaded_run_exports_the_same_model(root, finished):
+def test_killed_in_the_consolidation_an_offloaded_run_exports_the_same_model(
+    root, finished, tmp_path
+):
     config = recipe(root, "offloaded", trainer={"strategy": "deepspeed_stage_3_offload"})
-    run_killed("/.model.", config)
+    run_killed(config, tmp_path, partial(die_in_model_folder, "/.model."))
     folder = root / "runs" / "offloaded"
     assert list(folder.glob(".model.*/**/adapter_model.safetensors")), "it was killed elsewhere"
     assert not (folder / "model").exists()
@@ -164,11 +166,10 @@ def test_killed_in_the_consolidation_an_offloaded_run_exports_the_same_model(roo
         assert torch.allclose(tensor, other[name], rtol=0, atol=1e-5), name
 
 
-def test_another_number_of_ranks_is_refused_with_the_way_on(root, finished):
-    config = str(root / "whole.yaml")
-    process = start("--config", config, "--ckpt_path", "last", "--trainer.devices=1")
-    told = process.communicate(timeout=TIMEOUT_S)[0]
-    assert process.returncode == 2
+def test_another_number_of_ranks_is_refused_with_the_way_on(root, finished, tmp_path):
+    flags = ["--config", str(root / "whole.yaml"), "--ckpt_path", "last", "--trainer.devices=1"]
+    [(status, told)] = command_line(1, tmp_path, "fit", *flags).end()
+    assert status == 2
     assert "was written by 2 ranks and this run has 1" in told
     assert "model.start_from" in told
     assert "Traceback" not in told

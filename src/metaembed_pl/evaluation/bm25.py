@@ -44,7 +44,7 @@ def bm25_metrics(task: RetrievalSet) -> dict[str, list[float]]:
     known = index.vocab_dict
     rows = []
     for of_query in words:
-        found = [word for word in of_query if word in known]
+        found = [str(word) for word in of_query if word in known]
         rows.append(
             torch.from_numpy(index.get_scores(found)).float() if found else torch.zeros(len(texts))
         )

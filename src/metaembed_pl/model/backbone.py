@@ -17,7 +17,7 @@ from metaembed_pl.data.shards import ShardedPairs
 from metaembed_pl.errors import UserError
 from metaembed_pl.item import Pair
 from metaembed_pl.model.family import Family, family_of
-from metaembed_pl.model.kernels import FP32, use_fast_kernels
+from metaembed_pl.model.kernels import FP32, look_up_grids, use_fast_kernels
 from metaembed_pl.model.options import (
     checkpoint_activations,
     compile_layers,
@@ -132,6 +132,7 @@ def build_backbone(config: BackboneConfig, processing: Processing) -> PreTrained
         )
     if attention == "sdpa":
         use_fast_kernels(model, config.attention, processing.family)
+    look_up_grids(model, processing.family)
     if config.liger:
         use_liger(model)
     if config.gradient_checkpointing:

@@ -8,14 +8,19 @@ thousands of small calls a batch. Chunks of equal length can share one call, wit
 8 times as long for the backward pass in bf16 as in fp32 (docs/log.md). It, and `packed` on the CPU,
 compute short sequences by plain products, which torch's fused CPU kernel is no match for.
 
+`look_up_grids`: those vision towers find where patches stand and which windows they are in image by
+image, in some forty small calls each; a dictionary has it for images of a size seen before.
+
 `PatchProjection`: the patch embedding is a convolution whose stride is its kernel, that is, one
 matrix product; as a convolution its backward pass alone was a tenth of a training step on a CPU.
 
-Shape letters: S patches of all images, H heads, E width of a head, n chunks of one length L.
+Shape letters: S patches of all images, H heads, E width of a head, n chunks of one length L, s
+patches of an image, t tokens of it, w its windows.
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -25,6 +30,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 from metaembed_pl.model.family import Family
 
@@ -109,6 +115,60 @@ class PatchProjection(nn.Conv3d):
         """Each patch is exactly one kernel's size, as transformers' vision towers cut them."""
         projected = nn.functional.linear(patches.flatten(1), self.weight.flatten(1), self.bias)
         return projected[:, :, None, None, None]
+
+
+class Places(NamedTuple):
+    """What follows from the size of an image.
+
+    Args:
+        positions: row and column of each patch.
+        order: of its tokens, window by window; empty where there are no windows.
+        ends: of its windows, counted in patches; likewise.
+    """
+
+    positions: Int[Tensor, "s 2"]
+    order: Int[Tensor, " t"]
+    ends: Int[Tensor, " w"]
+
+
+@lru_cache(maxsize=1024)
+def _places(
+    grid: tuple[int, int, int], merge_size: int, window_size: int | None, patch_size: int
+) -> Places:
+    # What is made in inference mode could not be used in training later.
+    with torch.inference_mode(False):
+        one = torch.tensor([grid])
+        positions = get_vision_position_ids(one, merge_size)
+        if window_size is None:
+            return Places(positions, torch.empty(0), torch.empty(0))
+        order, ends = get_vision_window_index(one, merge_size, window_size, patch_size)
+        return Places(positions, order, ends[1:])
+
+
+def _with_places(visual: Any, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
+    """What a vision tower's forward would find for itself, under the names that it looks for."""
+    config, window_size = visual.config, getattr(visual.config, "window_size", None)
+    positions, orders, ends = [], [], [torch.zeros(1, dtype=torch.int32)]
+    num_tokens = num_patches = 0
+    for grid in given["grid_thw"].tolist():
+        of = _places(tuple(grid), config.spatial_merge_size, window_size, config.patch_size)
+        positions.append(of.positions)
+        orders.append(of.order + num_tokens)
+        ends.append(of.ends + num_patches)
+        num_tokens += len(of.order)
+        num_patches += len(of.positions)
+    found = {"position_ids": positions}
+    if window_size is not None:
+        found |= {"window_index": orders, "cu_window_seqlens": ends}
+    device = given["grid_thw"].device
+    return args, {name: torch.cat(parts).to(device) for name, parts in found.items()} | given
+
+
+def look_up_grids(model: PreTrainedModel, family: Family) -> None:
+    """Lets a vision tower that packs images look up what depends on their sizes alone."""
+    if family.packs_images:
+        visual: Any = model.visual
+        visual.register_forward_pre_hook(_with_places, with_kwargs=True)
 
 
 def use_fast_kernels(model: PreTrainedModel, attention: str, family: Family) -> None:

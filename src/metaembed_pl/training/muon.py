@@ -94,18 +94,18 @@ class Muon(torch.optim.Optimizer):
     def _move(
         self, alike: list[nn.Parameter], lr: float, weight_decay: float, momentum: float
     ) -> None:
-        gradients = [parameter.grad for parameter in alike]
-        kept = [self._momentum(parameter) for parameter in alike]
-        torch._foreach_lerp_(kept, gradients, 1 - momentum)
-        ahead = torch._foreach_lerp(gradients, kept, momentum)
-        dtype = torch.bfloat16 if computes_in_bf16(alike[0].device) else torch.float32
-        updates = orthogonal(torch.stack(ahead), dtype).to(alike[0].dtype)
+        ahead = torch.stack([self._ahead(parameter, momentum) for parameter in alike])
+        dtype = torch.bfloat16 if computes_in_bf16(ahead.device) else torch.float32
+        updates = orthogonal(ahead, dtype).to(ahead.dtype)
         size = 0.2 * max(alike[0].shape) ** 0.5
-        torch._foreach_mul_(alike, 1 - lr * weight_decay)
-        torch._foreach_add_(alike, list(updates), alpha=-lr * size)
+        for parameter, update in zip(alike, updates, strict=True):
+            parameter.mul_(1 - lr * weight_decay).add_(update, alpha=-lr * size)
 
-    def _momentum(self, parameter: nn.Parameter) -> Tensor:
+    def _ahead(self, parameter: nn.Parameter, momentum: float) -> Tensor:
+        """Where the momentum goes if the next gradient is as this one: Nesterov's."""
+        assert parameter.grad is not None
         state = self.state[parameter]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
-        return state["momentum_buffer"]
+        kept = state["momentum_buffer"].lerp_(parameter.grad, 1 - momentum)
+        return parameter.grad.lerp(kept, momentum)
