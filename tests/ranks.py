@@ -64,9 +64,12 @@ class Ranks:
         statuses = [process.exitcode for process in self.processes]
         return list(zip(statuses, self._said(), strict=True))
 
-    def end_with_the_first(self) -> list[tuple[int, str]]:
-        """The same, but all are killed as soon as one of them has ended."""
-        connection.wait([process.sentinel for process in self.processes], TIMEOUT_S)
+    def end_with_the_first_killed(self) -> list[tuple[int, str]]:
+        """The same, but all are killed as soon as one of them was."""
+        running = self.processes
+        while running and all((process.exitcode or 0) >= 0 for process in self.processes):
+            assert connection.wait([p.sentinel for p in running], TIMEOUT_S), "nothing ends"
+            running = [process for process in running if process.exitcode is None]
         self.kill()
         return self.end()
 

@@ -73,8 +73,10 @@ def recipe(root: Path, name: str, trainer: dict | None = None, **evaluation) -> 
 
 def run_killed(config: str, folder: Path, die: partial) -> None:
     """A run of which one rank dies in `die`, and the other with it."""
-    ended = command_line(2, folder, "fit", "--config", config, first=die).end_with_the_first()
-    assert [status for status, _ in ended] == [-signal.SIGKILL] * 2, ended
+    ranks = command_line(2, folder, "fit", "--config", config, first=die)
+    ended = ranks.end_with_the_first_killed()
+    # A rank that has nothing to write may have come to its end.
+    assert {-signal.SIGKILL} <= {status for status, _ in ended} <= {-signal.SIGKILL, 0}, ended
 
 
 @pytest.fixture(scope="module")
