@@ -4,7 +4,7 @@ import io
 import warnings
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from metaembed_pl.errors import UserError
 
@@ -75,7 +75,8 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
             f"{image.width} x {image.height} pixels: one side is more than {MAX_ASPECT} times the "
             "other"
         )
-    image = ImageOps.exif_transpose(image)
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # else it would copy for nothing
+        image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise UserError("floating-point pixels have no agreed white: save it with 8 bits a channel")
     if image.mode.startswith("I"):
