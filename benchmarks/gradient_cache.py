@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 import time
+from typing import Any
 
 import torch
 from loss import RESULTS, machine, peak_bytes
@@ -72,15 +73,17 @@ def measure(how: str, batch: int) -> dict[str, float]:
     made = model()
     process, loss_of = made.processor(), MMRLoss(made.groups)
     sides: dict[Side, list[Item]] = {"query": items(batch, 1), "candidate": items(batch, 2)}
-    whole = {side: process(of_side, side) for side, of_side in sides.items()}
-    chunks = {s: process.in_chunks(of_side, s, MAX_TOKENS) for s, of_side in sides.items()}
+    whole: dict[Side, Any] = {s: process(of_side, s) for s, of_side in sides.items()}
+    chunks: dict[Side, Any] = {
+        s: process.in_chunks(of_side, s, MAX_TOKENS) for s, of_side in sides.items()
+    }
 
     def plain() -> None:
         loss_of(*(made(tensors, side) for side, tensors in whole.items())).loss.backward()
 
     def cached() -> None:
         cache = GradientCache(made)
-        found = {side: cache.encode(of_side, side) for side, of_side in chunks.items()}
+        found: dict[Side, Any] = {s: cache.encode(of_side, s) for s, of_side in chunks.items()}
         gradients = torch.autograd.grad(loss_of(*found.values()).loss, list(found.values()))
         for part in cache.surrogates(dict(zip(found, gradients, strict=True))):
             part.backward()

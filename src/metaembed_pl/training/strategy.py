@@ -99,7 +99,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         A model from scratch is small and built whole: its random start is drawn into whole
         tensors. DeepSpeed then shares it out like the meta tokens, from rank 0.
         """
-        from transformers.integrations import HfDeepSpeedConfig
+        from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
         self._init_config_if_needed()
         module: Any = self.lightning_module
@@ -249,6 +249,7 @@ def consolidated(folder: Path) -> dict[str, Any]:
         )
     except (OSError, ValueError, KeyError, AssertionError) as error:
         raise UserError(f"{folder}: not a whole checkpoint of ZeRO: {error}") from error
+    assert state is not None
     return {"state_dict": dict(state)}
 
 
