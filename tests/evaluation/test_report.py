@@ -4,6 +4,7 @@ from itertools import pairwise
 import matplotlib
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from metaembed_pl.budget import Budget
@@ -184,6 +185,17 @@ def test_budgets_of_one_group_or_equal_cost_are_drawn():
         with report_style():
             texts = written(draw_budgets([Curve("x", [0.5] * len(some))], some, costs))
         assert [text for text in texts if text in ("1x3", "2x3")] == [str(g) for g in some] * 2
+
+
+@pytest.mark.parametrize("name", ["x", "emoji_scene", "DocumentUnderstanding_fr"])
+def test_names_of_curves_fit_between_the_panels_and_into_the_picture(name):
+    with report_style():
+        figure = draw_budgets([Curve(name, [0.5, 0.8])], GROUPS, [Cost(10, 0.001), Cost(30, 0.002)])
+        renderer = FigureCanvasAgg(figure).get_renderer()
+    first, second = figure.axes
+    for panel, end in ((first, second.bbox.x0), (second, figure.bbox.x1)):
+        (label,) = (t for t in panel.texts if t.get_text().startswith("0.80"))
+        assert label.get_window_extent(renderer).x1 < end
 
 
 def test_a_cost_counts_bf16_bytes_and_scales_the_time_of_a_large_pool(monkeypatch):

@@ -11,6 +11,8 @@ from metaembed_pl.display import shortened
 from metaembed_pl.evaluation.canvas import FAINT, INK, LINES, MUTED, spread
 
 METRIC = "recall@1"
+MAX_NAME = 20
+LEFT, PANEL = 0.4, 3.7
 
 
 class Curve(NamedTuple):
@@ -41,13 +43,19 @@ def draw_budgets(
         costs: one a group.
         metric: its name.
     """
-    figure = Figure(figsize=(11, 4.4))
+    # Inches: the ticks' labels before the first panel, the names behind each.
+    room = 0.75 + 0.1 * max(len(shortened(curve.name, MAX_NAME)) for curve in curves)
+    width = LEFT + 2 * (PANEL + room)
+    figure = Figure(figsize=(width, 4.4))
     panels = figure.subplots(1, 2, sharey=True)
-    figure.subplots_adjust(left=0.035, right=0.84, top=0.81, bottom=0.14, wspace=0.54)
+    figure.subplots_adjust(
+        left=LEFT / width, right=1 - room / width, top=0.81, bottom=0.14, wspace=room / PANEL
+    )
     sizes = [cost.candidate_bytes for cost in costs]
     times_ms = [1000 * cost.scoring_s for cost in costs]
     _draw_panel(panels[0], curves, groups, sizes, [format_bytes(size) for size in sizes])
     _draw_panel(panels[1], curves, groups, times_ms, [format_ms(time) for time in times_ms])
+    panels[1].tick_params(labelleft=False)  # those of the first panel; names stand in their place
     _title(panels[0], "Quality and index size", f"{metric} against bytes a candidate, in bf16")
     _title(
         panels[1],
@@ -78,7 +86,7 @@ def _draw_panel(
         colour = LINES[i % len(LINES)]
         dots = {"marker": "o", "markersize": 7, "markeredgecolor": "white", "markeredgewidth": 1.2}
         axes.plot(costs, curve.values, color=colour, linewidth=2, clip_on=False, zorder=3, **dots)
-        label = f"{curve.values[-1]:.2f}  {shortened(curve.name, 20)}"
+        label = f"{curve.values[-1]:.2f}  {shortened(curve.name, MAX_NAME)}"
         _write(axes, label, (1, label_y), (8, 0), color=colour, fontweight="bold")
 
 
