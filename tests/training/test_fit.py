@@ -72,8 +72,17 @@ def write_recipe(folder: Path, values: dict) -> str:
     return str(file)
 
 
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "metaembed_pl", *arguments]
+def fit_in_a_process(folder: Path, values: dict) -> str:
+    """What a whole `fit`, started as a user starts it, says."""
+    done = subprocess.run(
+        [sys.executable, "-m", "metaembed_pl", "fit", "--config", write_recipe(folder, values)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=folder,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -84,15 +93,7 @@ def finished(data, tmp_path_factory) -> tuple[Path, str]:
     values["run"]["folder"] = str(folder / "runs")
     del values["trainer"]["logger"]
     values["run"]["mlflow_uri"] = f"sqlite:///{folder}/mlflow.db"
-    done = subprocess.run(
-        command("fit", "--config", write_recipe(folder, values)),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=folder,
-    )
-    assert done.returncode == 0, done.stderr
-    return folder, done.stderr
+    return folder, fit_in_a_process(folder, values)
 
 
 def test_a_run_leaves_config_checkpoints_model_and_report(finished):
@@ -160,15 +161,7 @@ def test_two_ranks_end_where_one_does(data, finished, tmp_path):
     values = recipe(data)
     values["run"]["folder"] = str(tmp_path)
     values["trainer"] |= {"devices": 2, "strategy": "ddp"}
-    done = subprocess.run(
-        command("fit", "--config", write_recipe(tmp_path, values)),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("each query sees") == 1  # not once a rank
+    assert fit_in_a_process(tmp_path, values).count("each query sees") == 1  # not once a rank
     runs = [folder / "tiny" for folder in (finished[0] / "runs", tmp_path)]
     models = [MetaEmbedder.from_pretrained(run / "model").state_dict() for run in runs]
     one, two = (torch.cat([t.flatten() for t in model.values()]) for model in models)
