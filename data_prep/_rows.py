@@ -47,6 +47,11 @@ def read_rows(where: str, files: str, columns: Iterable[str] = ()) -> Iterator[d
         ) from error
     disable_progress_bar()
     set_verbosity_error()
+    if Path(where).is_dir():
+        # Of a folder called parquet, json, ... `datasets` would read the current one instead.
+        where = str(Path(where).resolve())
+    elif "/" not in where:
+        raise UserError(f"no folder {where}, and no id of the hub, which is ORG/NAME")
     try:
         rows = load_dataset(where, data_files={"rows": files}, split="rows", streaming=True)
         rows = rows.decode(False)  # the bytes are what we want: they are checked elsewhere

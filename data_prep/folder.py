@@ -11,15 +11,16 @@
 | auto | the first of side-car, metadata and name that there is (the default) |
 
 Pictures with the same text are all right answers for it. One candidate in ten is held out, by a
-hash of its path (--held-out). Links that lead out of the folder are not followed.
+hash of its path (--held-out). Linked folders are followed, each once. Files that are not taken are
+counted, hidden ones among them.
 """
 
 import argparse
 import csv
 import hashlib
-import json
 import re
 import sys
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import partial
@@ -28,7 +29,9 @@ from pathlib import Path
 from _source import Draft, Product, run
 
 from metaembed_pl.errors import UserError
-from metaembed_pl.picture import PICTURE_SUFFIXES
+from metaembed_pl.files import as_on_disk
+from metaembed_pl.item import read_json_lines
+from metaembed_pl.picture import PICTURE_SUFFIXES, files_below
 
 TEXTS = ("auto", "sidecar", "metadata", "name", "folder")
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -41,7 +44,7 @@ def drafts(root: Path, how: str) -> Iterator[Draft]:
         UserError: no pictures, or none with a text.
     """
     pictures = list_pictures(root)
-    metadata = read_metadata(root) if how in ("auto", "metadata") else {}
+    metadata = read_metadata(root, set(pictures)) if how in ("auto", "metadata") else {}
     texts = {path: texts_of(path, root, how, metadata) for path in pictures}
     right = defaultdict(list)  # pictures by text
     for path, found in texts.items():
@@ -63,34 +66,29 @@ def drafts(root: Path, how: str) -> Iterator[Draft]:
 
 
 def list_pictures(root: Path) -> list[Path]:
-    """Pictures below a folder, sorted; links that lead out of it are left out."""
+    """Pictures below a folder, sorted."""
     if not root.is_dir():
         raise UserError(f"no folder {root}: give --from a folder of pictures")
-    inside = root.resolve()
-    found = [
-        path
-        for path in sorted(root.rglob("*"))
-        if path.suffix.lower() in PICTURE_SUFFIXES
-        and path.is_file()
-        and path.resolve().is_relative_to(inside)
-    ]
+    found = files_below(root, beside=(".txt", ".jsonl", ".csv"))
     if not found:
         raise UserError(f"{root} holds no pictures ({', '.join(sorted(PICTURE_SUFFIXES))})")
     return found
 
 
-def texts_of(path: Path, root: Path, how: str, metadata: dict[Path, str]) -> list[str]:
+def texts_of(path: Path, root: Path, how: str, metadata: dict[Path, list[str]]) -> list[str]:
     """What a picture is asked for as; each text once, none if there is none."""
     found: list[str] = []
     if how in ("auto", "sidecar"):
         found = read_sidecar(path)
     if how in ("auto", "metadata") and not found and path in metadata:
-        found = [metadata[path]]
+        found = metadata[path]
     if how == "name" or (how == "auto" and not found):
         found = [words(path.stem)]
     if how == "folder" and path.parent != root:
         found = [words(path.parent.name)]
-    return list(dict.fromkeys(text for text in map(str.strip, found) if text))
+    # Composed: texts that look the same are the same, whoever wrote them.
+    found = [unicodedata.normalize("NFC", text).strip() for text in found]
+    return list(dict.fromkeys(text for text in found if text))
 
 
 def words(name: str) -> str:
@@ -105,7 +103,7 @@ def words(name: str) -> str:
 
 def read_sidecar(path: Path) -> list[str]:
     """The lines of the text file beside a picture."""
-    for sidecar in (path.with_suffix(".txt"), Path(f"{path}.txt")):
+    for sidecar in map(as_on_disk, (path.with_suffix(".txt"), Path(f"{path}.txt"))):
         if sidecar.is_file():
             try:
                 return sidecar.read_text(encoding="utf-8-sig").splitlines()
@@ -114,33 +112,44 @@ def read_sidecar(path: Path) -> list[str]:
     return []
 
 
-def read_metadata(root: Path) -> dict[Path, str]:
+def read_metadata(root: Path, pictures: set[Path]) -> dict[Path, list[str]]:
     """Texts by picture, from all metadata files below a folder (the hub's imagefolder layout)."""
-    found = {}
-    for path in sorted(file for name in METADATA for file in root.rglob(name)):
-        try:
-            with path.open(encoding="utf-8-sig", newline="") as file:
-                lines = csv.DictReader(file) if path.suffix == ".csv" else map(json.loads, file)
-                for number, line in enumerate(lines, start=1):
-                    name, text = line.get("file_name"), line.get("text")
-                    if not isinstance(name, str) or not isinstance(text, str):
-                        raise UserError(f"{path}: line {number} needs a file_name and a text")
-                    found[path.parent / name] = text
-        except (ValueError, AttributeError, csv.Error, OSError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"{path} cannot be read: {error}") from error
+    found: dict[Path, list[str]] = defaultdict(list)
+    missing = []
+    for path in files_below(root, lambda file: file.name in METADATA, beside=None):
+        for number, line in read_csv(path) if path.suffix == ".csv" else read_json_lines(path):
+            fields = line if isinstance(line, dict) else {}
+            name, text = fields.get("file_name"), fields.get("text")
+            if not isinstance(name, str) or not isinstance(text, str):
+                raise UserError(f"{path}:{number}: needs a file_name and a text")
+            picture = as_on_disk(path.parent / name)
+            if picture in pictures:
+                found[picture].append(text)
+            else:
+                missing.append(f"{path}:{number}: {name}")
+    if missing:
+        print(
+            f"{len(missing):,} texts are of no picture here, such as {missing[0]}", file=sys.stderr
+        )
     return found
+
+
+def read_csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """The number of its last line, and each row."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = csv.DictReader(file)
+            for row in rows:
+                yield rows.line_num, row
+    except (csv.Error, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
 
 
 def fingerprint(root: Path) -> str:
     """A hash of the names and sizes of a folder's files: another one means other data."""
     digest = hashlib.sha256()
-    for path in sorted(root.rglob("*")):
-        if path.is_file():
-            digest.update(
-                f"{path.relative_to(root)} {path.stat().st_size}\n".encode("utf-8", "replace")
-            )
+    for path in files_below(root, lambda file: True, beside=None):
+        digest.update(f"{path.relative_to(root)} {path.stat().st_size}\n".encode())
     return digest.hexdigest()
 
 

@@ -8,9 +8,11 @@ One object a line, image paths relative to the file (docs/data.md has the whole 
 
 CSV and Parquet have a column each, of which only a query and a positive are needed:
 
-    id, query, query_image, positive, positive_image, positive_id, negatives, negative_images
+    id, query, query_image, positive, positive_image, positive_id, negatives, negative_images,
+    asks, answers
 
-the last two as lists (in CSV a JSON list). A picture is a path, bytes (as the hub's Parquet has
+`negatives`, `negative_images` and `answers` are lists (in CSV a JSON list). Rows of one query are
+all right answers to it. A picture is a path, bytes (as the hub's Parquet has
 them, too), or base64 behind `data:image/png;base64,`; with --base64 every picture is bare base64.
 
 What is held out follows from a hash of the positive's id, so pairs of one candidate stay on one
@@ -22,7 +24,6 @@ import argparse
 import base64
 import binascii
 import csv
-import json
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -30,12 +31,13 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from _rows import read_rows
 from _source import Draft, Product, run
+from pyarrow import ArrowException, parquet
 
 from metaembed_pl.data.shard_index import sha256_of
 from metaembed_pl.errors import UserError
-from metaembed_pl.item import Pair
+from metaembed_pl.files import refuse_special_file
+from metaembed_pl.item import Pair, parse_json, read_json_lines
 
 COLUMNS = (
     "id",
@@ -46,7 +48,10 @@ COLUMNS = (
     "positive_id",
     "negatives",
     "negative_images",
+    "asks",
+    "answers",
 )
+ROWS_AT_A_TIME = 256  # of Parquet, pictures and all
 CSV_FIELD_BYTES = 2**26  # of a picture as base64; Python's own limit is 128 kB
 
 
@@ -70,19 +75,6 @@ def drafts(path: Path, is_base64: bool) -> Iterator[Draft]:
         yield vars(pair)
 
 
-def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """The number and the value of each line that is not blank."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                # utf-8-sig: editors on Windows put a byte order mark before the first line.
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                if text:
-                    yield number, json.loads(text)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}:{number}: not a line of JSON: {error}") from error
-
-
 def read_csv(path: Path) -> Iterator[tuple[int, Any]]:
     """The number of its last line, and each row as a pair."""
     csv.field_size_limit(CSV_FIELD_BYTES)
@@ -93,21 +85,24 @@ def read_csv(path: Path) -> Iterator[tuple[int, Any]]:
             for row in rows:
                 if None in row or None in row.values():
                     raise UserError(f"{path}:{rows.line_num}: not as many fields as columns")
-                lists = {name: _json_list(row.get(name), path, rows.line_num) for name in LISTS}
-                yield rows.line_num, from_columns({**row, **lists})
+                yield rows.line_num, from_columns(_with_lists(row, f"{path}:{rows.line_num}"))
     except (csv.Error, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not CSV in UTF-8: {error}") from error
 
 
 def read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
     """The number, and each row as a pair."""
-    for number, row in enumerate(read_rows(str(path.parent), path.name), start=1):
-        if number == 1:
-            _check_columns(path, row)
-        yield number, from_columns(row)
+    try:
+        with parquet.ParquetFile(path) as file:
+            _check_columns(path, file.schema_arrow.names)
+            rows = (row for some in file.iter_batches(ROWS_AT_A_TIME) for row in some.to_pylist())
+            for number, row in enumerate(rows, start=1):
+                yield number, from_columns(_with_lists(row, f"{path}:{number}"))
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a whole Parquet file: {error}") from error
 
 
-LISTS = ("negatives", "negative_images")
+LISTS = ("negatives", "negative_images", "answers")
 READERS: dict[str, Callable[[Path], Iterator[tuple[int, Any]]]] = {
     ".jsonl": read_json_lines,
     ".json": read_json_lines,
@@ -123,22 +118,29 @@ def from_columns(row: dict[str, Any]) -> dict[str, Any]:
     {'query': {'text': 'a cat'}, 'positive': {'image': 'cat.png'}, 'negatives': [{'text': 'a dog'}]}
     """
     negatives = zip_longest(row.get("negatives") or (), row.get("negative_images") or ())
+    answers = row.get("answers") or None
     pair = {
         "id": row.get("id"),
         "query": _side(row.get("query"), row.get("query_image")),
-        "positive": _side(row.get("positive"), row.get("positive_image"), row.get("positive_id")),
+        "positive": _side(
+            row.get("positive"), row.get("positive_image"), row.get("positive_id"), answers
+        ),
         "negatives": [_side(*negative) for negative in negatives],
+        "asks": row.get("asks"),
     }
     return {key: value for key, value in pair.items() if value not in (None, "")}
 
 
-def _side(text: Any, image: Any, id: Any = None) -> dict[str, Any]:
-    fields = {"text": text, "image": image, "id": id}
+def _side(text: Any, image: Any, id: Any = None, answers: Any = None) -> dict[str, Any]:
+    fields = {"text": text, "image": image, "id": id, "answers": answers}
     return {key: value for key, value in fields.items() if value is not None and value != ""}
 
 
 def _check_columns(path: Path, found: Any) -> None:
     unknown = [name for name in found if name not in COLUMNS]
+    twice = [name for name in found if list(found).count(name) > 1]
+    if twice:
+        raise UserError(f"{path} has two columns {twice[0]!r}: which is meant?")
     if unknown:
         raise UserError(f"{path} has unknown column {unknown[0]!r}; known are {', '.join(COLUMNS)}")
     for side in ("query", "positive"):
@@ -146,18 +148,20 @@ def _check_columns(path: Path, found: Any) -> None:
             raise UserError(f"{path} needs a column {side!r} or '{side}_image'")
 
 
-def _json_list(text: str | None, path: Path, number: int) -> list[str]:
-    if not text:
-        return []
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, list):
-        raise UserError(
-            f'{path}:{number}: expected a JSON list such as ["a", "b"], got {text!r:.80}'
-        )
-    return value
+def _with_lists(row: dict[str, Any], where: str) -> dict[str, Any]:
+    """The row with its lists, which are JSON in CSV, and may be so in Parquet."""
+    row = dict(row)
+    for name in LISTS:
+        text = row.get(name) or []
+        try:
+            row[name] = parse_json(text) if isinstance(text, str) else text
+        except (ValueError, RecursionError):
+            row[name] = None
+        if not isinstance(row[name], list):
+            raise UserError(
+                f'{where}: {name}: expected a JSON list such as ["a", "b"], got {text!r:.80}'
+            )
+    return row
 
 
 def _with_pictures(value: Any, is_base64: bool) -> Any:
@@ -195,6 +199,7 @@ def products(options: argparse.Namespace) -> Iterator[Product]:
     """One product, with the split that is asked for."""
     if not options.pairs.exists():
         raise UserError(f"cannot read {options.pairs}: no such file")
+    refuse_special_file(options.pairs)
     yield Product(
         name=options.name or options.out.resolve().name,
         folder=options.out,

@@ -1,10 +1,14 @@
-"""Writing without leaving anything half-written."""
+"""Files: read as they are named, written whole or not at all, with rights that the umask gives."""
 
+import errno
 import os
+import re
 import shutil
 import tempfile
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 from metaembed_pl.errors import UserError
@@ -22,9 +26,9 @@ def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
         raise UserError(f"{path} exists already: choose another folder or allow overwriting")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    temporary.chmod(0o755)  # mkdtemp's 0700 would keep colleagues out of a shared run folder
     try:
         yield temporary
+        share(temporary)
         if path.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
             os.replace(path, old / path.name)
@@ -39,9 +43,11 @@ def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """A temporary sibling file that takes the name `path` when the block ends without an error."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    # By its process: two that write the same file would else take it from each other.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
+        share(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -51,3 +57,79 @@ def write_text(path: Path, text: str) -> None:
     """Writes a file whole or not at all."""
     with new_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def share(path: Path) -> None:
+    """Gives a file, or a folder and all in it, the rights that the user's umask gives.
+
+    Temporary folders, and what safetensors writes, are for their owner alone.
+    """
+    umask = os.umask(0)
+    os.umask(umask)
+    for each in (path, *path.rglob("*")):
+        if not each.is_symlink():
+            each.chmod((0o777 if each.is_dir() else 0o666) & ~umask)
+
+
+def refuse_special_file(path: Path, what: str = "") -> None:
+    """Refuses pipes, devices and folders: reading some of them would wait for ever.
+
+    Args:
+        path: to be read.
+        what: it should hold, such as "image".
+
+    Raises:
+        UserError: it is there and no plain file.
+    """
+    if path.exists() and not path.is_file():
+        kind = "a folder" if path.is_dir() else "a pipe or a device"
+        named = f"the {what} {path}" if what else str(path)
+        raise UserError(f"{named} is not a plain file, but {kind}")
+
+
+def as_on_disk(path: Path) -> Path:
+    """The path of a file whose name the disk has with its letters composed otherwise.
+
+    Such as e and an accent, as macOS writes them, where a caption file has one letter.
+    """
+    if str(path).isascii() or os.path.lexists(path):
+        return path
+    return _names(as_on_disk(path.parent)).get(unicodedata.normalize("NFC", path.name), path)
+
+
+@lru_cache(maxsize=64)
+def _names(folder: Path) -> dict[str, Path]:
+    """The files of a folder, by their composed names."""
+    try:
+        return {unicodedata.normalize("NFC", path.name): path for path in folder.iterdir()}
+    except OSError:
+        return {}
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
+# Libraries hide what the system said in errors of their own.
+_SAID = re.compile(
+    "|".join(os.strerror(number) for number in (*_FULL, *_FORBIDDEN)) + "|disk is full"
+)
+
+
+def disk_error(error: BaseException | None) -> str | None:
+    """What a disk refused, and what to do about it; None where an error has another cause.
+
+    Looked for in the error, and in those that it was raised from.
+
+    >>> disk_error(OSError(errno.EROFS, "Read-only file system", "shelf/a"))
+    'shelf/a: Read-only file system: choose a place that you may write to, or change its rights'
+    """
+    while error is not None:
+        number = error.errno if isinstance(error, OSError) else None
+        said = _SAID.search(str(error))
+        if number in (*_FULL, *_FORBIDDEN) or said:
+            file = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+            said = os.strerror(number) if number else said[0] if said else ""
+            if number in _FORBIDDEN or said in map(os.strerror, _FORBIDDEN):
+                return f"{file}{said}: choose a place that you may write to, or change its rights"
+            return f"{file}{said}: make room, then run the same command again"
+        error = error.__cause__ or error.__context__
+    return None

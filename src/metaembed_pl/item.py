@@ -10,16 +10,19 @@ Everything that makes one valid is checked here, once; the rest of the package t
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from metaembed_pl.errors import UserError
-from metaembed_pl.picture import PICTURE_SUFFIXES, open_picture, refuse_special_file
+from metaembed_pl.files import as_on_disk, refuse_special_file
+from metaembed_pl.picture import PICTURE_SUFFIXES, files_below, open_picture
 
 _ITEM_KEYS = ("text", "image", "id", "answers", "instruction", "score")
 _PAIR_KEYS = ("id", "asks", "query", "positive", "negatives")
@@ -54,9 +57,12 @@ class Item:
     score: float | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "id", as_id(self.id))
         for name in ("text", "id", "instruction"):
             _check_string(getattr(self, name), f"an item's {name}")
-        if isinstance(self.image, str):
+        if isinstance(self.image, (str, Path)):
+            if str(self.image) in ("", "."):
+                raise UserError("an item's image is an empty path: leave it out, or name a file")
             object.__setattr__(self, "image", Path(self.image))
         if self.image is not None and not isinstance(self.image, (Path, bytes, Image.Image)):
             raise UserError(
@@ -67,9 +73,9 @@ class Item:
             raise UserError('an item needs a "text" or an "image"; it has neither')
         if not isinstance(self.answers, (list, tuple)):
             raise UserError(f"an item's answers must be a list of ids, not {self.answers!r}")
+        object.__setattr__(self, "answers", tuple(map(as_id, self.answers)))
         for answer in self.answers:
-            _check_string(answer or "", "each of an item's answers")
-        object.__setattr__(self, "answers", tuple(self.answers))
+            _check_string("" if answer is None else answer, "each of an item's answers")
         is_number = isinstance(self.score, (int, float)) and not isinstance(self.score, bool)
         if self.score is not None and not (is_number and math.isfinite(self.score)):
             raise UserError(f"an item's score must be a finite number, not {self.score!r}")
@@ -129,7 +135,8 @@ class Item:
         """A hash of text and picture: items that show the same have the same, whatever their id."""
         digest = hashlib.sha256()
         # Lengths keep text and image apart: "ab" + "c" must differ from "a" + "bc".
-        for part in ((self.text or "").encode(), self.image_content()):
+        text = unicodedata.normalize("NFC", self.text or "")
+        for part in (text.encode(), self.image_content()):
             digest.update(len(part).to_bytes(8, "big") + part)
         return f"sha256:{digest.hexdigest()}"
 
@@ -152,7 +159,7 @@ class Item:
             UserError: the file cannot be read.
         """
         if isinstance(self.image, Path):
-            refuse_special_file(self.image)
+            refuse_special_file(self.image, "image")
             try:
                 return self.image.read_bytes()
             except OSError as error:
@@ -196,20 +203,20 @@ class Pair:
             UserError: a key unknown or missing, or an item that is not valid.
         """
         value = _checked_keys(value, _PAIR_KEYS, "a pair")
-        identifier = value.get("id", default_id)
+        identifier, asks = as_id(value.get("id", default_id)), as_id(value.get("asks"))
         for name in ("query", "positive"):
             if name not in value:
                 raise UserError(f'a pair needs a "{name}"; it has {", ".join(value) or "no keys"}')
         if identifier is None:
             raise UserError('a pair needs an "id"')
         _check_string(identifier, "a pair's id")
-        _check_string(value.get("asks"), "a pair's asks")
+        _check_string(asks, "a pair's asks")
         negatives = value.get("negatives", [])
         if not isinstance(negatives, (list, tuple)):
             raise UserError(f'"negatives" must be a list of items, not {type(negatives).__name__}')
         query, positive = (Item.parse(value[side], folder) for side in ("query", "positive"))
         negatives = tuple(Item.parse(negative, folder) for negative in negatives)
-        return cls(identifier, query, positive, negatives, value.get("asks"))
+        return cls(identifier, query, positive, negatives, asks)
 
     @property
     def asked(self) -> str:
@@ -245,9 +252,7 @@ def read_items(path: Path) -> list[Item]:
     path = Path(path)
     if path.is_dir():
         items = [
-            Item(image=file, id=file.relative_to(path).as_posix())
-            for file in sorted(path.rglob("*"))
-            if file.suffix.lower() in PICTURE_SUFFIXES and file.is_file()
+            Item(image=file, id=file.relative_to(path).as_posix()) for file in files_below(path)
         ]
         if not items:
             raise UserError(f"{path} holds no pictures ({', '.join(sorted(PICTURE_SUFFIXES))})")
@@ -279,6 +284,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
     Raises:
         UserError: names file and line.
     """
+    refuse_special_file(path)
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
@@ -286,11 +292,53 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
                     # utf-8-sig: editors on Windows put a byte order mark before the first line.
                     text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                     if text:
-                        yield number, json.loads(text)
+                        yield number, parse_json(text)
                 except (ValueError, RecursionError) as error:
                     raise UserError(f"{path}:{number}: not a line of JSON: {error}") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Read JSON as its standard has it: without NaN, and with each key of an object once.
+
+    Raises:
+        ValueError, RecursionError: it is none.
+    """
+    return json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} is there twice")
+    return value
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def as_id(value: Any) -> Any:
+    """An id as text: whole numbers, as tables and JSON have them, too.
+
+    >>> as_id(7), as_id("007"), as_id(True)
+    ('7', '007', True)
+    """
+    return str(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
+
+
+def not_a_text(values: Iterable, what: str) -> Iterable:
+    """The values; refuses a single text, of which each letter would be one.
+
+    Raises:
+        UserError: it is a text.
+    """
+    if isinstance(values, (str, bytes)):
+        raise UserError(f"{what} must be a list, not one text: give [{values!r}]")
+    return values
 
 
 def _checked_keys(value: object, known: tuple[str, ...], what: str) -> dict:
@@ -330,7 +378,7 @@ def _path_below(image: str, folder: Path) -> Path:
         raise UserError(f"image {image!r} is an address, which is not fetched: {where}")
     if Path(image).is_absolute() or ".." in Path(image).parts or "\0" in image:
         raise UserError(f"image {image!r} leaves the data folder: {where}")
-    path = folder / image
+    path = as_on_disk(folder / image)
     # resolve() follows links: one inside the folder may point outside it.
     if not path.resolve().is_relative_to(folder.resolve()):
         raise UserError(f"image {image!r} leaves the data folder through a link: {where}")

@@ -207,7 +207,8 @@ def test_a_folder_is_embedded_by_its_pictures_and_the_pages_of_its_pdfs(model, t
     assert "left out c.pdf#page=1: page 1 of" in err
     store = Store.open(tmp_path / "s")
     assert store.ids == ["a.png", *(f"deeper/b.pdf#page={page}" for page in (1, 2, 3))]
-    assert store.metadata([2]) == [{"file": str(folder / "deeper" / "b.pdf"), "page": 2}]
+    about = {"file": str(folder / "deeper" / "b.pdf"), "page": 2}
+    assert about.items() <= store.metadata([2])[0].items()
     assert all(preview.startswith(b"\xff\xd8") for preview in store.previews(range(4)))
 
 

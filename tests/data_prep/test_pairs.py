@@ -206,7 +206,7 @@ def test_every_form_gives_the_same_pairs(tmp_path, form):
         ),
         ("p.csv", "query,id\na,b\n", "p.csv needs a column 'positive' or 'positive_image'"),
         ("p.csv", "query,positive\na,b,c\n", "p.csv:2: not as many fields as columns"),
-        ("p.csv", "query,positive,negatives\na,b,no\n", "p.csv:2: expected a JSON list"),
+        ("p.csv", "query,positive,negatives\na,b,no\n", "p.csv:2: negatives: expected a JSON list"),
         ("p.csv", b"query,positive\n\xff,b\n", "p.csv is not CSV in UTF-8"),
         ("p.jsonl", '{"query": "a", "positive": "b"}\n[1]\n', "p.jsonl:2: a pair must be a JSON"),
         ("p.jsonl", '{"query": "a"', "p.jsonl:1: not a line of JSON"),
@@ -219,6 +219,12 @@ def test_every_form_gives_the_same_pairs(tmp_path, form):
         ("p.jsonl", '{"id": "x", "query": "a", "positive": "b"}\n' * 2, "p.jsonl:2: id 'x' was"),
         ("p.txt", "a", "expected one of .jsonl, .json, .csv, .parquet, not '.txt'"),
         ("p.parquet", b"PAR1", "p.parquet"),
+        (
+            "p.jsonl",
+            '{"query": "a", "query": "b", "positive": "c"}',
+            "1: not a line of JSON: the key",
+        ),
+        ("p.csv", "query,positive,query\na,b,c\n", "p.csv has two columns 'query'"),
     ],
 )
 def test_what_is_no_pair_is_named_by_file_and_line(tmp_path, capsys, name, content, message):

@@ -21,14 +21,17 @@ from metaembed_pl.errors import UserError
 if TYPE_CHECKING:
     from metaembed_pl.retrieval import embedding
 
-ITEMS = "JSON Lines of items, a folder of shards, a PDF, or a folder of pictures and PDFs"
+ITEMS = (
+    "JSON Lines of items, a folder of shards or its address (s3://, https://), a PDF, or a folder "
+    "of pictures and PDFs"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of the verb."""
     add = parser.add_argument
     add("--model", type=Path, required=True, metavar="FOLDER", help="such as runs/NAME/model")
-    add("--items", type=Path, required=True, metavar="PATH", help=ITEMS)
+    add("--items", required=True, metavar="PATH", help=ITEMS)
     add("--store", type=Path, required=True, metavar="FOLDER", help="made, or added to")
     add("--dtype", choices=("bf16", "fp16", "int8"), help="of a new store (default: bf16)")
     add(
@@ -104,6 +107,12 @@ def _embed(args: argparse.Namespace) -> dict[str, Any] | None:
                 progress.update(done.seen, done.embedded)
         for reason in done.skipped:
             print(f"left out {reason}", file=sys.stderr)
+        if done.changed:
+            print(
+                f"{len(done.changed):,} ids stand for other items in {args.store}, which are kept, "
+                f"such as {done.changed[0]!r}: embed them with --again, or give other ids",
+                file=sys.stderr,
+            )
         return _told(store, done)
 
 

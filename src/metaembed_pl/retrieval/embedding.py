@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from metaembed_pl.errors import UserError
-from metaembed_pl.item import Item
+from metaembed_pl.item import Item, not_a_text
 from metaembed_pl.model.embedder import MetaEmbedder
 from metaembed_pl.model.identity import identity_of
 from metaembed_pl.picture import small_jpeg
@@ -45,11 +45,13 @@ class Entry:
         id: of the item in the store.
         load: gives the item.
         metadata: what the store keeps beside it.
+        file: that the item is, or is a part of.
     """
 
     id: str
     load: Callable[[], Item]
     metadata: dict[str, Any] = field(default_factory=dict)
+    file: Path | None = None
 
     @classmethod
     def of(cls, item: "Entry | Item | str | dict") -> "Entry":
@@ -68,12 +70,14 @@ class Progress:
         seen: entries looked at.
         embedded: of them, encoded and committed by this run.
         skipped: cannot be read, with the reason, where that is allowed.
+        changed: ids under which the store has an item of another text or picture, and keeps it.
         sample: the first of them and their vectors before they were stored.
     """
 
     seen: int = 0
     embedded: int = 0
     skipped: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
     sample: list[tuple[list[str], Tensor]] = field(default_factory=list)
 
 
@@ -218,13 +222,44 @@ class _Part:
 def _new_entries(
     store: Store, items: Iterable["Entry | Item | str | dict"], again: bool, progress: Progress
 ) -> Iterator[Entry]:
-    known = set() if again else set(store.ids)
-    for item in items:
+    known, seen = set(store.ids), set()
+    for item in not_a_text(items, "items"):
         entry = Entry.of(item)
         progress.seen += 1
-        if entry.id not in known:
-            known.add(entry.id)
+        if entry.file is not None:
+            stat = entry.file.stat()
+            entry.metadata["file_stamp"] = f"{stat.st_size} bytes, {stat.st_mtime_ns} ns"
+            entry = _told_apart(store, entry, known, seen)
+        if entry.id in seen:
+            continue
+        seen.add(entry.id)
+        stored = _kept_of(store, entry.id) if entry.id in known and not again else None
+        if stored is None or (entry.file is not None and _is_other(stored, entry, "file_stamp")):
             yield entry
+        elif entry.file is None and _is_other(stored, entry, "text", "image"):
+            progress.changed.append(entry.id)
+
+
+def _told_apart(store: Store, entry: Entry, known: set[str], seen: set[str]) -> Entry:
+    """An entry of a file under an id that no other file has: with as many folders as it takes."""
+    assert entry.file is not None
+    id = entry.id
+    for folder in entry.file.resolve().parents:
+        is_known = id in known and _is_other(_kept_of(store, id), entry, "file")
+        if not is_known and id not in seen:
+            break
+        id = f"{folder.name}/{id}"
+    return replace(entry, id=id)
+
+
+def _kept_of(store: Store, id: str) -> dict[str, Any]:
+    return store.metadata(store.rows_of([id]))[0]
+
+
+def _is_other(stored: dict[str, Any], entry: Entry, *names: str) -> bool:
+    """Whether what is stored differs from an entry, in what both know."""
+    told = entry.metadata
+    return any(name in stored and stored[name] != told.get(name) for name in names)
 
 
 def _encode(model: MetaEmbedder, entries: list[Entry], skip_bad: bool, previews: bool) -> _Part:

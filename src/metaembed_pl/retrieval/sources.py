@@ -10,9 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from metaembed_pl.data.remote import is_remote
 from metaembed_pl.errors import UserError
 from metaembed_pl.item import Item, check_unique, read_json_lines
-from metaembed_pl.picture import MAX_PIXELS, PICTURE_SUFFIXES
+from metaembed_pl.picture import MAX_PIXELS, files_below, is_picture
 from metaembed_pl.retrieval.embedding import Entry, shown
 
 PDF_SUFFIX = ".pdf"
@@ -39,8 +40,8 @@ class Source:
         return self.entries()
 
 
-def open_source(path: Path) -> Source:
-    """The items at a path.
+def open_source(path: Path | str) -> Source:
+    """The items at a path, or in shards at an address.
 
     A line of JSON Lines is an item, and may have `metadata`, an object. An item of shards is a
     positive, of a PDF a page.
@@ -48,6 +49,8 @@ def open_source(path: Path) -> Source:
     Raises:
         UserError: there is nothing that can be embedded.
     """
+    if is_remote(path):
+        return _shards(path)
     path = Path(path)
     if path.suffix.lower() == PDF_SUFFIX and path.is_file():
         return _files(path.parent, [path])
@@ -55,9 +58,7 @@ def open_source(path: Path) -> Source:
         return _json_lines(path)
     if any(path.glob("*.tar")):
         return _shards(path)
-    suffixes = PICTURE_SUFFIXES | {PDF_SUFFIX}
-    found = (file for file in path.rglob("*") if file.suffix.lower() in suffixes)
-    files = sorted(file for file in found if file.is_file())
+    files = files_below(path, lambda file: file.suffix.lower() == PDF_SUFFIX or is_picture(file))
     if not files:
         deeper = next(path.rglob("*.tar"), None)
         hint = f"; choose one folder of shards, such as {deeper.parent}" if deeper else ""
@@ -95,7 +96,7 @@ def _of_json(value: Any, folder: Path) -> Entry:
     return Entry(item.uid, lambda: item, shown(item) | metadata)
 
 
-def _shards(folder: Path) -> Source:
+def _shards(folder: Path | str) -> Source:
     from metaembed_pl.data.shards import ShardedPairs
 
     pairs = ShardedPairs(folder)
@@ -118,10 +119,10 @@ def _files(folder: Path, files: list[Path]) -> Source:
         for file in files:
             name, where = file.relative_to(folder).as_posix(), {"file": str(file.resolve())}
             if file not in pages:
-                yield Entry(name, partial(Item, image=file), where)
+                yield Entry(name, partial(Item, image=file), where, file)
             for page in range(1, pages.get(file, 0) + 1):
                 load = partial(draw_page, file, page)
-                yield Entry(f"{name}#page={page}", load, where | {"page": page})
+                yield Entry(f"{name}#page={page}", load, where | {"page": page}, file)
 
     return Source(sum(pages.get(file, 1) for file in files), entries)
 
