@@ -25,7 +25,10 @@ import base64
 import binascii
 import csv
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -63,6 +66,22 @@ def drafts(path: Path, is_base64: bool) -> Iterator[Draft]:
     """
     if path.suffix.lower() not in READERS:
         raise UserError(f"{path}: expected one of {', '.join(READERS)}, not {path.suffix!r}")
+    right: dict[str, list[str]] = defaultdict(list)
+    for pair in read(path, is_base64):
+        with suppress(UserError):  # a picture that is not there: told when it is its turn
+            right[pair.question] += [*pair.asked_any, pair.positive.uid]
+    for pair in read(path, is_base64):
+        with suppress(UserError):
+            asked = tuple(dict.fromkeys((*pair.asked_any, *right[pair.question])))
+            if len(asked) > 1:
+                pair = replace(pair, asks=asked)
+            wrong = tuple(n for n in pair.negatives if not set(n.answered) & set(asked))
+            pair = replace(pair, negatives=wrong)
+        yield vars(pair)
+
+
+def read(path: Path, is_base64: bool) -> Iterator[Pair]:
+    """The pairs of a file, as it has them."""
     seen: dict[str, int] = {}
     for number, value in READERS[path.suffix.lower()](path):
         try:
@@ -72,7 +91,7 @@ def drafts(path: Path, is_base64: bool) -> Iterator[Draft]:
                 raise UserError(f"id {pair.id!r} was used before, in line {seen[pair.id]}")
         except UserError as error:
             raise UserError(f"{path}:{number}: {error}") from error
-        yield vars(pair)
+        yield pair
 
 
 def read_csv(path: Path) -> Iterator[tuple[int, Any]]:

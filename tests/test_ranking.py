@@ -174,7 +174,6 @@ def test_refuses_scores_that_are_not_finite(value):
         ([[0], []], {}, "query 1 needs relevant candidates"),
         ([[0], [1, 1]], {}, r"each once; got \[1, 1\]"),
         ([[0], [3]], {}, r"0 to 2, got \[3\]"),
-        ([[-1], [2]], {}, r"query 0: .* got \[-1\]"),
         ([[0], [2]], {"lists": [[0, 1], [0, 1]]}, r"query 1: its list does not hold .* \[2\]"),
         ([[0], [2]], {"gains": [[1.0], [0.0]]}, r"query 1: .* gain above 0, got \[0.0\]"),
         ([[0], [2]], {"gains": [[1.0, 2.0], [1.0]]}, r"query 0: each of its 1 .* \[1.0, 2.0\]"),

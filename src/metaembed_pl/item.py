@@ -178,15 +178,16 @@ class Pair:
         query: what is asked.
         positive: the match.
         negatives: hard negatives.
-        asks: id of the thing asked for. A candidate of the batch whose `answers` hold it is an
-            accidental positive, which the loss masks. None means the positive's first answer.
+        asks: id of the thing asked for, or several, any of which is right. A candidate of the batch
+            whose `answers` hold one is an accidental positive, which the loss masks. None means
+            the positive's first answer.
     """
 
     id: str
     query: Item
     positive: Item
     negatives: tuple[Item, ...] = ()
-    asks: str | None = None
+    asks: str | tuple[str, ...] | None = None
 
     @classmethod
     def parse(
@@ -204,13 +205,16 @@ class Pair:
         """
         value = _checked_keys(value, _PAIR_KEYS, "a pair")
         identifier, asks = as_id(value.get("id", default_id)), as_id(value.get("asks"))
+        if isinstance(asks, (list, tuple)):
+            asks = tuple(map(as_id, asks)) or None
         for name in ("query", "positive"):
             if name not in value:
                 raise UserError(f'a pair needs a "{name}"; it has {", ".join(value) or "no keys"}')
         if identifier is None:
             raise UserError('a pair needs an "id"')
         _check_string(identifier, "a pair's id")
-        _check_string(asks, "a pair's asks")
+        for id in asks if isinstance(asks, tuple) else (asks,):
+            _check_string("" if id is None and asks else id, "a pair's asks")
         negatives = value.get("negatives", [])
         if not isinstance(negatives, (list, tuple)):
             raise UserError(f'"negatives" must be a list of items, not {type(negatives).__name__}')
@@ -220,8 +224,20 @@ class Pair:
 
     @property
     def asked(self) -> str:
-        """The id of what the query asks for."""
-        return self.asks if self.asks is not None else self.positive.answered[0]
+        """The id of what the query asks for: the first, where it asks for any of several."""
+        return self.asked_any[0]
+
+    @property
+    def asked_any(self) -> tuple[str, ...]:
+        """The ids of what the query asks for: each is right."""
+        if self.asks is None:
+            return self.positive.answered[:1]
+        return (self.asks,) if isinstance(self.asks, str) else self.asks
+
+    @property
+    def question(self) -> str:
+        """What is the same for pairs that ask the same: their positives are all right answers."""
+        return f"{self.query.content} {self.query.instruction or ''}"
 
 
 def read_pairs(path: Path) -> Iterator[Pair]:

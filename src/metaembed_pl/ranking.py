@@ -34,15 +34,18 @@ def ranking_metrics(
     ks: Sequence[int] = RECALL_AT,
     gains: Sequence[Sequence[float]] | None = None,
     lists: Sequence[Sequence[int]] | None = None,
+    itself: Sequence[int] | None = None,
 ) -> dict[str, Float[Tensor, " Q"]]:
     """How well each query ranks its right candidates.
 
     Args:
         scores: higher is better; finite.
-        relevant: for each query the indices of its right candidates, at least one.
+        relevant: for each query the indices of its right candidates, at least one; below 0 for one
+            that is not among the candidates.
         ks: the cut-offs of recall.
         gains: how right each of them is, above 0; None: all 1.
         lists: for each query the indices of the candidates it searches; None: all.
+        itself: for each query the index of one that it does not search; -1: none.
 
     Returns:
         For each query what `metrics_of_ranks` tells.
@@ -56,14 +59,21 @@ def ranking_metrics(
     _check(scores, relevant, gains, lists)
     index, padded_gains = padded(relevant, gains)
     index, padded_gains = index.to(scores.device), padded_gains.to(scores.device)
-    right = scores.gather(1, index).masked_fill(padded_gains == 0, -torch.inf)
+    is_there = (padded_gains > 0) & (index >= 0)
+    index = index.clamp(min=0)
+    right = scores.gather(1, index).masked_fill(~is_there, -torch.inf)
     counter = RankCounter(right, padded_gains)
     is_wrong = torch.ones(scores.shape, dtype=torch.bool, device=scores.device)
     if lists is not None:
         is_wrong = torch.zeros_like(is_wrong)
         for query, indices in enumerate(lists):
             is_wrong[query, torch.tensor(indices, device=scores.device)] = True
-    is_wrong.scatter_(1, index, False)
+    if itself is not None:
+        for query, left_out in enumerate(itself):
+            if left_out >= 0:
+                is_wrong[query, left_out] = False
+    is_right = torch.zeros_like(is_wrong, dtype=torch.int8)
+    is_wrong &= ~is_right.scatter_reduce(1, index, is_there.to(torch.int8), "amax").bool()
     counter.add(scores, is_wrong)
     return metrics_of_ranks(counter.ranks(), counter.gains, ks)
 
@@ -158,12 +168,12 @@ def _check(
     for query, indices in enumerate(relevant):
         if not indices or len(set(indices)) != len(indices):
             raise UserError(f"query {query} needs relevant candidates, each once; got {indices}")
-        if not 0 <= min(indices) <= max(indices) < scores.shape[1]:
+        if not max(indices) < scores.shape[1]:
             raise UserError(
                 f"query {query}: relevant candidates lie in 0 to {scores.shape[1] - 1}, "
                 f"got {indices}"
             )
-        if lists is not None and not set(indices) <= set(lists[query]):
+        if lists is not None and not {i for i in indices if i >= 0} <= set(lists[query]):
             raise UserError(f"query {query}: its list does not hold all its relevant {indices}")
         if gains is not None and (len(gains[query]) != len(indices) or min(gains[query]) <= 0):
             raise UserError(

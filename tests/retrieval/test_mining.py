@@ -78,7 +78,10 @@ def by_hand(model, corpus, store, pair, limit):
     wrong = [uid for uid in store.ids if not right & {*items[uid].answered, items[uid].content}]
     own = scores[pair.positive.uid]
     kept = [uid for uid in wrong if scores[uid] <= limit(own)]
-    return own, sorted(kept, key=lambda uid: -scores[uid]), scores
+    best = {}
+    for uid in sorted(kept, key=lambda uid: -scores[uid]):
+        best.setdefault(items[uid].content, uid)  # what shows the same is taken once
+    return own, list(best.values()), scores
 
 
 def test_mined_negatives_are_the_best_wrong_candidates_below_the_limit(model, mined):

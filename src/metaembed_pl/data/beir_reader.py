@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import unicodedata
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 
 from metaembed_pl.data.retrieval_set import RetrievalSet
 from metaembed_pl.errors import UserError
-from metaembed_pl.item import Item
+from metaembed_pl.files import refuse_special_file
+from metaembed_pl.item import Item, as_id, parse_json
 
 log = logging.getLogger(__name__)
 
@@ -72,17 +74,22 @@ def read_retrieval_set(
     *,
     split: str = "test",
     where: Mapping[str, str] | None = None,
+    strict: bool = False,
 ) -> RetrievalSet:
     """Read a retrieval set. Its pictures stay in their files until they are asked for.
 
     A score above 0 makes a candidate right, and is its gain. Of judgements that stand twice the
     highest counts. Queries without a right candidate are left out and counted, as in pytrec_eval.
+    Judgements of a candidate that the corpus lacks are counted and told; nobody finds it, as in
+    BEIR and mteb. A query that stands in the corpus under its own id, with its own text, does not
+    search itself there, nor does any of a set whose manifest has `"ignore_identical_ids": true`.
 
     Args:
         folder: in the layout above; a plain BEIR download is one.
         name: how metrics call it; None takes the manifest's, or else the folder's.
         split: of `qrels` and `candidates`.
         where: keep only queries with these values in their metadata, such as a language.
+        strict: refuse judgements and lists that name what is not there.
 
     Raises:
         UserError: a file missing, a line that is not valid, ids that do not match, a candidate list
@@ -94,15 +101,18 @@ def read_retrieval_set(
             f"no folder {folder}: expected a retrieval set, with {CORPUS}, {QUERIES} and qrels/"
         )
     candidates, queries = StoredItems(folder / CORPUS), StoredItems(folder / QUERIES)
-    places = [{id: i for i, id in enumerate(side.ids)} for side in (queries, candidates)]
-    gains = _read_judgements(folder, split, *places)
-    lists = _read_lists(folder, split, *places)
+    unknown = _Unknown(strict)
+    places = [_places(side.ids) for side in (queries, candidates)]
+    gains = _read_judgements(folder, split, *places, unknown)
+    lists = _read_lists(folder, split, *places, unknown)
+    unknown.tell()
     wanted = [i for i in range(len(queries)) if not where or _matches(queries.record(i), where)]
     if not wanted:
         raise UserError(f"{queries.path}: none of {len(queries)} queries has {where}")
     asked = [query for query in wanted if query in gains]
-    name = name or str(_read_manifest(folder).get("name") or folder.resolve().name)
-    if not asked:
+    manifest = _read_manifest(folder)
+    name = name or str(manifest.get("name") or folder.resolve().name)
+    if not any(index >= 0 for query in asked for index in gains[query]):
         raise UserError(
             f"{name}: not one of {len(wanted)} queries has a candidate with a score above 0 in "
             f"qrels/{split}.tsv"
@@ -114,6 +124,10 @@ def read_retrieval_set(
         _check_lists(
             folder, split, queries.ids, candidates.ids, {q: gains[q] for q in asked}, lists
         )
+    itself = _itself(name, queries, candidates, asked, places[1], manifest)
+    for query, same in zip(asked, itself or (), strict=False):
+        if same in gains[query]:  # right, and not to be found
+            gains[query][min([0, *gains[query]]) - 1] = gains[query].pop(same)
     return RetrievalSet(
         name,
         [queries[query] for query in asked],
@@ -122,13 +136,45 @@ def read_retrieval_set(
         [[gains[query][index] for index in sorted(gains[query])] for query in asked],
         None if lists is None else [lists[query] for query in asked],
         num_left_out,
+        itself,
     )
 
 
+def _itself(
+    name: str,
+    queries: StoredItems,
+    candidates: StoredItems,
+    asked: list[int],
+    places: Mapping[str, int],
+    manifest: Mapping[str, Any],
+) -> list[int] | None:
+    """For each query the candidate that it is itself, or -1."""
+    wanted = manifest.get("ignore_identical_ids")
+    if wanted is False:
+        return None
+    found, others = [], 0
+    for query in asked:
+        same = places.get(queries.ids[query], -1)
+        if same >= 0 and not wanted:
+            said = [side.record(i) for side, i in ((queries, query), (candidates, same))]
+            if any(said[0].get(key) != said[1].get(key) for key in ("text", "image")):
+                same, others = -1, others + 1
+        found.append(same)
+    count = sum(same >= 0 for same in found)
+    if count:
+        log.warning("%s: %d queries stand in the corpus, and do not search themselves", name, count)
+    if others:
+        log.warning(
+            "%s: %d queries have the id of a candidate that says something else, and search it: "
+            'put "ignore_identical_ids": true into manifest.json if they should not',
+            name,
+            others,
+        )
+    return found if count else None
+
+
 def _item_of(record: dict[str, Any], folder: Path) -> Item:
-    id: Any = record.get("_id")
-    if type(id) is int:
-        id = str(id)  # as the judgements, being text, will name it
+    id: Any = as_id(record.get("_id"))  # as the judgements, being text, will name it
     if id is None:
         raise UserError(f'expected an "_id", got the keys {", ".join(record) or "none"}')
     parts = [record.get("title"), record.get("text")]
@@ -145,9 +191,13 @@ def _item_of(record: dict[str, Any], folder: Path) -> Item:
 
 
 def _read_judgements(
-    folder: Path, split: str, queries: Mapping[str, int], candidates: Mapping[str, int]
+    folder: Path,
+    split: str,
+    queries: Mapping[str, int],
+    candidates: Mapping[str, int],
+    unknown: "_Unknown",
 ) -> dict[int, dict[int, float]]:
-    """For each query that has any, its right candidates and their gains."""
+    """For each query that has any, its right candidates and their gains; below 0: not there."""
     path = folder / "qrels" / f"{split}.tsv"
     gains: dict[int, dict[int, float]] = {}
     for number, line in _read_lines(path):
@@ -163,9 +213,9 @@ def _read_judgements(
         score = _score(fields[2])
         if score is None:
             raise UserError(f"{path}:{number}: the score must be a number, got {fields[2]!r}")
-        query = _place(queries, fields[0], QUERIES, f"{path}:{number}")
-        candidate = _place(candidates, fields[1], CORPUS, f"{path}:{number}")
-        if score > 0:
+        query = unknown.place(queries, fields[0], QUERIES, f"{path}:{number}")
+        candidate = unknown.place(candidates, fields[1], CORPUS, f"{path}:{number}")
+        if score > 0 and query >= 0:
             of_query = gains.setdefault(query, {})
             of_query[candidate] = max(score, of_query.get(candidate, 0))
     return gains
@@ -189,7 +239,11 @@ def _score(text: str) -> float | None:
 
 
 def _read_lists(
-    folder: Path, split: str, queries: Mapping[str, int], candidates: Mapping[str, int]
+    folder: Path,
+    split: str,
+    queries: Mapping[str, int],
+    candidates: Mapping[str, int],
+    unknown: "_Unknown",
 ) -> dict[int, list[int]] | None:
     """For each query its own candidates, each once; None where all search the whole pool."""
     path = folder / "candidates" / f"{split}.jsonl"
@@ -200,10 +254,13 @@ def _read_lists(
         where, ids = f"{path}:{number}", record.get("corpus-ids")
         if "query-id" not in record or not isinstance(ids, list):
             raise UserError(f'{where}: expected {{"query-id": "...", "corpus-ids": ["...", ...]}}')
-        query = _place(queries, str(record["query-id"]), QUERIES, where)
+        query = unknown.place(queries, str(record["query-id"]), QUERIES, where)
+        if query < 0:
+            continue
         if query in lists:
             raise UserError(f"{where}: query {record['query-id']!r} has a list already")
-        lists[query] = list(dict.fromkeys(_place(candidates, str(id), CORPUS, where) for id in ids))
+        searched = dict.fromkeys(unknown.place(candidates, str(id), CORPUS, where) for id in ids)
+        lists[query] = [index for index in searched if index >= 0]
     return lists
 
 
@@ -220,7 +277,7 @@ def _check_lists(
         id = query_ids[query]
         if query not in lists:
             raise UserError(f"{path} has no list for query {id!r}: every query needs one")
-        missing = set(right) - set(lists[query])
+        missing = {index for index in right if index >= 0} - set(lists[query])
         if missing:
             raise UserError(
                 f"{path}: the list of query {id!r} does not hold {candidate_ids[min(missing)]!r}, "
@@ -228,10 +285,48 @@ def _check_lists(
             )
 
 
-def _place(places: Mapping[str, int], id: str, file: str, where: str) -> int:
-    if id not in places:
-        raise UserError(f"{where}: {file} has no _id {id!r}")
-    return places[id]
+def _places(ids: Sequence[str]) -> dict[str, int]:
+    """The place of each id; also by its composed form, where that is another."""
+    composed = {_composed(id): i for i, id in enumerate(ids) if not id.isascii()}
+    return composed | {id: i for i, id in enumerate(ids)}
+
+
+def _composed(id: str) -> str:
+    return unicodedata.normalize("NFC", id)
+
+
+class _Unknown:
+    """Ids that judgements and lists name and no file has; each gets a number below 0.
+
+    Args:
+        strict: refuse the first one.
+    """
+
+    def __init__(self, strict: bool):
+        self._strict = strict
+        self._found: dict[tuple[str, str], tuple[int, str]] = {}
+
+    def place(self, places: Mapping[str, int], id: str, file: str, where: str) -> int:
+        """Where an id stands among those of a file."""
+        index = places.get(id, places.get(_composed(id)))
+        if index is not None:
+            return index
+        if self._strict:
+            raise UserError(f"{where}: {file} has no _id {id!r}")
+        return self._found.setdefault((file, id), (-1 - len(self._found), where))[0]
+
+    def tell(self) -> None:
+        """Say how many there were."""
+        for file in (QUERIES, CORPUS):
+            found = [(id, where) for (of, id), (_, where) in self._found.items() if of == file]
+            if found:
+                log.warning(
+                    "%s: %d ids are not in %s, such as %r: nobody can find them",
+                    found[0][1],
+                    len(found),
+                    file,
+                    found[0][0],
+                )
 
 
 def _matches(record: Mapping[str, Any], where: Mapping[str, str]) -> bool:
@@ -257,7 +352,7 @@ def _read_json_lines(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
     for number, line in _read_lines(path):
         if line.strip():
             try:
-                record = json.loads(line.removeprefix("\ufeff"))  # from editors on Windows
+                record = parse_json(line.removeprefix("\ufeff"))  # from editors on Windows
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}:{number}: not a line of JSON: {error}") from error
             if not isinstance(record, dict):
@@ -269,6 +364,7 @@ def _read_json_lines(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
 
 def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """The number and the text of each line."""
+    refuse_special_file(path)
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):

@@ -110,7 +110,9 @@ class RetrievalSetWriter:
             self._read_back()
 
     def _read_back(self) -> None:
-        found = read_retrieval_set(self._partial, self._describe["name"], split=self.split)
+        found = read_retrieval_set(
+            self._partial, self._describe["name"], split=self.split, strict=True
+        )
         manifest = self._describe | {
             "num_queries": len(self.query_ids),
             "num_candidates": len(self.candidate_ids),

@@ -20,11 +20,14 @@ class RetrievalSet:
         name: the source's name, as metrics show it.
         queries: what is asked.
         candidates: everything that any query searches.
-        relevant: for each query the indices of its right candidates, ascending, at least one.
+        relevant: for each query the indices of its right candidates, ascending, at least one. One
+            below 0 stands for a candidate that judgements name and nobody can find: it counts.
         gains: how right each of these is, above 0, in the order of `relevant`; None: all 1.
         lists: for each query the indices of the candidates it searches, each once, among them all
             its right ones; None: every query searches the whole pool.
         num_left_out: queries of the source without a right candidate, which are not asked.
+        itself: for each query the index of the candidate that it is itself, which it does not
+            search; -1: none. None: of no query.
     """
 
     name: str
@@ -34,6 +37,7 @@ class RetrievalSet:
     gains: list[list[float]] | None = None
     lists: list[list[int]] | None = None
     num_left_out: int = 0
+    itself: list[int] | None = None
 
     def gains_of(self, query: int) -> dict[int, float]:
         """The right candidates of a query, by index, with how right each is."""
@@ -79,9 +83,10 @@ class RetrievalSet:
             self,
             queries=[self.queries[query] for query in queries],
             candidates=[self.candidates[index] for index in kept],
-            relevant=[[place[index] for index in right] for right in needed],
+            relevant=[[place.get(index, index) for index in right] for right in needed],
             gains=self.gains and [self.gains[query] for query in queries],
             lists=lists and [[place[index] for index in indices] for indices in lists],
+            itself=self.itself and [place.get(self.itself[query], -1) for query in queries],
         )
 
     def asking(self, queries: Sequence[int]) -> "RetrievalSet":
@@ -97,6 +102,7 @@ class RetrievalSet:
             relevant=[self.relevant[query] for query in queries],
             gains=self.gains and [self.gains[query] for query in queries],
             lists=self.lists and [self.lists[query] for query in queries],
+            itself=self.itself and [self.itself[query] for query in queries],
         )
 
     @classmethod
@@ -105,11 +111,13 @@ class RetrievalSet:
     ) -> "RetrievalSet":
         """Pool the positives of pairs; a candidate is right if its answers hold what is asked.
 
-        A candidate two pairs share stands in the pool once. Hard negatives stay out of it.
+        A candidate two pairs share stands in the pool once. Hard negatives stay out of it. A query
+        that stands in several pairs is asked once; the positives of all of them are right, and so
+        is a candidate that shows the same as one of them.
 
         Args:
             name: the source's name.
-            pairs: one query each.
+            pairs: a query and one of its right answers each.
             max_queries: use only the first so many pairs. The pool shrinks with them, so scores
                 are then higher than on the whole set.
 
@@ -130,16 +138,23 @@ class RetrievalSet:
             candidates.setdefault(pair.positive.uid, pair.positive)
         answering: dict[str, list[int]] = {}
         for index, candidate in enumerate(candidates.values()):
-            for answer in dict.fromkeys(candidate.answered):
+            for answer in {*candidate.answered, candidate.content}:
                 answering.setdefault(answer, []).append(index)
+        queries: dict[str, Item] = {}
+        relevant: dict[str, set[int]] = {}
         for pair in pairs:
-            if pair.asked not in candidates[pair.positive.uid].answered:
+            positive = candidates[pair.positive.uid]
+            if not set(pair.asked_any) & set(positive.answered):
                 raise UserError(
                     f"{name}: pair {pair.id!r} asks {pair.asked!r}, which its positive "
                     f"{pair.positive.uid!r} does not answer"
                 )
-        relevant = [answering[pair.asked] for pair in pairs]
-        return cls(name, [pair.query for pair in pairs], list(candidates.values()), relevant)
+            queries.setdefault(pair.question, pair.query)
+            right = relevant.setdefault(pair.question, set())
+            for answer in (*pair.asked_any, positive.content):
+                right.update(answering.get(answer, ()))
+        found = [sorted(right) for right in relevant.values()]
+        return cls(name, list(queries.values()), list(candidates.values()), found)
 
 
 def _first(indices: Sequence[int], needed: set[int], count: int | None) -> list[int]:
@@ -147,5 +162,6 @@ def _first(indices: Sequence[int], needed: set[int], count: int | None) -> list[
     if count is None:
         return list(indices)
     others = [index for index in indices if index not in needed]
+    needed = needed.intersection(indices)
     kept = needed.union(others[: max(0, count - len(needed))])
     return [index for index in indices if index in kept]

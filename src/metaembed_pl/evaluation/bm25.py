@@ -48,7 +48,9 @@ def bm25_metrics(task: RetrievalSet) -> dict[str, list[float]]:
         rows.append(
             torch.from_numpy(index.get_scores(found)).float() if found else torch.zeros(len(texts))
         )
-    values = ranking_metrics(torch.stack(rows), task.relevant, gains=task.gains, lists=task.lists)
+    values = ranking_metrics(
+        torch.stack(rows), task.relevant, gains=task.gains, lists=task.lists, itself=task.itself
+    )
     return {name: of_queries.tolist() for name, of_queries in values.items()}
 
 

@@ -46,6 +46,7 @@ def digest_of_set(task: RetrievalSet) -> str:
     """What tells one task from another: its corpus, its queries and what is right."""
     parts = digest_of(task.candidates), digest_of(task.queries)
     judged = str((task.relevant, task.gains, task.lists)).encode()
+    judged += str(task.itself).encode() if task.itself else b""
     return hashlib.sha256(" ".join(parts).encode() + judged).hexdigest()
 
 

@@ -187,12 +187,14 @@ def _pictured(
     shown = [
         q
         for q, id in enumerate(task.queries)
-        if id not in unread and ids[pool.relevant[q][0]] not in unread
+        if id not in unread
+        and ids[pool.relevant[q][-1]] not in unread
+        and pool.relevant[q][-1] >= 0
     ]
     # Every so many, so that not all are from the beginning of the set.
     step = max(1, sum(is_right[q] == 1 for q in shown) // NUM_LOOKS)
     for query in sorted(shown, key=lambda q: (-is_right[q], q % step, q)):
-        candidate = pool.candidates[pool.relevant[query][0]]
+        candidate = pool.candidates[pool.relevant[query][-1]]
         maps = None if candidate.image is None else patch_attention(model, candidate, "candidate")
         if maps is None:
             continue

@@ -46,8 +46,13 @@ class DatasetResult:
         ranks = []
         for start in range(0, len(self.queries), step):
             scores = self.scores(budget, start, start + step)
-            for row, relevant in zip(scores, self.retrieval_set.relevant[start:], strict=False):
-                right = row[relevant]
+            for query, row in enumerate(scores, start=start):
+                right = row[[i for i in self.retrieval_set.relevant[query] if i >= 0]]
+                if self.retrieval_set.itself and self.retrieval_set.itself[query] >= 0:
+                    row[self.retrieval_set.itself[query]] = -torch.inf
+                if not len(right):  # nobody can find it
+                    ranks.append(torch.tensor(1 + len(row)))
+                    continue
                 # Right ones that tie with the best are not before it: only wrong ones count.
                 num_before = (row >= right.max()).sum() - (right == right.max()).sum()
                 ranks.append(1 + num_before)

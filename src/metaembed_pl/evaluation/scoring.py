@@ -84,7 +84,9 @@ def rank_task(
     """
     rows = rows_of(task, store)
     index, gains = padded(task.relevant, task.gains)
-    right = torch.where(gains > 0, rows[index], -1)
+    right = torch.where((gains > 0) & (index >= 0), rows[index.clamp(min=0)], -1)
+    itself = torch.tensor(task.itself or [-1] * len(task.relevant))
+    itself = torch.where(itself >= 0, rows[itself.clamp(min=0)], -1)
     ranks, gains_by_rank = torch.empty_like(gains), torch.empty_like(gains)
     hits: list[list[tuple[int, float]]] = [[] for _ in task.relevant]
     candidate_at = torch.full((len(store),), -1)
@@ -95,6 +97,7 @@ def rank_task(
             queries[group.queries],
             right[group.queries],
             gains[group.queries],
+            itself[group.queries],
             store,
             budget,
             num_hits,
@@ -126,6 +129,7 @@ def _rank_group(
     queries: Float[Tensor, "q Rq D"],
     right: Int[Tensor, "q P"],
     gains: Float[Tensor, "q P"],
+    itself: Int[Tensor, " q"],
     store: Store,
     budget: Budget,
     num_hits: int,
@@ -139,6 +143,7 @@ def _rank_group(
         searched = torch.ones(scores.shape, dtype=torch.bool, device=device)
         if group.searched is not None:
             searched = group.searched[:, rows.cpu()].to(device)
+        searched &= rows != itself.to(device)[:, None]
         at, is_here = _find(right.to(device), rows)
         # Padding points at the first row, and must not say that it is wrong.
         is_right = torch.zeros_like(searched, dtype=torch.int8)

@@ -75,7 +75,11 @@ class Rules:
         return min(by_margin, math.inf if math.isinf(self.ratio) else by_ratio)
 
     def choose(
-        self, ranked: Sequence[Found], own: float, is_right: Callable[[int], bool]
+        self,
+        ranked: Sequence[Found],
+        own: float,
+        is_right: Callable[[int], bool],
+        content_of: Callable[[int], Any] = lambda row: row,
     ) -> "Mined":
         """The hard negatives of one query.
 
@@ -83,6 +87,7 @@ class Rules:
             ranked: candidates, best first.
             own: the positive's score.
             is_right: whether a row is known to answer the query.
+            content_of: what a row shows: none is taken twice.
 
         >>> ranked = [Found(0, 0.9), Found(1, 0.8), Found(2, 0.79), Found(3, 0.5), Found(4, 0.4)]
         >>> mined = Rules(num=1, skip_top=1).choose(ranked, 0.8, lambda row: row == 1)
@@ -91,7 +96,7 @@ class Rules:
         """
         mined = Mined(own)
         limit = self.limit(own)
-        num_skipped = 0
+        num_skipped, taken = 0, set()
         for found in ranked:
             if len(mined.negatives) == self.num:
                 break
@@ -104,7 +109,10 @@ class Rules:
                 if len(mined.left_out) < LEFT_OUT_KEPT:
                     mined.left_out.append(found)
                 mined.counts["too close to the positive"] += 1
+            elif content_of(found.row) in taken:
+                mined.counts["shown already"] += 1
             else:
+                taken.add(content_of(found.row))
                 mined.negatives.append(found)
         return mined
 
@@ -144,6 +152,7 @@ class Corpus(Sequence[Item]):
         self._places: list[tuple[int, int]] = []
         self.rows: dict[str, int] = {}
         self.answers: list[frozenset[int]] = []
+        self.contents: list[int] = []
         self.num_bad = 0
         for number, source in enumerate(sources):
             for i in range(len(source)):
@@ -157,6 +166,7 @@ class Corpus(Sequence[Item]):
                     self._places.append((number, i))
                     names = (*item.answered, item.content)
                     self.answers.append(frozenset(map(stable_hash, names)))
+                    self.contents.append(stable_hash(item.content))
 
     def __len__(self) -> int:
         return len(self._places)
@@ -219,7 +229,7 @@ class Miner:
             except UserError:
                 continue
             wanted = self._wanted[stable_hash(pair.query.content)]
-            wanted |= {stable_hash(pair.asked), stable_hash(pair.positive.content)}
+            wanted |= set(map(stable_hash, (*pair.asked_any, pair.positive.content)))
 
     def mine(self, numbers: Sequence[int]) -> list[Mined | str]:
         """The hard negatives of pairs, by number; of one that cannot be used, why.
@@ -245,7 +255,8 @@ class Miner:
             wanted = self._wanted[query] | {query}
             ranked = [Found(self._row_of[r], s) for r, s in zip(rows, scores, strict=True)]
             is_right = self._is_right(wanted)
-            found[i] = self.rules.choose(ranked, score, is_right)
+            content_of = self.corpus.contents.__getitem__
+            found[i] = self.rules.choose(ranked, score, is_right, content_of)
         return [found[i] for i in numbers]
 
     def _is_right(self, wanted: set[int]) -> Callable[[int], bool]:

@@ -31,6 +31,7 @@ class RetrievalMetrics(Metric):
         ks: the cut-offs of recall.
         gains: how right each right candidate is; None: all 1.
         lists: for each query the candidates it searches; None: all.
+        itself: for each query a candidate that it does not search; -1: none. None: of no query.
     """
 
     full_state_update = False
@@ -44,11 +45,13 @@ class RetrievalMetrics(Metric):
         ks: Sequence[int] = RECALL_AT,
         gains: Sequence[Sequence[float]] | None = None,
         lists: Sequence[Sequence[int]] | None = None,
+        itself: Sequence[int] | None = None,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.groups = parse_groups(groups)
         self.relevant, self.gains, self.lists = relevant, gains, lists
+        self.itself = itself
         self.num_candidates = num_candidates
         self.ks = tuple(ks)
         for side in ("query", "candidate"):
@@ -116,8 +119,9 @@ class RetrievalMetrics(Metric):
                 self.groups, nested_scores(queries[chunk], candidates, self.groups), strict=True
             ):
                 gains, lists = self.gains and self.gains[chunk], self.lists and self.lists[chunk]
+                itself = self.itself and self.itself[chunk]
                 for name, values in ranking_metrics(
-                    scores, self.relevant[chunk], self.ks, gains, lists
+                    scores, self.relevant[chunk], self.ks, gains, lists, itself
                 ).items():
                     parts.setdefault(f"{name}/{group}", []).append(values)
         return {name: torch.cat(values).mean() for name, values in parts.items()}

@@ -309,6 +309,7 @@ class MetaEmbedModule(pl.LightningModule):
                 len(pool.candidates),
                 gains=pool.gains,
                 lists=pool.lists,
+                itself=pool.itself,
             ).to(self.device)
             for pool in data.eval_sets[part]
         }
