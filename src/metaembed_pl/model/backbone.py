@@ -130,16 +130,21 @@ def build_backbone(config: BackboneConfig, processing: Processing) -> PreTrained
         model = AutoModel.from_config(
             scratch_config(config.scratch or {}, processing), attn_implementation=attention
         )
-    if attention == "sdpa":
-        use_fast_kernels(model, config.attention, processing.family)
-    look_up_grids(model, processing.family)
+    set_up(model, config, processing.family)
+    return model.train()
+
+
+def set_up(model: PreTrainedModel, config: BackboneConfig, family: Family) -> None:
+    """Lets a model that was built with its attention run as the config says; weights stay."""
+    if config.attention in ("sdpa", FP32):
+        use_fast_kernels(model, config.attention, family)
+    look_up_grids(model, family)
     if config.liger:
         use_liger(model)
     if config.gradient_checkpointing:
         checkpoint_activations(model)
     if config.compile:
-        compile_layers(model, processing.family)
-    return model.train()
+        compile_layers(model, family)
 
 
 def scratch_config(values: dict[str, Any], processing: Processing) -> Any:

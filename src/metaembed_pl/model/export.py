@@ -8,26 +8,36 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 from metaembed_pl.errors import UserError
 from metaembed_pl.item import Item
+from metaembed_pl.late_interaction import maxsim
 from metaembed_pl.model.embedder import MetaEmbedder
 from metaembed_pl.model.lora import has_adapter, merge_adapter
 from metaembed_pl.model.model_folder import SETTINGS, base_from, find_base, read_settings
 
-# The largest difference of a meta embedding's component that an export may make. A meta embedding
-# is a unit vector; 16-bit weights keep three digits, and merging rounds each of them once more.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+# The smallest cosine between a vector before and after: 16-bit weights keep two or three digits,
+# and merging rounds each of them once more.
+LEAST_COSINE = {torch.float32: 0.9999, torch.bfloat16: 0.995, torch.float16: 0.999}
 
 
 class Difference(NamedTuple):
-    """By how much the vectors of an exported model differ from those of the model it came from."""
+    """How far the vectors of an exported model are from those of the model it came from.
 
-    largest: float
+    Args:
+        cosine: the smallest one between a vector before and after.
+        allowed: the smallest one that rounding explains.
+        swaps: how many candidates of a query changed places that rounding cannot have swapped.
+    """
+
+    cosine: float
     allowed: float
+    swaps: int
 
     def __str__(self) -> str:
-        return f"largest difference of a vector component {self.largest:.1e}"
+        order = f"{self.swaps} pairs of candidates swapped" if self.swaps else "the ranking is kept"
+        return f"smallest cosine of a vector {self.cosine:.6f}, {order}"
 
 
 class Vectors(NamedTuple):
@@ -38,10 +48,17 @@ class Vectors(NamedTuple):
 
 
 def sample_items() -> list[Item]:
-    """A text, a picture and both: what an export is checked on."""
+    """Texts, pictures and both: what an export is checked on, as queries and as candidates."""
     ramp = Image.linear_gradient("L").resize((112, 84))
     picture = Image.merge("RGB", (ramp, ramp.rotate(90), ramp.rotate(180)))
-    return [Item("a red apple on a table"), Item(image=picture), Item("the flag", image=picture)]
+    other = Image.merge("RGB", (ramp.rotate(180), ramp, ramp)).resize((84, 84))
+    return [
+        Item("a red apple on a table"),
+        Item("How is the yearly dividend of a company decided?"),
+        Item(image=picture),
+        Item(image=other),
+        Item("the flag", image=picture),
+    ]
 
 
 def sample_vectors(model: MetaEmbedder) -> Vectors:
@@ -51,19 +68,34 @@ def sample_vectors(model: MetaEmbedder) -> Vectors:
 
 
 def compare(before: Vectors, after: Vectors, dtype: torch.dtype, what: str) -> Difference:
-    """How far two models' vectors are apart.
+    """How far two models' vectors are apart, and whether they rank the samples alike.
 
     Raises:
         UserError: further than rounding explains, or not finite.
     """
-    largest = max(float((b - a).abs().max()) for b, a in zip(before, after, strict=True))
-    difference = Difference(largest, TOLERANCE[dtype])
-    if not largest <= difference.allowed:  # also where it is not a number
+    pairs = zip(before, after, strict=True)
+    cosines = [cosine_similarity(b, a, dim=-1).flatten() for b, a in pairs]
+    cosine = float(torch.cat(cosines).min())  # also where one is not a number
+    allowed = LEAST_COSINE[dtype]
+    difference = Difference(cosine, allowed, _swaps(before, after, allowed))
+    if not cosine >= allowed or difference.swaps:
         raise UserError(
-            f"{what} would change the model: {difference}, at most {difference.allowed:.0e} is "
-            "rounding; nothing was written"
+            f"{what} would change the model: {difference}; at least {allowed} is rounding. Nothing "
+            "was written, and the run keeps its adapter: export it without --merge in another form"
         )
     return difference
+
+
+def _swaps(before: Vectors, after: Vectors, allowed: float) -> int:
+    """Pairs of candidates that change places for a query, though their scores were apart.
+
+    Rounding turns each vector in a direction of its own, so the mean of a query's products moves
+    far less than the vectors do.
+    """
+    was, now = (maxsim(v.queries, v.candidates) / v.queries.shape[1] for v in (before, after))
+    gap = was[:, :, None] - was[:, None, :]
+    turned = now[:, :, None] <= now[:, None, :]
+    return int(((gap > 2 * (1 - allowed)) & turned).sum())
 
 
 def merge(model: MetaEmbedder) -> Difference:
