@@ -29,23 +29,43 @@ def vectors(*shape, seed=0, dtype=torch.float64):
     return F.normalize(torch.randn(*shape, generator=generator, dtype=dtype), dim=-1)
 
 
-def a_batch(size=6):
-    """Vectors of `size` pairs with two hard negatives each, and who answers what."""
+def a_batch():
+    """Vectors of six pairs with two hard negatives each, and who answers what."""
+    size = 6
     batch = {
         "queries": vectors(size, 3, 4),
         "positives": vectors(size, 5, 4, seed=1),
-        "negatives": vectors(size, 2, 5, 4, seed=2),
+        "negatives": vectors(2 * size, 5, 4, seed=2),
+        "negatives_of": torch.arange(2 * size).view(size, 2),
         "asks": torch.stack([torch.arange(size), torch.arange(size) + 200], dim=1),
         "answers": torch.full((size, 3), -1),
-        "negative_answers": torch.full((size, 2, 2), -1),
+        "negative_answers": torch.full((2 * size, 2), -1),
     }
     batch["answers"][:, 0] = batch["asks"][:, 0]
     batch["answers"][0, 1:] = torch.tensor([1, 5])  # answers what queries 1 and 5 ask, too
     batch["answers"][4, 1] = 0
     batch["answers"][3, 1] = 202  # shows the same as the positive of query 2
-    batch["negative_answers"][3, 1, 0] = 3  # a hard negative that is none
-    batch["negative_answers"][2, 0] = torch.tensor([70, 2])
-    batch["negative_answers"][5, 0, 1] = 0  # answers another's query: still a negative here
+    batch["negative_answers"][7, 0] = 3  # a hard negative of query 3 that is none
+    batch["negative_answers"][4] = torch.tensor([70, 2])  # likewise, of query 2
+    batch["negative_answers"][10, 1] = 0  # answers another's query: still a negative of query 5
+    return batch
+
+
+def questions():
+    """Seven questions to four candidates: three to the first, one, two, one."""
+    batch = {
+        "queries": vectors(7, 3, 4),
+        "positives": vectors(4, 5, 4, seed=1),
+        "negatives": vectors(5, 5, 4, seed=2),
+        "positive_of": torch.tensor([0, 0, 0, 1, 2, 2, 3]),
+        # Of a query, of a candidate (rows 1 and 2 are compared with by all its queries), and none.
+        "negatives_of": torch.tensor(
+            [[0, 1, 2], [1, 2, -1], [1, 2, -1], [-1, -1, -1], [3, -1, -1], [4, -1, -1], [-1] * 3]
+        ),
+        "asks": torch.stack([torch.arange(7), torch.arange(7) + 200], dim=1),
+        "answers": torch.tensor([[0, 1, 2, 6], [3, -1, -1, -1], [4, 5, -1, -1], [6, 1, -1, -1]]),
+        "negative_answers": torch.tensor([[90, -1], [1, 91], [92, -1], [93, 5], [94, -1]]),
+    }
     return batch
 
 
@@ -75,6 +95,8 @@ def loss_by_loop(
     queries, positives = batch["queries"], batch["positives"]
     asks, answers = batch.get("asks"), batch.get("answers")
     size, total = len(queries), 0
+    positive_of = batch.get("positive_of", torch.arange(size)).tolist()
+    negatives_of = batch.get("negatives_of", torch.empty(size, 0)).int().tolist()
 
     def is_match(query, ids):
         return asks is not None and bool(set(asks[query].tolist()) & set(ids.tolist()))
@@ -84,32 +106,35 @@ def loss_by_loop(
         if false_negative_margin is None:
             return False
         score = partial(score_by_loop, group=GROUPS[-1], mean=True)
-        own = score(queries[anchor], positives[anchor])
+        own = score(queries[anchor], positives[positive_of[anchor]])
         return bool(score(queries[query], candidate) > own + false_negative_margin)
 
     for group, weight in zip(GROUPS, weights or [1] * len(GROUPS), strict=True):
         score = partial(score_by_loop, group=group, mean=mean_over_query)
         for i in range(size):
-            own = score(queries[i], positives[i])
-            others = [j for j in range(size) if j != i]
+            positive = positives[positive_of[i]]
+            own = score(queries[i], positive)
             wrong = [
-                score(queries[i], positives[j])
-                for j in others
-                if asks is None or not is_match(i, answers[j])
-                if not seems_right(i, positives[j], i)
+                score(queries[i], candidate)
+                for c, candidate in enumerate(positives)
+                if c != positive_of[i]
+                if asks is None or not is_match(i, answers[c])
+                if not seems_right(i, candidate, i)
             ]
-            for n in range(2 if "negatives" in batch else 0):
+            for n in negatives_of[i]:
                 ids = batch.get("negative_answers")
-                negative = batch["negatives"][i, n]
-                if (ids is None or not is_match(i, ids[i, n])) and not seems_right(i, negative, i):
-                    wrong.append(score(queries[i], negative))
+                if n < 0 or (ids is not None and is_match(i, ids[n])):
+                    continue
+                if not seems_right(i, batch["negatives"][n], i):
+                    wrong.append(score(queries[i], batch["negatives"][n]))
             loss = info_nce_by_loop(own, wrong, temperature)
             if both_directions:
                 wrong = [
-                    score(queries[j], positives[i])
-                    for j in others
-                    if asks is None or not is_match(j, answers[i])
-                    if not seems_right(j, positives[i], i)
+                    score(queries[j], positive)
+                    for j in range(size)
+                    if positive_of[j] != positive_of[i]
+                    if asks is None or not is_match(j, answers[positive_of[i]])
+                    if not seems_right(j, positive, i)
                 ]
                 loss = (loss + info_nce_by_loop(own, wrong, temperature)) / 2
             total = total + weight * loss / size
@@ -135,20 +160,21 @@ INPUTS = {
     "everything": (),
     "unmasked": ("asks", "answers", "negative_answers"),
     "unmasked hard negatives": ("negative_answers",),
-    "in-batch negatives": ("negatives", "negative_answers"),
+    "in-batch negatives": ("negatives", "negatives_of", "negative_answers"),
 }
 
 
 @pytest.mark.parametrize("switches", SWITCHES, ids=str)
 @pytest.mark.parametrize("left_out", INPUTS.values(), ids=INPUTS)
 @pytest.mark.parametrize("margin", MARGINS.values(), ids=MARGINS)
+@pytest.mark.parametrize("make", [a_batch, questions])
 @pytest.mark.parametrize("limit", [2**20, TWO_ROWS], ids=["one block", "blocks of two rows"])
 def test_the_loss_and_its_gradients_are_the_loop_of_the_paper(
-    switches, left_out, margin, limit, monkeypatch
+    switches, left_out, margin, make, limit, monkeypatch
 ):
     monkeypatch.setattr(loss_module, "CPU_BLOCK_ELEMENTS", limit)
     switches = switches | {"false_negative_margin": margin}
-    batch = without(a_batch(), *left_out)
+    batch = without(make(), *left_out)
     ours = loss_and_gradients(lambda b: MMRLoss(GROUPS, 0.3, **switches)(**b).loss, batch)
     loop = loss_and_gradients(lambda b: loss_by_loop(b, 0.3, **switches), batch)
     torch.testing.assert_close(ours, loop)
@@ -161,8 +187,9 @@ def test_the_one_group_1x1_is_the_info_nce_of_a_single_vector():
     torch.testing.assert_close(MMRLoss(["1x1"])(queries, positives).loss, expected)
 
 
-def test_the_loss_passes_gradcheck():
-    batch = a_batch(6)
+@pytest.mark.parametrize("make", [a_batch, questions])
+def test_the_loss_passes_gradcheck(make):
+    batch = make()
     names = ["queries", "positives", "negatives"]
 
     def loss(*inputs):
@@ -180,15 +207,24 @@ def test_the_order_of_the_pairs_does_not_matter(both_directions):
     batch = a_batch()
     order = torch.tensor([3, 0, 5, 1, 2, 4])
     loss = MMRLoss(GROUPS, both_directions=both_directions)
-    shuffled = {name: x[order] for name, x in batch.items()}
+    shuffled = {n: x if len(x) == 12 else x[order] for n, x in batch.items()}  # but hard negatives
+    torch.testing.assert_close(loss(**shuffled).loss, loss(**batch).loss)
+
+
+@pytest.mark.parametrize("both_directions", [False, True])
+def test_the_order_of_the_questions_does_not_matter(both_directions):
+    batch = questions()
+    order = torch.tensor([6, 3, 0, 5, 1, 2, 4])
+    loss = MMRLoss(GROUPS, both_directions=both_directions)
+    shuffled = {n: x[order] if len(x) == 7 else x for n, x in batch.items()}
     torch.testing.assert_close(loss(**shuffled).loss, loss(**batch).loss)
 
 
 def test_a_masked_candidate_gets_no_gradient_from_the_query_it_answers():
-    batch = a_batch(6)
+    batch = a_batch()
     batch["answers"][:, 0] = 100  # all answer what query 0 asks
     batch["asks"] = torch.tensor([[100], [1], [2], [3], [4], [5]])
-    batch = without(batch, "negatives", "negative_answers")
+    batch = without(batch, "negatives", "negatives_of", "negative_answers")
     _, grads = loss_and_gradients(lambda b: MMRLoss(GROUPS)(**b).loss, batch)
     assert torch.equal(grads["queries"][0], torch.zeros(3, 4, dtype=torch.float64))
     assert grads["queries"][1].abs().sum() > 0
@@ -199,10 +235,18 @@ def test_reports_each_group_and_the_number_of_negatives():
     output = MMRLoss(GROUPS, weights=[1, 2.5, 0])(**batch)
     assert not output.per_group.requires_grad
     torch.testing.assert_close(output.per_group @ output.per_group.new([1, 2.5, 0]), output.loss)
-    assert output.num_negatives == 5 + 2
+    assert (output.num_in_batch, output.num_hard) == (5, 2)
     # Of 6 queries: 0, 1, 2 and 5 have one other's positive that answers them, 3 and 2 a hard one.
     assert output.num_masked == pytest.approx(6 / 6)
-    assert MMRLoss(GROUPS)(batch["queries"], batch["positives"]).num_negatives == 5
+    plain = MMRLoss(GROUPS)(batch["queries"], batch["positives"])
+    assert (plain.num_in_batch, plain.num_hard, plain.num_masked) == (5, 0, 0)
+
+
+def test_reports_the_true_number_of_hard_negatives_where_queries_have_different_ones():
+    output = MMRLoss(GROUPS)(**questions())
+    assert (output.num_in_batch, output.num_hard) == (3, pytest.approx(9 / 7))
+    # Queries 1 and 6 are answered by one other's positive each, query 1 by a hard negative, too.
+    assert output.num_masked == pytest.approx(3 / 7)
 
 
 def test_the_largest_logits_of_the_paper_stay_finite():
@@ -226,18 +270,37 @@ def test_bf16_embeddings_have_a_float32_loss(autocast):
     torch.testing.assert_close(output.loss.double(), expected.loss, rtol=1e-5, atol=1e-5)
 
 
-def half(batch, rank):
-    """One rank's pairs; its answers only as wide as they must be."""
-    part = {name: x[3 * rank : 3 * rank + 3] for name, x in batch.items()}
-    if rank == 1 and "answers" in part:
-        part["answers"] = part["answers"][:, :2]
+def part_of(batch, rank):
+    """One of two ranks' rows: of each side by itself; its answers only as wide as they must be."""
+    queries, positives, negatives = batch["queries"], batch["positives"], batch.get("negatives")
+    ragged = "positive_of" in batch
+    first = {  # rows of rank 0
+        len(queries): 4 if ragged else 3,
+        len(positives): 2 if ragged else 3,
+        len(negatives) if negatives is not None else 0: 3 if ragged else 6,
+    }
+    part = {}
+    for name, x in batch.items():
+        split = first[len(x)]
+        part[name] = x[:split] if rank == 0 else x[split:]
+    if rank == 1:
+        if ragged:
+            part["positive_of"] = part["positive_of"] - first[len(positives)]
+        if negatives is not None:
+            rows = part["negatives_of"]
+            part["negatives_of"] = torch.where(rows < 0, -1, rows - first[len(negatives)])
+        if "answers" in part:
+            part["answers"] = part["answers"][:, :2]
     return part
 
 
 def cases():
-    for both, left_out in itertools.product([False, True], INPUTS.values()):
-        yield {"both_directions": both}, without(a_batch(), *left_out)
+    for make, both, left_out in itertools.product(
+        [a_batch, questions], [False, True], INPUTS.values()
+    ):
+        yield {"both_directions": both}, without(make(), *left_out)
     yield {"both_directions": True, "false_negative_margin": 0.1}, a_batch()
+    yield {"both_directions": True, "false_negative_margin": 0.1}, questions()
 
 
 def work(rank):
@@ -245,9 +308,9 @@ def work(rank):
     for loss_module.CPU_BLOCK_ELEMENTS in (2**20, TWO_ROWS):
         for switches, batch in cases():
             loss = MMRLoss(GROUPS, 0.3, **switches)
-            part = half(batch, rank)
+            part = part_of(batch, rank)
             results.append(loss_and_gradients(lambda b, loss=loss: loss(**b).loss, part))
-    return {"results": results, "num_negatives": loss(**half(batch, rank)).num_negatives}
+    return {"results": results, "num_in_batch": loss(**part_of(batch, rank)).num_in_batch}
 
 
 def test_two_ranks_equal_one_process_on_the_whole_batch(tmp_path):
@@ -260,7 +323,7 @@ def test_two_ranks_equal_one_process_on_the_whole_batch(tmp_path):
         # DDP averages gradients over ranks: the factor of a half, and no other.
         both = {name: torch.cat([grads[name] for _, grads in halves]) / 2 for name in grads}
         torch.testing.assert_close(both, grads)
-    assert first["num_negatives"] == second["num_negatives"] == 7
+    assert first["num_in_batch"] == second["num_in_batch"] == 3
 
 
 @pytest.mark.parametrize("side", ["queries", "positives", "negatives"])
@@ -273,6 +336,7 @@ def test_refuses_scores_that_are_not_finite_and_names_the_group(side):
 
 def test_a_margin_leaves_out_what_beats_the_positive_by_more_in_the_largest_group():
     batch = without(a_batch(), "asks", "answers", "negative_answers")
+    own_negatives = batch["negatives"].unflatten(0, (6, 2))
     scores = torch.stack(
         [
             torch.stack(
@@ -281,7 +345,7 @@ def test_a_margin_leaves_out_what_beats_the_positive_by_more_in_the_largest_grou
                     for candidate in (*batch["positives"], *negatives)
                 ]
             )
-            for query, negatives in zip(batch["queries"], batch["negatives"], strict=True)
+            for query, negatives in zip(batch["queries"], own_negatives, strict=True)
         ]
     )
     excess = scores - scores.diagonal()[:, None]
@@ -312,20 +376,35 @@ def test_refuses_weights_that_do_not_fit_the_groups(weights):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (lambda b: b | {"positives": b["positives"][:5]}, "5 positives came with 6 rows of ans"),
         (
-            lambda b: b | {"positives": b["positives"][:5]},
-            "6 queries came with 5 rows of positives",
+            lambda b: without(b, "asks", "answers", "negative_answers")
+            | {"positives": b["positives"][:5]},
+            "positive_of must hold rows from 0 to 4, got 0 to 5",
         ),
-        (lambda b: b | {"negatives": b["negatives"][:1]}, "with 1 rows of hard negatives"),
+        (
+            lambda b: b | {"positive_of": torch.tensor([0, 0, 0, 0, 0, -1])},
+            "positive_of must hold rows from 0 to 5, got -1 to 0",
+        ),
+        (lambda b: b | {"positive_of": torch.tensor([0])}, "6 queries came with 1 rows of posit"),
+        (lambda b: b | {"negatives_of": b["negatives_of"][:1]}, "with 1 rows of negatives_of"),
+        (
+            lambda b: b | {"negatives_of": b["negatives_of"] + 1},
+            "negatives_of must hold rows from -1 to 11, got 1 to 12",
+        ),
         (lambda b: b | {"asks": b["asks"][:4]}, "with 4 rows of asks"),
         (lambda b: {name: x[:0] for name, x in b.items()}, "the batch is empty"),
         (lambda b: without(b, "asks"), "asks and answers come together"),
         (lambda b: without(b, "answers"), "asks and answers come together"),
         (lambda b: without(b, "asks", "answers"), "negative_answers needs"),
-        (lambda b: without(b, "negatives"), "negative_answers needs"),
+        (lambda b: without(b, "negatives"), "0 hard negatives came with 12 rows of negative_ans"),
         (
-            lambda b: b | {"negative_answers": b["negative_answers"][:, :1]},
-            "2 hard negatives a query came with the answers of 1",
+            lambda b: without(b, "negatives", "negative_answers"),
+            "negatives and negatives_of come together",
+        ),
+        (
+            lambda b: b | {"negative_answers": b["negative_answers"][:1]},
+            "12 hard negatives came with 1 rows of negative_answers",
         ),
     ],
 )

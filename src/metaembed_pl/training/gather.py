@@ -54,6 +54,25 @@ def gather_with_gradient(x: Shaped[Tensor, "B ..."]) -> Shaped[Tensor, "WB ..."]
     return _Gather.apply(x)
 
 
+def gather_ragged(x: Shaped[Tensor, "B ..."], counts: list[int]) -> Shaped[Tensor, "All ..."]:
+    """Concatenate `x` of all ranks, which may bring different numbers of rows.
+
+    Gradients of floating point rows flow back, as by `gather_with_gradient`.
+
+    Args:
+        x: this rank's rows.
+        counts: rows of each rank.
+    """
+    if len(counts) == 1:
+        return x
+    widest = max(counts)
+    padded = torch.cat([x, x.new_zeros(widest - len(x), *x.shape[1:])])
+    gathered = gather_with_gradient(padded) if x.is_floating_point() else gather(padded)
+    if min(counts) == widest:
+        return gathered
+    return torch.cat([gathered[i * widest :][:count] for i, count in enumerate(counts)])
+
+
 def maximum_over_ranks(count: int, device: torch.device) -> int:
     """The maximum of `count` over all ranks."""
     if rank_and_world()[1] == 1:

@@ -1,11 +1,13 @@
 """MMR: InfoNCE at every nested group, summed. The loss that makes every prefix a good embedding.
 
-Each query must find its own positive among the positives of all queries of all ranks and its own
-hard negatives, at every group (r_q, r_c) separately.
+Each query must find its own positive among the candidates of all ranks and its own hard negatives,
+at every group (r_q, r_c) separately. Several queries may share a candidate, whose vectors are then
+there once.
 
-Q: queries of this rank    P: positives of all ranks    N: hard negatives of a query    G: groups
-Rq, Rc: vectors of a query, of a candidate    D: width    K: what one query asks for
-A, An: things one candidate answers, one hard negative, padded
+Q: queries of this rank    C: candidates of this rank    P: candidates of all ranks    G: groups
+M: hard negatives of this rank    N: the most that a query has    Rq, Rc: vectors of a query, of a
+candidate    D: width    K: ids of what one query asks for    A, An: ids of what one candidate
+answers, one hard negative, padded
 """
 
 from collections.abc import Callable, Sequence
@@ -22,6 +24,7 @@ from metaembed_pl.errors import UserError
 from metaembed_pl.late_interaction import nested_scores, paired_scores
 from metaembed_pl.training.gather import (
     gather,
+    gather_ragged,
     gather_with_gradient,
     maximum_over_ranks,
     rank_and_world,
@@ -40,14 +43,24 @@ class MMRLossOutput(NamedTuple):
     Args:
         loss: the weighted sum of `per_group`; what to minimise.
         per_group: InfoNCE of each group, unweighted and detached.
-        num_negatives: candidates a query is compared with beside its positive, before masking.
-        num_masked: how many of them were left out as false negatives, on average.
+        num_in_batch: candidates of all ranks that a query is compared with, its own apart, before
+            masking.
+        num_hard: hard negatives a query of this rank has on average, before masking.
+        num_masked: negatives of both kinds left out as false negatives, on average.
     """
 
     loss: Float[Tensor, ""]
     per_group: Float[Tensor, " G"]
-    num_negatives: int
+    num_in_batch: int
+    num_hard: float
     num_masked: float
+
+
+class _HardMask(NamedTuple):
+    """Which places for hard negatives are taken, and by which that are none."""
+
+    is_there: Bool[Tensor, "q N"]
+    answered: Bool[Tensor, "q N"] | None
 
 
 class MMRLoss(nn.Module):
@@ -61,7 +74,7 @@ class MMRLoss(nn.Module):
             reach 533, hence the softmax in float32.
         weights: of the groups' losses; None weighs each 1, as the paper does.
         both_directions: average with the loss of each positive finding its query among all
-            queries. The paper: False.
+            queries; other queries that share the positive are left out. The paper: False.
         mean_over_query: divide scores by r_q, so that logits of all groups are of one size. The
             paper: False.
         false_negative_margin: leave out candidates that score higher than the positive by more than
@@ -101,19 +114,27 @@ class MMRLoss(nn.Module):
     def forward(
         self,
         queries: Float[Tensor, "Q Rq D"],
-        positives: Float[Tensor, "Q Rc D"],
-        negatives: Float[Tensor, "Q N Rc D"] | None = None,
+        positives: Float[Tensor, "C Rc D"],
+        negatives: Float[Tensor, "M Rc D"] | None = None,
         *,
+        positive_of: Int[Tensor, " Q"] | None = None,
+        negatives_of: Int[Tensor, "Q N"] | None = None,
         asks: Int[Tensor, "Q K"] | None = None,
-        answers: Int[Tensor, "Q A"] | None = None,
-        negative_answers: Int[Tensor, "Q N An"] | None = None,
+        answers: Int[Tensor, "C A"] | None = None,
+        negative_answers: Int[Tensor, "M An"] | None = None,
     ) -> MMRLossOutput:
         """The loss of this rank's queries; its mean over ranks is the loss of the global batch.
 
+        Every query of the global batch counts alike, also where ranks bring different numbers.
+
         Args:
-            queries: unit vectors. Every rank brings equally many.
-            positives: unit vectors; row i is the match of query i.
-            negatives: unit vectors; row i holds the hard negatives of query i alone.
+            queries: unit vectors.
+            positives: unit vectors of the candidates that the queries match, each once. Every rank
+                brings equally many.
+            negatives: unit vectors of the hard negatives.
+            positive_of: the row of `positives` that each query matches; None: its own row.
+            negatives_of: the rows of `negatives` that each query is compared with, filled up with
+                -1; no other query is.
             asks: ids (at least 0) of what each query asks for. A candidate that answers one of them
                 is no negative and is left out.
             answers: ids of all things each positive answers, padded with -1.
@@ -122,44 +143,106 @@ class MMRLoss(nn.Module):
         Raises:
             UserError: shapes that do not fit together, or scores that are not finite.
         """
-        _check_batch(queries, positives, negatives, asks, answers, negative_answers)
+        if positive_of is None:
+            positive_of = torch.arange(len(queries), device=queries.device)
+        _check_batch(
+            queries,
+            positives,
+            negatives,
+            positive_of,
+            negatives_of,
+            asks,
+            answers,
+            negative_answers,
+        )
         rank, world = rank_and_world()
-        own = torch.arange(len(queries), device=queries.device) + rank * len(queries)
-        all_asks = None if asks is None else gather(asks)
+        num_queries = gather(torch.tensor([len(queries)], device=queries.device)).tolist()
+        own = positive_of + rank * len(positives)
         all_answers = None if answers is None else gather(_pad(answers))
         all_positives = gather_with_gradient(positives)
-        all_queries = gather_with_gradient(queries) if self.both_directions else queries
+        others = None
+        if self.both_directions:
+            others = _Others(
+                gather_ragged(queries, num_queries),
+                gather_ragged(own, num_queries),
+                None if asks is None else gather_ragged(asks, num_queries),
+                first_own=sum(num_queries[:rank]),
+            )
         blocks = self._blocks(len(queries), len(all_positives), queries.is_cuda)
 
         def of_block(rows: slice) -> tuple[Float[Tensor, " G"], Int[Tensor, ""]]:
             scores = nested_scores(queries[rows], all_positives, self.groups)
             answered = _is_answered(_at(asks, rows), all_answers)
-            hard = hard_answered = None
-            if negatives is not None:
-                hard = paired_scores(queries[rows], negatives[rows], self.groups)
-                hard_answered = _is_answered(_at(asks, rows), _at(negative_answers, rows))
-            losses, num_masked = self._info_nce(scores, own[rows], answered, hard, hard_answered)
-            if not self.both_directions:
+            hard = hard_mask = None
+            if negatives is not None and negatives_of is not None:
+                hard, hard_mask = self._hard(
+                    queries[rows], negatives, negatives_of[rows], _at(asks, rows), negative_answers
+                )
+            losses, num_masked = self._info_nce(scores, own[rows], answered, hard, hard_mask)
+            if others is None:
                 return losses, num_masked
             # Where these are all scores there are, the other direction has the same, transposed.
-            if world > 1 or len(blocks) > 1:
-                scores = nested_scores(all_queries, positives[rows], self.groups)
-                answered = _is_answered(all_asks, _at(answers, rows))
-            reverse, _ = self._info_nce(
-                scores.mT, own[rows], None if answered is None else answered.T
-            )
+            reusable = scores if world == 1 and len(blocks) == 1 else None
+            reverse = self._reverse(others, rows, positives, positive_of[rows], answers, reusable)
             return (losses + reverse) / 2, num_masked
 
         per_group, num_masked = _summed(of_block, blocks)
-        per_group = per_group / len(queries)
-        num_hard = 0 if negatives is None else negatives.shape[1]
+        # The mean over ranks of what each returns is the mean over all queries.
+        per_group = per_group * (world / sum(num_queries))
+        num_hard = 0 if negatives_of is None else int((negatives_of >= 0).sum())
         return MMRLossOutput(
             # Not as a dot product: autocast would round it to bf16.
             loss=(per_group * per_group.new_tensor(self.weights)).sum(),
             per_group=per_group.detach(),
-            num_negatives=len(all_positives) - 1 + num_hard,
+            num_in_batch=len(all_positives) - 1,
+            num_hard=num_hard / len(queries),
             num_masked=float(num_masked / len(queries)),
         )
+
+    def _hard(
+        self,
+        queries: Float[Tensor, "q Rq D"],
+        negatives: Float[Tensor, "M Rc D"],
+        negatives_of: Int[Tensor, "q N"],
+        asks: Int[Tensor, "q K"] | None,
+        negative_answers: Int[Tensor, "M An"] | None,
+    ) -> tuple[Float[Tensor, "G q N"], _HardMask]:
+        """The scores of some queries with their own hard negatives, and which of these count."""
+        # A query with fewer than N is scored with the first one, and the score left out.
+        rows = negatives_of.clamp(min=0)
+        own = negatives.index_select(0, rows.flatten()).unflatten(0, rows.shape)
+        hard = paired_scores(queries, own, self.groups)
+        answered = None
+        if asks is not None and negative_answers is not None:
+            answered = (asks[:, None, :, None] == negative_answers[rows][:, :, None, :]).flatten(2)
+            answered = answered.any(dim=2)
+        return hard, _HardMask(negatives_of >= 0, answered)
+
+    def _reverse(
+        self,
+        others: "_Others",
+        rows: slice,
+        positives: Float[Tensor, "C Rc D"],
+        positive_of: Int[Tensor, " q"],
+        answers: Int[Tensor, "C A"] | None,
+        scores: Float[Tensor, "G Q C"] | None,
+    ) -> Float[Tensor, " G"]:
+        """Summed over some queries: the loss of their positives finding them among all queries."""
+        if scores is None:
+            found, column = positive_of.unique(return_inverse=True)
+            scores = nested_scores(others.queries, positives[found], self.groups)
+            answers = None if answers is None else answers[found]
+        else:
+            column = positive_of
+        own = torch.arange(len(positive_of), device=positive_of.device)
+        own = own + (others.first_own + rows.start)
+        # Of the scores, a column for each query: the vectors are not repeated.
+        of_positives = scores.mT[:, column]
+        no_negative = others.positives == others.positives[own][:, None]
+        answered = _is_answered(others.asks, answers)
+        if answered is not None:
+            no_negative = no_negative | answered.T[column]
+        return self._info_nce(of_positives, own, no_negative)[0]
 
     def _blocks(self, num_rows: int, num_columns: int, on_gpu: bool) -> list[slice]:
         """Rows of the scores, so many at a time that they take bounded memory."""
@@ -173,18 +256,19 @@ class MMRLoss(nn.Module):
         own: Int[Tensor, " q"],
         answered: Bool[Tensor, "q P"] | None,
         hard: Float[Tensor, "G q N"] | None = None,
-        hard_answered: Bool[Tensor, "q N"] | None = None,
+        hard_mask: _HardMask | None = None,
     ) -> tuple[Float[Tensor, " G"], Int[Tensor, ""]]:
         """Summed over some rows: the loss of each group, and how many candidates are left out."""
         own_scores = scores[-1].detach().gather(1, own[:, None])
-        mask = self._mask(scores, own_scores, answered)
         # The own positive answers what is asked, but is never left out.
-        logits = self._logits(scores, mask.scatter(1, own[:, None], False))
-        if hard is not None:
-            mask = self._mask(hard, own_scores, hard_answered)
-            logits = torch.cat([logits, self._logits(hard, mask)], dim=2)
+        mask = self._mask(scores, own_scores, answered).scatter(1, own[:, None], False)
+        logits, num_masked = self._logits(scores, mask), mask.sum()
+        if hard is not None and hard_mask is not None:
+            mask = self._mask(hard, own_scores, hard_mask.answered)
+            num_masked = num_masked + (mask & hard_mask.is_there).sum()
+            logits = torch.cat([logits, self._logits(hard, mask | ~hard_mask.is_there)], dim=2)
         losses = F.cross_entropy(logits.flatten(0, 1), own.repeat(len(logits)), reduction="none")
-        return losses.view(len(logits), -1).sum(dim=1), (logits[-1] == -torch.inf).sum()
+        return losses.view(len(logits), -1).sum(dim=1), num_masked
 
     def _mask(
         self,
@@ -215,6 +299,22 @@ class MMRLoss(nn.Module):
         return (scores / self.temperature).masked_fill(mask, -torch.inf)
 
 
+class _Others(NamedTuple):
+    """The queries of all ranks, among which a positive finds its own.
+
+    Args:
+        queries: their vectors.
+        positives: the number of each one's positive, over all ranks.
+        asks: what they ask for.
+        first_own: the number of this rank's first query.
+    """
+
+    queries: Float[Tensor, "A Rq D"]
+    positives: Int[Tensor, " A"]
+    asks: Int[Tensor, "A K"] | None
+    first_own: int
+
+
 def _summed(
     of_block: Callable[[slice], tuple[Tensor, Tensor]], blocks: list[slice]
 ) -> tuple[Tensor, Tensor]:
@@ -233,12 +333,12 @@ def _at(values: Tensor | None, rows: slice) -> Tensor | None:
 
 
 def _is_answered(
-    asks: Int[Tensor, "Q K"] | None, answers: Int[Tensor, "*Q P A"] | None
+    asks: Int[Tensor, "Q K"] | None, answers: Int[Tensor, "P A"] | None
 ) -> Bool[Tensor, "Q P"] | None:
     """Which candidates answer what a query asks; None where nobody says."""
     if asks is None or answers is None:
         return None
-    return (asks[:, None, :, None] == answers[..., None, :]).flatten(2).any(dim=2)
+    return (asks[:, None, :, None] == answers[None, :, None, :]).flatten(2).any(dim=2)
 
 
 def _pad(answers: Int[Tensor, "Q A"]) -> Int[Tensor, "Q W"]:
@@ -262,29 +362,40 @@ def _check_batch(
     queries: Tensor,
     positives: Tensor,
     negatives: Tensor | None,
+    positive_of: Tensor,
+    negatives_of: Tensor | None,
     asks: Tensor | None,
     answers: Tensor | None,
     negative_answers: Tensor | None,
 ) -> None:
-    for name, rows in (
-        ("positives", positives),
-        ("hard negatives", negatives),
-        ("asks", asks),
-        ("answers", answers),
-        ("negative_answers", negative_answers),
-    ):
-        if rows is not None and len(rows) != len(queries):
-            raise UserError(f"{len(queries)} queries came with {len(rows)} rows of {name}")
     if len(queries) == 0:
         raise UserError("the batch is empty: the loss needs at least one pair")
+    num_negatives = 0 if negatives is None else len(negatives)
+    for name, rows, count, of in (
+        ("positive_of", positive_of, len(queries), "queries"),
+        ("negatives_of", negatives_of, len(queries), "queries"),
+        ("asks", asks, len(queries), "queries"),
+        ("answers", answers, len(positives), "positives"),
+        ("negative_answers", negative_answers, num_negatives, "hard negatives"),
+    ):
+        if rows is not None and len(rows) != count:
+            raise UserError(f"{count} {of} came with {len(rows)} rows of {name}")
+    _check_rows("positive_of", positive_of, 0, len(positives))
+    if (negatives is None) != (negatives_of is None):
+        raise UserError("negatives and negatives_of come together: one says whose the other are")
+    if negatives_of is not None:
+        _check_rows("negatives_of", negatives_of, -1, num_negatives)
     if (asks is None) != (answers is None):
         raise UserError("asks and answers come together: one says what the other is masked by")
-    if negative_answers is None:
-        return
-    if negatives is None or asks is None:
+    if negative_answers is not None and (negatives is None or asks is None):
         raise UserError("negative_answers needs the hard negatives and asks")
-    if negative_answers.shape[1] != negatives.shape[1]:
+
+
+def _check_rows(name: str, rows: Tensor, least: int, end: int) -> None:
+    """Refuses numbers of rows that are not there; on a GPU they are trusted, to not wait for it."""
+    if rows.is_cuda or rows.numel() == 0:
+        return
+    if rows.min() < least or rows.max() >= end:
         raise UserError(
-            f"{negatives.shape[1]} hard negatives a query came with the answers of "
-            f"{negative_answers.shape[1]}"
+            f"{name} must hold rows from {least} to {end - 1}, got {rows.min()} to {rows.max()}"
         )
