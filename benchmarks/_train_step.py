@@ -54,16 +54,7 @@ class Trainee(nn.Module):
 
     def of(self, queries: Tensor, candidates: Tensor, batch: TrainBatch) -> Tensor:
         """The loss of meta embeddings."""
-        count, device = len(queries), queries.device
-        assert batch.negative_answers is not None
-        return self.loss(
-            queries,
-            candidates[:count],
-            candidates[count:].unflatten(0, (count, -1)),
-            asks=batch.asks.to(device),
-            answers=batch.answers.to(device),
-            negative_answers=batch.negative_answers.to(device),
-        ).loss
+        return self.loss(queries, **batch.to(queries.device).loss_inputs(candidates)).loss
 
     def mark(self, name: str) -> None:
         """Tells the clock, if there is one."""

@@ -181,7 +181,7 @@ def split_ids(drawn: Drawn, split: str) -> list[str]:
 def picture_item(drawn: Drawn, id: str, small: bool = False) -> Item:
     """Return a picture as a candidate."""
     image = drawn.small(id) if small else drawn.pngs[id]
-    return Item(image=image, id=id, answers=drawn.answers(id))
+    return Item(image=image, id=f"{id}/small" if small else id, answers=drawn.answers(id))
 
 
 def _name_item(name: str, answers: dict[str, set[str]]) -> Item:

@@ -21,14 +21,19 @@ from metaembed_pl.item import Item, Pair
 NUM_TILES = GRID * GRID
 SMALL_SCENES = {"emoji_scene_1x2": (1, 2), "emoji_scene_2x2": (2, 2)}  # rows, columns
 NUM_TEST_SCENES = 200
-# Of a scene. Training asks each scene once: of fewer scenes, asked more often, a model learns the
-# scenes by heart (docs/log.md).
-NUM_QUERIES = {"train": 1, "test": 3}
+# Of a scene. Training asks for everything a scene shows, a few things at a time: only then do the
+# vectors of a scene learn to differ (docs/log.md).
+NUM_QUERIES = {"train": NUM_TILES, "test": 3}
+# Queries of a scene with a hard negative: each is a picture more to draw and to store.
+NUM_NEGATIVES = {"train": 1, "test": 3}
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Pictures row by row, which of them are asked for, what replaces each in its hard negative."""
+    """Pictures row by row, those asked for, and those that replace the first of these.
+
+    A replacement makes a hard negative: the scene without the picture that is asked for.
+    """
 
     tiles: tuple[str, ...]
     asked: tuple[str, ...]
@@ -36,8 +41,8 @@ class Scene:
     num_columns: int = GRID
 
     def layouts(self) -> list[tuple[str, ...]]:
-        """The scene, and the scene with each asked picture exchanged."""
-        changes = zip(self.asked, self.replacements, strict=True)
+        """The scene, and the scene with each picture exchanged that has a replacement."""
+        changes = zip(self.asked, self.replacements, strict=False)
         swapped = [tuple(new if t == old else t for t in self.tiles) for old, new in changes]
         return [self.tiles, *swapped]
 
@@ -78,9 +83,9 @@ def make_scenes(
         Training scenes and test scenes; no training scene has the nine pictures of a test scene.
     """
     rng = random.Random(f"emoji scenes {seed}")
-    test = _deal(pictures, ids, Counter(), rng, NUM_QUERIES["test"])
+    test = _deal(pictures, ids, Counter(), rng, "test")
     times_asked: Counter[str] = Counter()
-    rounds = (_deal(pictures, ids, times_asked, rng, NUM_QUERIES["train"]) for _ in count())
+    rounds = (_deal(pictures, ids, times_asked, rng, "train") for _ in count())
     tested = {frozenset(scene.tiles) for scene in test}
     train = (s for scenes in rounds for s in scenes if frozenset(s.tiles) not in tested)
     return list(islice(train, num_train)) if test else [], test
@@ -100,15 +105,17 @@ def make_small_scenes(
     """
     rng = random.Random(f"emoji scenes {shape} {seed}")
     times_asked: Counter[str] = Counter()
-    asked = NUM_QUERIES["train"]
-    if not _deal(pictures, ids, Counter(), rng, asked, shape):
+    if not _deal(pictures, ids, Counter(), rng, "train", shape):
         return []
-    rounds = (_deal(pictures, ids, times_asked, rng, asked, shape) for _ in count())
+    rounds = (_deal(pictures, ids, times_asked, rng, "train", shape) for _ in count())
     return list(islice(chain.from_iterable(rounds), num_scenes))
 
 
 def scene_pairs(drawn: Drawn, split: str, scenes: list[Scene], num_jobs: int) -> Iterator[Pair]:
-    """Name of one picture -> scene; the hard negative is the scene without that picture."""
+    """Name of one picture -> scene; the hard negative is the scene without that picture.
+
+    The queries of a scene come one after the other, so that shards hold it once.
+    """
     shown = {id for scene in scenes for layout in scene.layouts() for id in layout}
     num_columns = scenes[0].num_columns if scenes else GRID
     tiles = {id: drawn.shown[id] for id in sorted(shown)}
@@ -119,15 +126,17 @@ def scene_pairs(drawn: Drawn, split: str, scenes: list[Scene], num_jobs: int) ->
     watched = progress(composed, f"{split} scenes", len(scenes))
     for number, (scene, pngs) in enumerate(zip(scenes, watched, strict=True)):
         name = f"{split}-scene{size}-{number:05d}"
+        swapped_ids = scene.asked[: len(scene.replacements)]
+        suffixes = ("", *(f"-without-{id}" for id in swapped_ids))
         positive, *swapped = (
             Item(image=png, id=f"{name}{suffix}", answers=_answers(drawn, layout))
-            for png, layout, suffix in zip(
-                pngs, scene.layouts(), ("", *(f"-without-{id}" for id in scene.asked)), strict=True
-            )
+            for png, layout, suffix in zip(pngs, scene.layouts(), suffixes, strict=True)
         )
-        for id, negative in zip(scene.asked, swapped, strict=True):
+        negatives = dict(zip(swapped_ids, swapped, strict=True))
+        for id in scene.asked:
             query = Item(drawn.pictures[id].names["en"])
-            yield Pair(f"{name}/{id}", query, positive, (negative,), asks=id)
+            own = (negatives[id],) if id in negatives else ()
+            yield Pair(f"{name}/{id}", query, positive, own, asks=id)
 
 
 def _deal(
@@ -135,7 +144,7 @@ def _deal(
     ids: list[str],
     times_asked: Counter[str],
     rng: random.Random,
-    num_queries: int,
+    split: str,
     shape: tuple[int, int] = (GRID, GRID),
 ) -> list[Scene]:
     """Deal each picture once, and ask for those that were asked for least often.
@@ -148,12 +157,13 @@ def _deal(
         tiles = tuple(deck[start : start + num_tiles])
         named = [id for id in tiles if pictures[id].names]
         rng.shuffle(named)
-        asked = tuple(sorted(named, key=times_asked.__getitem__)[:num_queries])
+        asked = tuple(sorted(named, key=times_asked.__getitem__)[: NUM_QUERIES[split]])
         times_asked.update(asked)
         others = [id for id in rng.sample(ids, min(len(ids), 2 * NUM_TILES)) if id not in tiles]
-        if len(others) < len(asked):
+        num_negatives = min(len(asked), NUM_NEGATIVES[split])
+        if len(others) < num_negatives:
             break  # so few pictures that nothing is left to exchange
-        scenes.append(Scene(tiles, asked, tuple(others[: len(asked)]), shape[1]))
+        scenes.append(Scene(tiles, asked, tuple(others[:num_negatives]), shape[1]))
     return scenes
 
 

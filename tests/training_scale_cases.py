@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import DataLoader
 
 import tiny
-from metaembed_pl.data.collate import choose_negatives, collate
+from metaembed_pl.data.collate import collate
 from metaembed_pl.errors import UserError
 from metaembed_pl.item import Item, Pair
 from metaembed_pl.model.backbone import BackboneConfig, ScratchTokenizer
@@ -98,6 +98,20 @@ def pairs(batch: int) -> list[Pair]:
     return found
 
 
+def questions(batch: int) -> list[list[Pair]]:
+    """The pairs by candidate: the first and the last of a batch are asked one and two things more.
+
+    So ranks differ in their numbers of queries and hard negatives.
+    """
+    found = [[pair] for pair in pairs(batch)]
+    for place, count in ((0, 1), (-1, 2)):
+        (pair,) = found[place]
+        for n in range(count):
+            query = Item(tiny.text(1000 + 10 * batch + 3 * place + n, 2 + n))
+            found[place].append(Pair(f"{pair.id}/{n}", query, pair.positive))
+    return found
+
+
 class OneStep(MetaEmbedModule):
     """The module with plain gradient descent, which turns a gradient into the same difference."""
 
@@ -129,11 +143,10 @@ class Batches(pl.LightningDataModule):
         return DataLoader(
             [
                 collate(
-                    [choose_negatives(p, 1, 0) for p in pairs(b)[rank * share :][:share]],
+                    questions(b)[rank * share :][:share],
                     module.embedder.processor(),
                     source="pairs",
                     step=b,
-                    num_negatives=1,
                     always_image=ranks > 1,
                     max_chunk_tokens=module.max_chunk_tokens,
                 )

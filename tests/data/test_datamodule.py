@@ -1,4 +1,5 @@
 import io
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -90,28 +91,58 @@ def test_only_several_ranks_ask_for_an_image_on_both_sides(folders, num_ranks):
 
 
 def test_candidates_are_positives_then_each_querys_negatives():
-    pairs = [choose_negatives(pair, 2, turn=0) for pair in tiny.pairs(3, num_negatives=2)]
+    pairs = tiny.pairs(3, num_negatives=2)
     seen = {}
     batch = collate(
-        pairs,
+        [[pair] for pair in pairs],
         lambda items, side, always_image: seen.update({side: items}) or {},
         source="s",
         step=0,
-        num_negatives=2,
         always_image=True,
     )
     positives = [pair.positive for pair in pairs]
     negatives = [negative for pair in pairs for negative in pair.negatives]
     assert seen["candidate"] == positives + negatives
+    assert batch.positive_of.tolist() == [0, 1, 2]
+    assert batch.negatives_of.tolist() == [[0, 1], [2, 3], [4, 5]]
     assert batch.asks.tolist() == [
         [stable_hash(f"picture-{i}"), stable_hash(pairs[i].positive.content)] for i in range(3)
     ]
-    assert batch.negative_answers.shape == (3, 2, 2)
+    assert batch.negative_answers.shape == (6, 2)
+
+
+def test_nothing_is_encoded_twice_and_nothing_that_no_score_uses():
+    scene, other = Item("scene", id="s", answers=("a", "b", "c")), Item("other", id="o")
+    shared, own = Item("both", id="x"), Item("one", id="y")
+    seen = {}
+    batch = collate(
+        [
+            [
+                Pair("1", Item("a"), scene, (shared, own), asks="a"),
+                Pair("2", Item("b"), scene, (shared,), asks="b"),
+                Pair("3", Item("c"), scene, (), asks="c"),
+            ],
+            [Pair("4", Item("d"), other, (replace(own),))],
+        ],
+        lambda items, side, always_image: seen.update({side: items}) or {},
+        source="s",
+        step=0,
+        always_image=False,
+    )
+    assert [item.text for item in seen["query"]] == ["a", "b", "c", "d"]
+    assert [item.text for item in seen["candidate"]] == ["scene", "other", "both", "one"]
+    assert batch.positive_of.tolist() == [0, 0, 0, 1]
+    assert batch.negatives_of.tolist() == [[0, 1], [0, -1], [-1, -1], [1, -1]]
+    assert (batch.num_positives, len(batch.asks), len(batch.answers)) == (2, 4, 2)
+    embeddings = torch.arange(4.0).view(4, 1, 1)
+    parts = batch.loss_inputs(embeddings)
+    assert parts["positives"].flatten().tolist() == [0, 1]
+    assert parts["negatives"].flatten().tolist() == [2, 3]
 
 
 def collated(pairs):
-    found = [decoded(choose_negatives(pair, 1, turn=0)) for pair in pairs]
-    return collate(found, count_items, source="s", step=0, num_negatives=1, always_image=False)
+    found = [[decoded(choose_negatives(pair, 1, turn=0))] for pair in pairs]
+    return collate(found, count_items, source="s", step=0, always_image=False)
 
 
 def test_a_candidate_that_shows_the_same_as_the_positive_answers_it_whatever_its_id():
@@ -127,7 +158,8 @@ def test_a_candidate_that_shows_the_same_as_the_positive_answers_it_whatever_its
     )
     asked = [set(row) for row in batch.asks.tolist()]
     answers = [set(row) for row in batch.answers.tolist()]
-    hard = [set(row[0]) for row in batch.negative_answers.tolist()]
+    rows = batch.negative_answers.tolist()
+    hard = [set(rows[number]) for (number,) in batch.negatives_of.tolist()]
     found = [[bool(asked[i] & answers[j]) for j in range(4)] for i in range(4)]
     assert found == [
         [True, True, False, False],
@@ -179,10 +211,10 @@ def test_refuses_an_empty_instruction(folders):
         _ = TrainSource(str(folders[0]), instruction=" ").instructions
 
 
-def test_a_pair_without_negatives_is_filled_with_its_masked_positive():
-    pair = choose_negatives(Pair("1", Item("q"), Item("p", answers=("x",)), asks="x"), 2, turn=3)
-    assert [item.text for item in pair.negatives] == ["p", "p"]
-    assert all("x" in item.answers for item in pair.negatives)
+def test_a_pair_with_few_negatives_keeps_those_it_has():
+    pair = Pair("1", Item("q"), Item("p"), (Item("n"),))
+    assert [item.text for item in choose_negatives(pair, 2, turn=3).negatives] == ["n"]
+    assert choose_negatives(replace(pair, negatives=()), 2, turn=3).negatives == ()
 
 
 def test_negatives_take_turns():
@@ -222,10 +254,10 @@ def test_lightning_moves_every_tensor_of_a_batch_and_nothing_else():
     def made(where):
         ids = torch.zeros(2, device=where)
         chunks = [Chunk(ids, {"input_ids": ids}), Chunk(ids, {"input_ids": ids})]
-        return TrainBatch("s", 4, ["a", "b"], {"input_ids": ids}, chunks, 0, ids, ids, None)
+        return TrainBatch("s", 4, ["a"], {"input_ids": ids}, chunks, ids, None, ids, ids, None)
 
     def devices(batch):
-        parts = [batch.asks, batch.answers, *batch.queries.values()]
+        parts = [batch.positive_of, batch.asks, batch.answers, *batch.queries.values()]
         parts += [part for c in batch.candidates for part in (c.rows, *c.inputs.values())]
         return {part.device.type for part in parts}
 
@@ -244,13 +276,17 @@ def test_torch_pins_every_tensor_of_a_batch(monkeypatch):
     pinned = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t, *_: pinned.append(t) or t)
     ids = torch.zeros(2)
-    pin_memory(TrainBatch("s", 4, ["a"], {"ids": ids}, [Chunk(ids, {})], 0, ids, ids, None))
-    assert len(pinned) == 4
+    chunks = [Chunk(ids, {})]
+    pin_memory(TrainBatch("s", 4, ["a"], {"ids": ids}, chunks, ids, None, ids, ids, None))
+    assert len(pinned) == 5
 
 
 def test_too_many_bad_samples_stop_the_run(tmp_path):
-    data = RetrievalDataModule(max_bad_samples=1)
-    batch = TrainBatch("s", 4, [], {}, {}, 0, torch.empty(0), torch.empty(0), None)
+    source = TrainSource(str(tiny.shards(tmp_path / "s", 10)), name="s")
+    data = RetrievalDataModule([source], global_batch_size=8, max_bad_samples=1)
+    data.setup("fit")
+    empty = torch.empty(0)
+    batch = TrainBatch("s", 4, [], {}, {}, empty, None, empty, empty, None)
     batch.faults = [("0.tar", "k1", "broken")]
     data.on_before_batch_transfer(batch, 0)
     data.on_before_batch_transfer(batch, 0)  # the same pair again is not another one

@@ -150,7 +150,7 @@ def _notes(sources: Iterable[tuple[ShardedPairs, int]]) -> list[str]:
         if short:
             notes.append(
                 f"{shards.name}: {short} of {len(found)} pairs looked at have fewer than {count} "
-                "hard negatives; their own positive fills up and is left out of the loss"
+                "hard negatives; they are trained with those they have"
             )
     return notes
 

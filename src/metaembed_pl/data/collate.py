@@ -1,6 +1,7 @@
 """Pairs -> batches of tensors.
 
-Shape letters: B pairs, N hard negatives a query, A answers of a candidate (padded with -1).
+Shape letters: Q queries, C candidates, M hard negatives of all queries, N the most of one query,
+A answers of a candidate (padded with -1), B rows.
 """
 
 from collections.abc import Callable, Sequence
@@ -8,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, Self
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from metaembed_pl.errors import UserError
@@ -82,19 +83,20 @@ class Process(Protocol):
 
 @dataclass
 class TrainBatch(WithTensors):
-    """One rank's part of a global batch.
+    """One rank's part of a global batch: candidates, and one or more questions to each.
 
     Args:
         source: where all its pairs come from.
         step: its number in the plan, counted over the whole run.
         keys: names of its pairs, for error messages.
-        queries: processed queries, B rows.
-        candidates: processed candidates, B * (1 + N) rows: the positives, then the hard negatives
-            of query 0, of query 1, ...
-        num_negatives: N.
+        queries: processed queries, Q rows.
+        candidates: processed candidates, C + M rows: the positives, then the hard negatives.
+        positive_of: the candidate of each query.
+        negatives_of: which hard negatives each query is compared with, filled up with -1; None
+            where there are none at all.
         asks: what each query asks for: an id, and the content of its own positive.
         answers: what each positive answers: ids, and its content.
-        negative_answers: what each hard negative answers; None where N = 0.
+        negative_answers: what each hard negative answers; None where there are none.
         faults: (shard, key, reason) of pairs that could not be used and were replaced.
     """
 
@@ -103,11 +105,31 @@ class TrainBatch(WithTensors):
     keys: list[str]
     queries: Inputs
     candidates: Inputs
-    num_negatives: int
-    asks: Int[Tensor, "B 2"]
-    answers: Int[Tensor, "B A"]
-    negative_answers: Int[Tensor, "B N A"] | None
+    positive_of: Int[Tensor, " Q"]
+    negatives_of: Int[Tensor, "Q N"] | None
+    asks: Int[Tensor, "Q 2"]
+    answers: Int[Tensor, "C A"]
+    negative_answers: Int[Tensor, "M A"] | None
     faults: list[tuple[str, str, str]] = field(default_factory=list)
+
+    @property
+    def num_positives(self) -> int:
+        """C: rows of `candidates` before the hard negatives."""
+        return len(self.answers)
+
+    def loss_inputs(self, candidates: Float[Tensor, "_ Rc D"]) -> dict[str, Tensor | None]:
+        """What `MMRLoss` takes beside the queries, from the embeddings of `candidates`."""
+        found: dict[str, Tensor | None] = {
+            "positives": candidates[: self.num_positives],
+            "positive_of": self.positive_of,
+            "asks": self.asks,
+            "answers": self.answers,
+        }
+        if self.negatives_of is not None:
+            found["negatives"] = candidates[self.num_positives :]
+            found["negatives_of"] = self.negatives_of
+            found["negative_answers"] = self.negative_answers
+        return found
 
 
 @dataclass
@@ -176,10 +198,7 @@ class Instructions:
 
 
 def choose_negatives(pair: Pair, count: int, turn: int) -> Pair:
-    """The pair with exactly `count` hard negatives, others each time it comes round.
-
-    A pair with too few is filled up with its own positive, which answers the query and is therefore
-    masked in the loss: every row then has the same shape, and no negative is counted twice.
+    """The pair with at most `count` hard negatives, others each time it comes round.
 
     Args:
         pair: with any number of hard negatives.
@@ -189,28 +208,44 @@ def choose_negatives(pair: Pair, count: int, turn: int) -> Pair:
     >>> pair = Pair("1", Item("q"), Item("p"), (Item("a"), Item("b"), Item("c")))
     >>> [item.text for item in choose_negatives(pair, 2, turn=1).negatives]
     ['c', 'a']
-    >>> [item.text for item in choose_negatives(pair, 4, turn=0).negatives]
-    ['a', 'b', 'c', 'p']
     """
     found = pair.negatives
-    kept = [found[(turn * count + i) % len(found)] for i in range(min(count, len(found)))]
-    if len(kept) == count:
-        return replace(pair, negatives=tuple(kept))
-    filler = replace(pair.positive, answers=(*pair.positive.answered, pair.asked))
-    return replace(pair, negatives=(*kept, *[filler] * (count - len(kept))))
+    kept = (found[(turn * count + i) % len(found)] for i in range(min(count, len(found))))
+    return replace(pair, negatives=tuple(kept))
+
+
+def with_positive_of(pair: Pair, first: Pair) -> Pair:
+    """The pair with the positive of another question to the same candidate: it is decoded once.
+
+    Raises:
+        UserError: the two share the candidate's id, and what it shows differs; names both.
+
+    >>> apple, pear = Item("apple", id="1"), Item("pear", id="1")
+    >>> with_positive_of(Pair("b", Item("r"), pear), Pair("a", Item("q"), apple))
+    Traceback (most recent call last):
+    metaembed_pl.errors.UserError: pairs 'a' and 'b' share the candidate id '1', but not what ...
+    """
+    if pair.positive.content != first.positive.content:
+        raise UserError(
+            f"pairs {first.id!r} and {pair.id!r} share the candidate id {first.positive.uid!r}, but "
+            "not what it shows: give each candidate its own id"
+        )
+    return replace(pair, positive=first.positive)
 
 
 def collate(
-    pairs: Sequence[Pair],
+    questions: Sequence[Sequence[Pair]],
     process: Process,
     *,
     source: str,
     step: int,
-    num_negatives: int,
     always_image: bool,
     max_chunk_tokens: int | None = None,
 ) -> TrainBatch:
-    """One batch of pairs that each have `num_negatives` hard negatives.
+    """One batch: for each candidate the pairs that ask it something.
+
+    Everything is encoded once: a positive however often it is asked, and equal hard negatives.
+    Nothing is added where a pair has fewer hard negatives than others.
 
     With `max_chunk_tokens` its rows come in chunks of at most so many tokens.
     With `always_image` both of its sides run through the vision tower even where they have no
@@ -223,25 +258,52 @@ def collate(
             return process(items, side, always_image)
         return process.in_chunks(items, side, max_chunk_tokens, always_image)
 
-    positives = [pair.positive for pair in pairs]
-    negatives = [negative for pair in pairs for negative in pair.negatives]
-    answers = _padded_answers(negatives)
+    pairs = [pair for asked in questions for pair in asked]
+    positives = [asked[0].positive for asked in questions]
+    negatives, rows = _distinct([pair.negatives for pair in pairs])
     return TrainBatch(
         source=source,
         step=step,
         keys=[pair.id for pair in pairs],
         queries=processed([pair.query for pair in pairs], "query"),
         candidates=processed([*positives, *negatives], "candidate"),
-        num_negatives=num_negatives,
+        positive_of=torch.tensor([c for c, asked in enumerate(questions) for _ in asked]),
+        negatives_of=_padded(rows) if negatives else None,
         asks=torch.tensor(
             [[stable_hash(pair.asked), stable_hash(pair.positive.content)] for pair in pairs]
         ),
         answers=_padded_answers(positives),
-        negative_answers=answers.view(len(pairs), num_negatives, -1) if num_negatives else None,
+        negative_answers=_padded_answers(negatives) if negatives else None,
     )
 
 
-def _padded_answers(items: Sequence[Item]) -> Int[Tensor, "B A"]:
-    rows = [[stable_hash(answer) for answer in (*item.answered, item.content)] for item in items]
+def _distinct(items: Sequence[Sequence[Item]]) -> tuple[list[Item], list[list[int]]]:
+    """The different ones of all items, and the numbers of each group's.
+
+    >>> _distinct([[Item("a"), Item("b")], [Item("a")]])[1]
+    [[0, 1], [0]]
+    """
+    found: dict[tuple, int] = {}
+    distinct: list[Item] = []
+    rows = []
+    for group in items:
+        rows.append([])
+        for item in group:
+            key = item.content, item.answered, item.instruction
+            if key not in found:
+                found[key] = len(distinct)
+                distinct.append(item)
+            rows[-1].append(found[key])
+    return distinct, rows
+
+
+def _padded(rows: Sequence[Sequence[int]]) -> Int[Tensor, "B A"]:
     width = max(map(len, rows), default=0)
-    return torch.tensor([row + [-1] * (width - len(row)) for row in rows], dtype=torch.long)
+    padded = [[*row, *[-1] * (width - len(row))] for row in rows]
+    return torch.tensor(padded, dtype=torch.long)
+
+
+def _padded_answers(items: Sequence[Item]) -> Int[Tensor, "B A"]:
+    return _padded(
+        [[stable_hash(answer) for answer in (*item.answered, item.content)] for item in items]
+    )

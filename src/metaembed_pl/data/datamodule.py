@@ -7,7 +7,9 @@ each step, workers take turns by step, and the checkpoint remembers the next ste
 import logging
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +26,7 @@ from metaembed_pl.data.collate import (
     choose_negatives,
     collate,
     decoded,
+    with_positive_of,
 )
 from metaembed_pl.data.plan import Plan, PlannedSource
 from metaembed_pl.data.retrieval_set import RetrievalSet
@@ -32,6 +35,9 @@ from metaembed_pl.errors import BadSample, Unreachable, UserError
 from metaembed_pl.item import Pair
 
 log = logging.getLogger(__name__)
+
+Questions = int | Literal["all"]
+"""Queries that come with a candidate at once."""
 
 
 @dataclass
@@ -43,6 +49,8 @@ class TrainSource:
         name: how logs call it; None takes the folder's manifest's.
         weight: share of the batches relative to the other sources; None for all: by size.
         num_negatives: hard negatives a query; None takes the data module's.
+        questions: a candidate comes with up to so many of its queries at once, and is encoded
+            once; `all` for all it has. None takes the data module's.
         first_step: the source joins the mixture at this step: names before scenes, say.
         last_step: the source leaves the mixture at this step; None: it stays.
         max_pairs: use only so many of its pairs; None for all.
@@ -54,22 +62,34 @@ class TrainSource:
     name: str | None = None
     weight: float | None = None
     num_negatives: int | None = None
+    questions: Questions | None = None
     first_step: int = 0
     last_step: int | None = None
     max_pairs: int | None = None
     instruction: str | None = None
     candidate_instruction: str | None = None
 
-    def planned(self, shards: ShardedPairs) -> PlannedSource:
-        """The source as the plan sees it."""
-        return PlannedSource(
+    def planned(self, shards: ShardedPairs, questions: Questions = 1) -> PlannedSource:
+        """The source as the plan sees it, with so many questions where it does not say."""
+        questions = questions if self.questions is None else self.questions
+        found = PlannedSource(
             self.name or shards.name,
             tuple(shards.shard_sizes),
             self.weight,
             self.first_step,
             self.last_step,
             self.max_pairs,
+            questions=None if questions == "all" else questions,
         )
+        if questions == 1:
+            return found
+        candidates = shards.candidate_numbers()
+        if candidates.max() + 1 == len(candidates):
+            log.info(
+                "%s: each of its candidates has one question only, so `questions` changes nothing",
+                found.name,
+            )
+        return replace(found, candidates=candidates)
 
     @property
     def instructions(self) -> Instructions:
@@ -139,39 +159,58 @@ class TrainingBatches(IterableDataset):
     def load(self, step: int) -> TrainBatch:
         """This rank's batch of a step."""
         planned = self.plan.rank_batch(step, self.rank, self.num_ranks)
-        count = self.num_negatives[planned.source]
         faults: list[tuple[str, str, str]] = []
-        pairs = [
-            self._usable(planned.source, int(position), count, step, faults)
-            for position in planned.positions
+        questions = [
+            self._usable(planned.source, positions.tolist(), step, faults)
+            for positions in planned.questions
         ]
-        name = self.plan.sources[planned.source].name
         batch = collate(
-            pairs,
+            questions,
             self.process,
-            source=name,
+            source=self.plan.sources[planned.source].name,
             step=step,
-            num_negatives=count,
             always_image=self.num_ranks > 1,
             max_chunk_tokens=self.max_chunk_tokens,
         )
         batch.faults = faults
         return batch
 
-    def _usable(self, source: int, position: int, count: int, step: int, faults: list) -> Pair:
-        pairs = self.sources[source]
-        for candidate in range(position, position + len(pairs)):
-            index = candidate % len(pairs)
-            try:
-                pair = choose_negatives(pairs[index], count, turn=step)
-                return decoded(self.instructions[source].on(pair))
-            except Unreachable:
-                raise
-            except BadSample as fault:
-                faults.append((fault.shard, fault.key, fault.reason))
-            except UserError as error:
-                faults.append((*pairs.locate(index), str(error)))
-        raise UserError(f"{pairs.folder}: not one of its {len(pairs)} pairs can be used")
+    def _usable(self, source: int, positions: list[int], step: int, faults: list) -> list[Pair]:
+        """Those of a candidate's pairs that can be used; where none can, the next one that can."""
+        found: list[Pair] = []
+        total = len(self.sources[source])
+        others = range(positions[-1] + 1, positions[-1] + total)
+        for number, position in enumerate(chain(positions, others)):
+            if found and number >= len(positions):
+                break
+            pair = None
+            with self._noting_faults(source, position % total, faults):
+                pair = self.sources[source][position % total]
+            if pair is None:
+                continue
+            pair = choose_negatives(pair, self.num_negatives[source], step)
+            pair = self.instructions[source].on(pair)
+            if found:
+                pair = with_positive_of(pair, found[0])
+            with self._noting_faults(source, position % total, faults):
+                found.append(decoded(pair))
+        if not found:
+            raise UserError(
+                f"{self.sources[source].folder}: not one of its {total} pairs can be used"
+            )
+        return found
+
+    @contextmanager
+    def _noting_faults(self, source: int, position: int, faults: list) -> Iterator[None]:
+        """Notes why a pair cannot be used, instead of raising it."""
+        try:
+            yield
+        except Unreachable:
+            raise
+        except BadSample as fault:
+            faults.append((fault.shard, fault.key, fault.reason))
+        except UserError as error:
+            faults.append((*self.sources[source].locate(position), str(error)))
 
 
 class _ResumingLoader(DataLoader):
@@ -242,10 +281,12 @@ class RetrievalDataModule(pl.LightningDataModule):
         train: what to train on.
         val: what to validate on during training.
         test: what to test on at the end; None: all of what `val` may have only a part of.
-        global_batch_size: pairs of a step over all ranks; a query's in-batch negatives are the
-            other pairs' positives.
+        global_batch_size: candidates of a step over all ranks, each with one or more queries; a
+            query's in-batch negatives are the candidates of the others.
         eval_batch_size: items at a time in validation; changes speed and memory only.
         num_negatives: hard negatives a query, where a source does not say.
+        questions: queries that come with a candidate, where a source does not say; see
+            `TrainSource`.
         num_workers: processes that prepare batches on each rank; changes speed only.
         seed: the order of the pairs.
         steps_per_epoch: None: as many as all pairs make.
@@ -262,6 +303,7 @@ class RetrievalDataModule(pl.LightningDataModule):
         global_batch_size: int = 128,
         eval_batch_size: int = 64,
         num_negatives: int = 1,
+        questions: Questions = 1,
         num_workers: int = 1,
         seed: int = 0,
         steps_per_epoch: int | None = None,
@@ -278,6 +320,7 @@ class RetrievalDataModule(pl.LightningDataModule):
         self.global_batch_size = global_batch_size
         self.eval_batch_size = eval_batch_size
         self.num_negatives = num_negatives
+        self.questions: Questions = questions
         self.num_workers = num_workers
         self.seed = seed
         self.open_shards = open_shards
@@ -301,7 +344,7 @@ class RetrievalDataModule(pl.LightningDataModule):
             raise UserError("the recipe names no training source: set data.train")
         self._shards = [ShardedPairs(source.path) for source in self.train_sources]
         pairs = zip(self.train_sources, self._shards, strict=True)
-        self.plan = self.plan_of([source.planned(shards) for source, shards in pairs])
+        self.plan = self.plan_of([source.planned(shards, self.questions) for source, shards in pairs])
         self.epoch_length = self._steps_per_epoch or self.plan.steps_per_epoch
 
     def plan_of(self, sources: list[PlannedSource]) -> Plan:
@@ -374,7 +417,7 @@ class RetrievalDataModule(pl.LightningDataModule):
         """Notes how far the plan has been used, and what could not be."""
         if isinstance(batch, TrainBatch):
             self.next_step = batch.step + 1
-            self.num_drawn[batch.source] += self.global_batch_size
+            self.num_drawn[batch.source] += len(self.plan.batch(batch.step).positions)
             self._note_faults(batch)
         return batch
 

@@ -5,12 +5,16 @@ drawn from (seed, source, pass). A batch holds pairs of one source. Which source
 follows the mixing weights, evenly spaced; without weights, the sources' sizes and a temperature.
 Nothing depends on the number of workers or ranks: rank r of W takes the r-th of W equal parts of
 each global batch, and resuming at step t means asking for step t.
+
+A batch consists of candidates. Each comes with one question (a pair) or, where the source says
+`questions`, with several of the pairs that share it.
 """
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -29,6 +33,8 @@ class PlannedSource:
         max_pairs: use only so many pairs: a sample drawn from the seed, the same in each pass.
         first_step: the source joins at this step; the others share the batches before.
         last_step: the source leaves at this step; None: it stays to the end.
+        candidates: the number of each pair's candidate; needed for several questions.
+        questions: a candidate comes with up to so many of its pairs at a time; None with all.
     """
 
     name: str
@@ -37,6 +43,8 @@ class PlannedSource:
     first_step: int = 0
     last_step: int | None = None
     max_pairs: int | None = None
+    candidates: Int[np.ndarray, " N"] | None = field(default=None, compare=False)
+    questions: int | None = 1
 
     @property
     def num_pairs(self) -> int:
@@ -47,11 +55,41 @@ class PlannedSource:
 
 @dataclass(frozen=True)
 class PlannedBatch:
-    """The pairs of one global batch: positions in source `source` (an index into the sources)."""
+    """The pairs of one global batch, or of one rank's part of it.
+
+    Args:
+        step: its number.
+        source: an index into the sources.
+        positions: of its pairs in the source; those of one candidate stand together.
+        candidates: the candidate of each, counted from 0.
+    """
 
     step: int
     source: int
-    positions: Int[np.ndarray, " B"]
+    positions: Int[np.ndarray, " Q"]
+    candidates: Int[np.ndarray, " Q"]
+
+    @property
+    def questions(self) -> list[Int[np.ndarray, " _"]]:
+        """The positions by candidate."""
+        return np.split(self.positions, np.flatnonzero(np.diff(self.candidates)) + 1)
+
+
+class _Pass(NamedTuple):
+    """One pass over a source.
+
+    Args:
+        positions: its pairs; those that come together stand together.
+        ends: where each candidate's questions end.
+    """
+
+    positions: Int[np.ndarray, " N"]
+    ends: Int[np.ndarray, " C"]
+
+    def __getitem__(self, places: slice) -> list[Int[np.ndarray, " _"]]:
+        ends = self.ends[places]
+        first = self.ends[places.start - 1] if places.start else 0
+        return np.split(self.positions[first : ends[-1]], ends[:-1] - first) if len(ends) else []
 
 
 class Plan:
@@ -59,14 +97,14 @@ class Plan:
 
     Args:
         sources: at least one, none empty; weights for all or for none.
-        global_batch_size: pairs over all ranks; a source with fewer is refused, since its batch
-            would hold a pair twice.
+        global_batch_size: candidates over all ranks, each with one or more questions; a source
+            with fewer is refused, since its batch would hold one twice.
         seed: the order of pairs; the same seed gives the same batches on every machine.
         open_shards: pairs are shuffled within this many shards at a time, so that reading stays
             near a few files however large the source.
-        mixing_temperature: where no weights are given, a source's weight is its number of pairs to
-            the power of one over this: 1 mixes by size, more brings small sources forward, infinity
-            mixes all alike.
+        mixing_temperature: where no weights are given, a source's weight is its number of pairs
+            (of candidates, where they come with several questions) to the power of one over this: 1
+            mixes by size, more brings small sources forward, infinity mixes all alike.
     """
 
     def __init__(
@@ -82,9 +120,13 @@ class Plan:
         self.global_batch_size = global_batch_size
         self.seed = seed
         self.open_shards = open_shards
+        self._sample = lru_cache(maxsize=None)(self._drawn)
+        self._pass = lru_cache(maxsize=2 * len(sources))(self._shuffled)
+        self._sizes = [self._num_candidates(number) for number in range(len(sources))]
+        _check_sizes(sources, self._sizes, global_batch_size)
         weights = [
-            s.num_pairs ** (1 / mixing_temperature) if s.weight is None else s.weight
-            for s in sources
+            size ** (1 / mixing_temperature) if s.weight is None else s.weight
+            for s, size in zip(sources, self._sizes, strict=True)
         ]
         self._weights = np.array(weights, dtype=np.float64)
         self._first_steps = np.array([source.first_step for source in sources])
@@ -95,30 +137,30 @@ class Plan:
         self._order = np.empty(0, dtype=np.int64)  # source of each step, as far as asked for
         self._turns = np.zeros(len(sources), dtype=np.int64)
         self._rounds = np.empty(0, dtype=np.int64)  # batches its source had before each step
-        self._sample = lru_cache(maxsize=None)(self._drawn)
-        self._pass = lru_cache(maxsize=2 * len(sources))(self._shuffled)
 
     @property
     def steps_per_epoch(self) -> int:
         """Steps in which as many pairs come by as there are, rounded up."""
-        return -(-sum(s.num_pairs for s in self.sources) // self.global_batch_size)
+        return -(-sum(self._sizes) // self.global_batch_size)
 
     def batch(self, step: int) -> PlannedBatch:
         """The global batch of a step, counted from 0 over the whole run."""
         self._extend(step + 1)
         source, round_ = int(self._order[step]), int(self._rounds[step])
-        num_pairs = self.sources[source].num_pairs
+        size = self._sizes[source]
         # A batch may straddle two passes: cut it where the first one ends.
         start = round_ * self.global_batch_size
-        parts = []
-        while (missing := self.global_batch_size - sum(map(len, parts))) > 0:
-            turn, offset = divmod(start, num_pairs)
-            parts.append(self._pass(source, turn)[offset : offset + missing])
-            start += len(parts[-1])
-        return PlannedBatch(step, source, np.concatenate(parts))
+        parts: list[Int[np.ndarray, " _"]] = []
+        while (missing := self.global_batch_size - len(parts)) > 0:
+            turn, offset = divmod(start, size)
+            found = self._pass(source, turn)[offset : offset + missing]
+            parts += found
+            start += len(found)
+        candidates = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+        return PlannedBatch(step, source, np.concatenate(parts), candidates)
 
     def rank_batch(self, step: int, rank: int, num_ranks: int) -> PlannedBatch:
-        """This rank's part of the global batch of a step.
+        """This rank's part of the global batch of a step: equally many candidates on each.
 
         Raises:
             UserError: the global batch cannot be divided evenly.
@@ -130,7 +172,13 @@ class Plan:
             )
         whole = self.batch(step)
         size = self.global_batch_size // num_ranks
-        return PlannedBatch(step, whole.source, whole.positions[rank * size : (rank + 1) * size])
+        first, end = np.searchsorted(whole.candidates, [rank * size, (rank + 1) * size])
+        return PlannedBatch(
+            step,
+            whole.source,
+            whole.positions[first:end],
+            whole.candidates[first:end] - rank * size,
+        )
 
     def _extend(self, num_steps: int) -> None:
         """Gives each further step to the source that lags furthest behind its share."""
@@ -149,8 +197,8 @@ class Plan:
             self._turns[source] += 1
         self._order, self._rounds = order, rounds
 
-    def _shuffled(self, source: int, turn: int) -> Int[np.ndarray, " N"]:
-        """The order of one pass: shards shuffled, then pairs within windows of shards."""
+    def _shuffled(self, source: int, turn: int) -> _Pass:
+        """The order of one pass: shards shuffled, then candidates within windows of shards."""
         random = self._random(source, turn)
         by_shard = self._sample(source)
         shards = random.permutation(len(by_shard))
@@ -158,21 +206,86 @@ class Plan:
         for first in range(0, len(shards), self.open_shards):
             pairs = [by_shard[shard] for shard in shards[first : first + self.open_shards]]
             windows.append(random.permutation(np.concatenate(pairs)))
-        return np.concatenate(windows)
+        planned = self.sources[source]
+        if planned.candidates is None or planned.questions == 1:
+            positions = np.concatenate(windows)
+            return _Pass(positions, np.arange(1, len(positions) + 1))
+        grouped = [
+            _grouped(window, planned.candidates[window], planned.questions, random)
+            for window in windows
+        ]
+        positions, counts = (np.concatenate(parts) for parts in zip(*grouped, strict=True))
+        return _Pass(positions, np.cumsum(counts))
+
+    def _num_candidates(self, source: int) -> int:
+        """How often a candidate comes in one pass, all candidates together."""
+        planned = self.sources[source]
+        if planned.candidates is None or planned.questions == 1:
+            return planned.num_pairs
+        pairs = np.concatenate(self._sample(source))
+        counts = np.unique(planned.candidates[pairs], return_counts=True)[1]
+        return int(_num_turns(counts, planned.questions).sum())
 
     def _drawn(self, source: int) -> list[Int[np.ndarray, " N"]]:
-        """The pairs that are used, by shard, ascending."""
+        """The pairs that are used, by shard, ascending; all of a candidate's with its first."""
         planned = self.sources[source]
         ends = np.cumsum(planned.shard_sizes)
         pairs = np.arange(ends[-1])
         if planned.num_pairs < len(pairs):
             random = self._random(source, 0, 1)  # no pass has this second number
-            pairs = np.sort(random.choice(pairs, planned.num_pairs, replace=False))
-        return np.split(pairs, np.searchsorted(pairs, ends[:-1]))
+            if planned.candidates is None or planned.questions == 1:
+                pairs = np.sort(random.choice(pairs, planned.num_pairs, replace=False))
+            else:  # whole candidates, so that each keeps its questions
+                first_come = random.permutation(planned.candidates.max() + 1)[planned.candidates]
+                pairs = np.sort(np.argsort(first_come, kind="stable")[: planned.num_pairs])
+        shards = np.searchsorted(ends, pairs, side="right")
+        if planned.candidates is not None and planned.questions != 1:
+            _, first, candidate = np.unique(
+                planned.candidates[pairs], return_index=True, return_inverse=True
+            )
+            shards = shards[first[candidate]]
+        order = np.argsort(shards, kind="stable")
+        return np.split(pairs[order], np.searchsorted(shards[order], np.arange(1, len(ends))))
 
     def _random(self, source: int, *turn: int) -> np.random.Generator:
         name = zlib.crc32(self.sources[source].name.encode())
         return np.random.Generator(np.random.PCG64([self.seed, name, *turn]))
+
+
+def _num_turns(
+    counts: Int[np.ndarray, " C"], questions: int | None
+) -> Int[np.ndarray, " C"]:
+    """How often candidates with so many questions come in a pass."""
+    return np.ones_like(counts) if questions is None else -(-counts // questions)
+
+
+def _grouped(
+    pairs: Int[np.ndarray, " N"],
+    candidates: Int[np.ndarray, " N"],
+    questions: int | None,
+    random: np.random.Generator,
+) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, " U"]]:
+    """Deal shuffled pairs to their candidates, in shuffled order.
+
+    A candidate with more questions than come at a time comes several times, with equal shares and
+    at equal distances, give or take one: seldom twice in a batch.
+
+    Returns:
+        The pairs, those that come together side by side, and how many do each time.
+    """
+    by_candidate = np.argsort(candidates, kind="stable")
+    _, starts, counts = np.unique(
+        candidates[by_candidate], return_index=True, return_counts=True
+    )
+    turns = _num_turns(counts, questions)
+    place = np.arange(len(pairs)) - np.repeat(starts, counts)  # among its candidate's questions
+    turn = place * np.repeat(turns, counts) // np.repeat(counts, counts)
+    unit = np.repeat(np.cumsum(turns) - turns, counts) + turn
+    sizes = np.bincount(unit)
+    which = np.arange(len(sizes)) - np.repeat(np.cumsum(turns) - turns, turns)
+    shuffled = np.argsort((which + random.random(len(sizes))) / np.repeat(turns, turns))
+    order = np.argsort(np.argsort(shuffled)[unit], kind="stable")
+    return pairs[by_candidate][order], sizes[shuffled]
 
 
 def _check(
@@ -193,11 +306,25 @@ def _check(
     for source in sources:
         if source.max_pairs is not None and source.max_pairs < 1:
             raise UserError(f"source {source.name}: max_pairs must be at least 1, if given")
-        if source.num_pairs < global_batch_size:
+        if source.questions is not None and source.questions < 1:
             raise UserError(
-                f"source {source.name} has {source.num_pairs} pairs, fewer than one global batch "
-                f"of {global_batch_size}; lower global_batch_size or leave the source out"
+                f"source {source.name}: questions must be at least 1 or all, got {source.questions}"
             )
+
+
+def _check_sizes(
+    sources: Sequence[PlannedSource], sizes: Sequence[int], global_batch_size: int
+) -> None:
+    for source, size in zip(sources, sizes, strict=True):
+        if size >= global_batch_size:
+            continue
+        has = f"{source.num_pairs} pairs"
+        if size < source.num_pairs:
+            has += f" of {size} candidates (questions: {source.questions or 'all'})"
+        raise UserError(
+            f"source {source.name} has {has}, fewer than one global batch of {global_batch_size}; "
+            "lower global_batch_size or leave the source out"
+        )
 
 
 def _check_weights(sources: Sequence[PlannedSource], mixing_temperature: float) -> None:

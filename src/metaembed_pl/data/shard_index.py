@@ -6,13 +6,16 @@ import mmap
 import re
 import tarfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from metaembed_pl.errors import UserError
+from metaembed_pl.item import Item, stable_hash
 
-FORMAT = 1
+FORMAT = 2
+"""1 had one question a sample."""
+READABLE_FORMATS = (1, 2)
 MANIFEST_FILE = "manifest.json"
 INDEX_FILE = "index.jsonl"
 
@@ -20,10 +23,28 @@ INDEX_FILE = "index.jsonl"
 _MEMBER = re.compile(r"^((?:.*/|)[^./]+)[.]([^/]*)$")
 
 
-class IndexLines:
-    """One JSON line a pair: `["00000.tar", "00000000", {"json": [512, 87], ...}]`.
+class Place(NamedTuple):
+    """Where a pair lies.
 
-    Lines are parsed when asked for. A file is mapped into memory, so ranks share its pages.
+    Args:
+        shard: the file.
+        key: its sample.
+        spans: offset and size of each member of the sample, by suffix.
+        question: its number among the sample's questions.
+        candidate: `stable_hash` of the positive's uid; None where only its picture would tell.
+    """
+
+    shard: str
+    key: str
+    spans: dict[str, list[int]]
+    question: int = 0
+    candidate: int | None = None
+
+
+class IndexLines:
+    """One JSON line a pair: `["00000.tar", "00000000", {"json": [512, 87], ...}, 0, 81624]`.
+
+    The number of its question and its candidate come last; lines of format 1 lack both. Lines are parsed when asked for. A file is mapped into memory, so ranks share its pages.
 
     Args:
         path: an index file; or
@@ -40,19 +61,19 @@ class IndexLines:
     def __len__(self) -> int:
         return len(self._starts) - 1
 
-    def __getitem__(self, i: int) -> tuple[str, str, dict[str, list[int]]]:
+    def __getitem__(self, i: int) -> Place:
         if not -len(self) <= i < len(self):
             raise IndexError(f"pair {i} of {len(self)}")
         i %= len(self)
         line = self._content()[self._starts[i] : self._starts[i + 1]]
         try:
-            shard, key, spans = json.loads(line)
+            place = Place(*json.loads(line))
+            numbers = [n for o, s in place.spans.values() for n in (o, s)]
+            numbers += [place.question, *([] if place.candidate is None else [place.candidate])]
             # A shard name from a file is joined to a folder: it must not lead out of it.
-            is_plain = Path(shard).name == shard and type(key) is str
-            if is_plain and all(
-                type(n) is int and n >= 0 for o, s in spans.values() for n in (o, s)
-            ):
-                return shard, key, spans
+            is_plain = Path(place.shard).name == place.shard and type(place.key) is str
+            if is_plain and all(type(n) is int and n >= 0 for n in numbers):
+                return place
         except (ValueError, TypeError, AttributeError):
             pass
         raise UserError(f"{self._path}:{i + 1}: not a line of an index; delete {INDEX_FILE}")
@@ -117,7 +138,7 @@ def parse_manifest(content: bytes, where: str) -> dict[str, Any]:
 
 
 def scan_shards(folder: Path, shards: list[str]) -> dict[str, bytes]:
-    """Read the headers of tar shards into index lines, by shard.
+    """Read the headers of tar shards, and the JSON of each sample, into index lines, by shard.
 
     Raises:
         UserError: not a whole uncompressed tar, or one with links, devices or paths that escape.
@@ -132,8 +153,9 @@ def sha256_of(path: Path) -> str:
 
 
 def _check_manifest(manifest: dict[str, Any]) -> None:
-    if manifest["format"] != FORMAT:
-        raise ValueError(f"its format is {manifest['format']!r}; this version reads {FORMAT}")
+    if manifest["format"] not in READABLE_FORMATS:
+        known = " and ".join(map(str, READABLE_FORMATS))
+        raise ValueError(f"its format is {manifest['format']!r}; this version reads {known}")
     if not isinstance(manifest["name"], str):
         raise ValueError("its name must be a string")
     if not isinstance(manifest.get("index", {}), dict):
@@ -151,6 +173,7 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
 def _index_lines(path: Path) -> bytes:
     size = path.stat().st_size
     samples: list[tuple[str, dict[str, list[int]]]] = []
+    questions: dict[int, tuple[int, int | None]] = {}
     try:
         with tarfile.open(path, mode="r:") as tar:
             for member in tar:
@@ -170,8 +193,34 @@ def _index_lines(path: Path) -> bytes:
                 if not samples or samples[-1][0] != key:
                     samples.append((key, {}))
                 samples[-1][1][suffix] = [member.offset_data, member.size]
+                if suffix == "json":
+                    file = tar.extractfile(member)
+                    questions[len(samples) - 1] = _questions(file.read() if file else b"")
     except (tarfile.TarError, EOFError, OSError) as error:
         raise UserError(f"{path} is not a whole, uncompressed tar: {error}") from error
-    return b"".join(
-        json.dumps([path.name, *sample], ensure_ascii=False).encode() + b"\n" for sample in samples
-    )
+    lines = []
+    for number, sample in enumerate(samples):
+        count, candidate = questions.get(number, (1, None))
+        lines += [(path.name, *sample, question, candidate) for question in range(count)]
+    return b"".join(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in lines)
+
+
+def _questions(content: bytes) -> tuple[int, int | None]:
+    """How many questions a sample has, and its candidate where the JSON alone says which it is.
+
+    A sample that is broken counts as one question, and is named when it is read.
+    """
+    count = 1
+    try:
+        value = json.loads(content)
+        queries, positive = value.get("queries"), value["positive"]
+        count = len(queries) if isinstance(queries, list) and queries else 1
+        if isinstance(value.get("candidate"), str):
+            return count, stable_hash(value["candidate"])
+        if isinstance(positive, dict) and isinstance(positive.get("id"), str):
+            return count, stable_hash(positive["id"])
+        if isinstance(positive, dict) and positive.get("image"):
+            return count, None
+        return count, stable_hash(Item.parse(positive).uid)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, UserError):
+        return count, None

@@ -1,4 +1,8 @@
-"""Writing shards: into a folder beside the final one, renamed when whole."""
+"""Writing shards: into a folder beside the final one, renamed when complete.
+
+Pairs that come one after the other and share their positive are questions to one candidate: they
+become one sample, which holds the candidate once.
+"""
 
 import io
 import json
@@ -6,7 +10,7 @@ import shutil
 import tarfile
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from metaembed_pl.data.shard_index import FORMAT, INDEX_FILE, MANIFEST_FILE, scan_shards, sha256_of
 from metaembed_pl.errors import UserError
@@ -14,6 +18,8 @@ from metaembed_pl.files import write_text
 from metaembed_pl.item import Item, Pair
 
 PROGRESS_FILE = "progress.json"
+QUESTIONS_PER_SAMPLE = 32
+"""Further questions to a candidate begin another sample: reading one of them reads their JSON."""
 _SIGNATURES = {"png": b"\x89PNG\r\n\x1a\n", "jpg": b"\xff\xd8\xff"}
 
 
@@ -67,6 +73,8 @@ class ShardWriter:
         }
         self._partial = self.folder.with_name(f".{self.folder.name}.partial")
         self._counts: list[int] = []
+        self._held: list[_EncodedPair] = []  # questions to one candidate, not written yet
+        self._record_then: str = ""  # when the last of them came
         self._file: Any = None
         self._tar: Any = None
         if self.folder.exists() and any(self.folder.iterdir()):
@@ -84,8 +92,8 @@ class ShardWriter:
 
     @property
     def num_pairs(self) -> int:
-        """Pairs written, those of a resumed run among them."""
-        return sum(self._counts)
+        """Pairs taken so far, including those of a resumed run."""
+        return sum(self._counts) + len(self._held)
 
     def write(self, pair: Pair) -> None:
         """Add a pair. PNG, JPEG and WebP files keep their bytes; other pictures become PNG.
@@ -95,15 +103,25 @@ class ShardWriter:
         Raises:
             UserError: a picture that cannot be read; names the pair.
         """
+        is_next = bool(self._held) and pair.positive == self._held[0].pair.positive
+        if not is_next or len(self._held) == QUESTIONS_PER_SAMPLE:
+            self._write_held()
         try:
-            members = _members(pair)
+            self._held.append(_encoded_pair(pair, self._held[0].positive if self._held else None))
         except UserError as error:
             raise UserError(f"pair {pair.id!r}: {error}") from error
+        self._record_then = json.dumps(self.record)
+
+    def _write_held(self) -> None:
+        """Write the sample that is complete."""
+        if not self._held:
+            return
         # Ids may hold dots and slashes, which mean something in a member's name: keys are numbers.
-        key = f"{self.num_pairs:08d}"
-        self._open_shard().write({"__key__": key, **members})
-        self._counts[-1] += 1
-        if self._counts[-1] == self.pairs_per_shard:
+        key = f"{sum(self._counts):08d}"
+        self._open_shard().write({"__key__": key, **_members(self._held)})
+        self._counts[-1] += len(self._held)
+        self._held = []
+        if self._counts[-1] >= self.pairs_per_shard:
             self._close_shard()
             self._save_progress()
 
@@ -113,8 +131,10 @@ class ShardWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._close_shard()
         try:
+            if error is None:
+                self._write_held()
+            self._close_shard()
             if error is None:
                 if not self._counts:
                     raise UserError(f"no pairs were written to {self.folder}")
@@ -147,7 +167,8 @@ class ShardWriter:
         return True
 
     def _save_progress(self) -> None:
-        progress = {"describe": self._describe, "counts": self._counts, "record": self.record}
+        record = json.loads(self._record_then)
+        progress = {"describe": self._describe, "counts": self._counts, "record": record}
         write_text(self._partial / PROGRESS_FILE, json.dumps(progress))
 
     def _open_shard(self) -> Any:
@@ -198,30 +219,77 @@ class ShardWriter:
         (self._partial / MANIFEST_FILE).write_text(text, encoding="utf-8")
 
 
-def _members(pair: Pair) -> dict[str, bytes]:
-    """Return the members of a pair by suffix: its JSON and its encoded pictures."""
-    value: dict[str, Any] = {"id": pair.id}
-    if pair.asks is not None:
-        value["asks"] = pair.asks
+class _EncodedItem(NamedTuple):
+    """An item's JSON, and its picture as a file holds it."""
+
+    value: dict[str, Any]
+    picture: bytes | None = None
+    extension: str = ""
+
+
+class _EncodedPair(NamedTuple):
+    pair: Pair
+    query: _EncodedItem
+    positive: _EncodedItem
+    negatives: list[_EncodedItem]
+
+
+def _encoded_pair(pair: Pair, positive: _EncodedItem | None) -> _EncodedPair:
+    """Encode a pair's pictures; the positive's is given where it was encoded before."""
+    return _EncodedPair(
+        pair,
+        _encoded(pair.query),
+        positive or _encoded(pair.positive),
+        [_encoded(negative) for negative in pair.negatives],
+    )
+
+
+def _encoded(item: Item) -> _EncodedItem:
+    if item.image is None:
+        return _EncodedItem(item.to_json())
+    return _EncodedItem(item.to_json(), *encoded_image(item))
+
+
+def _members(pairs: list[_EncodedPair]) -> dict[str, bytes]:
+    """Return the members of a sample by suffix: its JSON and its encoded pictures."""
     members: dict[str, bytes] = {}
-    value["query"] = _add_item(pair.query, "query", members)
-    value["positive"] = _add_item(pair.positive, "positive", members)
-    value["negatives"] = [
-        _add_item(negative, f"negative.{n}", members) for n, negative in enumerate(pair.negatives)
-    ]
+
+    def add(item: _EncodedItem, stem: str) -> dict[str, Any]:
+        if item.picture is None:
+            return item.value
+        # Naming the member in the JSON lets a reader notice that it is missing.
+        name = f"{stem}.{item.extension}"
+        members[name] = item.picture
+        return {**item.value, "image": name}
+
+    def question(encoded: _EncodedPair, prefix: str, with_negatives: bool = True) -> dict[str, Any]:
+        value: dict[str, Any] = {"id": encoded.pair.id}
+        if encoded.pair.asks is not None:
+            value["asks"] = encoded.pair.asks
+        value["query"] = add(encoded.query, f"query{prefix}")
+        if with_negatives:
+            stem = f"query{prefix}.negative" if prefix else "negative"
+            value["negatives"] = negatives(encoded, stem)
+        return value
+
+    def negatives(encoded: _EncodedPair, stem: str) -> list[dict[str, Any]]:
+        return [add(item, f"{stem}.{n}") for n, item in enumerate(encoded.negatives)]
+
+    first = pairs[0]
+    if len(pairs) == 1:
+        value = question(first, "")
+    else:
+        # Hard negatives of all its questions belong to the candidate, and are stored once.
+        shared = all(pair.pair.negatives == first.pair.negatives for pair in pairs)
+        value = {
+            "queries": [question(pair, f".{n}", not shared) for n, pair in enumerate(pairs)],
+            "negatives": negatives(first, "negative") if shared else [],
+        }
+    value["positive"] = add(first.positive, "positive")
+    if first.pair.positive.id is None and first.positive.picture is not None:
+        value["candidate"] = first.pair.positive.uid  # so that it need not be hashed to be known
     members["json"] = json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
     return members
-
-
-def _add_item(item: Item, stem: str, members: dict[str, bytes]) -> dict:
-    """Return an item's JSON; its picture, if any, goes to `members` and is named in the JSON."""
-    value = item.to_json()
-    if item.image is not None:
-        content, extension = encoded_image(item)
-        # Naming the member in the JSON lets a reader notice that it is missing.
-        value["image"] = f"{stem}.{extension}"
-        members[value["image"]] = content
-    return value
 
 
 def encoded_image(item: Item) -> tuple[bytes, str]:

@@ -1,9 +1,12 @@
 """Pairs in tar shards: written once, read at random by offset, never extracted.
 
 A shard is a WebDataset tar. One pair is `KEY.json` (the pair, without its pictures) and the
-encoded pictures as `KEY.query.png`, `KEY.positive.jpg`, `KEY.negative.0.webp`, ... Beside the
-shards lie `manifest.json` (counts, bytes, checksums, source, licence) and `index.jsonl` (one
-line a pair: shard, key and where each member lies).
+encoded pictures as `KEY.query.png`, `KEY.positive.jpg`, `KEY.negative.0.webp`, ... Several pairs
+that share their positive are one sample: its JSON has a list of `queries`, each with an id, asks
+and hard negatives of its own; their pictures are `KEY.query.2.png` and
+`KEY.query.2.negative.0.webp`. Beside the shards lie `manifest.json` (counts, bytes, checksums,
+source, licence) and `index.jsonl` (one line a pair: shard, key, where each member lies, question
+and candidate).
 
     with ShardWriter(Path("shards/pets"), "pets", licence="CC0-1.0") as writer:
         for pair in read_pairs(Path("pets.jsonl")):
@@ -17,11 +20,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+from jaxtyping import Int
+
 from metaembed_pl.data.remote import RemoteFolder, is_remote
 from metaembed_pl.data.shard_index import (
     INDEX_FILE,
     MANIFEST_FILE,
     IndexLines,
+    Place,
     parse_manifest,
     read_manifest,
     scan_shards,
@@ -29,7 +36,7 @@ from metaembed_pl.data.shard_index import (
 )
 from metaembed_pl.data.shard_writer import ShardWriter
 from metaembed_pl.errors import BadSample, Unreachable, UserError
-from metaembed_pl.item import Pair
+from metaembed_pl.item import Pair, stable_hash
 
 __all__ = ["ShardWriter", "ShardedPairs", "verify"]
 
@@ -90,8 +97,8 @@ class ShardedPairs(Sequence[Pair]):
 
     def locate(self, i: int) -> tuple[str, str]:
         """Return the shard file and the key of pair `i`."""
-        shard, key, _ = self._index[i]
-        return shard, key
+        place = self._index[i]
+        return place.shard, place.key
 
     def __getitem__(self, i: int) -> Pair:
         """Read pair `i`; its images stay encoded.
@@ -100,20 +107,39 @@ class ShardedPairs(Sequence[Pair]):
             BadSample: its JSON or a member is missing, broken or cut off.
             Unreachable: its shard lies elsewhere and cannot be read.
         """
-        shard, key, spans = self._index[i]
+        place = self._index[i]
         try:
-            return _assemble(key, self._read_members(shard, spans))
+            return _assemble(place, self._read_members(place))
         except Unreachable:
             raise
         except (UserError, OSError) as error:
-            raise BadSample(shard, key, str(error)) from error
+            raise BadSample(place.shard, place.key, str(error)) from error
 
-    def _read_members(self, shard: str, spans: dict[str, list[int]]) -> dict[str, bytes]:
+    def candidate_numbers(self) -> Int[np.ndarray, " N"]:
+        """The number of each pair's candidate: pairs with one number share their positive.
+
+        The index says which share it; shards of older versions are read once through, and a pair
+        that cannot be read shares its positive with no other.
+        """
+        found = []
+        for i in range(len(self)):
+            candidate = self._index[i].candidate
+            if candidate is None:
+                try:
+                    candidate = stable_hash(self[i].positive.uid)
+                except BadSample:
+                    candidate = -1 - i
+            found.append(candidate)
+        return np.unique(np.array(found, dtype=np.int64), return_inverse=True)[1]
+
+    def _read_members(self, place: Place) -> dict[str, bytes]:
         members = {}
         # Opened anew each time (some 20 us): no handle to share over forks, threads or pickles.
-        with self._open_shard(shard) as file:
+        with self._open_shard(place.shard) as file:
             file_size = os.fstat(file.fileno()).st_size
-            for suffix, (offset, size) in spans.items():
+            for suffix, (offset, size) in place.spans.items():
+                if _is_of_other_question(suffix, place.question):
+                    continue
                 if offset + size > file_size:
                     raise UserError(f"{suffix} is cut off: the shard ends at byte {file_size}")
                 file.seek(offset)
@@ -149,7 +175,7 @@ def _checked_index(path: Path, manifest: dict[str, Any]) -> IndexLines:
     start, fits = 0, len(index) == manifest["num_pairs"]
     for shard in manifest["shards"]:
         end = start + shard["num_pairs"]
-        fits = fits and all(index[i][0] == shard["file"] for i in {start, end - 1} if start < end)
+        fits = fits and all(index[i].shard == shard["file"] for i in {start, end - 1} if start < end)
         start = end
     if not fits:
         raise UserError(
@@ -163,8 +189,30 @@ def _manifest_of(name: str, scanned: dict[str, bytes]) -> dict[str, Any]:
     return {"name": name, "num_pairs": sum(s["num_pairs"] for s in shards), "shards": shards}
 
 
-def _assemble(key: str, members: dict[str, bytes]) -> Pair:
-    """Put a pair together from its members, by suffix."""
+def _is_of_other_question(suffix: str, question: int) -> bool:
+    """Whether a member such as `query.3.negative.0.png` belongs to another question."""
+    first, number, *_ = *suffix.split("."), ""
+    return first == "query" and number.isdecimal() and number != str(question)
+
+
+def _assemble(place: Place, members: dict[str, bytes]) -> Pair:
+    """Put a pair together from its sample's members, by suffix."""
+    value = _sample_of(members)
+    value.pop("candidate", None)
+    stem = ""
+    of_candidate: list[Any] = []
+    if "queries" in value:
+        of_candidate = _negatives_of(value, "negative", members)
+        stem = f"query.{place.question}"
+        value = {**_question_of(value, place.question), "positive": value.get("positive")}
+    value["query"] = _with_picture(value.get("query"), stem or "query", members)
+    value["positive"] = _with_picture(value.get("positive"), "positive", members)
+    own = _negatives_of(value, f"{stem}.negative" if stem else "negative", members)
+    value["negatives"] = own + of_candidate
+    return Pair.parse(value, default_id=f"{place.key}/{place.question}" if stem else place.key)
+
+
+def _sample_of(members: dict[str, bytes]) -> dict[str, Any]:
     if "json" not in members:
         raise UserError("no member .json")
     try:
@@ -173,18 +221,31 @@ def _assemble(key: str, members: dict[str, bytes]) -> Pair:
         raise UserError(f"its JSON is broken: {error}") from error
     if not isinstance(value, dict):
         raise UserError(f"its JSON must be an object, not {type(value).__name__}")
-    for side in ("query", "positive"):
-        value[side] = _with_picture(value.get(side), side, members)
+    return value
+
+
+def _question_of(sample: dict[str, Any], number: int) -> dict[str, Any]:
+    queries = sample["queries"]
+    if not isinstance(queries, list) or number >= len(queries):
+        raise UserError(f'"queries" must be a list of more than {number} questions')
+    if not isinstance(queries[number], dict):
+        raise UserError(f"question {number} must be an object, not {type(queries[number]).__name__}")
+    if unknown := set(sample) - {"queries", "positive", "negatives"}:
+        raise UserError(f"a sample with queries has the unknown key {min(unknown)!r}")
+    return dict(queries[number])
+
+
+def _negatives_of(value: dict[str, Any], stem: str, members: dict[str, bytes]) -> list[Any]:
+    """The hard negatives that the JSON or the members of a stem name."""
     negatives = value.get("negatives")
     negatives = [] if negatives is None else negatives
     if not isinstance(negatives, list):
         raise UserError(f'"negatives" must be a list, not {type(negatives).__name__}')
-    count = max(len(negatives), _count_negatives(members))
-    negatives += [None] * (count - len(negatives))
-    value["negatives"] = [
-        _with_picture(negative, f"negative.{n}", members) for n, negative in enumerate(negatives)
+    count = max(len(negatives), _count_negatives(stem, members))
+    negatives = [*negatives, *[None] * (count - len(negatives))]
+    return [
+        _with_picture(negative, f"{stem}.{n}", members) for n, negative in enumerate(negatives)
     ]
-    return Pair.parse(value, default_id=key)
 
 
 def _with_picture(value: object, stem: str, members: dict[str, bytes]) -> object:
@@ -203,6 +264,7 @@ def _with_picture(value: object, stem: str, members: dict[str, bytes]) -> object
     return value
 
 
-def _count_negatives(members: dict[str, bytes]) -> int:
-    numbers = [suffix.split(".")[1] for suffix in members if suffix.startswith("negative.")]
+def _count_negatives(stem: str, members: dict[str, bytes]) -> int:
+    found = [suffix for suffix in members if suffix.startswith(f"{stem}.")]
+    numbers = [suffix.removeprefix(f"{stem}.").split(".")[0] for suffix in found]
     return max((int(n) + 1 for n in numbers if n.isdecimal() and len(n) < 4), default=0)

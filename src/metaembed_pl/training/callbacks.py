@@ -231,7 +231,7 @@ class TellsWatch(pl.Callback):
 def _named(batch: TrainBatch) -> str:
     """The source and the first pairs of a batch.
 
-    >>> _named(TrainBatch("pets", 3, ["a", "b"], {}, {}, 0, *[None] * 3))
+    >>> _named(TrainBatch("pets", 3, ["a", "b"], {}, {}, *[None] * 5))
     'source pets, pairs a, b'
     """
     more = ", ..." if len(batch.keys) > NUM_KEYS else ""

@@ -33,11 +33,12 @@ class Step:
     """What one rank computes in a step.
 
     Args:
-        num_pairs: of this rank.
+        num_pairs: candidates of this rank, each with at least one query.
         num_negatives: hard negatives a query.
         query: one query's row; `num_rows` is not read.
         candidate: likewise.
         both_directions: see `MMRLoss`.
+        num_questions: queries a candidate has, on average.
     """
 
     num_pairs: int
@@ -45,13 +46,19 @@ class Step:
     query: Rows
     candidate: Rows
     both_directions: bool = False
+    num_questions: float = 1
+
+    @property
+    def num_queries(self) -> int:
+        """Of this rank."""
+        return round(self.num_pairs * self.num_questions)
 
     @property
     def calls(self) -> tuple[Rows, Rows]:
         """The two forward calls."""
-        num_candidates = self.num_pairs * (1 + self.num_negatives)
+        num_candidates = self.num_pairs + self.num_queries * self.num_negatives
         return (
-            replace(self.query, num_rows=self.num_pairs),
+            replace(self.query, num_rows=self.num_queries),
             replace(self.candidate, num_rows=num_candidates),
         )
 
@@ -236,21 +243,21 @@ def _optimizer_bytes(model: MetaEmbedder, running: Running) -> int:
 
 def _gathered_bytes(model: MetaEmbedder, step: Step, running: Running) -> int:
     r_q, r_c = model.groups[-1]
-    own = step.num_pairs * (r_q + r_c * (1 + step.num_negatives))
+    own = step.num_queries * (r_q + r_c * step.num_negatives) + step.num_pairs * r_c
     gathered = step.num_pairs * running.num_gpus * r_c if running.num_gpus > 1 else 0
     if step.both_directions and running.num_gpus > 1:
-        gathered += step.num_pairs * running.num_gpus * r_q
+        gathered += step.num_queries * running.num_gpus * r_q
     return 2 * (own + gathered) * model.width * FP32_BYTES  # with their gradients
 
 
 def _loss_bytes(model: MetaEmbedder, step: Step, running: Running) -> int:
     r_q, r_c = model.groups[-1]
     num_positives = step.num_pairs * running.num_gpus
-    pairs = step.num_pairs * num_positives
+    pairs = step.num_queries * num_positives
     times = 2 if step.both_directions else 1
     winners = pairs * sum(group.r_q for group in model.groups) * (1 if r_c <= 256 else 4)
-    logits = 4 * len(model.groups) * (pairs + step.num_pairs * step.num_negatives) * FP32_BYTES
+    logits = 4 * len(model.groups) * (pairs + step.num_queries * step.num_negatives) * FP32_BYTES
     most = GPU_TILE_ELEMENTS if running.on_gpu else CPU_TILE_ELEMENTS
     tile = 2 * min(most, pairs * r_q * r_c) * FP32_BYTES
-    own = 2 * step.num_pairs * step.num_negatives * r_q * r_c * FP32_BYTES
+    own = 2 * step.num_queries * step.num_negatives * r_q * r_c * FP32_BYTES
     return times * (winners + logits) + tile + own

@@ -206,16 +206,7 @@ class MetaEmbedModule(pl.LightningModule):
             super().optimizer_zero_grad(epoch, batch_idx, optimizer)
 
     def _loss(self, queries: Tensor, candidates: Tensor, batch: TrainBatch) -> Tensor:
-        count = len(queries)
-        negatives = candidates[count:].unflatten(0, (count, -1)) if batch.num_negatives else None
-        output = self.loss(
-            queries,
-            candidates[:count],
-            negatives,
-            asks=batch.asks,
-            answers=batch.answers,
-            negative_answers=batch.negative_answers,
-        )
+        output = self.loss(queries, **batch.loss_inputs(candidates))
         self._note(output, batch)
         return output.loss
 
@@ -228,12 +219,22 @@ class MetaEmbedModule(pl.LightningModule):
         if batch.source not in self._sources_seen:
             self._sources_seen.add(batch.source)
             log.info(
-                "%s: each query sees %d negatives: %d of its batch and %d hard ones of its own",
+                "%s: a batch of this rank has %d queries to %d candidates (%.1f each); a query sees %d "
+                "negatives of the global batch and %.1f hard ones of its own",
                 batch.source,
-                output.num_negatives,
-                output.num_negatives - batch.num_negatives,
-                batch.num_negatives,
+                len(batch.keys),
+                batch.num_positives,
+                len(batch.keys) / batch.num_positives,
+                output.num_in_batch,
+                output.num_hard,
             )
+            if output.num_masked >= output.num_in_batch + output.num_hard:
+                log.warning(
+                    "%s: every candidate of the batch of step %d answers every query, so that there "
+                    "is nothing to learn from: look at `asks` and `answers` (data show)",
+                    batch.source,
+                    batch.step,
+                )
         size = len(batch.keys)
         self.log("train/loss", output.loss, prog_bar=True, batch_size=size)
         # Lightning sets `log_every_n_steps` from outside its class.

@@ -65,8 +65,8 @@ class OutOfMemory(pl.Callback):
         step = step_of(self._batch, pl_module.embedder, pl_module.loss.both_directions)
         told = advice(pl_module.embedder, step, running, limit_bytes(pl_module.device))
         exception.add_note(
-            f"step {self._batch.step} of source {self._batch.source}, {step.num_pairs} pairs a "
-            f"rank, rows of {step.query.num_tokens} and {step.candidate.num_tokens} tokens: {told}"
+            f"step {self._batch.step} of source {self._batch.source}, {len(self._batch.keys)} pairs "
+            f"on this rank, rows of {step.query.num_tokens} and {step.candidate.num_tokens} tokens: {told}"
         )
 
 
@@ -74,8 +74,9 @@ def step_of(batch: TrainBatch, model: MetaEmbedder, both_directions: bool) -> St
     """What a batch makes a rank compute."""
     vision: Any = model.backbone.config.vision_config
     return Step(
-        num_pairs=len(batch.keys),
-        num_negatives=batch.num_negatives,
+        num_pairs=batch.num_positives,
+        num_negatives=0 if batch.negatives_of is None else batch.negatives_of.shape[1],
+        num_questions=len(batch.keys) / batch.num_positives,
         query=_row(batch.queries, vision.patch_size),
         candidate=_row(batch.candidates, vision.patch_size),
         both_directions=both_directions,
