@@ -181,3 +181,89 @@ def test_refuses(sources, batch, message):
 def test_refuses_an_uneven_division():
     with pytest.raises(UserError, match="8 cannot be divided evenly over 3 ranks"):
         Plan(SOURCES, 8).rank_batch(0, 0, 3)
+
+
+# Candidates of a source with 2 + 5 + 1 + 4 questions, of which the second's lie in two shards.
+ASKED = np.array([0, 0, 1, 1, 1, 2, 1, 1, 3, 3, 3, 3])
+
+
+def asked(questions: int | None, **settings) -> Plan:
+    source = PlannedSource("a", (5, 7), candidates=ASKED, questions=questions)
+    return Plan([source], global_batch_size=2, **settings)
+
+
+@pytest.mark.parametrize(("questions", "turns"), [(1, 12), (2, 7), (3, 6), (9, 4), (None, 4)])
+def test_each_question_comes_once_a_pass_with_its_candidate(questions, turns):
+    plan = asked(questions)
+    assert plan.steps_per_epoch == -(-turns // 2)
+    found = [part for step in range(turns) for part in plan.batch(step).questions]  # two passes
+    for turn in (found[:turns], found[turns:]):
+        assert Counter(np.concatenate(turn).tolist()) == dict.fromkeys(range(12), 1)
+        assert all(len(set(ASKED[part])) == 1 for part in turn)
+        assert max(map(len, turn)) <= (questions or 12)
+
+
+def test_a_candidate_with_too_many_questions_shares_them_out_evenly():
+    plan = asked(3)
+    found = [part for step in range(3) for part in plan.batch(step).questions]
+    sizes = sorted((int(ASKED[part[0]]), len(part)) for part in found)
+    assert sizes == [(0, 2), (1, 2), (1, 3), (2, 1), (3, 2), (3, 2)]
+
+
+def test_questions_to_a_candidate_come_in_another_order_each_pass():
+    plan = asked(3)
+    passes = [
+        sorted(tuple(sorted(part)) for step in steps for part in plan.batch(step).questions)
+        for steps in (range(3), range(3, 6), range(6, 9), range(9, 12))
+    ]
+    assert any(other != passes[0] for other in passes[1:])
+
+
+def test_the_turns_of_a_candidate_are_spread_over_the_pass():
+    candidates = np.repeat(np.arange(100), 6)
+    source = PlannedSource("a", (600,), candidates=candidates, questions=2)
+    plan = Plan([source], global_batch_size=10)
+    batches = [candidates[plan.batch(step).positions[::2]] for step in range(30)]
+    twice = sum(len(set(batch.tolist())) < 10 for batch in batches)
+    assert twice <= 6, "at random, one would be twice in a batch in every third"
+    thirds = [set(np.concatenate(batches[i : i + 10]).tolist()) for i in (0, 10, 20)]
+    assert all(len(third) > 90 for third in thirds)
+
+
+def test_ranks_get_equally_many_candidates_with_all_their_questions():
+    source = PlannedSource("a", (5, 7), candidates=ASKED, questions=None)
+    plan = Plan([source], global_batch_size=4)
+    for step in range(5):
+        whole = plan.batch(step)
+        parts = [plan.rank_batch(step, rank, 2) for rank in range(2)]
+        assert np.array_equal(np.concatenate([p.positions for p in parts]), whole.positions)
+        assert [len(part.questions) for part in parts] == [2, 2]
+        assert [part.candidates[0] for part in parts] == [0, 0]
+
+
+def test_a_cap_draws_candidates_with_their_questions():
+    candidates = np.repeat(np.arange(50), 4)
+    plan = Plan(
+        [PlannedSource("a", (200,), max_pairs=40, candidates=candidates, questions=None)], 10
+    )
+    (found,) = {tuple(sorted(plan.batch(step).positions)) for step in range(5)}
+    assert len(found) == 40
+    assert len(set(candidates[list(found)])) == 10
+
+
+def test_one_question_each_gives_the_batches_of_pairs():
+    plain = PlannedSource("a", (30, 9))
+    numbered = PlannedSource("a", (30, 9), candidates=np.arange(39), questions=1)
+    assert drawn(Plan([plain], 8), range(20)) == drawn(Plan([numbered], 8), range(20))
+
+
+@pytest.mark.parametrize("questions", [0, -3])
+def test_refuses_questions_below_1(questions):
+    with pytest.raises(UserError, match=f"source a: questions must be at least 1.*{questions}"):
+        asked(questions)
+
+
+def test_names_candidates_where_they_are_fewer_than_a_batch():
+    source = PlannedSource("a", (5, 7), candidates=ASKED, questions=None)
+    with pytest.raises(UserError, match=r"a has 12 pairs of 4 candidates \(questions: all\), few"):
+        Plan([source], global_batch_size=5)

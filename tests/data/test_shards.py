@@ -275,7 +275,7 @@ def set_manifest(folder, **changes):
         (lambda f: (f / "manifest.json").write_text("{"), "is malformed"),
         (lambda f: (f / "manifest.json").write_text("[]"), "is malformed"),
         (lambda f: (f / "manifest.json").write_text('{"format": 1}'), "malformed .'shards'|name"),
-        (lambda f: set_manifest(f, format=9), "its format is 9; this version reads 1"),
+        (lambda f: set_manifest(f, format=9), "its format is 9; this version reads 1 and 2"),
         (lambda f: set_manifest(f, num_pairs=9), "num_pairs is not the sum"),
         (lambda f: set_manifest(f, shards=[], num_pairs=0), r"disagree on '00000\.tar'"),
         (lambda f: (f / "00001.tar").unlink(), r"disagree on '00001\.tar'"),
@@ -313,3 +313,125 @@ def test_verify_finds_a_flipped_byte(tmp_path):
         verify(folder)
     with pytest.raises(UserError, match="nothing to check against"):
         verify(write_tar(tmp_path / "theirs" / "x.tar", {"k.json": b"{}"}))
+
+
+def questions(count=3, negatives=None):
+    """Questions to one candidate without an id, with pictures and hard negatives."""
+    positive = Item("page", image=picture(200), answers=("x", "y"))
+    return [
+        Pair(
+            f"q{i}",
+            Item(f"question {i}", image=picture(i)),
+            positive,
+            (Item(image=picture(100 + i)), Item("wrong")) if negatives is None else negatives,
+            asks="xy"[i % 2],
+        )
+        for i in range(count)
+    ]
+
+
+def members_of(folder):
+    with tarfile.open(folder / "00000.tar") as tar:
+        return [member.name for member in tar]
+
+
+def test_questions_to_one_candidate_are_one_sample(tmp_path):
+    with ShardWriter(tmp_path / "pages", "pages") as writer:
+        for pair in (*questions(), make_pair(7)):
+            writer.write(pair)
+        assert writer.num_pairs == 4
+    pairs = ShardedPairs(tmp_path / "pages")
+    assert list(pairs) == [*questions(), make_pair(7)]
+    assert pairs.shard_sizes == [4]
+    assert [pairs.locate(i)[1] for i in range(4)] == ["00000000"] * 3 + ["00000003"]
+    names = members_of(tmp_path / "pages")
+    assert sum(name.endswith("00000000.positive.png") for name in names) == 1
+    assert "00000000.query.2.negative.0.png" in names
+    assert pairs.candidate_numbers().tolist() in ([0, 0, 0, 1], [1, 1, 1, 0])
+
+
+def test_hard_negatives_of_all_questions_belong_to_the_candidate(tmp_path):
+    shared = (Item(image=picture(100)), Item("wrong"))
+    with ShardWriter(tmp_path / "pages", "pages") as writer:
+        for pair in questions(negatives=shared):
+            writer.write(pair)
+    assert [pair.negatives for pair in ShardedPairs(tmp_path / "pages")] == [shared] * 3
+    assert sum("negative" in name for name in members_of(tmp_path / "pages")) == 1
+
+
+def test_many_questions_begin_another_sample(tmp_path):
+    with ShardWriter(tmp_path / "pages", "pages", pairs_per_shard=50) as writer:
+        for pair in questions(70):
+            writer.write(pair)
+    pairs = ShardedPairs(tmp_path / "pages")
+    assert list(pairs) == questions(70)
+    assert pairs.shard_sizes == [64, 6]
+    assert set(pairs.candidate_numbers()) == {0}
+
+
+def test_pairs_of_one_candidate_find_each_other_however_they_were_written(tmp_path):
+    pairs = [
+        Pair("1", Item("a"), Item(image=picture(1))),
+        Pair("2", Item("b"), Item("text alone")),
+        Pair("3", Item("c"), Item("another text", id="named")),
+        Pair("4", Item("d"), Item(image=picture(1))),
+        Pair("5", Item("e"), Item("text alone")),
+        Pair("6", Item("f"), Item("a third text", id="named")),
+    ]
+    with ShardWriter(tmp_path / "s", "s") as writer:
+        for pair in pairs:
+            writer.write(pair)
+    written = ShardedPairs(tmp_path / "s").candidate_numbers()
+    assert [written[i] == written[i + 3] for i in range(3)] == [True] * 3
+    assert len(set(written)) == 3
+    (tmp_path / "s" / "index.jsonl").unlink()
+    assert ShardedPairs(tmp_path / "s").candidate_numbers().tolist() == written.tolist()
+
+
+def test_shards_of_format_1_are_read_and_their_candidates_found(tmp_path):
+    folder = write(tmp_path / "pets")
+    lines = [json.loads(line)[:3] for line in (folder / "index.jsonl").read_text().splitlines()]
+    (folder / "index.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    set_manifest(folder, format=1, index={})
+    pairs = ShardedPairs(folder)
+    assert list(pairs) == [make_pair(i) for i in range(5)]
+    assert len(set(pairs.candidate_numbers())) == 5
+
+
+def test_questions_survive_a_kill(tmp_path):
+    def run(stop):
+        with ShardWriter(tmp_path / "s", "s", pairs_per_shard=4, resume=True) as writer:
+            rows = writer.record.get("rows", 0)
+            for number, pair in enumerate(questions(3) + [make_pair(i) for i in range(7)]):
+                if number < rows:
+                    continue
+                if number == stop:
+                    raise KeyboardInterrupt
+                writer.record["rows"] = number + 1
+                writer.write(pair)
+
+    for stop in (2, 5, 9):
+        with pytest.raises(KeyboardInterrupt):
+            run(stop)
+    run(None)
+    assert list(ShardedPairs(tmp_path / "s")) == questions(3) + [make_pair(i) for i in range(7)]
+
+
+@pytest.mark.parametrize(
+    ("sample", "reason"),
+    [
+        ({"queries": ["a"], "positive": "p"}, "question 0 must be an object, not str"),
+        ({"queries": "a", "positive": "p"}, '"queries" must be a list of more than 0'),
+        ({"queries": [], "positive": "p"}, '"queries" must be a list of more than 0'),
+        ({"queries": [{"query": "a"}]}, 'needs a "positive"'),
+        ({"queries": [{}], "positive": "p"}, 'needs a "query"'),
+        ({"queries": [{"query": "a", "x": 1}], "positive": "p"}, "unknown key 'x'"),
+        ({"queries": [{"query": "a"}], "positive": "p", "asks": "b"}, "unknown key 'asks'"),
+        ({"queries": [{"query": {"image": "query.0.png"}}], "positive": "p"}, "is missing"),
+        ({"queries": [{"query": "a"}], "positive": "p", "negatives": 3}, "must be a list"),
+    ],
+)
+def test_a_bad_sample_of_questions_is_named_with_its_reason(tmp_path, sample, reason):
+    pairs = ShardedPairs(write_tar(tmp_path / "theirs" / "x.tar", {"k.json": as_json(sample)}))
+    with pytest.raises(BadSample, match=reason):
+        pairs[0]
