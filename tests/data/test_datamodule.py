@@ -106,9 +106,32 @@ def test_candidates_are_positives_then_each_querys_negatives():
     assert batch.positive_of.tolist() == [0, 1, 2]
     assert batch.negatives_of.tolist() == [[0, 1], [2, 3], [4, 5]]
     assert batch.asks.tolist() == [
-        [stable_hash(f"picture-{i}"), stable_hash(pairs[i].positive.content)] for i in range(3)
+        [
+            stable_hash(name)
+            for name in (f"picture-{i}", pairs[i].positive.content, pairs[i].question)
+        ]
+        for i in range(3)
     ]
     assert batch.negative_answers.shape == (6, 2)
+
+
+def test_no_right_answer_of_a_question_is_its_negative():
+    batch = collated(
+        [
+            Pair("1", Item("q"), Item("p", id="a")),
+            Pair("2", Item("q"), Item("r", id="b")),  # the same question
+            Pair("3", Item("s"), Item("t", id="c"), asks=("c", "a")),  # either is right
+            Pair("4", Item("q", instruction="Not"), Item("u", id="d")),
+        ]
+    )
+    asked, answers = batch.asks.tolist(), batch.answers.tolist()
+    found = [[bool(set(asked[i]) & set(answers[j])) for j in range(4)] for i in range(4)]
+    assert found == [
+        [True, True, False, False],
+        [True, True, False, False],
+        [True, False, True, False],
+        [False, False, False, True],
+    ]
 
 
 def test_nothing_is_encoded_twice_and_nothing_that_no_score_uses():

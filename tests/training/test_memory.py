@@ -92,8 +92,9 @@ def measured_peak(model, step: Step, precision: str) -> tuple[int, tuple[Rows, R
     def run() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
             query, candidate = model(queries, "query"), model(candidates, "candidate")
-            negatives = candidate[NUM_PAIRS:].unflatten(0, (NUM_PAIRS, -1))
-            output = loss(query, candidate[:NUM_PAIRS], negatives)
+            negatives = candidate[NUM_PAIRS:]
+            own = torch.arange(len(negatives)).view(NUM_PAIRS, -1)
+            output = loss(query, candidate[:NUM_PAIRS], negatives, negatives_of=own)
         output.loss.backward()
         optimizer.step()
         optimizer.zero_grad()

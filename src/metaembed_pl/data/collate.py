@@ -1,10 +1,10 @@
 """Pairs -> batches of tensors.
 
-Shape letters: Q queries, C candidates, M hard negatives of all queries, N the most of one query,
+Shape letters: Q queries, K ids that are right for one, C candidates, M hard negatives of all queries, N the most of one query,
 A answers of a candidate (padded with -1), B rows.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, Self
 
@@ -16,6 +16,8 @@ from metaembed_pl.errors import UserError
 from metaembed_pl.item import Item, Pair, stable_hash
 
 Side = Literal["query", "candidate"]
+NOTHING_ASKED = -2
+"""Fills `asks` of queries for which fewer ids are right; no candidate answers it."""
 
 
 @dataclass
@@ -94,8 +96,9 @@ class TrainBatch(WithTensors):
         positive_of: the candidate of each query.
         negatives_of: which hard negatives each query is compared with, filled up with -1; None
             where there are none at all.
-        asks: what each query asks for: an id, and the content of its own positive.
-        answers: what each positive answers: ids, and its content.
+        asks: what is right for each query: ids, the content of its own positive, and the question
+            itself; padded with NOTHING_ASKED.
+        answers: what each positive answers: ids, its content, and the questions it stands with.
         negative_answers: what each hard negative answers; None where there are none.
         faults: (shard, key, reason) of pairs that could not be used and were replaced.
     """
@@ -107,7 +110,7 @@ class TrainBatch(WithTensors):
     candidates: Inputs
     positive_of: Int[Tensor, " Q"]
     negatives_of: Int[Tensor, "Q N"] | None
-    asks: Int[Tensor, "Q 2"]
+    asks: Int[Tensor, "Q K"]
     answers: Int[Tensor, "C A"]
     negative_answers: Int[Tensor, "M A"] | None
     faults: list[tuple[str, str, str]] = field(default_factory=list)
@@ -269,11 +272,13 @@ def collate(
         candidates=processed([*positives, *negatives], "candidate"),
         positive_of=torch.tensor([c for c, asked in enumerate(questions) for _ in asked]),
         negatives_of=_padded(rows) if negatives else None,
-        asks=torch.tensor(
-            [[stable_hash(pair.asked), stable_hash(pair.positive.content)] for pair in pairs]
+        asks=_padded(map(_asks, pairs), NOTHING_ASKED),
+        # The same question may stand with another positive elsewhere in the global batch.
+        answers=_padded(
+            [*_answers(asked[0].positive), *{stable_hash(pair.question) for pair in asked}]
+            for asked in questions
         ),
-        answers=_padded_answers(positives),
-        negative_answers=_padded_answers(negatives) if negatives else None,
+        negative_answers=_padded(map(_answers, negatives)) if negatives else None,
     )
 
 
@@ -297,13 +302,18 @@ def _distinct(items: Sequence[Sequence[Item]]) -> tuple[list[Item], list[list[in
     return distinct, rows
 
 
-def _padded(rows: Sequence[Sequence[int]]) -> Int[Tensor, "B A"]:
+def _asks(pair: Pair) -> list[int]:
+    """What is right for a pair's query: ids, what its positive shows, what the question names."""
+    right = (*pair.asked_any, pair.positive.content, pair.question)
+    return [stable_hash(name) for name in right]
+
+
+def _answers(item: Item) -> list[int]:
+    return [stable_hash(answer) for answer in (*item.answered, item.content)]
+
+
+def _padded(rows: Iterable[Sequence[int]], padding: int = -1) -> Int[Tensor, "B A"]:
+    rows = list(rows)
     width = max(map(len, rows), default=0)
-    padded = [[*row, *[-1] * (width - len(row))] for row in rows]
+    padded = [[*row, *[padding] * (width - len(row))] for row in rows]
     return torch.tensor(padded, dtype=torch.long)
-
-
-def _padded_answers(items: Sequence[Item]) -> Int[Tensor, "B A"]:
-    return _padded(
-        [[stable_hash(answer) for answer in (*item.answered, item.content)] for item in items]
-    )

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from metaembed_pl.budget import Budget, parse_groups
+from metaembed_pl.data.collate import NOTHING_ASKED
 from metaembed_pl.errors import UserError
 from metaembed_pl.late_interaction import nested_scores, paired_scores
 from metaembed_pl.training.gather import (
@@ -135,8 +136,8 @@ class MMRLoss(nn.Module):
             positive_of: the row of `positives` that each query matches; None: its own row.
             negatives_of: the rows of `negatives` that each query is compared with, filled up with
                 -1; no other query is.
-            asks: ids (at least 0) of what each query asks for. A candidate that answers one of them
-                is no negative and is left out.
+            asks: ids (at least 0) of what each query asks for, padded with -2. A candidate that
+                answers one of them is no negative and is left out.
             answers: ids of all things each positive answers, padded with -1.
             negative_answers: likewise of the hard negatives.
 
@@ -165,7 +166,7 @@ class MMRLoss(nn.Module):
             others = _Others(
                 gather_ragged(queries, num_queries),
                 gather_ragged(own, num_queries),
-                None if asks is None else gather_ragged(asks, num_queries),
+                None if asks is None else gather_ragged(_pad(asks, NOTHING_ASKED), num_queries),
                 first_own=sum(num_queries[:rank]),
             )
         blocks = self._blocks(len(queries), len(all_positives), queries.is_cuda)
@@ -341,10 +342,10 @@ def _is_answered(
     return (asks[:, None, :, None] == answers[None, :, None, :]).flatten(2).any(dim=2)
 
 
-def _pad(answers: Int[Tensor, "Q A"]) -> Int[Tensor, "Q W"]:
+def _pad(ids: Int[Tensor, "B A"], padding: int = PADDING) -> Int[Tensor, "B W"]:
     """As wide as the widest of all ranks."""
-    width = maximum_over_ranks(answers.shape[1], answers.device)
-    return F.pad(answers, (0, width - answers.shape[1]), value=PADDING)
+    width = maximum_over_ranks(ids.shape[1], ids.device)
+    return F.pad(ids, (0, width - ids.shape[1]), value=padding)
 
 
 def _check_weights(weights: Sequence[float] | None, num_groups: int) -> list[float]:
