@@ -74,7 +74,7 @@ def test_a_step_without_memory_names_the_keys_to_lower(recipe, tmp_path):
     line = error.strip().splitlines()[-1]
     assert line.startswith("metaembed-pl: out of memory: ")
     found = re.search(
-        r"step 1 of source train, 8 pairs a rank, rows of (\d+) and (\d+) tokens", line
+        r"step 1 of source train, 8 pairs on this rank, rows of (\d+) and (\d+) tokens", line
     )
     of_queries, of_candidates = map(int, found.groups())
     assert of_queries > 2
