@@ -7,7 +7,7 @@
 | emoji_t2i | name -> picture | others of the family: another tone or gender |
 | emoji_i2t | picture -> name | the names of those |
 | emoji_edit | picture + "with dark skin tone" -> picture | the unchanged picture, and others |
-| emoji_scene | name of one of nine things -> picture of all | the scene with that picture exchanged |
+| emoji_scene | name of one thing -> picture of nine | the scene with that picture exchanged |
 | emoji_scene_1x2, emoji_scene_2x2 | the same with two and four, for training only | likewise |
 
 One picture in ten is held out, by a hash of its id. The pictures are real, and so are the names;
@@ -92,7 +92,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--languages", default="en", help="languages of the names, as in en,de,ja (default: en)")
     add("--seed", type=int, default=0, help="decides scenes, edits and ties (default: 0)")
     add("--size", type=int, default=84, help="side of a picture in pixels (default: 84)")
-    add("--scenes", type=int, default=20_000, help="training scenes, with up to nine queries each (20000)")
+    add(
+        "--scenes",
+        type=int,
+        default=20_000,
+        help="training scenes, with up to nine queries each (20000)",
+    )
     add("--pictures", type=int, help="use only about so many pictures: for a quick trial")
     add("--jobs", type=int, help="processes (default: one a core, at most 8)")
     add("--force", action="store_true", help="build anew what is there already")

@@ -53,7 +53,7 @@ def a_batch():
 
 def questions():
     """Seven questions to four candidates: three to the first, one, two, one."""
-    batch = {
+    return {
         "queries": vectors(7, 3, 4),
         "positives": vectors(4, 5, 4, seed=1),
         "negatives": vectors(5, 5, 4, seed=2),
@@ -66,7 +66,6 @@ def questions():
         "answers": torch.tensor([[0, 1, 2, 6], [3, -1, -1, -1], [4, 5, -1, -1], [6, 1, -1, -1]]),
         "negative_answers": torch.tensor([[90, -1], [1, 91], [92, -1], [93, 5], [94, -1]]),
     }
-    return batch
 
 
 TWO_ROWS = len(GROUPS) * 6 * 2  # elements of a block of scores
@@ -378,8 +377,10 @@ def test_refuses_weights_that_do_not_fit_the_groups(weights):
     [
         (lambda b: b | {"positives": b["positives"][:5]}, "5 positives came with 6 rows of ans"),
         (
-            lambda b: without(b, "asks", "answers", "negative_answers")
-            | {"positives": b["positives"][:5]},
+            lambda b: (
+                without(b, "asks", "answers", "negative_answers")
+                | {"positives": b["positives"][:5]}
+            ),
             "positive_of must hold rows from 0 to 4, got 0 to 5",
         ),
         (

@@ -1,7 +1,7 @@
 """Pairs -> batches of tensors.
 
-Shape letters: Q queries, K ids that are right for one, C candidates, M hard negatives of all queries, N the most of one query,
-A answers of a candidate (padded with -1), B rows.
+Shape letters: Q queries, K ids that are right for one, C candidates, A ids that one answers,
+M hard negatives of all queries, N the most of one query, B rows.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -230,8 +230,8 @@ def with_positive_of(pair: Pair, first: Pair) -> Pair:
     """
     if pair.positive.content != first.positive.content:
         raise UserError(
-            f"pairs {first.id!r} and {pair.id!r} share the candidate id {first.positive.uid!r}, but "
-            "not what it shows: give each candidate its own id"
+            f"pairs {first.id!r} and {pair.id!r} share the candidate id {first.positive.uid!r}, "
+            "but not what it shows: give each candidate its own id"
         )
     return replace(pair, positive=first.positive)
 

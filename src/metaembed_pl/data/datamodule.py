@@ -344,7 +344,9 @@ class RetrievalDataModule(pl.LightningDataModule):
             raise UserError("the recipe names no training source: set data.train")
         self._shards = [ShardedPairs(source.path) for source in self.train_sources]
         pairs = zip(self.train_sources, self._shards, strict=True)
-        self.plan = self.plan_of([source.planned(shards, self.questions) for source, shards in pairs])
+        self.plan = self.plan_of(
+            [source.planned(shards, self.questions) for source, shards in pairs]
+        )
         self.epoch_length = self._steps_per_epoch or self.plan.steps_per_epoch
 
     def plan_of(self, sources: list[PlannedSource]) -> Plan:

@@ -252,9 +252,7 @@ class Plan:
         return np.random.Generator(np.random.PCG64([self.seed, name, *turn]))
 
 
-def _num_turns(
-    counts: Int[np.ndarray, " C"], questions: int | None
-) -> Int[np.ndarray, " C"]:
+def _num_turns(counts: Int[np.ndarray, " C"], questions: int | None) -> Int[np.ndarray, " C"]:
     """How often candidates with so many questions come in a pass."""
     return np.ones_like(counts) if questions is None else -(-counts // questions)
 
@@ -274,9 +272,7 @@ def _grouped(
         The pairs, those that come together side by side, and how many do each time.
     """
     by_candidate = np.argsort(candidates, kind="stable")
-    _, starts, counts = np.unique(
-        candidates[by_candidate], return_index=True, return_counts=True
-    )
+    _, starts, counts = np.unique(candidates[by_candidate], return_index=True, return_counts=True)
     turns = _num_turns(counts, questions)
     place = np.arange(len(pairs)) - np.repeat(starts, counts)  # among its candidate's questions
     turn = place * np.repeat(turns, counts) // np.repeat(counts, counts)

@@ -44,7 +44,8 @@ class Place(NamedTuple):
 class IndexLines:
     """One JSON line a pair: `["00000.tar", "00000000", {"json": [512, 87], ...}, 0, 81624]`.
 
-    The number of its question and its candidate come last; lines of format 1 lack both. Lines are parsed when asked for. A file is mapped into memory, so ranks share its pages.
+    The number of its question and its candidate come last; lines of format 1 lack both. Lines are
+    parsed when asked for. A file is mapped into memory, so ranks share its pages.
 
     Args:
         path: an index file; or

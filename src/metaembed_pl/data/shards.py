@@ -175,7 +175,9 @@ def _checked_index(path: Path, manifest: dict[str, Any]) -> IndexLines:
     start, fits = 0, len(index) == manifest["num_pairs"]
     for shard in manifest["shards"]:
         end = start + shard["num_pairs"]
-        fits = fits and all(index[i].shard == shard["file"] for i in {start, end - 1} if start < end)
+        fits = fits and all(
+            index[i].shard == shard["file"] for i in {start, end - 1} if start < end
+        )
         start = end
     if not fits:
         raise UserError(
@@ -229,7 +231,9 @@ def _question_of(sample: dict[str, Any], number: int) -> dict[str, Any]:
     if not isinstance(queries, list) or number >= len(queries):
         raise UserError(f'"queries" must be a list of more than {number} questions')
     if not isinstance(queries[number], dict):
-        raise UserError(f"question {number} must be an object, not {type(queries[number]).__name__}")
+        raise UserError(
+            f"question {number} must be an object, not {type(queries[number]).__name__}"
+        )
     if unknown := set(sample) - {"queries", "positive", "negatives"}:
         raise UserError(f"a sample with queries has the unknown key {min(unknown)!r}")
     return dict(queries[number])
@@ -243,9 +247,7 @@ def _negatives_of(value: dict[str, Any], stem: str, members: dict[str, bytes]) -
         raise UserError(f'"negatives" must be a list, not {type(negatives).__name__}')
     count = max(len(negatives), _count_negatives(stem, members))
     negatives = [*negatives, *[None] * (count - len(negatives))]
-    return [
-        _with_picture(negative, f"{stem}.{n}", members) for n, negative in enumerate(negatives)
-    ]
+    return [_with_picture(negative, f"{stem}.{n}", members) for n, negative in enumerate(negatives)]
 
 
 def _with_picture(value: object, stem: str, members: dict[str, bytes]) -> object:

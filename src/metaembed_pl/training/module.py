@@ -219,8 +219,8 @@ class MetaEmbedModule(pl.LightningModule):
         if batch.source not in self._sources_seen:
             self._sources_seen.add(batch.source)
             log.info(
-                "%s: a batch of this rank has %d queries to %d candidates (%.1f each); a query sees %d "
-                "negatives of the global batch and %.1f hard ones of its own",
+                "%s: a batch of this rank has %d queries to %d candidates (%.1f each); "
+                "a query sees %d negatives of the global batch and %.1f hard ones of its own",
                 batch.source,
                 len(batch.keys),
                 batch.num_positives,
@@ -230,8 +230,8 @@ class MetaEmbedModule(pl.LightningModule):
             )
             if output.num_masked >= output.num_in_batch + output.num_hard:
                 log.warning(
-                    "%s: every candidate of the batch of step %d answers every query, so that there "
-                    "is nothing to learn from: look at `asks` and `answers` (data show)",
+                    "%s: every candidate of the batch of step %d answers every query, so there is "
+                    "nothing to learn from it: look at `asks` and `answers` (data show)",
                     batch.source,
                     batch.step,
                 )

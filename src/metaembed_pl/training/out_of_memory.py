@@ -65,8 +65,9 @@ class OutOfMemory(pl.Callback):
         step = step_of(self._batch, pl_module.embedder, pl_module.loss.both_directions)
         told = advice(pl_module.embedder, step, running, limit_bytes(pl_module.device))
         exception.add_note(
-            f"step {self._batch.step} of source {self._batch.source}, {len(self._batch.keys)} pairs "
-            f"on this rank, rows of {step.query.num_tokens} and {step.candidate.num_tokens} tokens: {told}"
+            f"step {self._batch.step} of source {self._batch.source}, {len(self._batch.keys)} "
+            f"pairs on this rank, rows of {step.query.num_tokens} and "
+            f"{step.candidate.num_tokens} tokens: {told}"
         )
 
 
