@@ -11,6 +11,8 @@ import tiny
 from metaembed_pl.cli.check import _outline
 from metaembed_pl.cli.main import main
 from metaembed_pl.cli.recipe_faults import read_recipe
+from metaembed_pl.data.shards import ShardWriter
+from metaembed_pl.item import Item, Pair
 from metaembed_pl.model.outline import _on_meta, _place, count_parameters
 
 CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
@@ -104,6 +106,23 @@ def test_lengths_are_those_of_the_batches_that_training_makes(recipe, data, caps
         lengths = process(items, side)["attention_mask"].sum(1).float()
         assert tokens[side]["longest"] == lengths.max()
         assert tokens[side]["average"] == pytest.approx(lengths.mean().item(), abs=0.5)
+
+
+def test_questions_are_counted_and_planned(recipe, tmp_path, capsys):
+    with ShardWriter(tmp_path / "asked", "asked") as writer:
+        for pair in tiny.pairs(12):
+            for n in range(3):
+                writer.write(Pair(f"{pair.id}/{n}", Item(f"{pair.query.text} {n}"), pair.positive))
+    source = {"path": str(tmp_path / "asked"), "questions": 2}
+    assert check("--config", recipe(data__train=[source]), "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["questions"] == 1.5  # three questions come as two and one
+    assert found["steps"]["steps_an_epoch"] == 3  # 24 candidates in batches of 8
+    assert check("--config", recipe(data__train=[source])) == 0
+    assert "1.5 to a candidate of a batch, on average" in capsys.readouterr().out
+    for wrong in (0, -1, "some"):
+        assert check("--config", recipe(data__train=[source | {"questions": wrong}])) == 2
+        assert "questions" in capsys.readouterr().out
 
 
 def test_all_faults_are_told_at_once_with_the_nearest_key(recipe, capsys):

@@ -45,6 +45,15 @@ def test_counts_pairs_negatives_and_what_cannot_be_used(survey):
     assert "00001.tar/00000004: the image does not decode" in found["bad"][0]
 
 
+def test_counts_questions_to_a_candidate_and_ids_that_stand_for_two(tmp_path):
+    named = [Item(text, id=id) for text, id in (("x", "1"), ("y", "1"), ("z", "2"), ("z", "2"))]
+    pairs = [Pair(str(n), Item(f"q{n}"), item) for n, item in enumerate((*named, *named[2:]))]
+    found = Survey(write(tmp_path / "s", pairs)).summary()
+    assert found["num_candidates"] == 2
+    assert (found["questions"]["min"], found["questions"]["max"]) == (2, 4)
+    assert found["differing_candidates"] == {"count": 1, "pairs": [["0", "1"]]}
+
+
 def test_describes_texts_and_pictures(survey):
     found = survey.summary()
     assert found["queries"]["items"] == {"text": 4}

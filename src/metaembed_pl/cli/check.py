@@ -136,7 +136,8 @@ def _of_data(recipe: "Recipe", data: "Data") -> dict[str, Any]:
     if data.steps_per_epoch is not None:
         steps |= {"num_pairs": data.num_pairs, "steps_an_epoch": data.steps_per_epoch}
     negatives = {"in_batch": size - 1, "hard": data.num_negatives}
-    return {"negatives": negatives, "steps": steps, "notes": data.notes}
+    questions = round(data.num_questions, 2)
+    return {"negatives": negatives, "questions": questions, "steps": steps, "notes": data.notes}
 
 
 def _of_lengths(lengths: "Lengths", made: "Outline") -> dict[str, Any]:
@@ -165,6 +166,7 @@ def _step(recipe: "Recipe", data: "Data", lengths: "Lengths", num_gpus: int) -> 
         query=lengths.longest["query"],
         candidate=lengths.longest["candidate"],
         both_directions=recipe.model.loss.both_directions,
+        num_questions=data.num_questions,
     )
 
 

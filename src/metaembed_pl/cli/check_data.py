@@ -36,6 +36,7 @@ class Data:
         num_pairs: of all sources that are there; None where none is.
         steps_per_epoch: None where it is not known.
         num_negatives: the hard negatives of each source.
+        num_questions: that a candidate comes with on average, of the source with most.
         sources: those that could be opened, with their hard negatives.
     """
 
@@ -44,6 +45,7 @@ class Data:
     num_pairs: int | None
     steps_per_epoch: int | None
     num_negatives: list[int]
+    num_questions: float
     sources: list[tuple[ShardedPairs, int]]
 
 
@@ -78,7 +80,7 @@ def look_at(data: RetrievalDataModule, num_ranks: int) -> Data:
         data.num_negatives if source.num_negatives is None else source.num_negatives
         for source, _ in train
     ]
-    planned = [source.planned(shards) for source, shards in train]
+    planned = [source.planned(shards, data.questions) for source, shards in train]
     plan = _plan(planned, data, faults)
     if data.global_batch_size % num_ranks:
         faults.append(
@@ -95,6 +97,7 @@ def look_at(data: RetrievalDataModule, num_ranks: int) -> Data:
         sum(map(len, pairs)) if pairs else None,
         steps,
         sorted(set(counts)) or [data.num_negatives],
+        max(plan.questions_per_candidate) if plan else 1.0,
         list(zip(pairs, counts, strict=True)),
     )
 

@@ -20,6 +20,8 @@ def print_report(path: str, report: dict[str, Any]) -> None:
     if "negatives" in report:
         hard = " or ".join(map(str, report["negatives"]["hard"]))
         lines.append(("negatives", f"{report['negatives']['in_batch']} of the batch, {hard} hard"))
+    if report.get("questions", 1) > 1:
+        lines.append(("questions", f"{report['questions']} to a candidate of a batch, on average"))
     if "steps" in report:
         lines.append(("steps", _steps_in_words(report["steps"])))
     if "memory" in report:

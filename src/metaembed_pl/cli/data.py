@@ -87,6 +87,15 @@ def _print_sources(summaries: list[dict[str, Any]]) -> None:
             print(f"  {'':<12}{shortened(fault, 140)}")
         for side in ("queries", "candidates"):
             _print_side(side, summary[side])
+        asked = ", ".join(f"{name} {n:,}" for name, n in (summary["questions"] or {}).items())
+        print(f"  {'questions':<12}{asked or 'none'} (to each of {summary['num_candidates']:,})")
+        differing = summary["differing_candidates"]
+        if differing["count"]:
+            pairs = "; ".join(" and ".join(two) for two in differing["pairs"])
+            print(
+                f"  {'':<12}{differing['count']:,} candidate ids stand for different candidates, as "
+                f"in pairs {shortened(pairs, 100)}: give each candidate its own id"
+            )
         negatives = ", ".join(f"{n}: {count:,}" for n, count in summary["num_negatives"].items())
         print(f"  {'negatives':<12}{negatives or 'none'} (number of them: pairs)")
         repeated = summary["repeated"]

@@ -143,6 +143,11 @@ class Plan:
         """Steps in which as many pairs come by as there are, rounded up."""
         return -(-sum(self._sizes) // self.global_batch_size)
 
+    @property
+    def questions_per_candidate(self) -> list[float]:
+        """How many questions a candidate comes with on average, by source."""
+        return [s.num_pairs / size for s, size in zip(self.sources, self._sizes, strict=True)]
+
     def batch(self, step: int) -> PlannedBatch:
         """The global batch of a step, counted from 0 over the whole run."""
         self._extend(step + 1)

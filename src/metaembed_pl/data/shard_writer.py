@@ -276,6 +276,7 @@ def _members(pairs: list[_EncodedPair]) -> dict[str, bytes]:
         return [add(item, f"{stem}.{n}") for n, item in enumerate(encoded.negatives)]
 
     first = pairs[0]
+    value: dict[str, Any]
     if len(pairs) == 1:
         value = question(first, "")
     else:

@@ -56,6 +56,39 @@ class Seen:
         return len(common), np.unique(pairs)[:EXAMPLES].tolist()
 
 
+class Candidates:
+    """Which pairs share a candidate."""
+
+    def __init__(self) -> None:
+        self._uids, self._contents, self._pairs = array("q"), array("q"), array("q")
+
+    def add(self, positive: Item, pair: int) -> None:
+        """Note the positive of a pair."""
+        self._uids.append(stable_hash(positive.uid))
+        self._contents.append(stable_hash(positive.content))
+        self._pairs.append(pair)
+
+    def num_questions(self) -> list[int]:
+        """How many questions each candidate has.
+
+        >>> candidates = Candidates()
+        >>> for number, name in enumerate("aba"): candidates.add(Item(name), number)
+        >>> candidates.num_questions()
+        [1, 2]
+        """
+        return sorted(np.unique(np.array(self._uids), return_counts=True)[1].tolist())
+
+    def differing(self) -> list[tuple[int, int]]:
+        """Two pairs of each id that stands for more than one content."""
+        uids, contents = np.array(self._uids), np.array(self._contents)
+        order = np.lexsort((contents, uids))
+        same = uids[order][1:] == uids[order][:-1]
+        changes = np.flatnonzero(same & (contents[order][1:] != contents[order][:-1]))
+        _, first = np.unique(uids[order][changes], return_index=True)
+        pairs = np.array(self._pairs)[order]
+        return [(int(pairs[i]), int(pairs[i + 1])) for i in changes[first]]
+
+
 @dataclass
 class Side:
     """The queries, or the candidates, of a folder."""
@@ -102,6 +135,7 @@ class Survey:
         # Texts and pictures of queries and positives, of both together, and of hard negatives.
         self.seen: dict[Kind, Seen] = {kind: Seen() for kind in get_args(Kind)}
         self._queries, self._ids = Seen(), Seen()
+        self._candidates = Candidates()
         self._decode = decode
         for i in track(range(len(pairs))):
             try:
@@ -130,6 +164,7 @@ class Survey:
         self.seen["pair"].add(f"{pair.query.content} {own}", i)
         self._queries.add(pair.query.content, i)
         self._ids.add(pair.id, i)
+        self._candidates.add(pair.positive, i)
 
     def _add_item(self, item: Item, picture: "_Picture", side: Side) -> None:
         parts = [name for name in ("text", "image") if getattr(item, name) is not None]
@@ -144,6 +179,7 @@ class Survey:
     def summary(self) -> dict[str, Any]:
         """As JSON holds it."""
         manifest = self.pairs.manifest
+        questions, differing = self._candidates.num_questions(), self._candidates.differing()
         return {
             "folder": str(self.pairs.folder),
             "name": self.pairs.name,
@@ -154,6 +190,12 @@ class Survey:
             "bad": self.bad,
             "queries": self.sides["query"].summary(),
             "candidates": self.sides["candidate"].summary(),
+            "num_candidates": len(questions),
+            "questions": _quantiles(array("q", questions)),
+            "differing_candidates": {
+                "count": len(differing),
+                "pairs": [[self.pairs[i].id for i in two] for two in differing[:EXAMPLES]],
+            },
             "num_negatives": {str(n): self.num_negatives[n] for n in sorted(self.num_negatives)},
             "repeated": {
                 "ids": self._ids.num_repeats(),
