@@ -1,4 +1,5 @@
 import io
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -439,3 +440,91 @@ def test_where_is_refused_for_shards(folders):
     data = RetrievalDataModule(val=[EvalSource(str(folders[0]), where={"language": "en"})])
     with pytest.raises(UserError, match="`where` chooses queries of retrieval sets"):
         data.setup("validate")
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory):
+    """Twenty candidates with one, two or three questions each."""
+    folder = tmp_path_factory.mktemp("asked") / "asked"
+    with ShardWriter(folder, "asked", pairs_per_shard=12) as writer:
+        for i, pair in enumerate(tiny.pairs(20)):
+            for n in range(1 + i % 3):
+                query = Item(f"{pair.query.text} {n}")
+                writer.write(Pair(f"{pair.id}/{n}", query, pair.positive, pair.negatives))
+    return folder
+
+
+def question_batches(folder, questions=2, process=count_items) -> TrainingBatches:
+    shards = ShardedPairs(folder)
+    planned = TrainSource(str(folder), questions=questions).planned(shards)
+    batches = TrainingBatches([shards], [1], Plan([planned], 8), process)
+    batches.last = 12
+    return batches
+
+
+def test_a_candidate_comes_with_its_questions(asked):
+    batches = question_batches(asked)
+    for step in range(6):
+        batch = batches.load(step)
+        candidates = [key.split("/")[0] for key in batch.keys]
+        assert batch.num_positives == 8
+        assert batch.positive_of.tolist() == sorted(batch.positive_of.tolist())
+        of = dict(zip(batch.positive_of.tolist(), candidates, strict=True))
+        assert [of[c] for c in batch.positive_of.tolist()] == candidates
+        assert max(Counter(batch.positive_of.tolist()).values()) == 2
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_workers_and_ranks_change_nothing_about_questions(asked):
+    whole = [batch.keys for batch in DataLoader(question_batches(asked), batch_size=None)]
+    shared = DataLoader(question_batches(asked), batch_size=None, num_workers=3)
+    assert [batch.keys for batch in shared] == whole
+    halves = [question_batches(asked) for _ in range(2)]
+    for rank, half in enumerate(halves):
+        half.rank, half.num_ranks = rank, 2
+    for step, keys in enumerate(whole):
+        assert [key for half in halves for key in half.load(step).keys] == keys
+        assert [half.load(step).num_positives for half in halves] == [4, 4]
+
+
+def test_a_broken_question_leaves_the_others_of_its_candidate(tmp_path):
+    png = io.BytesIO()
+    tiny.picture(9).save(png, "PNG")
+    broken = png.getvalue()[:200]
+    good = Item("page", id="p")
+    with ShardWriter(tmp_path / "s", "s") as writer:
+        writer.write(Pair("1", Item("a"), good))
+        writer.write(Pair("2", Item("b", image=broken), good))
+        writer.write(Pair("3", Item("c"), good))
+        writer.write(Pair("4", Item("d", image=broken), Item("other", id="o")))
+        writer.write(Pair("5", Item("e"), Item("third", id="t")))
+    planned = PlannedSource(
+        "s", (5,), candidates=ShardedPairs(tmp_path / "s").candidate_numbers(), questions=None
+    )
+    batches = TrainingBatches([ShardedPairs(tmp_path / "s")], [0], Plan([planned], 3), count_items)
+    batch = batches.load(0)
+    assert sorted(batch.keys) in (["1", "3", "5", "5"], ["1", "1", "3", "5"])  # one stands in for 4
+    assert all("does not decode" in reason for _, _, reason in batch.faults)
+    assert batch.num_positives == 3
+
+
+def test_an_id_for_two_candidates_stops_the_run_and_names_both_pairs(tmp_path):
+    with ShardWriter(tmp_path / "s", "s") as writer:
+        for n, text in enumerate(("x", "y", "z")):
+            writer.write(Pair(f"pair-{n}", Item(f"q{n}"), Item(text, id="z" if n == 2 else "same")))
+    shards = ShardedPairs(tmp_path / "s")
+    planned = TrainSource(str(tmp_path / "s"), questions="all").planned(shards)
+    batches = TrainingBatches([shards], [0], Plan([planned], 2), count_items)
+    with pytest.raises(UserError, match=r"pairs 'pair-[01]' and 'pair-[01]' share .* id 'same'"):
+        batches.load(0)
+
+
+def test_a_source_without_several_questions_says_so_and_trains_as_before(folders, caplog):
+    caplog.set_level("INFO")
+    shards = ShardedPairs(folders[0])
+    planned = TrainSource(str(folders[0]), name="a", questions=3).planned(shards)
+    assert "each of its candidates has one question only" in caplog.text
+    batches = TrainingBatches([shards], [1], Plan([planned], 8), count_items)
+    plain = batches_of(folders[:1])
+    for step in range(5):
+        assert len(batches.load(step).keys) == len(plain.load(step).keys) == 8
