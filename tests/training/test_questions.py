@@ -1,4 +1,4 @@
-"""Several questions to a candidate: the gradient is that of a model that encodes it anew for each."""
+"""Several questions to a candidate: the same gradient as encoding it anew for each of them."""
 
 import pytest
 import torch

@@ -93,8 +93,8 @@ def _print_sources(summaries: list[dict[str, Any]]) -> None:
         if differing["count"]:
             pairs = "; ".join(" and ".join(two) for two in differing["pairs"])
             print(
-                f"  {'':<12}{differing['count']:,} candidate ids stand for different candidates, as "
-                f"in pairs {shortened(pairs, 100)}: give each candidate its own id"
+                f"  {'':<12}{differing['count']:,} candidate ids stand for different candidates "
+                f"(pairs {shortened(pairs, 100)}): give each candidate its own id"
             )
         negatives = ", ".join(f"{n}: {count:,}" for n, count in summary["num_negatives"].items())
         print(f"  {'negatives':<12}{negatives or 'none'} (number of them: pairs)")
