@@ -1,9 +1,11 @@
 """Files: read as they are named, written whole or not at all, with rights that the umask gives."""
 
 import errno
+import fcntl
 import os
 import re
 import shutil
+import socket
 import tempfile
 import unicodedata
 from collections.abc import Iterator
@@ -57,6 +59,37 @@ def write_text(path: Path, text: str) -> None:
     """Writes a file whole or not at all."""
     with new_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def only_process(folder: Path, doing: str) -> Iterator[None]:
+    """Keeps other processes from doing the same to a folder; the system frees what is killed.
+
+    Args:
+        folder: made where there is none, and removed again if nothing is put into it.
+        doing: what the others are told that this process does.
+
+    Raises:
+        UserError: another process does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ".lock"
+    with path.open("a+") as file:
+        try:
+            # Of the process alone: workers that outlive it for a moment do not hold it.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            file.seek(0)
+            raise UserError(f"another process {doing} ({file.read() or 'starting'})") from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            if [*folder.iterdir()] == [path]:
+                path.unlink()
+                folder.rmdir()
 
 
 def share(path: Path) -> None:
@@ -130,6 +163,8 @@ def disk_error(error: BaseException | None) -> str | None:
             said = os.strerror(number) if number else said[0] if said else ""
             if number in _FORBIDDEN or said in map(os.strerror, _FORBIDDEN):
                 return f"{file}{said}: choose a place that you may write to, or change its rights"
-            return f"{file}{said}: make room, then run the same command again"
+            return f"{file}{said}: make room, then run it again"
+        if isinstance(error, OSError) and error.filename and error.strerror:
+            return f"{error.filename}: {error.strerror}"
         error = error.__cause__ or error.__context__
     return None

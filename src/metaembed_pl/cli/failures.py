@@ -1,19 +1,18 @@
 """What ends a run by no fault of its recipe, told in one line: memory, disks, other ranks."""
 
-import errno
 import pickle
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.distributed import DistError
 
 from metaembed_pl.errors import UserError
 from metaembed_pl.training.out_of_memory import is_out_of_memory
 from metaembed_pl.training.watchdog import Watch
 
-DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # How gloo, in a plain RuntimeError, says that the process at the other end is gone.
 PEER_IS_GONE = re.compile(r"Connection (closed|reset) by peer|Broken pipe|Socket closed")
 BROKEN_ZIP = "PytorchStreamReader"
@@ -43,10 +42,10 @@ def told_in_one_line(watch: Watch, argv: list[str]) -> Iterator[None]:
 
 def _told(error: Exception, watch: Watch, argv: list[str]) -> str | None:
     first = next(iter(str(error).splitlines()), type(error).__name__)
+    if isinstance(error, MisconfigurationException):  # of Lightning: no GPU here, say
+        return " ".join(str(error).split())
     if is_out_of_memory(error):
         return f"out of memory: {' '.join([first, *getattr(error, '__notes__', [])])}"
-    if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
-        return f"{first}: make room, then go on with --ckpt_path last"
     if isinstance(error, DistError) or (
         isinstance(error, RuntimeError) and PEER_IS_GONE.search(str(error))
     ):

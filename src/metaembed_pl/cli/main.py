@@ -5,18 +5,19 @@ Nothing heavy is imported here: help and the light verbs answer at once.
 
 import argparse
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
 
 from metaembed_pl import __version__
 from metaembed_pl.errors import UserError
+from metaembed_pl.files import disk_error
 
 TRAINING_VERBS = {
     "fit": "train by a recipe, then test, report and write the model folder",
     "validate": "score a checkpoint on the recipe's validation sets",
     "test": "score a checkpoint on the recipe's test sets, and report",
-    "predict": "meta embeddings of the recipe's test sets",
 }
 VERBS = {
     "recipes": "list the recipes that come with the package, print one, start your own",
@@ -36,8 +37,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a verb.
 
     Returns:
-        The exit status: 0 done, 2 wrong input, 130 interrupted.
+        The exit status: 0 done, 2 wrong input or a disk that is full, 130 interrupted; more in
+        docs/operations.md.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files may be no UTF-8
+            stream.reconfigure(errors="backslashreplace")
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     if debug:
@@ -53,6 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output (head, less) has gone; Python would complain again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception as error:
+        told = disk_error(error)
+        if debug or told is None:
+            raise
+        print(f"metaembed-pl: {told}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("metaembed-pl: interrupted", file=sys.stderr)
         return 130

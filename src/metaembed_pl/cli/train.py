@@ -1,4 +1,4 @@
-"""`fit`, `validate`, `test` and `predict`: Lightning's CLI with our defaults.
+"""`fit`, `validate` and `test`: Lightning's CLI with our defaults.
 
     python -m metaembed_pl fit --config recipes/emoji.yaml --trainer.max_steps=10
     python -m metaembed_pl fit --config recipes/emoji.yaml --ckpt_path last
@@ -14,11 +14,13 @@ import os
 import re
 import sys
 import warnings
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import yaml
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
@@ -33,7 +35,7 @@ from metaembed_pl.data.datamodule import EvalSource, RetrievalDataModule, TrainS
 from metaembed_pl.errors import UserError
 from metaembed_pl.evaluation.report import write_report
 from metaembed_pl.evaluation.result import DatasetResult
-from metaembed_pl.files import write_text
+from metaembed_pl.files import only_process, write_text
 from metaembed_pl.training.callbacks import (
     DrawnPairs,
     ProgressBar,
@@ -45,6 +47,7 @@ from metaembed_pl.training.checkpoints import WholeFiles
 from metaembed_pl.training.module import MetaEmbedModule
 from metaembed_pl.training.muon import computes_in_bf16
 from metaembed_pl.training.out_of_memory import OutOfMemory
+from metaembed_pl.training.stopping import Stopped, StopsOnSignal
 from metaembed_pl.training.tracking import MLflowRun, mlflow_missing
 from metaembed_pl.training.watchdog import Watch
 
@@ -52,6 +55,17 @@ log = logging.getLogger(__name__)
 
 # `omegaconf+` resolves relative interpolations after command-line flags have had their say.
 PARSING = {"parser_mode": "omegaconf+", "allow_abbrev": False, "prog": "metaembed-pl"}
+
+NOT_COMPARED = ("ckpt_path", "weights_only", "run.overwrite")
+FIXED = (  # of what a checkpoint's weights are, and its optimiser's
+    "model.backbone.scratch",
+    "model.backbone.tokenizer",
+    "model.layout",
+    "model.projection",
+    "model.lora",
+    "model.train_vision",
+    "model.meta_token_std",
+)
 
 QUIET = (  # what libraries warn of and a user of this package can do nothing about
     ".*does not have many workers.*",
@@ -130,12 +144,65 @@ class KeepConfig(SaveConfigCallback):
         super().__init__(parser, config, save_to_log_dir=False)
         self.file = folder / f"config.{verb}.yaml"
 
+        self.recipe = yaml.safe_load(parser.dump(config, skip_none=False))
+        self.changed: dict[str, Any] = {}
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Lightning writes here; of a fit, what is refused later must leave the file as it was."""
+        if stage != "fit":
+            super().setup(trainer, pl_module, stage)
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Nothing can be refused any more."""
+        super().setup(trainer, pl_module, "fit")
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict) -> None:
+        """Keeps the recipe for the run that goes on from here."""
+        checkpoint["recipe"] = self.recipe
+
+    def compare(self, checkpoint: dict[str, Any]) -> None:
+        """Says which settings a run goes on with that are not those of its checkpoint.
+
+        Raises:
+            UserError: one that cannot change.
+        """
+        old, new, step = checkpoint.get("recipe"), _flat(self.recipe), checkpoint["global_step"]
+        before = new if old is None else _flat(old)
+        keys = sorted(k for k in before.keys() | new.keys() if before.get(k) != new.get(k))
+        for key in keys:
+            if key.startswith(NOT_COMPARED):
+                continue
+            was, becomes = before.get(key), new.get(key)
+            muon_or_not = key.endswith("muon_lr") and None in (was, becomes)
+            if key.startswith(FIXED) or muon_or_not:
+                raise UserError(
+                    f"{key} cannot change when a run goes on: it was {was}, and is {becomes} now; "
+                    "give the old value, or start a run of another name"
+                )
+            self.changed[f"from_step_{step + 1}/{key.replace('.', '/')}"] = becomes
+            told = "%s was %.200s; from step %d on it is %.200s"
+            log.warning(told, key, was, step + 1, becomes)
+
     def save_config(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Called on rank 0 when the verb starts."""
         if isinstance(trainer.logger, MLflowRun):
-            trainer.logger.log_recipe(self.config.as_dict())
+            is_resumed = trainer.logger.is_resumed  # MLflow fixes what was logged
+            trainer.logger.log_hyperparams(self.changed if is_resumed else self.recipe)
         self.file.parent.mkdir(parents=True, exist_ok=True)
         write_text(self.file, self.parser.dump(self.config, skip_none=False))
+
+
+def _flat(recipe: dict[str, Any], before: str = "") -> dict[str, Any]:
+    """A recipe by dotted keys.
+
+    >>> _flat({"model": {"lr": 1, "groups": ["1x1"]}})
+    {'model.lr': 1, 'model.groups': ['1x1']}
+    """
+    found = {}
+    for key, value in recipe.items():
+        nested = isinstance(value, dict) and value
+        found |= _flat(value, f"{before}{key}.") if nested else {f"{before}{key}": value}
+    return found
 
 
 class RecipeCLI(LightningCLI):
@@ -144,24 +211,31 @@ class RecipeCLI(LightningCLI):
     Args:
         argv: the command line.
         watch: ends this process if nothing moves.
+        stops: on a signal.
+        stack: ends with the process.
     """
 
-    def __init__(self, argv: list[str], watch: Watch):
-        self._watch = watch
+    def __init__(self, argv: list[str], watch: Watch, stops: StopsOnSignal, stack: ExitStack):
+        self._watch, self._stops, self._stack = watch, stops, stack
         super().__init__(
             MetaEmbedModule,
             RetrievalDataModule,
             save_config_callback=KeepConfig,
             seed_everything_default=0,
             parser_class=RecipeParser,
-            parser_kwargs={verb: PARSING for verb in ("fit", "validate", "test", "predict")}
-            | PARSING,
+            parser_kwargs={verb: PARSING for verb in self.subcommands()} | PARSING,
             # Our own loaders share the plan over the ranks.
             trainer_defaults={"use_distributed_sampler": False, "num_sanity_val_steps": 0},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             args=argv,
         )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's, but for `predict`: `embed` writes meta embeddings."""
+        verbs = LightningCLI.subcommands()
+        return {verb: verbs[verb] for verb in ("fit", "validate", "test")}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses what `main` passes on: Lightning's own form warns that `sys.argv` is there too."""
@@ -187,6 +261,34 @@ class RecipeCLI(LightningCLI):
         if resuming == "last" and not last.exists():
             raise UserError(f"there is no {last} to continue from; leave --ckpt_path out to start")
 
+    def before_fit(self) -> None:
+        """Lets no other process train into the run's folder, and looks into its checkpoint."""
+        self.model.check_checkpoint = self._check_checkpoint
+        self._stops.last = self.run.last_checkpoint
+        if rank_zero_only.rank == 0:
+            self._stack.enter_context(only_process(self.run.path, f"trains into {self.run.path}"))
+
+    def _check_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        step, last = checkpoint["global_step"], self.trainer.max_steps
+        if 0 <= last <= step:
+            said = f"the run is at step {step} already; trainer.max_steps is {last}"
+            if step > last or self._is_complete():
+                if isinstance(self.trainer.logger, MLflowRun):
+                    self.trainer.logger.flush()  # what could not be sent before
+                raise UserError(f"{said}: nothing to train; raise it to go on")
+            log.info("%s: what comes after training is made", said)
+        keep = [c for c in self.trainer.callbacks if isinstance(c, KeepConfig)]  # pyright: ignore
+        for callback in keep:
+            callback.compare(checkpoint)
+
+    def _is_complete(self) -> bool:
+        """Whether all that comes after training is there, made of its last checkpoint."""
+        made = ["model/metaembed.json"]
+        made += ["report/metrics.json"] * bool(self.datamodule.eval_sources["test"])
+        files, last = [self.run.path / name for name in made], self.run.last_checkpoint
+        at = last.stat().st_mtime if last.exists() else float("inf")
+        return all(file.exists() and file.stat().st_mtime >= at for file in files)
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The recipe's trainer, with our callbacks and logger unless the recipe has its own."""
         config = self._get(self.config_init, "trainer")
@@ -206,7 +308,7 @@ class RecipeCLI(LightningCLI):
         return trainer
 
     def _callbacks(self, config: Any) -> list[Callback]:
-        watches: list[Callback] = [TellsWatch(self._watch, self.run.stall_timeout_s)]
+        watches = [TellsWatch(self._watch, self.run.stall_timeout_s), self._stops]
         if self.subcommand != "fit":
             return watches
         speed = Speed()
@@ -298,5 +400,11 @@ def run(argv: list[str]) -> None:
     transformers_logging.disable_progress_bar()
     for harmless in QUIET:
         warnings.filterwarnings("ignore", message=harmless)
-    with Watch() as watch, told_in_one_line(watch, argv):
-        RecipeCLI(with_recipes_found(argv), watch)
+    with StopsOnSignal() as stops, ExitStack() as stack:
+        try:
+            with Watch() as watch, told_in_one_line(watch, argv):
+                RecipeCLI(with_recipes_found(argv), watch, stops, stack)
+        except Stopped as stopped:
+            if not getattr(rank_zero_only, "rank", 0):  # known by now, if there are several
+                print(f"metaembed-pl: stopped by {stopped.name}; {stops.kept()}", file=sys.stderr)
+            raise

@@ -212,17 +212,6 @@ class TellsWatch(pl.Callback):
         """A test batch is there."""
         self._evaluates("test", batch, batch_idx)
 
-    def on_predict_batch_start(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        batch: EvalBatch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """A batch to embed is there."""
-        self._evaluates("embedding", batch, batch_idx)
-
     def _evaluates(self, what: str, batch: EvalBatch, number: int) -> None:
         # Not the items' numbers: they may be on a GPU, and this thread must not wait for it.
         self._watch.note(f"{what}, batch {number} of {batch.dataset}, {batch.side}")

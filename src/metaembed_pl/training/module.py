@@ -5,6 +5,7 @@ All arithmetic is elsewhere; this file says only what happens when.
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -31,7 +32,12 @@ from metaembed_pl.training.checkpoints import (
 from metaembed_pl.training.gradient_cache import GradientCache, GradientCacheConfig
 from metaembed_pl.training.loss import MMRLoss, MMRLossOutput
 from metaembed_pl.training.metrics import RetrievalMetrics, check_headline, headline
-from metaembed_pl.training.optimizer import OptimizerConfig, build_optimizer
+from metaembed_pl.training.optimizer import (
+    OptimizerConfig,
+    build_optimizer,
+    go_on_with,
+    settings_of,
+)
 from metaembed_pl.training.strategy import Fsdp2Strategy, ZeroStrategy, backward_by_parts
 
 log = logging.getLogger(__name__)
@@ -107,6 +113,7 @@ class MetaEmbedModule(pl.LightningModule):
         self.metrics: dict[str, dict[str, RetrievalMetrics]] = {}
         self.values: dict[str, dict[str, dict[str, float]]] = {}
         self._sources_seen: set[str] = set()
+        self.check_checkpoint: Callable[[dict[str, Any]], None] = lambda checkpoint: None
 
     @property
     def is_pretrained(self) -> bool:
@@ -156,6 +163,7 @@ class MetaEmbedModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses the checkpoint of another model, or of another base model."""
+        self.check_checkpoint(checkpoint)
         refuse_other_base(checkpoint, self._base)
         if "state_dict" in checkpoint:  # ZeRO has loaded the weights by now
             refuse_misfit(self, checkpoint["state_dict"])
@@ -169,10 +177,15 @@ class MetaEmbedModule(pl.LightningModule):
             self.optimizer_config,
             int(self.trainer.estimated_stepping_batches),
         )
+        self._rates = settings_of(optimizer)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
+
+    def on_train_start(self) -> None:
+        """Trains with the recipe's rates, whatever those of a checkpoint were."""
+        go_on_with(self.trainer.lr_scheduler_configs[0].scheduler, self._rates)
 
     def training_step(self, batch: TrainBatch, batch_idx: int) -> Tensor:
         """The MMR loss of this rank's queries."""
@@ -343,7 +356,3 @@ class MetaEmbedModule(pl.LightningModule):
             metric.rows("query").cpu(),
             metric.rows("candidate").cpu(),
         )
-
-    def predict_step(self, batch: EvalBatch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """Meta embeddings of a batch."""
-        return self.embedder(batch.inputs, batch.side)

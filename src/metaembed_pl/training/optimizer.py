@@ -89,6 +89,20 @@ class MuonAndAdamW(torch.optim.Optimizer):
         self._share()
 
 
+def settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """What a recipe says of each group of parameters: rates, decay, betas."""
+    return [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+
+
+def go_on_with(scheduler: Any, settings: list[dict[str, Any]]) -> None:
+    """Replaces what a checkpoint has brought by these settings, at the step that it is at."""
+    scheduler.base_lrs = [of_group["initial_lr"] for of_group in settings]
+    factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+    for group, own, factor in zip(scheduler.optimizer.param_groups, settings, factors, strict=True):
+        group |= own | {"lr": own["initial_lr"] * factor}
+    scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
+
+
 def build_optimizer(
     module: nn.Module, meta_tokens: Iterable[nn.Parameter], config: OptimizerConfig, num_steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:

@@ -1,0 +1,123 @@
+"""Stops a run on a signal: at the end of its step, with a checkpoint, and says what is kept.
+
+Batch systems and containers send SIGTERM, or what `#SBATCH --signal` names, some time before they
+kill; people press Ctrl-C. The exit status is 128 and the signal's number: 143, 138, 130.
+"""
+
+import os
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2]
+SIGNALS += [signal.SIGXCPU]
+
+
+class Stopped(SystemExit):
+    """The run was stopped by a signal, whose number it holds; its code is the exit status."""
+
+    def __init__(self, number: int):
+        super().__init__(128 + number)
+        self.name = signal.Signals(number).name
+
+
+class StopsOnSignal(pl.Callback):
+    """Takes signals inside its block: while training at the end of a step, else at once.
+
+    Args:
+        last: the checkpoint that is written before the run stops; None: none is.
+    """
+
+    def __init__(self, last: Path | None = None):
+        self.last = last
+        self.kept_step: int | None = None
+        self._number = 0
+        self._waits = False
+        self._trainer: pl.Trainer | None = None
+        self._process = os.getpid()
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopsOnSignal":
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.getsignal(number) for number in SIGNALS}
+            self._take()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _take(self) -> None:
+        for number, before in self._before.items():
+            if before is not signal.SIG_IGN:  # as `nohup` leaves SIGHUP
+                signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a worker that prepares batches: ends with this one
+            return
+        twice, self._number = self._number == number == signal.SIGINT, number
+        launcher = self._trainer and self._trainer.strategy.launcher
+        if isinstance(launcher, _SubprocessScriptLauncher) and number != signal.SIGINT:
+            launcher.kill(number)  # of Ctrl-C, the terminal tells all processes
+        if not self._waits or twice:
+            raise Stopped(number)
+        told = f"metaembed-pl: {signal.Signals(number).name}: stopping at the end of this step\n"
+        os.write(2, told.encode())
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """From now on a step is finished first; Lightning has put its own handlers before ours."""
+        self._trainer, self._waits = trainer, True
+        self._take()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Stops between two steps, on all ranks or on none."""
+        if not trainer.fit_loop.epoch_loop._should_accumulate():
+            self._stop_if_told(trainer)
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Stops while training validates, as if that had not begun."""
+        if self._waits and not trainer.sanity_checking and self._is_told(trainer):
+            trainer.fit_loop.epoch_loop.val_loop.batch_progress.reset()
+            self._stop(trainer)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Remembers what is kept."""
+        self.kept_step = trainer.global_step
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """What comes after training need not be finished."""
+        self._waits = False
+        self._stop_if_told(trainer)
+
+    def _is_told(self, trainer: pl.Trainer) -> bool:
+        if trainer.world_size > 1:
+            told = torch.tensor([self._number], device=trainer.strategy.root_device)
+            dist.all_reduce(told, dist.ReduceOp.MAX)
+            self._number = int(told)
+        return bool(self._number)
+
+    def _stop_if_told(self, trainer: pl.Trainer) -> None:
+        if self._is_told(trainer):
+            self._stop(trainer)
+
+    def _stop(self, trainer: pl.Trainer) -> None:
+        self._waits = False
+        if self.last is not None:
+            trainer.save_checkpoint(self.last, weights_only=False)
+        raise Stopped(self._number)
+
+    def kept(self) -> str:
+        """What is left of the run, and how to go on."""
+        if self.last is None or not self.last.exists():
+            return "nothing is kept: start it again"
+        step = "" if self.kept_step is None else f" of step {self.kept_step}"
+        return f"{self.last}{step} is kept: go on with --ckpt_path last"
