@@ -45,8 +45,7 @@ def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """A temporary sibling file that takes the name `path` when the block ends without an error."""
-    # By its process: two that write the same file would else take it from each other.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         yield temporary
         share(temporary)
