@@ -264,14 +264,14 @@ def telling_words(texts: dict[str, str], count: int) -> dict[str, str]:
 
 
 def drafts(library: Library, num_negatives: int) -> Iterator[Draft]:
-    """A pair for each query and each of its pages."""
+    """A pair for each page and each query it answers: a page's queries come one after the other."""
     answers = library.answers()
 
     def item(page: str) -> dict[str, Any]:
         return library.item(page) | {"answers": answers.get(page, [])}
 
-    for key, query in library.queries.items():
-        for page in query.pages:
+    for page, keys in answers.items():
+        for key in keys:
             yield {
                 "id": f"{key} -> {page}",
                 "query": {"text": library.asked_as(key)},
