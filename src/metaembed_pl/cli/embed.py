@@ -14,6 +14,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from metaembed_pl.cli.index import chosen, in_words, indexed, measured
 from metaembed_pl.cli.model import load_model
 from metaembed_pl.cli.progress import Progress
 from metaembed_pl.errors import UserError
@@ -46,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--again", action="store_true", help="embed also what the store has, and replace it")
     add("--skip-bad", action="store_true", help="leave out, and name, what cannot be read")
     add("--no-previews", action="store_true", help="keep no small pictures in the store")
+    add("--index", action="store_true", help="then build an index, so that a large store is fast")
     add("--json", action="store_true", help="one JSON object instead of a line of text")
 
 
@@ -74,6 +76,7 @@ def run(args: argparse.Namespace) -> None:
             if told["sample"] > 1
             else ""
         )
+        + (f"; index: {in_words(told['index'])}" if told["index"] else "")
     )
 
 
@@ -82,6 +85,10 @@ def _embed(args: argparse.Namespace) -> dict[str, Any] | None:
     from metaembed_pl.retrieval.sources import open_source
 
     source = open_source(args.items)  # before the model, which takes seconds
+    if args.index:
+        from metaembed_pl.retrieval.index import faiss_module
+
+        faiss_module()
 
     from metaembed_pl.retrieval import embedding
 
@@ -113,7 +120,26 @@ def _embed(args: argparse.Namespace) -> dict[str, Any] | None:
                 f"such as {done.changed[0]!r}: embed them with --again, or give other ids",
                 file=sys.stderr,
             )
-        return _told(store, done)
+        told = _told(store, done)
+        told["index"] = _index(store, model, args) if len(store) else None
+        return told
+
+
+def _index(store: Any, model: Any, args: argparse.Namespace) -> dict[str, Any] | None:
+    """Build an index if that was asked for; one that is there gets what is new."""
+    from metaembed_pl.retrieval.calibration import Calibration
+    from metaembed_pl.retrieval.index import IndexUnusable
+
+    try:
+        known = store.index()
+    except IndexUnusable as error:
+        print(f"the index was left as it is: {error}", file=sys.stderr)
+        known = None
+    if known is None and not args.index:
+        return None
+    told = indexed(store)
+    calibration = Calibration.load(store) or measured(store, model, args.batch_size)
+    return told | chosen(store, calibration)
 
 
 def _told(store: Any, done: "embedding.Progress") -> dict[str, Any]:

@@ -25,6 +25,7 @@ VERBS = {
     "data": "look into shards: counts, distributions, repeats, leaks, a contact sheet",
     "mine": "hard negatives for shards, found by a trained model",
     "embed": "items into a store of meta embeddings: streamed, resumable, on one process or many",
+    "index": "an index for a large store, and which plan a search of it takes",
     "push": "a store into Qdrant: a server, a cluster or a folder; resumable",
     "evaluate": "a benchmark at every budget, with a report; compare two evaluations",
     "search": "search items by text or picture, at a budget",

@@ -1,16 +1,16 @@
 """`search --store`: at a budget, in a cascade, or at what the store was found to need."""
 
 import argparse
-import sys
 from typing import TYPE_CHECKING, Any
 
 from metaembed_pl.cli.found import Answer, Found
+from metaembed_pl.cli.index import measured
 from metaembed_pl.cli.model import load_model
 
 if TYPE_CHECKING:
     from metaembed_pl.item import Item
     from metaembed_pl.model.embedder import MetaEmbedder
-    from metaembed_pl.retrieval.calibration import Calibration
+    from metaembed_pl.retrieval.calibration import Choice
     from metaembed_pl.retrieval.store import Store
 
 
@@ -23,14 +23,14 @@ def search(args: argparse.Namespace, query: "Item") -> Answer:
     from metaembed_pl.retrieval.store import Store
 
     store = Store.open(args.store)
-    if args.budget != "auto":
+    automatic = not args.exact and args.cascade is None and args.budget in (None, "auto")
+    if not automatic:
         store.stages(args.budget, args.cascade)  # before the model, which takes seconds
     model = load_model(args.model, args.device, store)
     budget, cascade, note = args.budget, args.cascade, ""
-    if budget == "auto":
-        calibration = _calibration(store, model, args.batch_size)
-        budget, cascade = None, calibration.choose(args.target_recall or 0.98, args.top)
-        note = f"measured with {calibration.used}"
+    if automatic:
+        stages, note = _choice(store, model, args)
+        budget, cascade = None, stages
     queries = model.encode_query([query], args.batch_size).to(model.device)
     hits = store.search(
         queries,
@@ -44,24 +44,20 @@ def search(args: argparse.Namespace, query: "Item") -> Answer:
     found = list(map(found_of, hits.ids[0], hits.scores[0], store.metadata(rows)))
     plan = ",".join(map(str, hits.stages))
     cost: dict[str, Any] = {"plan": plan, "milliseconds": hits.milliseconds}
-    cost |= {"bytes_read": hits.bytes_read, "items": len(store)}
+    cost |= {"bytes_read": hits.bytes_read, "items": len(store), "note": note}
     told = [f"{plan}: {hits.milliseconds:.1f} ms, {hits.bytes_read:,} bytes read"]
     return Answer(found, cost, "; ".join([*told, note] if note else told))
 
 
-def _calibration(store: "Store", model: "MetaEmbedder", batch_size: int) -> "Calibration":
-    """That of this generation of the store; measured where it was not yet."""
-    from metaembed_pl.retrieval.calibration import Calibration, measure
+def _choice(store: "Store", model: "MetaEmbedder", args: argparse.Namespace) -> "Choice":
+    """What a search without a budget does; measured now where that takes seconds."""
+    from metaembed_pl.retrieval.calibration import TARGET, Calibration, choose, needs_measuring
 
-    known = Calibration.load(store)
-    if known is not None:
-        return known
-    print("measuring what this store needs ...", file=sys.stderr)
-    calibration = measure(
-        store, lambda texts: model.encode_query(texts, batch_size).to(model.device)
-    )
-    calibration.save(store)
-    return calibration
+    calibration = Calibration.load(store)
+    if calibration is None and needs_measuring(store):
+        calibration = measured(store, model, args.batch_size)
+    target = TARGET if args.target_recall is None else args.target_recall
+    return choose(store, calibration, target, args.top)
 
 
 def found_of(id: str, score: float, metadata: dict[str, Any]) -> Found:

@@ -36,13 +36,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         action="append",
         metavar="FOLDER",
-        help="may be read and shown where items were made of files in it; again for more",
+        help="may be read and shown where items were made of files in it; repeatable",
     )
     add(
         "--allow-host",
         action="append",
         metavar="NAME",
         help="what else this machine is called in a browser, such as behind a proxy",
+    )
+    add(
+        "--log-queries",
+        action="store_true",
+        help="keep the texts that are asked in the store's folder; its plans are then measured "
+        "with them",
     )
     add("--max-upload", type=float, default=10, metavar="MB", help="of a picture (default: 10)")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
@@ -95,11 +101,15 @@ def _service(args: argparse.Namespace) -> "Service":
 
     store = Store.open(args.store)  # before the model, which takes seconds
 
+    from metaembed_pl.retrieval.calibration import needs_measuring
     from metaembed_pl.serving.service import Service
 
     model = load_model(args.model, args.device, store)
     max_upload_bytes = int(args.max_upload * 1e6)
-    return Service(model, args.store, args.pictures or (), max_upload_bytes)
+    service = Service(model, args.store, args.pictures or (), max_upload_bytes, args.log_queries)
+    if service.measuring.calibration(store) is None and needs_measuring(store):
+        service.measuring.start(service.store)  # until it is done, searches are exact
+    return service
 
 
 def _listen(host: str, port: int) -> "socket.socket":

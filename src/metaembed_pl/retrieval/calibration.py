@@ -1,35 +1,65 @@
-"""What each budget and cascade finds and costs on a store, measured on the store itself.
+"""What each plan finds and costs on a store, measured on the store itself.
 
-Some queries are searched for with all vectors, and with every cheaper plan; a plan's recall is the
-share of the first ten that it finds too. Only so many rows are searched that this takes seconds. In
-a sample of a tenth of the rows a stage keeps a tenth of what it would keep: that asks more of it,
-not less, as the ten best then reach ten times as far down.
+Some queries are searched for with all vectors; a plan's recall is the share of their first ten that
+it finds too. One pass over some rows gives, for every first stage that there is, the place of each
+of these ten in its order, and so the recall of any number kept. In a sample of a tenth of the rows
+a stage keeps a tenth of what it would keep: that asks more of it, not less, as the ten best then
+reach ten times as far down. Plans that ask an index are measured on all rows.
+
+Queries for several things are harder than those for one, and texts of items ask for one thing each:
+so pairs and triples of them are asked as well, their vectors averaged. A plan's recall is that of
+the kind of query it does worst at.
+
+Q: queries    Rq: their vectors    A: questions of a query    D: width    T: the first ten
 """
 
+import itertools
 import json
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Integer
 from torch import Tensor
+from torch.nn import functional as F
 
 from metaembed_pl.budget import Budget, check_budget
 from metaembed_pl.errors import UserError
 from metaembed_pl.files import write_text
 from metaembed_pl.retrieval.cascade import Stage, parse_cascade, run_stages
-from metaembed_pl.retrieval.store import Store
+from metaembed_pl.retrieval.index import Index, IndexUnusable
+from metaembed_pl.retrieval.reader import Reader
+from metaembed_pl.retrieval.snapshot import Matching, Snapshot
 
-CALIBRATION_FILE = "calibration.json"
+CALIBRATION_FILE, QUERIES_FILE = "calibration.json", "queries.jsonl"
 TOP = 10
-NUM_QUERIES, ASKED_AT_A_TIME = 32, 8
-PRODUCTS_AT_MOST = 2.5e11
-"""Multiplications that the exact search may take: some seconds on a core or two."""
+TARGET = 0.98
+"""Recall that a search without a budget is to reach."""
+NUM_QUERIES, LEAST_QUERIES, ASKED_AT_A_TIME = 32, 16, 8
+LOGGED_QUERIES = 96
+PRODUCTS_AT_MOST, PRODUCTS_WITH_INDEX = 2.5e11, 2e12
+"""Multiplications that the exact search may take: some seconds on a core or two, or half a minute
+where an index was built, which took minutes."""
+SMALL, LARGE = 1e6, 1e12
+"""Dot products of an exact search that takes some ten milliseconds, and multiplications of a
+measurement that takes longer than a search may wait for."""
 ROWS_AT_LEAST = 1000
-KEPT_FIRST = (50, 200, 1000, 4000, 16_000)
+CHANGED_AT_MOST = 0.1
+"""Share of the items that may come or go before the plans are measured anew."""
+TARGETS = (0.5, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 1)
+"""The cheapest plan is kept for each."""
+KEPT = (50, 200, 1000, 4000, 16_000)
+LISTS = (4, 8, 16, 32, 64, 128, 256, 512)
+HITS = {True: (50, 100, 200, 400, 800, 1600), False: (25, 50, 100, 200, 400)}
+"""Vectors for each question: for the sum of a query's vectors, and for each of them."""
+TIMED = 3
+BLOCK = 2**22
+"""Products held at a time."""
 
 
 class Measured(NamedTuple):
@@ -37,14 +67,16 @@ class Measured(NamedTuple):
 
     Args:
         plan: a budget, or the stages of a cascade.
-        recall: share of the first ten of the exact search, over all queries.
-        products: multiplications a query on the whole store, in units of the width.
+        recall: share of the first ten of the exact search, over the queries of the hardest kind.
+        error: standard error of it.
+        products: dot products a query on the whole store; reading a code of the index counts as 1.
         bytes_read: a query, on the whole store.
-        milliseconds: a query, on the rows that were searched.
+        milliseconds: a query by itself, on the rows that were searched.
     """
 
     plan: str
     recall: float
+    error: float
     products: float
     bytes_read: float
     milliseconds: float
@@ -55,67 +87,163 @@ class Calibration:
     """Plans for a store, cheapest first.
 
     Args:
-        generation: of the store.
         groups: of its model.
+        data: folder of the store's data.
+        num_rows: items ever added to it.
+        num_deleted: of these.
+        index: number of the index that was asked; None: there was none.
         used: which queries and rows were measured, in words.
         measured: each plan.
     """
 
-    generation: int
     groups: tuple[str, ...]
+    data: str
+    num_rows: int
+    num_deleted: int
+    index: int | None
     used: str
     measured: tuple[Measured, ...]
 
-    def choose(self, target_recall: float, top: int = TOP) -> tuple[Stage, ...]:
+    def fits(self, store: Reader) -> bool:
+        """Whether it still tells what the store needs: little has changed, no index was made."""
+        now = store.kind
+        if now.data != self.data:
+            return False
+        changed = now.num_rows - self.num_rows + now.num_deleted - self.num_deleted
+        try:
+            index = store.index()
+        except IndexUnusable:
+            index = None
+        same = index is None or index.manifest.number == self.index
+        grown = index is not None and self.index is not None
+        return (same or grown) and changed <= CHANGED_AT_MOST * self.num_rows
+
+    def best(self, target_recall: float, with_index: bool = True) -> Measured:
         """The cheapest plan that finds at least so many of the first ten.
+
+        Its recall less its standard error must reach the target: of many plans that are measured
+        with few queries, the cheapest that seems to reach it is often one that was lucky.
 
         Raises:
             UserError: the target is not a share.
         """
         if not 0 < target_recall <= 1:
             raise UserError(f"a target recall lies above 0 and up to 1, got {target_recall}")
-        plan = next(row.plan for row in self.measured if row.recall >= target_recall)
-        return stages_of(plan, [Budget.parse(group) for group in self.groups], top)
+        exact = self.groups[-1]
+        return next(
+            row
+            for row in self.measured
+            if (row.recall - row.error >= target_recall or row.plan == exact)
+            and (with_index or "@" not in row.plan)
+        )
 
-    def save(self, store: Store) -> None:
+    def choose(
+        self, target_recall: float, top: int = TOP, with_index: bool = True
+    ) -> tuple[Stage, ...]:
+        """The stages of `best`, for so many results."""
+        groups = [Budget.parse(group) for group in self.groups]
+        return stages_of(self.best(target_recall, with_index).plan, groups, top)
+
+    def save(self, store: Reader) -> None:
         """Keep it beside the store's manifest."""
         write_text(store.folder / CALIBRATION_FILE, json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
-    def load(cls, store: Store) -> "Calibration | None":
-        """That of this generation of a store, where it was kept."""
+    def load(cls, store: Reader) -> "Calibration | None":
+        """That of a store, where it was kept and still fits."""
         try:
             value = json.loads(Path(store.folder / CALIBRATION_FILE).read_text())
-            measured = tuple(Measured(*row) for row in value["measured"])
-            found = cls(value["generation"], tuple(value["groups"]), value["used"], measured)
-        except (OSError, ValueError, KeyError, TypeError):
+            measured = tuple(Measured(*row) for row in value.pop("measured"))
+            groups = tuple(value.pop("groups"))
+            found = cls(**value, groups=groups, measured=measured)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
-        return found if found.generation == store.generation else None
+        return (
+            found if found.groups == tuple(map(str, store.groups)) and found.fits(store) else None
+        )
 
 
-def plans(groups: Sequence[Budget], num_rows: int) -> list[tuple[Stage, ...]]:
-    """What is tried: each group, the summed query, and cascades that end with all vectors.
+class Choice(NamedTuple):
+    """What a search without a budget does, and why, in words."""
 
-    >>> groups = [Budget(1, 1), Budget(4, 8), Budget(16, 64)]
-    >>> [",".join(map(str, plan)) for plan in plans(groups, 500)][-2:]
-    ['16x1:50,16x64:10', '16x1:200,4x8:20,16x64:10']
+    stages: tuple[Stage, ...]
+    note: str
+
+
+def choose(
+    store: Reader, calibration: Calibration | None, target_recall: float = TARGET, top: int = TOP
+) -> Choice:
+    """The cheapest plan known to reach a recall on a store; the exact one where none is known.
+
+    Args:
+        store: to be searched.
+        calibration: of it; None: it was not measured.
+        target_recall: of the first ten of the exact search.
+        top: results.
     """
-    last = groups[-1]
-    first = Budget(last.r_q, groups[0].r_c)
-    single = dict.fromkeys([groups[0], first, *groups[1:]])
-    found: list[tuple[Stage, ...]] = [(Stage(budget, TOP),) for budget in single]
-    between = groups[len(groups) // 2]
-    for keep in KEPT_FIRST:
-        if keep >= num_rows or first == last:
-            break
-        fits = keep >= 10 * TOP and first.r_c < between.r_c < last.r_c
-        middle = [Stage(between, keep // 10)] if fits else []
-        found.append((Stage(first, keep), *middle, Stage(last, TOP)))
-    return found
+    exact = stages_of(str(store.groups[-1]), store.groups, top)
+    if _is_small(store):
+        return Choice(exact, "exact: the store is small")
+    if calibration is None:
+        return Choice(
+            exact,
+            "exact: what cheaper plans find on this store, as it is now, was not measured; "
+            f"`index --store {store.folder}` does that",
+        )
+    try:
+        with_index, why = store.index() is not None, ""
+    except IndexUnusable as error:
+        with_index, why = False, f"; the index is not used: {error}"
+    row = calibration.best(target_recall, with_index)
+    if row.plan == str(store.groups[-1]):
+        note = f"exact: no cheaper plan reached recall {target_recall:g}, by {calibration.used}"
+    else:
+        note = f"recall {row.recall:.3f} +- {row.error:.3f}, measured with {calibration.used}"
+    return Choice(stages_of(row.plan, store.groups, top), note + why)
+
+
+def has_index(store: Reader) -> bool:
+    """Whether a store has an index that can be used."""
+    try:
+        return store.index() is not None
+    except IndexUnusable:
+        return False
+
+
+def needs_measuring(store: Reader) -> bool:
+    """Whether a store that was not measured is to be measured before it is searched.
+
+    A small one is not, and one so large that this takes minutes is not either.
+    """
+    if _is_small(store):
+        return False
+    try:
+        if store.index() is None:
+            return True
+    except IndexUnusable:
+        return True
+    last = store.groups[-1]
+    return 3 * NUM_QUERIES * len(store) * last.r_q * last.r_c * store.width <= LARGE
+
+
+def _is_small(store: Reader) -> bool:
+    return len(store) * store.groups[-1].r_q * store.groups[-1].r_c <= SMALL
+
+
+class Kinds(NamedTuple):
+    """Queries to measure with.
+
+    Args:
+        vectors: by kind, as the store accepted them.
+        said: what they are, in words.
+    """
+
+    vectors: list[Float[Tensor, "_ Rq D"]]
+    said: str
 
 
 def calibrate(
-    store: Store,
+    store: Reader,
     queries: Float[Tensor, "Q Rq D"] | None = None,
     asked_by: str = "queries",
     go_on: Callable[[], None] = lambda: None,
@@ -124,56 +252,345 @@ def calibrate(
 
     Args:
         store: not empty.
-        queries: of the store's model, some dozens; None: stored items ask, with their own vectors.
+        queries: such as will be asked, of the store's model, some dozens; None: stored items ask,
+            with their own vectors.
         asked_by: what the queries are, in words.
         go_on: called every second or so; what it raises ends the measurement.
 
     Raises:
         UserError: the store is empty.
     """
-    if not len(store):
-        raise UserError(f"{store.folder} is empty: there is nothing to calibrate on")
+    _check_filled(store)
     if queries is None:
         queries, asked_by = _stored_queries(store), "stored items, by their own vectors"
     else:
         queries = store.accept(queries)
-    snapshot = store.snapshot()
-    r_q, r_c = store.groups[-1]
-    affordable = int(PRODUCTS_AT_MOST / (len(queries) * r_q * r_c * store.width))
-    rows = spread(len(store), max(ROWS_AT_LEAST, affordable))
-    places = snapshot.places[rows]
+    return _calibrated(store, Kinds([queries], f"{len(queries)} {asked_by}"), go_on)
 
-    def search(plan: Sequence[Stage]) -> tuple[Tensor, float]:
-        """What a plan finds, and the seconds it takes."""
-        parts = []
-        for some in queries.split(ASKED_AT_A_TIME):
-            go_on()
-            parts.append(run_stages(snapshot, some, plan, places))
-        return torch.cat([part.places for part in parts]), sum(part.seconds for part in parts)
 
-    exact, _ = search([Stage(store.groups[-1], TOP)])
+def measure(
+    store: Reader,
+    encode: Callable[[Sequence[str]], Float[Tensor, "Q Rq D"]],
+    go_on: Callable[[], None] = lambda: None,
+) -> Calibration:
+    """Measure plans with what users asked, where `serve --log-queries` kept it.
+
+    Else with texts that items have, alone and averaged; where few have one, with stored items.
+
+    Args:
+        store: not empty.
+        encode: gives texts' vectors, as queries of the store's model.
+        go_on: see `calibrate`.
+
+    Raises:
+        UserError: the store is empty.
+    """
+    _check_filled(store)
+    logged = logged_queries(store)
+    if len(logged) >= LEAST_QUERIES:
+        return calibrate(store, encode(logged), "queries that were logged", go_on)
+    rows = spread(len(store), 4 * NUM_QUERIES).tolist()
+    said = [metadata.get("asked_as") or metadata.get("text") for metadata in store.metadata(rows)]
+    texts = [text for text in said if isinstance(text, str) and text.strip()]
+    texts = list(dict.fromkeys(texts))[:NUM_QUERIES]
+    if len(texts) < LEAST_QUERIES:
+        return calibrate(store, go_on=go_on)
+    return _calibrated(store, for_several(store.accept(encode(texts)), "texts of its items"), go_on)
+
+
+def for_several(queries: Float[Tensor, "Q Rq D"], said: str) -> Kinds:
+    """Queries for one thing, and made of them queries for two and for three."""
+    vectors = [queries]
+    for count in (2, 3):
+        asked = sum(queries.roll(7 * shift, dims=0) for shift in range(count))
+        vectors.append(F.normalize(asked, dim=-1))
+    words = f"{len(queries)} {said}, alone and averaged by two and by three"
+    return Kinds(vectors, words)
+
+
+def logged_queries(store: Reader) -> list[str]:
+    """The last texts that users asked, each once, where `serve` was told to keep them."""
+    try:
+        lines = (store.folder / QUERIES_FILE).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return []
+    texts = []
+    for line in lines[-10 * LOGGED_QUERIES :]:
+        try:
+            text = json.loads(line)["text"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        if isinstance(text, str) and text.strip():
+            texts.append(text)
+    return list(dict.fromkeys(reversed(texts)))[:LOGGED_QUERIES]
+
+
+def _calibrated(store: Reader, kinds: Kinds, go_on: Callable[[], None]) -> Calibration:
+    snapshot, last = store.snapshot(), store.groups[-1]
+    queries = torch.cat(kinds.vectors)
+    a_row = len(queries) * last.r_q * last.r_c * store.width
+    rows = spread(len(store), max(ROWS_AT_LEAST, int(PRODUCTS_AT_MOST / a_row)))
+    sample = Matching(snapshot.places[rows], snapshot.manifest.num_rows)
+    sizes = [len(some) for some in kinds.vectors]
+    plans = _scans(store, queries, sample, sizes, go_on)
+    try:
+        index = store.index()
+    except IndexUnusable:
+        index = None
+    if index is not None:
+        every_nth = math.ceil(a_row * len(store) / PRODUCTS_WITH_INDEX)
+        asked = [some[::every_nth] for some in kinds.vectors]
+        plans += _index_plans(store, index, asked, go_on)
+    share = len(rows) / len(store)
     measured = []
-    for plan in plans(store.groups, len(store)):
-        share = len(rows) / len(store)
-        scaled = [Stage(budget, max(TOP, math.ceil(share * keep))) for budget, keep in plan]
-        found, seconds = search(scaled)
-        hits = (exact.unsqueeze(2) == found.unsqueeze(1)).any(dim=2)
-        recall, milliseconds = hits.float().mean().item(), 1000 * seconds / len(queries)
-        measured.append(Measured(plan_name(plan), recall, *costs(plan, store), milliseconds))
+    for plan in _worth_it(plans, store):
+        go_on()
+        on_all = plan.stages[0].lists is not None
+        stages = plan.stages if on_all else _scaled(plan.stages, share)
+        matching = snapshot.every if on_all else sample
+        seconds = min(
+            run_stages(snapshot, queries[:1], stages, matching, index).seconds for _ in range(TIMED)
+        )
+        cost = plan.products, plan.bytes_read
+        name = plan_name(plan.stages)
+        measured.append(Measured(name, plan.recall, plan.error, *cost, 1000 * seconds))
+    on = f"on {len(rows):,} of {len(store):,} items"
+    if index is not None:
+        on += " (plans that ask the index: on all)"
     return Calibration(
-        store.generation,
         tuple(map(str, store.groups)),
-        f"{len(queries)} {asked_by}, on {len(rows):,} of {len(store):,} items",
-        tuple(sorted(measured, key=lambda row: (row.products, row.bytes_read))),
+        snapshot.manifest.data,
+        snapshot.manifest.num_rows,
+        snapshot.manifest.num_deleted,
+        None if index is None else index.manifest.number,
+        f"{kinds.said}, {on}",
+        tuple(measured),
     )
 
 
-def costs(plan: Sequence[Stage], store: Store) -> tuple[int, int]:
-    """What a query costs on a whole store: multiplications, in units of the width, and bytes."""
-    # What a stage scores is what the stage before it keeps.
-    scored = list(zip([len(store), *(stage.keep for stage in plan)], plan, strict=False))
-    products = sum(n * b.r_c * (1 if b.r_c == 1 else b.r_q) for n, (b, _) in scored)
-    return products, sum(n * b.r_c for n, (b, _) in scored) * store.snapshot().vector_bytes
+class _Plan(NamedTuple):
+    stages: tuple[Stage, ...]
+    recall: float
+    error: float
+    products: float
+    bytes_read: float
+
+
+def _scans(
+    store: Reader,
+    queries: Float[Tensor, "Q Rq D"],
+    sample: Matching,
+    sizes: Sequence[int],
+    go_on: Callable[[], None],
+) -> list[_Plan]:
+    """Plans that score every item in their first stage."""
+    snapshot, last = store.snapshot(), store.groups[-1]
+    exact = _exact(snapshot, queries, Stage(last, TOP), sample, go_on)
+    ranks = _ranks(snapshot, queries, sample.places, exact, store.groups, go_on)
+    share = len(sample.places) / len(store)
+    found = []
+
+    def add(*stages: Stage) -> None:
+        # What is among the best of all is among the best of those that an earlier stage leaves.
+        survives = torch.ones(exact.shape, dtype=torch.bool)
+        for stage, scaled in zip(stages, _scaled(stages, share), strict=True):
+            survives &= ranks[stage._replace(keep=0)] < scaled.keep
+        recall = _hardest(survives, sizes)
+        found.append(_Plan(stages, *recall, *costs(stages, store)))
+
+    end = Stage(last, TOP)
+    for first in ranks:
+        if not first.pooled:
+            add(first._replace(keep=TOP))
+        for keep in KEPT if first.products < end.products else ():
+            if keep >= len(store):
+                break
+            begun = first._replace(keep=keep)
+            add(begun, end)
+            for between in ranks if keep >= 10 * KEPT[0] else ():
+                if first.products < between.products < end.products:
+                    add(begun, between._replace(keep=keep // 10), end)
+    return found
+
+
+def _index_plans(
+    store: Reader,
+    index: Index,
+    kinds: Sequence[Float[Tensor, "_ Rq D"]],
+    go_on: Callable[[], None],
+) -> list[_Plan]:
+    """Plans that ask an index: how far down its answers the ten best stand."""
+    snapshot, end = store.snapshot(), Stage(store.groups[-1], TOP)
+    queries, sizes = torch.cat([*kinds]), [len(some) for some in kinds]
+    exact = _exact(snapshot, queries, end, snapshot.every, go_on).numpy()
+    allowed = snapshot.every.allowed(index.num_rows, index.num_slots)
+    in_any_case = torch.from_numpy(exact >= index.num_rows)
+    found = []
+    for pooled, hits in HITS.items():
+        for lists in (some for some in LISTS if some <= index.num_lists):
+            go_on()
+            stage = Stage(store.groups[-1], hits[-1], pooled, lists)
+            asked = stage.asked(queries).float().cpu().numpy()
+            ids = index.nearest(asked, lists, hits[-1], allowed)
+            items = np.where(ids < 0, -1, ids // index.num_slots)
+            depth = torch.from_numpy(_depth(items, exact))
+            for some in hits:
+                recall = _hardest((depth < some) | in_any_case, sizes)
+                rescored = float(np.mean([len(np.unique(one[:, :some])) for one in items]))
+                stages = stage._replace(keep=some), end
+                found.append(_Plan(stages, *recall, *costs(stages, store, index, rescored)))
+    return found
+
+
+def _depth(items: Integer[np.ndarray, "Q A K"], wanted: Integer[np.ndarray, "Q T"]) -> np.ndarray:
+    """Where in the best of its query's answers an item first stands; beyond them if nowhere."""
+    depth = np.full(wanted.shape, items.shape[2])
+    for query, item in np.ndindex(*wanted.shape):
+        places = np.nonzero(items[query] == wanted[query, item])[1]
+        if len(places):
+            depth[query, item] = places.min()
+    return depth
+
+
+def _exact(
+    snapshot: Snapshot,
+    queries: Float[Tensor, "Q Rq D"],
+    stage: Stage,
+    matching: Matching,
+    go_on: Callable[[], None],
+) -> Integer[Tensor, "Q T"]:
+    """Places of the ten best."""
+    found = []
+    for some in queries.split(ASKED_AT_A_TIME):
+        go_on()
+        found.append(run_stages(snapshot, some, [stage], matching).places)
+    return torch.cat(found).cpu()
+
+
+def _ranks(
+    snapshot: Snapshot,
+    queries: Float[Tensor, "Q Rq D"],
+    places: Integer[Tensor, " N"],
+    exact: Integer[Tensor, "Q T"],
+    groups: Sequence[Budget],
+    go_on: Callable[[], None],
+) -> dict[Stage, Integer[Tensor, "Q T"]]:
+    """How many of some items each first stage puts before each of the ten best.
+
+    One product of all vectors serves every stage: the maximum runs over the candidate's vectors and
+    the sum over the query's, and stops at each trained count.
+    """
+    columns = torch.cat([queries, queries.sum(dim=1, keepdim=True)], dim=1).float()
+    own = _first_scores(_vectors(snapshot, exact.flatten()), columns, groups)
+    pick = torch.arange(len(queries)).repeat_interleave(exact.shape[1])
+    rows = torch.arange(len(pick))
+    limits = {
+        # The same product may come out a little different among others.
+        first: (scores[rows, pick] + 1e-5).view(exact.shape)
+        for first, scores in own.items()
+    }
+    before = {first: torch.zeros(exact.shape, dtype=torch.long) for first in limits}
+    step = max(1, BLOCK // (columns.shape[0] * columns.shape[1] * groups[-1].r_c))
+    last_told = time.perf_counter()
+    for some in places.split(step):
+        for first, scores in _first_scores(_vectors(snapshot, some), columns, groups).items():
+            before[first] += (scores.unsqueeze(2) > limits[first].to(scores)).sum(dim=0).cpu()
+        if time.perf_counter() - last_told > 1:
+            go_on()
+            last_told = time.perf_counter()
+    return before
+
+
+def _first_scores(
+    vectors: Float[Tensor, "n R D"], columns: Float[Tensor, "Q _ D"], groups: Sequence[Budget]
+) -> dict[Stage, Float[Tensor, "n Q"]]:
+    """Scores of every first stage that there is."""
+    num_queries, num_columns, width = columns.shape
+    r_q = num_columns - 1
+    vectors = vectors.to(columns.device)
+    products = vectors.flatten(0, 1) @ columns.view(-1, width).T
+    products = products.view(len(vectors), -1, num_queries, num_columns)
+    found: dict[Stage, Tensor] = {}
+    best, done = products[:, 0], 1
+    for r_c in sorted({group.r_c for group in groups}):
+        if r_c > done:
+            best, done = torch.maximum(best, products[:, done:r_c].amax(dim=1)), r_c
+        sums = best[:, :, :r_q].cumsum(dim=2)
+        for some in sorted({group.r_q for group in groups}):
+            found[Stage(Budget(some, r_c), 0)] = sums[:, :, some - 1]
+        if r_c > 1:
+            found[Stage(Budget(r_q, r_c), 0, pooled=True)] = best[:, :, r_q]
+    return found
+
+
+def _vectors(snapshot: Snapshot, places: Integer[Tensor, " n"]) -> Float[Tensor, "n R D"]:
+    manifest = snapshot.manifest
+    found = torch.empty(len(places), manifest.num_slots, manifest.width)
+    for plane in snapshot.planes:
+        plane.read_into(found[:, plane.first : plane.first + plane.vectors.shape[1]], places)
+    return found
+
+
+def _hardest(survives: Tensor, sizes: Sequence[int]) -> tuple[float, float]:
+    """Recall of the kind of query that does worst, and its standard error."""
+    found = []
+    for some in survives.double().mean(dim=1).split(list(sizes)):
+        error = some.std().item() / math.sqrt(len(some)) if len(some) > 1 else 0.0
+        found.append((some.mean().item(), error))
+    return min(found, key=lambda one: one[0] - one[1])
+
+
+def _worth_it(plans: Sequence[_Plan], store: Reader) -> list[_Plan]:
+    """The trained groups, and for some targets the cheapest plans, cheapest first.
+
+    Once with those that ask the index and once without: it may be lost.
+    """
+    plans = sorted(plans, key=lambda plan: (plan.products, plan.bytes_read))
+    single = Budget(store.groups[-1].r_q, store.groups[0].r_c)
+    names = {str(group) for group in (*store.groups, single)}
+    chosen = {plan.stages for plan in plans if plan_name(plan.stages) in names}
+    for some in (plans, [plan for plan in plans if plan.stages[0].lists is None]):
+        for target in TARGETS:
+            reach = (plan.stages for plan in some if plan.recall - plan.error >= target)
+            chosen.update(itertools.islice(reach, 1))
+    return [plan for plan in plans if plan.stages in chosen]
+
+
+def costs(
+    plan: Sequence[Stage],
+    store: Reader,
+    index: Index | None = None,
+    rescored: float | None = None,
+) -> tuple[float, float]:
+    """What a query costs on a whole store: dot products, and bytes.
+
+    Args:
+        plan: its stages.
+        store: that is searched.
+        index: that its first stage asks.
+        rescored: items that this leaves; None: as many as it can.
+    """
+    first, vector_bytes = plan[0], store.snapshot().vector_bytes
+    scored = [len(store), *(stage.keep for stage in plan)]
+    products = bytes_read = 0.0
+    stages = list(plan)
+    if first.lists is not None:
+        assert index is not None, "its cost depends on the lists"
+        questions = 1 if first.pooled else first.budget.r_q
+        share = min(1, first.lists / index.num_lists)
+        products = questions * (index.num_lists + share * index.num_rows * index.num_slots)
+        bytes_read = questions * index.bytes_read(first.lists)
+        left = questions * first.keep if rescored is None else rescored
+        stages, scored = stages[1:], [left, *scored[2:]]
+    for stage, num_items in zip(stages, scored, strict=False):
+        products += num_items * stage.products
+        bytes_read += num_items * stage.budget.r_c * vector_bytes
+    return products, bytes_read
+
+
+def _scaled(stages: Sequence[Stage], share: float) -> list[Stage]:
+    """The same for a share of the items."""
+    return [stage._replace(keep=max(TOP, math.ceil(share * stage.keep))) for stage in stages]
 
 
 def stages_of(plan: str, groups: Sequence[Budget], top: int) -> tuple[Stage, ...]:
@@ -189,36 +606,30 @@ def stages_of(plan: str, groups: Sequence[Budget], top: int) -> tuple[Stage, ...
     if ":" not in plan:
         return (Stage(check_budget(plan, groups), top),)
     *first, last = parse_cascade(plan, groups)
-    kept = [Stage(stage.budget, max(stage.keep, top)) for stage in first]
-    return (*kept, Stage(last.budget, top))
+    return (*(_for_top(stage, top) for stage in first), last._replace(keep=top))
 
 
-def measure(
-    store: Store,
-    encode: Callable[[Sequence[str]], Float[Tensor, "Q Rq D"]],
-    go_on: Callable[[], None] = lambda: None,
-) -> Calibration:
-    """Calibrate with texts that items of a store have as queries; where few have one, without.
-
-    Args:
-        store: not empty.
-        encode: gives texts' vectors, as queries of the store's model.
-        go_on: see `calibrate`.
-
-    Raises:
-        UserError: the store is empty.
-    """
-    rows = spread(len(store), 4 * NUM_QUERIES).tolist()
-    said = [metadata.get("asked_as") or metadata.get("text") for metadata in store.metadata(rows)]
-    texts = [text for text in said if isinstance(text, str) and text.strip()][:NUM_QUERIES]
-    if len(texts) < NUM_QUERIES // 2:
-        return calibrate(store, go_on=go_on)
-    return calibrate(store, encode(texts), "texts of its items", go_on)
+def _for_top(stage: Stage, top: int) -> Stage:
+    if stage.lists is None:
+        return stage._replace(keep=max(stage.keep, top))
+    # It was measured for ten: for more results it looks as much farther.
+    return stage._replace(keep=math.ceil(stage.keep * max(1, top / TOP)))
 
 
 def plan_name(plan: Sequence[Stage]) -> str:
     """A plan as a user would ask for it: a budget, or the stages of a cascade."""
     return str(plan[0].budget) if len(plan) == 1 else ",".join(map(str, plan))
+
+
+def _check_filled(store: Reader) -> None:
+    if not len(store):
+        raise UserError(f"{store.folder} is empty: there is nothing to measure plans on")
+
+
+def _stored_queries(store: Reader) -> Float[Tensor, "Q Rq D"]:
+    vectors = store.vectors(spread(len(store), NUM_QUERIES).tolist())
+    # A query of more vectors than a candidate has asks with some of them twice.
+    return vectors[:, torch.arange(store.groups[-1].r_q) % vectors.shape[1]]
 
 
 def spread(count: int, at_most: int) -> Tensor:
@@ -228,9 +639,3 @@ def spread(count: int, at_most: int) -> Tensor:
     (tensor([ 0, 49, 99]), tensor([0, 1]))
     """
     return torch.linspace(0, count - 1, min(count, at_most), dtype=torch.float64).long()
-
-
-def _stored_queries(store: Store) -> Float[Tensor, "Q Rq D"]:
-    vectors = store.vectors(spread(len(store), NUM_QUERIES).tolist())
-    # A query of more vectors than a candidate has asks with some of them twice.
-    return vectors[:, torch.arange(store.groups[-1].r_q) % vectors.shape[1]]

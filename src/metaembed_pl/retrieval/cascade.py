@@ -1,15 +1,25 @@
-"""How a store is searched: one scan at a budget, or a cascade of ever larger budgets.
+"""How a store is searched: one scan at a budget, or a cascade of stages, the cheapest first.
 
-A cascade scans everything at a small budget and scores what is left at larger ones:
+A stage scores what the stage before it kept, and keeps the best of it:
+
+    4x8:200      MaxSim of 4 query and 8 candidate vectors; the 200 best items
+    poolx16:200  the sum of all query vectors, against 16 candidate vectors; the 200 best items
+    pool@32:200  the sum asks the index, which reads 32 of its lists; the items of the 200 best
+                 candidate vectors
+    each@32:50   every query vector asks the index; the items of the 50 best vectors of each
+
+Only the first stage can ask the index, and the last one scores at a budget. Pooling the query costs
+one product a candidate vector instead of r_q, and loses little where a query's vectors are alike.
 
     >>> groups = [Budget(1, 1), Budget(4, 8), Budget(16, 64)]
-    >>> [str(stage) for stage in parse_cascade("16x1:2000,4x8:200,16x64:10", groups)]
-    ['16x1:2000', '4x8:200', '16x64:10']
+    >>> [str(stage) for stage in parse_cascade("poolx8:2000,4x8:200,16x64:10", groups)]
+    ['poolx8:2000', '4x8:200', '16x64:10']
 
 Q: queries    Rq: their vectors    D: width    N: places that are searched    K: hits of a query
 """
 
 import itertools
+import re
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -21,18 +31,46 @@ from torch import Tensor
 
 from metaembed_pl.budget import Budget, check_budget
 from metaembed_pl.errors import UserError
+from metaembed_pl.retrieval.index import Index
 from metaembed_pl.retrieval.scoring import best_rows, fast_dtype, scan
-from metaembed_pl.retrieval.snapshot import Snapshot
+from metaembed_pl.retrieval.snapshot import Matching, Snapshot
+
+_STAGE = re.compile(
+    r"\s*(?:poolx(?P<r_c>\d+)|(?P<asks>pool|each)@(?P<lists>\d+)|(?P<budget>[^:@]+))"
+    r"\s*:\s*(?P<keep>\d+)\s*"
+)
 
 
 class Stage(NamedTuple):
-    """One step of a cascade: score at a budget, keep the best."""
+    """One step of a cascade.
+
+    Args:
+        budget: query and candidate vectors that are used.
+        keep: items that are kept; where the index is asked, vectors for each question.
+        pooled: the query's vectors are summed first.
+        lists: of the index that are read; None: every item is scored.
+    """
 
     budget: Budget
     keep: int
+    pooled: bool = False
+    lists: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.budget}:{self.keep}"
+        if self.lists is not None:
+            return f"{'pool' if self.pooled else 'each'}@{self.lists}:{self.keep}"
+        return f"{f'poolx{self.budget.r_c}' if self.pooled else self.budget}:{self.keep}"
+
+    @property
+    def products(self) -> int:
+        """Dot products for an item that is scored."""
+        one = self.pooled or self.budget.r_c == 1
+        return self.budget.r_c * (1 if one else self.budget.r_q)
+
+    def asked(self, queries: Float[Tensor, "Q Rq D"]) -> Float[Tensor, "Q _ D"]:
+        """The vectors that the stage asks with."""
+        queries = queries[:, : self.budget.r_q]
+        return queries.sum(dim=1, keepdim=True) if self.pooled else queries
 
 
 @dataclass(frozen=True)
@@ -82,23 +120,37 @@ def parse_cascade(
             more than the one before.
     """
     parts = value.split(",") if isinstance(value, str) else list(value)
-    stages = [part if isinstance(part, Stage) else _parse_stage(part) for part in parts]
-    stages = [Stage(check_budget(stage.budget, groups), stage.keep) for stage in stages]
-    for before, stage in itertools.pairwise(stages):
-        if stage.keep > before.keep:
-            raise UserError(f"stage {stage} of a cascade keeps more than {before} before it")
+    stages = tuple(part if isinstance(part, Stage) else _parse(part, groups) for part in parts)
     if not stages:
-        raise UserError("a cascade has at least one stage, such as 16x1:2000")
-    return tuple(stages)
-
-
-def _parse_stage(text: str) -> Stage:
-    budget, colon, keep = text.partition(":")
-    if not colon or not keep.strip().isdecimal() or int(keep) < 1:
+        raise UserError("a cascade has at least one stage, such as poolx8:200")
+    for stage in stages:
+        check_budget(stage.budget, groups)
+    for before, stage in itertools.pairwise(stages):
+        if stage.lists is not None:
+            raise UserError(f"only the first stage of a cascade can ask the index, not {stage}")
+        if stage.keep > before.keep and before.lists is None:
+            raise UserError(f"stage {stage} of a cascade keeps more than {before} before it")
+    if stages[-1].pooled or stages[-1].lists is not None:
         raise UserError(
-            f"a stage of a cascade is a budget and how many to keep, such as 4x8:200; got {text!r}"
+            f"the last stage of a cascade scores at a budget, such as {groups[-1]}:10; "
+            f"got {stages[-1]}"
         )
-    return Stage(Budget.parse(budget), int(keep))
+    return stages
+
+
+def _parse(text: str, groups: Sequence[Budget]) -> Stage:
+    match = _STAGE.fullmatch(text)
+    if match is None or int(match["keep"]) < 1 or int(match["lists"] or 1) < 1:
+        raise UserError(
+            "a stage of a cascade says what is scored and how many are kept, such as 4x8:200, "
+            f"poolx8:200, pool@32:200 or each@32:50; got {text!r}"
+        )
+    keep, every = int(match["keep"]), groups[-1]
+    if match["lists"]:
+        return Stage(every, keep, match["asks"] == "pool", int(match["lists"]))
+    if match["r_c"]:
+        return Stage(Budget(every.r_q, int(match["r_c"])), keep, pooled=True)
+    return Stage(Budget.parse(match["budget"]), keep)
 
 
 def choose_stages(
@@ -128,32 +180,80 @@ def run_stages(
     snapshot: Snapshot,
     queries: Float[Tensor, "Q Rq D"],
     stages: Sequence[Stage],
-    places: Integer[Tensor, " N"],
+    matching: Matching,
+    index: Index | None = None,
 ) -> Found:
-    """Search places stage by stage.
+    """Search stage by stage.
 
-    The first stage multiplies in what the machine is fastest at. Where that is coarser than float32
-    it keeps more than asked, and these are scored once more: scores that are returned, and the
-    order, are those of float32.
+    A first stage that scores every item multiplies in what the machine is fastest at. Where that is
+    coarser than float32 it keeps more than asked, and these are scored once more: scores that are
+    returned, and the order, are those of float32.
+
+    Args:
+        snapshot: of the store.
+        queries: as the store accepted them.
+        stages: what to do, first to last.
+        matching: which items are searched.
+        index: of the snapshot; needed where the first stage asks it.
     """
     started = time.perf_counter()
     first, *later = stages
-    dtype = fast_dtype(queries.device)
-    if dtype != torch.float32:
-        later = [first, *later]
-        first = Stage(first.budget, 2 * first.keep + 32)
-    r_q, r_c = first.budget
-    scored = scan(snapshot.planes, queries[:, :r_q], r_c, places, dtype)
-    scores, found = best_rows(scored, first.keep)
-    num_vectors = len(places) * r_c
-    for (r_q, r_c), keep in later:
-        num_vectors += found.numel() * r_c
-        best = [
-            best_rows(
-                scan(snapshot.planes, query[None, :r_q], r_c, of_query.sort().values.cpu()), keep
-            )
-            for query, of_query in zip(queries, found, strict=True)
+    if first.lists is not None:
+        assert index is not None, "a plan that asks an index is chosen where there is one"
+        at_least = min(stages[-1].keep, len(matching.places))
+        places, bytes_read = _ask(snapshot, index, queries, first, matching, at_least)
+        found = [(places.new_empty(0).float(), places) for places in places]
+    else:
+        dtype = fast_dtype(queries.device)
+        if dtype != torch.float32:
+            later = [first, *later]
+            first = first._replace(keep=2 * first.keep + 32)
+        r_c = first.budget.r_c
+        scored = scan(snapshot.planes, first.asked(queries), r_c, matching.places, dtype)
+        found = list(zip(*best_rows(scored, first.keep), strict=True))
+        bytes_read = len(matching.places) * r_c * snapshot.vector_bytes
+    for stage in later:
+        r_c = stage.budget.r_c
+        bytes_read += sum(len(places) for _, places in found) * r_c * snapshot.vector_bytes
+        found = [
+            _best_of(snapshot, stage, query, places)
+            for query, (_, places) in zip(queries, found, strict=True)
         ]
-        scores, found = (torch.cat(of_all) for of_all in zip(*best, strict=True))
-    seconds = time.perf_counter() - started
-    return Found(scores, found, num_vectors * snapshot.vector_bytes, seconds)
+    scores, places = (torch.stack(of_all) for of_all in zip(*found, strict=True))
+    return Found(scores, places, bytes_read, time.perf_counter() - started)
+
+
+def _best_of(
+    snapshot: Snapshot, stage: Stage, query: Float[Tensor, "Rq D"], places: Integer[Tensor, " n"]
+) -> tuple[Float[Tensor, " K"], Integer[Tensor, " K"]]:
+    """The best of some places for one query."""
+    places = places.sort().values.cpu()
+    scored = scan(snapshot.planes, stage.asked(query[None]), stage.budget.r_c, places)
+    scores, best = best_rows(scored, stage.keep)
+    return scores[0], best[0]
+
+
+def _ask(
+    snapshot: Snapshot,
+    index: Index,
+    queries: Float[Tensor, "Q Rq D"],
+    stage: Stage,
+    matching: Matching,
+    at_least: int,
+) -> tuple[list[Integer[Tensor, " n"]], int]:
+    """Places that the index finds, by query, and the bytes read.
+
+    Items that are not in the index yet are all scored.
+    """
+    assert stage.lists is not None
+    allowed = matching.allowed(index.num_rows, index.num_slots)
+    at_least = min(at_least, matching.num_below(index.num_rows))
+    found = index.search(stage.asked(queries), stage.lists, stage.keep, allowed, at_least)
+    bytes_read = index.bytes_read(stage.lists) * len(queries) * stage.asked(queries).shape[1]
+    tail = matching.places[matching.num_below(index.num_rows) :]
+    if len(tail):
+        r_c = stage.budget.r_c
+        _, best = best_rows(scan(snapshot.planes, queries, r_c, tail), stage.keep)
+        found = [torch.cat([*both]) for both in zip(found, best.cpu(), strict=True)]
+        bytes_read += len(tail) * r_c * snapshot.vector_bytes
+    return found, bytes_read

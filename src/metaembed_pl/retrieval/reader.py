@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -16,12 +15,13 @@ from torch import Tensor
 from metaembed_pl.budget import Budget, check_budget
 from metaembed_pl.errors import UserError
 from metaembed_pl.retrieval.cascade import Hits, Stage, choose_stages, run_stages
+from metaembed_pl.retrieval.filters import Filters
+from metaembed_pl.retrieval.index import Index, IndexUnusable, index_version
 from metaembed_pl.retrieval.manifest import Manifest
 from metaembed_pl.retrieval.projection import PROJECTION_FILE, Projection
 from metaembed_pl.retrieval.scoring import scan
 from metaembed_pl.retrieval.searchable import Searchable
-from metaembed_pl.retrieval.snapshot import Snapshot
-from metaembed_pl.retrieval.where import parse_where
+from metaembed_pl.retrieval.snapshot import Matching, Snapshot
 
 
 class Reader(Searchable):
@@ -37,6 +37,8 @@ class Reader(Searchable):
         self._manifest = self._snapshot.manifest
         self._places: dict[str, int] | None = None  # of the ids; made when first needed
         self._read: tuple[str, Projection] | None = None  # a digest and its projection
+        self._filters: tuple[Snapshot, Filters] | None = None
+        self._index: tuple[tuple, Index | None] | None = None  # which it is, and the index
         _ = self.projection  # of a store without its own nothing can be searched
 
     @property
@@ -160,7 +162,9 @@ class Reader(Searchable):
         Args:
             queries: of the store's model, all R_q vectors; where they are is where scores are made.
             budget: every item is scored at it, exactly; None spends all vectors.
-            cascade: instead of a budget, such as "16x1:2000,4x8:200,16x64:10".
+            cascade: instead of a budget, stages such as "poolx8:200,16x64:10", see cascade.py.
+                Where `where` leaves so few items that scoring them all is cheaper than asking the
+                index, that is done; the hits' `stages` say so.
             top: hits of a query; None: what the cascade's last stage keeps, or 10.
             where: conditions on metadata, such as "lang=de"; all must hold.
             normalised: divide scores by r_q: they then lie in [-1, 1] at any budget.
@@ -176,11 +180,14 @@ class Reader(Searchable):
         queries = self.accept(queries)
         if not len(self):
             raise UserError(f"{self.folder} is empty: add items with `embed`")
-        places = self._matching(where)
-        if len(places) == 0 or len(queries) == 0:
+        matching = self._matching(where)
+        if len(matching.places) == 0 or len(queries) == 0:
             nothing: list[list[Any]] = [[] for _ in queries]
             return Hits(nothing, nothing, nothing, stages, 0.0, 0)
-        found = run_stages(snapshot, queries, stages, places)
+        index = self.index() if stages[0].lists is not None else None
+        if index is not None:
+            stages = for_filter(stages, index, len(matching.places), len(self))
+        found = run_stages(snapshot, queries, stages, matching, index)
         scores = found.scores[:, :top] / (stages[-1].budget.r_q if normalised else 1)
         best = found.places[:, :top].cpu()
         ids = iter(snapshot.column("id", best.flatten()))
@@ -223,14 +230,26 @@ class Reader(Searchable):
         places = self.snapshot().places
         return places if rows is None else places[torch.as_tensor(rows, dtype=torch.long)]
 
-    def _matching(self, where: str | Sequence[str]) -> Tensor:
-        """Places of the items for which all conditions hold."""
-        conditions = parse_where(where)
-        places = self.snapshot().places
-        if not conditions:
-            return places
-        holds = [all(c.holds(value) for c in conditions) for value in self.metadata()]
-        return places[torch.from_numpy(np.flatnonzero(holds))]
+    def _matching(self, where: str | Sequence[str]) -> Matching:
+        """The items for which all conditions hold."""
+        snapshot = self.snapshot()
+        if self._filters is None or self._filters[0] is not snapshot:
+            self._filters = snapshot, Filters(snapshot)
+        return self._filters[1].matching(where)
+
+    def index(self) -> Index | None:
+        """The index, which others may build or replace meanwhile; None: there is none.
+
+        Raises:
+            IndexUnusable: there is one that cannot be used, and why.
+        """
+        snapshot = self.snapshot()
+        version = snapshot.manifest.data, index_version(snapshot)
+        known = self._index
+        if known is None or known[0] != version or not (known[1] is None or known[1].is_whole()):
+            self._index = None
+            self._index = known = version, Index.open(snapshot)
+        return known[1]
 
     def stages(
         self,
@@ -242,5 +261,33 @@ class Reader(Searchable):
 
         Raises:
             UserError: the store's model cannot serve them.
+            IndexUnusable: they ask the index, and there is none, or it cannot be used.
         """
-        return choose_stages(self.groups, budget, cascade, top)
+        stages = choose_stages(self.groups, budget, cascade, top)
+        if stages[0].lists is not None and self.index() is None:
+            raise IndexUnusable(
+                f"{self.folder} has no index for {stages[0]}: make one with `index --store "
+                f"{self.folder}`, or search at a budget"
+            )
+        return stages
+
+
+def for_filter(
+    stages: tuple[Stage, ...], index: Index, num_matching: int, num_items: int
+) -> tuple[Stage, ...]:
+    """Stages that ask an index, where a filter lets only some items through.
+
+    These are spread over as many lists as all are, so more lists hold the best of them. Where that
+    costs more than to score them all, they are all scored.
+    """
+    first, last = stages[0], stages[-1]
+    if num_matching == num_items or first.lists is None:
+        return stages
+    lists = min(index.num_lists, -(-first.lists * num_items // num_matching))
+    questions = 1 if first.pooled else first.budget.r_q
+    num_read = questions * index.num_rows * index.num_slots * lists / index.num_lists
+    # A vector that is passed over costs a fifth of one that is multiplied.
+    cost = num_read / 5 + num_read * num_matching / num_items
+    if num_matching * last.products <= cost:
+        return (last,)
+    return (first._replace(lists=lists), *stages[1:])

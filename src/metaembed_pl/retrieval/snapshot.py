@@ -23,6 +23,34 @@ DELETED_FILE = "deleted.i64"
 ATTEMPTS = 5
 
 
+class Matching:
+    """The items that a search looks at: all that are there, or those that a filter lets through.
+
+    Args:
+        places: theirs, ascending.
+        num_rows: places that there are, of deleted items too.
+    """
+
+    def __init__(self, places: Integer[Tensor, " N"], num_rows: int):
+        self.places, self._num_rows = places, num_rows
+        self._allowed: tuple[tuple[int, int], np.ndarray] | None = None
+
+    def num_below(self, place: int) -> int:
+        """How many of them lie before a place."""
+        return int(torch.searchsorted(self.places, place))
+
+    def allowed(self, num_rows: int, num_slots: int) -> np.ndarray | None:
+        """A bit for each vector of the first rows, as an index wants it; None: all may be found."""
+        if len(self.places) == self._num_rows:
+            return None
+        if self._allowed is None or self._allowed[0] != (num_rows, num_slots):
+            found = np.zeros(num_rows, dtype=bool)
+            found[self.places[: self.num_below(num_rows)].numpy()] = True
+            bits = np.packbits(np.repeat(found, num_slots), bitorder="little")
+            self._allowed = (num_rows, num_slots), bits
+        return self._allowed[1]
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """What a store's manifest counts.
@@ -51,7 +79,7 @@ class Snapshot:
         for attempt in range(ATTEMPTS):
             manifest = Manifest.read(folder)
             try:
-                return cls._map(folder / manifest.data, manifest)
+                return cls.of(folder / manifest.data, manifest)
             except (UserError, OSError):
                 # A compaction may have removed the files meanwhile: then there is a newer manifest.
                 newer = Manifest.read(folder).generation != manifest.generation
@@ -60,7 +88,12 @@ class Snapshot:
         raise AssertionError("the last attempt returns or raises")
 
     @classmethod
-    def _map(cls, data: Path, manifest: Manifest) -> "Snapshot":
+    def of(cls, data: Path, manifest: Manifest) -> "Snapshot":
+        """Map what a manifest counts of a folder of data.
+
+        Raises:
+            UserError: a part of it is damaged or missing.
+        """
         there = np.ones(manifest.num_rows, dtype=bool)
         files = MappedFiles(data)
         deleted = files.tensor(DELETED_FILE, (manifest.num_deleted,), torch.int64).numpy()
@@ -77,6 +110,11 @@ class Snapshot:
     def vector_bytes(self) -> int:
         """Of a stored vector, its scale included."""
         return vector_bytes(self.manifest)
+
+    @cached_property
+    def every(self) -> Matching:
+        """All items that are there."""
+        return Matching(self.places, self.manifest.num_rows)
 
     @cached_property
     def ids(self) -> list[str]:

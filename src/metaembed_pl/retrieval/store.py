@@ -28,6 +28,7 @@ from torch import Tensor
 from metaembed_pl.budget import Budget, parse_groups
 from metaembed_pl.errors import UserError
 from metaembed_pl.files import new_folder
+from metaembed_pl.retrieval.index_build import carry
 from metaembed_pl.retrieval.manifest import MANIFEST_FILE, Manifest
 from metaembed_pl.retrieval.planes import append_bytes, append_vectors, copy_vectors
 from metaembed_pl.retrieval.projection import PROJECTION_FILE, Projection, digest_of
@@ -225,6 +226,7 @@ class Store(Reader):
                 copy_vectors(data, new, snapshot.planes, places)
                 rows_bytes = append_table(data, new, snapshot.table, places)
                 new = replace(new, num_rows=new.num_rows + len(places), rows_bytes=rows_bytes)
+            carry(snapshot, data, new)
             self._commit(new)
             self._places = None
             for other in self.folder.glob("data-*"):

@@ -68,10 +68,21 @@ class Condition:
         if isinstance(value, str):
             return compare(value, self.text)
         try:
-            wanted = json.loads(self.text)
-            return compare(value, wanted)
-        except (ValueError, TypeError):
+            return compare(value, spelled(self.text))
+        except TypeError:
             return self.comparison == "!="
+
+
+def spelled(text: str) -> Any:
+    """The JSON value that a text spells; itself where it spells none.
+
+    >>> spelled("3"), spelled("de")
+    (3, 'de')
+    """
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def parse_where(where: str | Sequence[str]) -> list[Condition]:

@@ -145,7 +145,7 @@ def _add_api(app: FastAPI, service: Service) -> None:
     def search(
         query: Asked,
         plan: Annotated[
-            str | None, Query(max_length=200, description="a budget, a cascade, or auto")
+            str | None, Query(max_length=200, description="a budget or a cascade; default: auto")
         ] = None,
         top: Annotated[int, Query(ge=1, le=MAX_TOP, description="results")] = 10,
         where: Annotated[
@@ -155,7 +155,7 @@ def _add_api(app: FastAPI, service: Service) -> None:
         normalised: Annotated[bool, Query(description="divide scores by r_q")] = False,
         target_recall: Annotated[float, Query(gt=0, le=1, description="of auto")] = 0.98,
     ) -> schema.Answer:
-        """Find the best items for a query at a plan; without one, all vectors are spent."""
+        """Find the best items for a query; without a plan, as cheaply as was measured to do."""
         return service.search(query, plan, top, where or (), normalised, target_recall)
 
     @app.get("/api/explanation")

@@ -1,11 +1,12 @@
 """What the plans of a served store cost and find, measured in the background when asked for."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
+from metaembed_pl.budget import Budget
 from metaembed_pl.errors import UserError
-from metaembed_pl.retrieval.calibration import Calibration, costs, plan_name, plans
+from metaembed_pl.retrieval.calibration import Calibration, costs, has_index, plan_name
 from metaembed_pl.retrieval.cascade import Stage
 from metaembed_pl.retrieval.store import Store
 from metaembed_pl.serving.schema import Measurement, Plan
@@ -34,7 +35,7 @@ class Measuring:
     def calibration(self, store: Store) -> Calibration | None:
         """That of a store as it is, where it was measured: by us or by `search --budget auto`."""
         known = self._known
-        if known is None or known.generation != store.generation:
+        if known is None or not known.fits(store):
             self._known = known = Calibration.load(store)
         return known
 
@@ -88,7 +89,7 @@ class Measuring:
 
 
 def choices(store: Store, calibration: Calibration | None) -> list[Plan]:
-    """Plans to choose from, cheapest first."""
+    """Plans to choose from, cheapest first; those that ask the index only where there is one."""
     exact = costs([Stage(store.groups[-1], 1)], store)[0] or 1
     if calibration is not None:
         return [
@@ -100,18 +101,25 @@ def choices(store: Store, calibration: Calibration | None) -> list[Plan]:
                 milliseconds=row.milliseconds,
             )
             for row in calibration.measured
+            if "@" not in row.plan or has_index(store)
         ]
     found = []
-    for plan in plans(store.groups, len(store)):
+    for budget in dict.fromkeys([*store.groups, _summed(store.groups)]):
+        plan = [Stage(budget, 1)]
         products, bytes_read = costs(plan, store)
         found.append((products, bytes_read, plan_name(plan)))
     return [
         Plan(
             plan=name,
             cost=products / exact,
-            bytes_read=bytes_read,
+            bytes_read=int(bytes_read),
             recall=None,
             milliseconds=None,
         )
         for products, bytes_read, name in sorted(found)
     ]
+
+
+def _summed(groups: Sequence[Budget]) -> Budget:
+    """All query vectors with the first of each item: as cheap as 1x1, and finds more."""
+    return Budget(groups[-1].r_q, groups[0].r_c)

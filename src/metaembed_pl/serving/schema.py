@@ -1,7 +1,7 @@
 """What the service answers, as JSON: `/openapi.json` tells the same to programs.
 
 A *plan* says what a search spends: a budget (`4x8`) or the stages of a cascade
-(`8x1:2000,4x8:200,8x16:10`).
+(`poolx8:200,8x16:10`).
 """
 
 from typing import Any, Literal
@@ -60,6 +60,8 @@ class Shelf(_Shape):
     """Of a stored vector."""
     plans: list[Plan]
     """To choose from, cheapest first."""
+    default_plan: str
+    """What a search that names no plan spends."""
     measurement: Measurement
     """Where the plans' recall and milliseconds come from."""
     examples: list[str]
@@ -103,6 +105,8 @@ class Answer(_Shape):
 
     plan: str
     """What was spent; every stage keeps at least what was asked for."""
+    note: str
+    """Why this plan, where none was named: its measured recall, or why the search was exact."""
     budget: str
     """Of the last stage: the scores are of it."""
     results: list[Result]

@@ -9,6 +9,7 @@ It knows nothing of HTTP (`app.py` does), and may be called from many threads: o
 the model, any number search. The store may change meanwhile: each call sees its newest generation.
 """
 
+import json
 import threading
 import time
 from collections.abc import Sequence
@@ -22,8 +23,15 @@ from metaembed_pl.budget import check_budget
 from metaembed_pl.errors import UserError
 from metaembed_pl.item import Item
 from metaembed_pl.model.embedder import MetaEmbedder
-from metaembed_pl.retrieval.calibration import measure, spread, stages_of
-from metaembed_pl.retrieval.cascade import Stage
+from metaembed_pl.retrieval.calibration import (
+    QUERIES_FILE,
+    Choice,
+    choose,
+    measure,
+    plan_name,
+    spread,
+    stages_of,
+)
 from metaembed_pl.retrieval.embedding import check_model
 from metaembed_pl.retrieval.manifest import Manifest
 from metaembed_pl.retrieval.store import Store
@@ -67,6 +75,8 @@ class Service:
         pictures: folders whose pictures and PDFs may be read and shown, where the store's items are
             made of them.
         max_upload_bytes: of a picture that is asked with.
+        log_queries: keep the texts that are asked in the store's folder: plans are then measured
+            with them.
 
     Raises:
         UserError: the store is damaged or another model's, or a folder is not there.
@@ -78,7 +88,9 @@ class Service:
         folder: str | Path,
         pictures: Sequence[str | Path] = (),
         max_upload_bytes: int = MAX_UPLOAD_BYTES,
+        log_queries: bool = False,
     ):
+        self._log_queries = log_queries
         self.model, self.max_upload_bytes = model, max_upload_bytes
         for root in pictures:
             if not Path(root).is_dir():
@@ -127,6 +139,7 @@ class Service:
             dtype=store.dtype,
             vector_bytes=store.snapshot().vector_bytes,
             plans=choices(store, calibration),
+            default_plan=plan_name(choose(store, calibration).stages),
             measurement=self.measuring.state(store),
             examples=_examples(store),
             max_upload_bytes=self.max_upload_bytes,
@@ -152,9 +165,16 @@ class Service:
             asked = Asked(item.text, picture is not None, self._encoded([item]))
             seconds = time.perf_counter() - started
             self._queries.keep(id, asked)
+            if self._log_queries and asked.text:
+                self._log(asked.text)
         return schema.Question(
             query=id, text=asked.text, has_picture=asked.has_picture, milliseconds=1000 * seconds
         )
+
+    def _log(self, text: str) -> None:
+        line = json.dumps({"text": text}, ensure_ascii=False) + "\n"
+        with (self.folder / QUERIES_FILE).open("a", encoding="utf-8") as file:
+            file.write(line)
 
     def search(
         self,
@@ -169,27 +189,29 @@ class Service:
 
         Args:
             query: its id.
-            plan: a budget, the stages of a cascade, or "auto"; None spends all vectors.
+            plan: a budget, or the stages of a cascade; None or "auto": the cheapest plan that was
+                measured to reach `target_recall`, and the exact search where none was.
             top: results.
             where: conditions on metadata.
             normalised: divide scores by r_q.
-            target_recall: of "auto".
+            target_recall: share of the exact search's first ten.
 
         Raises:
             NotThere: the query is not kept (any more).
-            UserError: any of these is not valid, or "auto" was not measured.
+            UserError: any of these is not valid.
         """
         if not 1 <= top <= MAX_TOP:
             raise UserError(f"top lies between 1 and {MAX_TOP}, got {top}")
         asked, store = self._asked(query), self.store
-        stages = self._stages(store, plan, top, target_recall)
+        stages, note = self._choice(store, plan, top, target_recall)
         hits = store.search(asked.vectors, cascade=stages, where=where, normalised=normalised)
         rows = hits.rows[0]
         known = zip(
             hits.ids[0], hits.scores[0], store.metadata(rows), store.previews(rows), strict=True
         )
         return schema.Answer(
-            plan=str(stages[0].budget) if len(stages) == 1 else ",".join(map(str, stages)),
+            plan=plan_name(hits.stages),
+            note=note,
             budget=str(stages[-1].budget),
             results=[_result(*one) for one in known],
             milliseconds=hits.milliseconds,
@@ -260,18 +282,11 @@ class Service:
             raise UserError("the model gave NaN or infinity for this query: nothing can be found")
         return vectors
 
-    def _stages(
-        self, store: Store, plan: str | None, top: int, target_recall: float
-    ) -> tuple[Stage, ...]:
-        if plan != "auto":
-            return stages_of(plan or str(store.groups[-1]), store.groups, top)
-        calibration = self.measuring.calibration(store)
-        if calibration is None:
-            raise UserError(
-                "this store was not measured as it is now, so auto does not know what to spend: "
-                "measure it first (POST /api/measurement), or name a budget"
-            )
-        return calibration.choose(target_recall, top)
+    def _choice(self, store: Store, plan: str | None, top: int, target_recall: float) -> Choice:
+        if plan in (None, "auto"):
+            return choose(store, self.measuring.calibration(store), target_recall, top)
+        stages = stages_of(plan, store.groups, top)
+        return Choice(store.stages(cascade=stages), "")
 
     def _maps(
         self,

@@ -63,8 +63,8 @@ def _scored_at(
     layout: Layout, query: Float[Tensor, "Rq D"], stage: Stage, exact: bool
 ) -> dict[str, Any]:
     """A stage's part of the request."""
-    (r_q, r_c), keep = stage
-    vectors = query[:r_q].float().cpu()
+    r_c = stage.budget.r_c
+    vectors = stage.asked(query[None])[0].float().cpu()
     # sum_i q_i . c = (sum_i q_i) . c, where there is one c
     value = vectors.sum(dim=0) if r_c == 1 else vectors
     coarse = None
@@ -77,7 +77,7 @@ def _scored_at(
     return {
         "query": value.tolist(),
         "using": name_of(r_c),
-        "limit": keep,
+        "limit": stage.keep,
         "params": params,
     }
 

@@ -1,7 +1,7 @@
 """Searching a collection as if it were a store.
 
     with QdrantStore.open("http://localhost:6333/things") as store:
-        store.search(model.encode_query(["a red apple"]), cascade="16x1:2000,16x64:10")
+        store.search(model.encode_query(["a red apple"]), cascade="poolx16:200,16x64:10")
 
 Q: queries    Rq: their vectors    D: width
 """
@@ -113,6 +113,10 @@ class QdrantStore(Searchable):
             budget = Budget(self.groups[-1].r_q, self.layout.counts[-1])
         stages = choose_stages(self.groups, budget, cascade, top)
         for stage in stages:
+            if stage.lists is not None:
+                raise UserError(
+                    f"{stage} asks the index of a store in a folder; Qdrant has its own"
+                )
             if stage.budget.r_c not in self.layout.counts:
                 raise UserError(
                     f"{self.folder} was pushed with {', '.join(map(str, self.layout.counts))} "
@@ -136,7 +140,7 @@ class QdrantStore(Searchable):
         Args:
             queries: of the model, all R_q vectors.
             budget: one of the collection's counts; None spends all vectors.
-            cascade: instead of a budget, such as "16x1:2000,4x8:200,16x64:10".
+            cascade: instead of a budget, such as "poolx16:200,16x64:10".
             top: hits of a query; None: what the cascade's last stage keeps, or 10.
             where: conditions on metadata, such as "lang=de"; all must hold.
             normalised: divide scores by r_q: they then lie in [-1, 1] at any budget.

@@ -136,7 +136,7 @@ function moving(list, change) {
 
 const plan = () => state.shelf.plans[Number($("plan").value)];
 const short = (words) => (words.includes(":") ? words.replaceAll(/:\d+/g, "").split(",").map(times).join(" → ") : times(words));
-const times = (budget) => budget.replace("x", "×");
+const times = (budget) => budget.replace("poolx", "the summed query×").replace("x", "×");
 
 function planWords({ plan }) {
   const stages = plan.split(",").map((stage) => stage.split(":"));
@@ -145,7 +145,11 @@ function planWords({ plan }) {
     return `${count(queries, "vector")} of the query, ${candidates} of each item`;
   }
   const [[first, keep], ...rest] = stages;
-  return [`all items at ${times(first)}`, ...rest.map(([budget], k) => `the best ${k ? rest[k - 1][1] : keep} at ${times(budget)}`)].join(", then ");
+  const [asks, lists] = first.split("@");
+  const begin = !lists ? `all items at ${times(first)}`
+    : `${asks === "pool" ? "the sum of the query’s vectors asks" : "each query vector asks"} ${lists} lists of the index`;
+  if (lists) return [begin, ...rest.map(([budget]) => `what they hit at ${times(budget)}`)].join(", then ");
+  return [begin, ...rest.map(([budget], k) => `the best ${k ? rest[k - 1][1] : keep} at ${times(budget)}`)].join(", then ");
 }
 
 const count = (number, thing) => `${number} ${thing}${Number(number) === 1 ? "" : "s"}`;
@@ -175,7 +179,8 @@ async function loadShelf() {
   state.shelf = shelf;
   const kept = shelf.plans.findIndex((one) => one.plan === before);
   $("plan").max = shelf.plans.length - 1;
-  $("plan").value = kept >= 0 ? kept : shelf.plans.length - 1;
+  const standard = shelf.plans.findIndex((one) => one.plan === shelf.default_plan);
+  $("plan").value = kept >= 0 ? kept : standard >= 0 ? standard : shelf.plans.length - 1;
   document.title = `${shelf.name} · metaembed`;
   $("name").textContent = shelf.name;
   const [r_q, r_c] = shelf.groups.at(-1).split("x");
@@ -213,7 +218,7 @@ async function measure() {
 }
 
 function chooseAuto() {
-  $("plan").value = state.shelf.plans.findIndex((one) => one.recall >= 0.98);
+  $("plan").value = state.shelf.plans.findIndex((one) => one.plan === state.shelf.default_plan);
   showPlan();
   search();
 }

@@ -1,0 +1,150 @@
+"""`python -m metaembed_pl index`: makes a large store fast to search, and measures what that finds.
+
+    python -m metaembed_pl index --model runs/emoji/model --store shelf
+
+Builds an index over the store's vectors where there is none, adds to it what was embedded since,
+and builds it anew with --again. Then it measures which plan a search without a budget takes. Who is
+searching meanwhile goes on with what they opened. Done is told in one line on standard output.
+"""
+
+import argparse
+import json
+import sys
+import time
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from metaembed_pl.cli.model import load_model
+from metaembed_pl.cli.progress import Progress
+from metaembed_pl.errors import UserError
+
+if TYPE_CHECKING:
+    from metaembed_pl.model.embedder import MetaEmbedder
+    from metaembed_pl.retrieval.calibration import Calibration
+    from metaembed_pl.retrieval.store import Store
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags of the verb."""
+    add = parser.add_argument
+    add("--model", type=Path, required=True, metavar="FOLDER", help="such as runs/NAME/model")
+    add("--store", type=Path, required=True, metavar="FOLDER", help="as `embed` made it")
+    add(
+        "--codes",
+        choices=("sq8", "rabitq"),
+        help="how the index keeps a vector: a byte a component, or a bit: a quarter of the size, "
+        "slower (default: sq8, or as it was)",
+    )
+    add("--again", action="store_true", help="build it anew, though there is one")
+    add(
+        "--queries",
+        type=Path,
+        metavar="PATH",
+        help="JSON Lines of queries to measure with (default: what `serve --log-queries` kept, or "
+        "texts of the store's items)",
+    )
+    add("--batch-size", type=int, default=32, metavar="N", help="queries encoded at a time")
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
+    add("--json", action="store_true", help="one JSON object instead of a line of text")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Index, measure, and say what came of it.
+
+    Raises:
+        UserError: a flag, the model or the store is not valid, or faiss is missing.
+    """
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size must be at least 1, got {args.batch_size}")
+
+    from metaembed_pl.item import read_items
+    from metaembed_pl.retrieval.index import faiss_module
+    from metaembed_pl.retrieval.store import Store
+
+    # What costs nothing to check comes first: loading a model takes seconds.
+    store = Store.open(args.store)
+    faiss_module()
+    asked = read_items(args.queries) if args.queries else None
+    with redirect_stdout(sys.stderr):
+        model = load_model(args.model, args.device, store)
+        told = indexed(store, args.codes, args.again)
+        vectors = None if asked is None else model.encode_query(asked, args.batch_size)
+        if vectors is None:
+            calibration = measured(store, model, args.batch_size)
+        else:
+            from metaembed_pl.retrieval.calibration import calibrate
+
+            calibration = calibrate(store, vectors, f"queries of {args.queries.name}")
+            calibration.save(store)
+    told |= chosen(store, calibration)
+    print(json.dumps(told) if args.json else in_words(told))
+
+
+def indexed(store: "Store", codes: str | None = None, again: bool = False) -> dict[str, Any]:
+    """Build the index of a store, or add to it what is new; what was done."""
+    from metaembed_pl.retrieval.index import IndexUnusable
+    from metaembed_pl.retrieval.index_build import build, extend
+
+    try:
+        index = None if again else store.index()
+    except IndexUnusable as error:
+        print(f"{error}; it is rebuilt", file=sys.stderr)
+        index = None
+    if index is not None and codes not in (None, index.manifest.codes):
+        raise UserError(
+            f"the index of {store.folder} keeps {index.manifest.codes}, not {codes}: leave --codes "
+            "out, or give --again"
+        )
+    started = time.perf_counter()
+    with Progress("indexing", store.kind.num_rows) as progress:
+
+        def told(done: int, _of: int) -> None:
+            progress.update(done, done)
+
+        if index is None:
+            build(store, codes or "sq8", told)
+        else:
+            extend(store, told)
+    index = store.index()
+    assert index is not None, "it was made just now"
+    return {
+        "items": len(store),
+        "indexed_rows": index.num_rows,
+        "lists": index.num_lists,
+        "codes": index.manifest.codes,
+        "index_bytes": index.size_bytes,
+        "seconds": time.perf_counter() - started,
+        "drift": index.drift(),
+    }
+
+
+def measured(store: "Store", model: "MetaEmbedder", batch_size: int) -> "Calibration":
+    """Measure what plans find on a store, and keep that beside it."""
+    from contextlib import suppress
+
+    from metaembed_pl.retrieval.calibration import measure
+
+    print("measuring what this store needs ...", file=sys.stderr)
+    found = measure(store, lambda texts: model.encode_query(texts, batch_size).to(model.device))
+    with suppress(OSError):  # on a disk that is for reading alone it serves this once
+        found.save(store)
+    return found
+
+
+def chosen(store: "Store", calibration: "Calibration") -> dict[str, Any]:
+    """What a search without a budget does from now on."""
+    from metaembed_pl.retrieval.calibration import choose, plan_name
+
+    choice = choose(store, calibration)
+    return {"plan": plan_name(choice.stages), "note": choice.note}
+
+
+def in_words(told: dict[str, Any]) -> str:
+    """A line."""
+    line = (
+        f"{told['indexed_rows']:,} rows in {told['lists']:,} lists, "
+        f"{told['index_bytes'] / 1e6:,.0f} MB, {told['seconds']:.0f} s; a search takes "
+        f"{told['plan']} ({told['note']})"
+    )
+    return line + (f"; rebuild it with --again: {told['drift']}" if told["drift"] else "")

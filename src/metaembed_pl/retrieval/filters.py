@@ -1,0 +1,170 @@
+"""Which items of a store a filter lets through, without reading every item's JSON for every query.
+
+The values of a key are read out of the metadata once, into Arrow columns: one of texts and one of
+numbers, since items of one store may say different things about themselves. Conditions are compared
+by Arrow, and what came out is kept for the next query, as long as the generation lasts.
+
+N: items
+"""
+
+import io
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.json as pj
+import torch
+from jaxtyping import Bool
+
+from metaembed_pl.retrieval.snapshot import Matching, Snapshot
+from metaembed_pl.retrieval.where import Condition, parse_where, spelled
+
+KEPT = 32
+"""Filters whose items are kept: a bit an item and, once an index was asked, a bit a vector."""
+EXACT_INTEGERS = 2**53
+_COMPARE = {
+    "=": pc.equal,
+    "!=": pc.not_equal,
+    "<": pc.less,
+    "<=": pc.less_equal,
+    ">": pc.greater,
+    ">=": pc.greater_equal,
+}
+
+
+@dataclass(frozen=True)
+class Column:
+    """What items say under a key, by place.
+
+    Args:
+        texts: null where an item says no text.
+        numbers: null where it says no number; truth is a number, as in Python.
+        others: what is neither, or what Arrow cannot hold exactly.
+    """
+
+    texts: pa.ChunkedArray | pa.Array
+    numbers: pa.ChunkedArray | pa.Array
+    others: dict[int, Any]
+
+    def holds(self, condition: Condition) -> Bool[np.ndarray, " N"]:
+        """Where a condition holds."""
+        compare = _COMPARE[condition.comparison]
+        found = _mask(compare(self.texts, pa.scalar(condition.text, pa.large_string())))
+        number = spelled(condition.text)
+        if _is_number(number):
+            found |= _mask(compare(self.numbers, pa.scalar(float(number))))
+        elif isinstance(number, int):  # Python compares what float64 does not hold
+            values = self.numbers.to_pylist()
+            found |= np.array([condition.holds({condition.key: value}) for value in values])
+        elif condition.comparison == "!=":
+            found |= _mask(pc.is_valid(self.numbers))  # a number differs from all else
+        for place, value in self.others.items():
+            found[place] = condition.holds({condition.key: value})
+        return found
+
+
+class Filters:
+    """Filters on one generation of a store.
+
+    Args:
+        snapshot: of it.
+    """
+
+    def __init__(self, snapshot: Snapshot):
+        self._snapshot = snapshot
+        self._columns: dict[str, Column] = {}
+        self._kept: OrderedDict[tuple[Condition, ...], Matching] = OrderedDict()
+
+    def matching(self, where: str | Sequence[str]) -> Matching:
+        """The items for which all conditions hold.
+
+        Raises:
+            UserError: not conditions.
+        """
+        conditions = tuple(parse_where(where))
+        if not conditions:
+            return self._snapshot.every
+        found = self._kept.get(conditions)
+        if found is None:
+            holds = np.ones(len(self._snapshot.table), dtype=bool)
+            for condition in conditions:
+                holds &= self._column(condition.key).holds(condition)
+            places = self._snapshot.places
+            found = Matching(places[torch.from_numpy(holds[places.numpy()])], len(holds))
+            self._kept[conditions] = found
+            while len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
+        return found
+
+    def _column(self, key: str) -> Column:
+        if key not in self._columns:
+            self._columns[key] = column_of(self._snapshot.table["metadata"], key)
+        return self._columns[key]
+
+
+def column_of(metadata: pa.ChunkedArray, key: str) -> Column:
+    """The values of a key, from objects as JSON texts.
+
+    Arrow's own reader does it where all items say texts, or all numbers; else Python does.
+    """
+    nothing = partial(pa.nulls, len(metadata))
+    for type_ in (pa.large_string(), pa.float64()):
+        values = _read_by_arrow(metadata, key, type_)
+        if values is None:
+            continue
+        if type_ == pa.large_string():
+            return Column(values, nothing(pa.float64()), {})
+        largest = pc.max(pc.abs(values)).as_py()
+        if largest is None or largest < EXACT_INTEGERS:
+            return Column(nothing(pa.large_string()), values, {})
+    return _read_by_python(metadata, key)
+
+
+def _read_by_arrow(
+    metadata: pa.ChunkedArray, key: str, type_: pa.DataType
+) -> pa.ChunkedArray | None:
+    """The values, if all of them are of a type."""
+    if not len(metadata):
+        return None
+    lines = io.BytesIO("\n".join(metadata.to_pylist()).encode())
+    options = pj.ParseOptions(
+        explicit_schema=pa.schema([(key, type_)]), unexpected_field_behavior="ignore"
+    )
+    try:
+        found = pj.read_json(lines, parse_options=options)[key]
+    except (pa.ArrowException, KeyError):
+        return None
+    return found if len(found) == len(metadata) else None
+
+
+def _read_by_python(metadata: pa.ChunkedArray, key: str) -> Column:
+    texts: list[str | None] = []
+    numbers: list[float | None] = []
+    others: dict[int, Any] = {}
+    for place, text in enumerate(metadata.to_pylist()):
+        value = spelled(text).get(key)
+        is_text, is_number = _is_text(value), _is_number(value)
+        texts.append(value if is_text else None)
+        numbers.append(float(value) if is_number else None)
+        if value is not None and not is_text and not is_number:
+            others[place] = value
+    return Column(pa.array(texts, pa.large_string()), pa.array(numbers, pa.float64()), others)
+
+
+def _is_text(value: Any) -> bool:
+    """Whether Arrow holds it: half a surrogate pair is no Unicode."""
+    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether float64 holds it exactly."""
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < EXACT_INTEGERS)
+
+
+def _mask(holds: pa.ChunkedArray | pa.Array) -> Bool[np.ndarray, " N"]:
+    return pc.fill_null(holds, False).to_numpy(zero_copy_only=False).copy()

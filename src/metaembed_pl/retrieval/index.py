@@ -1,0 +1,346 @@
+"""An index over the vectors of a store: the nearest ones to a question, without looking at all.
+
+It is faiss's inverted file. The vectors lie in lists, each around a centre, in one byte a component
+or in about one bit; a question reads the lists whose centres are nearest to it. What it finds is
+scored again with the store's own vectors, so the index decides only which items are looked at.
+
+    data-0000/index/index.json              what counts, replaced in one step
+                    trained-0001.faiss      centres and ranges, without vectors
+                    segment-0001-0.faiss    the vectors of some rows; mapped, not read
+
+Deleted items are masked when it is asked. Items that were added since are in no segment: a search
+scores them all, and `index_build.extend` writes them into a segment of their own. The index lies in
+the folder of data that it is about, so it cannot outlive a compaction.
+
+Q: queries    A: questions of a query    D: width    K: vectors that are found for a question
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Integer
+from torch import Tensor
+
+from metaembed_pl.errors import UserError
+from metaembed_pl.retrieval.snapshot import Snapshot
+
+if TYPE_CHECKING:
+    import faiss
+
+FORMAT = 1
+FOLDER, FILE = "index", "index.json"
+CODES = ("sq8", "rabitq")
+"""How a vector is kept: a byte a component, or a bit with corrections of 8 bytes in all."""
+REBUILD = "rebuild it with `index --store {} --again`"
+DRIFTED_BY = 0.05
+"""Vectors added later are this much farther from their centres, in cosine: rebuilding pays."""
+GROWN_BY = 4
+
+
+class IndexUnusable(UserError):
+    """There is an index, but it is damaged, of another store, or faiss is missing."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A file of an index.
+
+    Args:
+        file: its name.
+        first: row of the store that it begins with.
+        end: and the row after the last.
+        size_bytes: of the file.
+        head_bytes: of all that precedes the vectors: what faiss trusts when it maps the file.
+        head: digest of these.
+        closeness: mean product of its vectors with their centres.
+    """
+
+    file: str
+    first: int
+    end: int
+    size_bytes: int
+    head_bytes: int
+    head: str
+    closeness: float
+
+
+@dataclass(frozen=True)
+class IndexManifest:
+    """What an index holds.
+
+    Args:
+        number: counts the times it was written.
+        store: fingerprint of the store and its indexed rows.
+        codes: how vectors are kept, one of `CODES`.
+        num_lists: that vectors lie in.
+        num_slots: vectors of an item.
+        trained: file of the centres.
+        trained_on: items of the store when they were made.
+        segments: in order of their rows, without gaps.
+    """
+
+    number: int
+    store: str
+    codes: str
+    num_lists: int
+    num_slots: int
+    trained: str
+    trained_on: int
+    segments: tuple[Segment, ...]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the store that it knows."""
+        return self.segments[-1].end
+
+    def to_text(self) -> str:
+        """As it is kept."""
+        value = {"format": FORMAT, **asdict(self)}
+        return json.dumps(value | {"checksum": _checksum(value)}, indent=1) + "\n"
+
+    @classmethod
+    def read(cls, file: Path, folder: Path) -> "IndexManifest":
+        """Read it, of the store in `folder`.
+
+        Raises:
+            IndexUnusable: it was damaged, edited or written by another version.
+        """
+        try:
+            value = json.loads(file.read_bytes())
+            checksum, version = value.pop("checksum"), value["format"]
+            if version != FORMAT or checksum != _checksum(value):
+                raise ValueError(f"its format is {version}, or its checksum does not fit")
+            del value["format"]
+            segments = tuple(Segment(**segment) for segment in value.pop("segments"))
+            return cls(**value, segments=segments)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise IndexUnusable(
+                f"{file} cannot be read ({error}): {REBUILD.format(folder)}"
+            ) from error
+
+
+def faiss_module() -> Any:
+    """faiss, which is optional.
+
+    Raises:
+        IndexUnusable: it is not installed.
+    """
+    try:
+        import faiss
+    except ImportError as error:
+        raise IndexUnusable("an index needs faiss: pip install 'metaembed-pl[index]'") from error
+    return faiss
+
+
+def index_folder(snapshot: Snapshot) -> Path:
+    """Where the index of a store is, if it has one."""
+    return snapshot.files.folder / FOLDER
+
+
+def index_version(snapshot: Snapshot) -> tuple[int, ...] | None:
+    """Tells one index of a store from the one that replaces it; None: there is none."""
+    try:
+        found = os.stat(index_folder(snapshot) / FILE)
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def fingerprint(snapshot: Snapshot, num_rows: int) -> str:
+    """Of the first rows of a store: its model, its form, and the vectors at both ends."""
+    manifest = snapshot.manifest
+    digest = hashlib.sha256(
+        repr([manifest.identity, manifest.width, manifest.dtype, manifest.groups]).encode()
+    )
+    for row in (0, num_rows - 1):
+        digest.update(snapshot.planes[0].vectors[row].contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+class Index:
+    """An index that was opened; `Index.open`. Safe to ask from many threads.
+
+    Args:
+        manifest: what it holds.
+        segments: faiss's, mapped.
+        files: the same, open, so that each can be asked for its size.
+    """
+
+    def __init__(self, manifest: IndexManifest, segments: Sequence[Any], files: Sequence[int]):
+        self.manifest, self._segments, self._files = manifest, segments, files
+
+    def __del__(self) -> None:
+        for file in self._files:
+            os.close(file)
+
+    @classmethod
+    def open(cls, snapshot: Snapshot) -> "Index | None":
+        """The index of a store, mapped; None: it has none.
+
+        Raises:
+            IndexUnusable: it cannot be used, and why.
+        """
+        folder = index_folder(snapshot)
+        store = folder.parent.parent
+        if not (folder / FILE).exists():
+            return None
+        manifest = IndexManifest.read(folder / FILE, store)
+        known = manifest.num_rows <= snapshot.manifest.num_rows
+        if not known or fingerprint(snapshot, manifest.num_rows) != manifest.store:
+            raise IndexUnusable(
+                f"{folder} is the index of another store, or of other items than are there now: "
+                + REBUILD.format(store)
+            )
+        faiss = faiss_module()
+        segments, files = [], []
+        try:
+            for segment in manifest.segments:
+                files.append(_checked(folder / segment.file, segment))
+                segments.append(_mapped(faiss, folder / segment.file))
+        except (OSError, ValueError, RuntimeError) as error:
+            for file in files:
+                os.close(file)
+            raise IndexUnusable(f"{error}: {REBUILD.format(store)}") from error
+        return cls(manifest, segments, files)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the store that it knows."""
+        return self.manifest.num_rows
+
+    @property
+    def num_slots(self) -> int:
+        """Vectors of an item."""
+        return self.manifest.num_slots
+
+    @property
+    def num_lists(self) -> int:
+        """Lists that the vectors lie in."""
+        return self.manifest.num_lists
+
+    @cached_property
+    def size_bytes(self) -> int:
+        """Of its segments."""
+        return sum(segment.size_bytes for segment in self.manifest.segments)
+
+    def bytes_read(self, lists: int) -> int:
+        """That a question reads, where the lists have their mean length."""
+        return self.size_bytes * min(lists, self.num_lists) // self.num_lists
+
+    def is_whole(self) -> bool:
+        """Whether all that was mapped is still there: who reads beyond is killed by the system."""
+        pairs = zip(self._files, self.manifest.segments, strict=True)
+        return all(os.fstat(file).st_size >= segment.size_bytes for file, segment in pairs)
+
+    def drift(self) -> str | None:
+        """Why it is time to rebuild it; None: it is not."""
+        first, *later = self.manifest.segments
+        if self.num_rows > GROWN_BY * self.manifest.trained_on:
+            return (
+                f"its lists were made for {self.manifest.trained_on:,} items and now hold "
+                f"{self.num_rows:,}"
+            )
+        added = sum(segment.end - segment.first for segment in later)
+        if not added:
+            return None
+        weights = ((segment.end - segment.first) * segment.closeness for segment in later)
+        farther = first.closeness - sum(weights) / added
+        if farther <= DRIFTED_BY:
+            return None
+        return (
+            f"the {added:,} items added since it was built lie {farther:.2f} farther from the "
+            "centres of its lists, in cosine"
+        )
+
+    def search(
+        self,
+        questions: Float[Tensor, "Q A D"],
+        lists: int,
+        hits: int,
+        allowed: np.ndarray | None = None,
+        at_least: int = 1,
+    ) -> list[Integer[Tensor, " _"]]:
+        """The items of the vectors nearest to each query's questions, ascending.
+
+        Where these are fewer than `at_least`, more lists are read and more vectors taken.
+
+        Args:
+            questions: compared by dot product.
+            lists: to read for each question.
+            hits: vectors to take for each question.
+            allowed: a bit for each vector, as `Matching.allowed` gives it; None: all.
+            at_least: items for each query; not more than are allowed.
+        """
+        vectors = questions.float().cpu().numpy()
+        found: list[np.ndarray] = [np.empty(0, dtype=np.int64)] * len(vectors)
+        left = np.arange(len(vectors))
+        while len(left):
+            nearest = self.nearest(vectors[left], lists, hits, allowed)
+            for query, ids in zip(left, nearest, strict=True):
+                found[query] = np.unique(ids[ids >= 0] // self.num_slots)
+            if lists >= self.num_lists and hits >= at_least * self.num_slots:
+                break
+            lists = min(4 * lists, self.num_lists)
+            hits = min(4 * hits, max(hits, at_least * self.num_slots))
+            left = np.array([query for query in left if len(found[query]) < at_least], dtype=int)
+        return [torch.from_numpy(places) for places in found]
+
+    def nearest(
+        self,
+        questions: Float[np.ndarray, "Q A D"],
+        lists: int,
+        hits: int,
+        allowed: np.ndarray | None = None,
+    ) -> Integer[np.ndarray, "Q A K"]:
+        """The vectors nearest to each question, by number, nearest first; -1: there are no more."""
+        faiss = faiss_module()
+        asked = np.ascontiguousarray(questions.reshape(-1, questions.shape[2]))
+        settings: dict[str, Any] = {"nprobe": min(lists, self.num_lists)}
+        if allowed is not None:
+            settings["sel"] = faiss.IDSelectorBitmap(allowed)
+        params = faiss.SearchParametersIVF(**settings)
+        parts = [segment.search(asked, hits, params=params) for segment in self._segments]
+        products, ids = (np.concatenate(of_all, axis=1) for of_all in zip(*parts, strict=True))
+        if len(parts) > 1:
+            products[ids < 0] = -np.inf
+            order = np.argsort(-products, axis=1, kind="stable")[:, :hits]
+            ids = np.take_along_axis(ids, order, axis=1)
+        ids[ids >= self.num_rows * self.num_slots] = -1  # of a damaged file
+        return ids.reshape(*questions.shape[:2], -1)
+
+
+def _checked(file: Path, segment: Segment) -> int:
+    """The file, open, if it is as long as its index says and its head was not changed."""
+    opened = os.open(file, os.O_RDONLY)
+    found = os.fstat(opened).st_size
+    problem = f"has {found:,} bytes instead of {segment.size_bytes:,}"
+    if found == segment.size_bytes:
+        problem = "is damaged"
+        if digest_of_head(opened, segment.head_bytes) == segment.head:
+            return opened
+    os.close(opened)
+    raise ValueError(f"{file} {problem}")
+
+
+def digest_of_head(file: int, size: int) -> str:
+    """Digest of the first bytes of an open file."""
+    return hashlib.sha256(os.pread(file, size, 0)).hexdigest()
+
+
+def _mapped(faiss: Any, file: Path) -> "faiss.IndexIVF":
+    found = faiss.read_index(str(file), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
+    # Threads that read ahead cost more than they save where the lists are in memory.
+    faiss.downcast_InvertedLists(found.invlists).prefetch_nthread = 0
+    return found
+
+
+def _checksum(value: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,317 @@
+"""Makes the index of a store, adds to it, and takes it along when the store is compacted.
+
+Everything is written beside what counts, and counts when `index.json` is replaced, in one step: who
+is killed leaves files that nobody reads, and the next one removes them. Who has an older index open
+goes on reading it.
+
+N: items    R: their vectors    D: width
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Integer
+from torch import Tensor
+
+from metaembed_pl.errors import UserError
+from metaembed_pl.files import new_file
+from metaembed_pl.retrieval.index import (
+    CODES,
+    FILE,
+    FOLDER,
+    Index,
+    IndexManifest,
+    IndexUnusable,
+    Segment,
+    digest_of_head,
+    faiss_module,
+    fingerprint,
+    index_folder,
+)
+from metaembed_pl.retrieval.manifest import Manifest, sync_folder
+from metaembed_pl.retrieval.snapshot import Snapshot
+
+if TYPE_CHECKING:
+    from metaembed_pl.retrieval.store import Store
+
+TRAINED_WITH = 64
+"""Vectors a centre."""
+ITERATIONS = 8
+ROWS_AT_A_TIME = 2048
+SEGMENT_ROWS = 2**20
+"""At most: a segment is made in memory."""
+LEFT_OUT_AT_MOST = 4096
+"""Items that are not in the index yet: to score them all takes a few milliseconds."""
+
+Told = Callable[[int, int], None]
+
+
+def build(store: "Store", codes: str = "sq8", told: Told = lambda done, of: None) -> Index:
+    """Make the index of a store, anew if it has one.
+
+    Args:
+        store: not empty. Nobody else writes to it meanwhile; others go on searching.
+        codes: how vectors are kept: "sq8" is fast, "rabitq" takes a quarter of the bytes.
+        told: is called with rows that are done, and all there are.
+
+    Raises:
+        UserError: the store is empty, or another process writes to it, or faiss is missing.
+    """
+    if codes not in CODES:
+        raise UserError(f"codes are one of {', '.join(CODES)}, got {codes!r}")
+    faiss = faiss_module()
+    with store.writing():
+        snapshot = store.snapshot()
+        if not len(store):
+            raise UserError(f"{store.folder} is empty: there is nothing to index")
+        folder = index_folder(snapshot)
+        folder.mkdir(exist_ok=True)
+        number = _number(folder) + 1
+        num_lists = lists_for(len(store) * snapshot.manifest.num_slots)
+        trained = f"trained-{number:04d}.faiss"
+        _write(faiss, _train(faiss, snapshot, num_lists, codes), folder / trained)
+        segments = _segments(faiss, snapshot, folder, trained, number, 0, told)
+        manifest = IndexManifest(
+            number=number,
+            store=fingerprint(snapshot, snapshot.manifest.num_rows),
+            codes=codes,
+            num_lists=num_lists,
+            num_slots=snapshot.manifest.num_slots,
+            trained=trained,
+            trained_on=len(store),
+            segments=tuple(segments),
+        )
+        return _commit(folder, manifest, snapshot)
+
+
+def extend(store: "Store", told: Told = lambda done, of: None) -> bool:
+    """Put into the index of a store what was added since, where that is much.
+
+    Segments that are smaller than what is added are written anew together with it, so that there
+    are few.
+
+    Returns:
+        Whether there was something to do.
+
+    Raises:
+        UserError: another process writes to the store, or the index cannot be used.
+    """
+    with store.writing():
+        snapshot = store.snapshot()
+        index = Index.open(snapshot)
+        num_rows = snapshot.manifest.num_rows
+        if index is None or num_rows - index.num_rows <= LEFT_OUT_AT_MOST:
+            return False
+        faiss, old = faiss_module(), index.manifest
+        kept, first = list(old.segments), index.num_rows
+        while len(kept) > 1 and kept[-1].end - kept[-1].first <= num_rows - first:
+            first = kept.pop().first
+        folder, number = index_folder(snapshot), old.number + 1
+        added = _segments(faiss, snapshot, folder, old.trained, number, first, told)
+        manifest = IndexManifest(
+            number=number,
+            store=fingerprint(snapshot, num_rows),
+            codes=old.codes,
+            num_lists=old.num_lists,
+            num_slots=old.num_slots,
+            trained=old.trained,
+            trained_on=old.trained_on,
+            segments=(*kept, *added),
+        )
+        _commit(folder, manifest, snapshot)
+        return True
+
+
+def carry(old: Snapshot, data: Path, manifest: Manifest) -> None:
+    """Write the index of a store that is compacted into its new folder of data.
+
+    An index that cannot be used stays behind: the store is searched without.
+
+    Args:
+        old: before; rows of `data` are its items that are there.
+        data: the new folder.
+        manifest: of the store, when that counts.
+    """
+    try:
+        index = Index.open(old)
+        if index is None:
+            return
+        faiss = faiss_module()
+    except IndexUnusable:
+        return
+    new_places = np.full(old.manifest.num_rows, -1, dtype=np.int64)
+    new_places[old.places.numpy()] = np.arange(len(old.places))
+    folder, source = data / FOLDER, index_folder(old)
+    folder.mkdir()
+    kept = index.manifest
+    trained = faiss.read_index(str(source / kept.trained))
+    _write(faiss, trained, folder / kept.trained)
+    segments = []
+    for segment in kept.segments:
+        moved = faiss.clone_index(trained)
+        mapped = faiss.read_index(str(source / segment.file), faiss.IO_FLAG_MMAP)
+        _move(faiss, mapped, moved, new_places, kept.num_slots)
+        first, end = np.searchsorted(old.places.numpy(), [segment.first, segment.end])
+        if first < end:
+            _write(faiss, moved, folder / segment.file)
+            segments.append(
+                _described(folder / segment.file, moved, int(first), int(end), segment.closeness)
+            )
+    if not segments:
+        return
+    snapshot = Snapshot.of(data, manifest)
+    num_rows = segments[-1].end
+    changed = {"store": fingerprint(snapshot, num_rows), "segments": tuple(segments)}
+    _commit(folder, IndexManifest(**{**vars(kept), **changed}), snapshot)
+
+
+def lists_for(num_vectors: int) -> int:
+    """A power of two near twice the root of the vectors.
+
+    >>> lists_for(960_000), lists_for(16_000_000), lists_for(4)
+    (2048, 8192, 4)
+    """
+    return min(num_vectors, 2 ** round(math.log2(2 * math.sqrt(num_vectors))))
+
+
+def _train(faiss: Any, snapshot: Snapshot, num_lists: int, codes: str) -> Any:
+    """Centres, and what the codes need to know of the vectors; by vectors from all over."""
+    manifest = snapshot.manifest
+    wanted = -(-TRAINED_WITH * num_lists // manifest.num_slots)
+    at = torch.linspace(0, len(snapshot.places) - 1, min(wanted, len(snapshot.places)))
+    sample = _vectors(snapshot, snapshot.places[at.long()]).reshape(-1, manifest.width)
+    centres = faiss.IndexFlatIP(manifest.width)
+    if codes == "sq8":
+        kind, product = faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT
+        made = faiss.IndexIVFScalarQuantizer(centres, manifest.width, num_lists, kind, product)
+    else:
+        product = faiss.METRIC_INNER_PRODUCT
+        made = faiss.IndexIVFRaBitQ(centres, manifest.width, num_lists, product)
+    made.cp.niter, made.cp.spherical, made.cp.min_points_per_centroid = ITERATIONS, True, 1
+    made.train(sample)
+    return made
+
+
+def _segments(
+    faiss: Any,
+    snapshot: Snapshot,
+    folder: Path,
+    trained: str,
+    number: int,
+    first: int,
+    told: Told,
+) -> list[Segment]:
+    """Write the items from a row on; those that were deleted are left out."""
+    empty = faiss.read_index(str(folder / trained))
+    num_rows = snapshot.manifest.num_rows
+    found = []
+    for begin in range(first, num_rows, SEGMENT_ROWS):
+        end = min(begin + SEGMENT_ROWS, num_rows)
+        segment = faiss.clone_index(empty)
+        sums = 0.0
+        for places, vectors in _items(snapshot, begin, end):
+            sums += _add(faiss, segment, places, vectors)
+            told(int(places[-1]) + 1 - first, num_rows - first)
+        file = folder / f"segment-{number:04d}-{len(found)}.faiss"
+        _write(faiss, segment, file)
+        found.append(_described(file, segment, begin, end, sums / max(1, segment.ntotal)))
+    return found
+
+
+def _items(
+    snapshot: Snapshot, begin: int, end: int
+) -> Iterator[tuple[Integer[Tensor, " n"], Float[np.ndarray, "n R D"]]]:
+    places = snapshot.places
+    bounds = torch.searchsorted(places, torch.tensor([begin, end]))
+    for some in places[bounds[0] : bounds[1]].split(ROWS_AT_A_TIME):
+        if len(some):
+            yield some, _vectors(snapshot, some)
+
+
+def _add(
+    faiss: Any, segment: Any, places: Integer[Tensor, " n"], vectors: Float[np.ndarray, "n R D"]
+) -> float:
+    """Add the vectors of some items; the sum of their products with their centres."""
+    num_slots, width = vectors.shape[1:]
+    ids = (places.numpy()[:, None] * num_slots + np.arange(num_slots)).reshape(-1)
+    flat = np.ascontiguousarray(vectors.reshape(-1, width))
+    products, lists = segment.quantizer.search(flat, 1)
+    pointers = [faiss.swig_ptr(np.ascontiguousarray(one)) for one in (flat, ids, lists[:, 0])]
+    segment.add_core(len(flat), *pointers)
+    return float(products.sum(dtype=np.float64))
+
+
+def _move(faiss: Any, source: Any, target: Any, new_places: np.ndarray, num_slots: int) -> None:
+    """Copy the vectors of items that are kept, under their new numbers."""
+    lists = source.invlists
+    for number in range(source.nlist):
+        size = lists.list_size(number)
+        if not size:
+            continue
+        ids = faiss.rev_swig_ptr(lists.get_ids(number), size)
+        codes = faiss.rev_swig_ptr(lists.get_codes(number), size * source.code_size)
+        places = new_places[ids // num_slots]
+        kept = places >= 0
+        new_ids = np.ascontiguousarray((places * num_slots + ids % num_slots)[kept])
+        some = np.ascontiguousarray(codes.reshape(size, -1)[kept])
+        target.invlists.add_entries(
+            number, len(new_ids), faiss.swig_ptr(new_ids), faiss.swig_ptr(some)
+        )
+        target.ntotal += len(new_ids)
+
+
+def _vectors(snapshot: Snapshot, places: Integer[Tensor, " n"]) -> Float[np.ndarray, "n R D"]:
+    manifest = snapshot.manifest
+    found = torch.empty(len(places), manifest.num_slots, manifest.width)
+    for plane in snapshot.planes:
+        end = plane.first + plane.vectors.shape[1]
+        plane.read_into(found[:, plane.first : end], places)
+    return found.numpy()
+
+
+def _write(faiss: Any, made: Any, file: Path) -> None:
+    faiss.write_index(made, str(file))
+    opened = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def _described(file: Path, made: Any, first: int, end: int, closeness: float) -> Segment:
+    size = file.stat().st_size
+    # The lists come last: of every vector its code and its number.
+    head_bytes = size - made.ntotal * (made.code_size + 8)
+    opened = os.open(file, os.O_RDONLY)
+    try:
+        head = digest_of_head(opened, head_bytes)
+    finally:
+        os.close(opened)
+    return Segment(file.name, first, end, size, head_bytes, head, closeness)
+
+
+def _number(folder: Path) -> int:
+    """Of the index that is there; one that cannot be read counts by its files."""
+    numbers = [int(file.name.split("-")[1][:4]) for file in folder.glob("*-[0-9][0-9][0-9][0-9]*")]
+    return max(numbers, default=0)
+
+
+def _commit(folder: Path, manifest: IndexManifest, snapshot: Snapshot) -> Index:
+    """Make this the index, and remove what it does not need."""
+    with new_file(folder / FILE) as temporary, temporary.open("w") as file:
+        file.write(manifest.to_text())
+        file.flush()
+        os.fsync(file.fileno())
+    sync_folder(folder)
+    needed = {FILE, manifest.trained, *(segment.file for segment in manifest.segments)}
+    for other in folder.iterdir():
+        if other.name not in needed:
+            other.unlink()
+    index = Index.open(snapshot)
+    assert index is not None, "it was written just now"
+    return index
