@@ -77,7 +77,8 @@ def test_json_lines_keep_their_metadata_and_are_found(model, things, tmp_path, c
     assert [result["id"] for result in found["results"]] == ["obst"]
     assert found["results"][0]["metadata"] == {"text": "roter Apfel", "lang": "de", "price": 2}
     assert found["plan"] == "4x1:10"
-    assert found["bytes_read"] == 1 * 32 * 2
+    # Where bf16 is faster, what it chose is read again.
+    assert found["bytes_read"] in (1 * 32 * 2, 2 * 32 * 2)
 
     assert search(model, store, "--query", "apple", "--cascade", "4x1:9,4x8:3") == 0
     found = json.loads(capsys.readouterr().out)
@@ -221,24 +222,81 @@ def test_a_pdf_may_be_given_by_itself_and_previews_left_out(model, tmp_path):
     assert store.dtype == "int8"
 
 
-def test_auto_reaches_the_recall_it_was_asked_for(model, tmp_path, capsys):
-    things = write_lines(
-        tmp_path / "many.jsonl", [{"id": f"{i}", "text": tiny.text(i)} for i in range(100)]
-    )
-    assert embed(model, things, tmp_path / "s") == 0
-    asked = ["--query", "red apple", "--budget", "auto"]
+@pytest.fixture
+def many(tmp_path):
+    lines = [{"id": f"{i}", "text": tiny.text(i)} for i in range(100)]
+    return write_lines(tmp_path / "many.jsonl", lines)
+
+
+def test_without_a_budget_the_recall_that_was_asked_for_is_reached(
+    model, many, tmp_path, capsys, monkeypatch
+):
+    assert embed(model, many, tmp_path / "s") == 0
     capsys.readouterr()
+    asked = ["--query", "red apple"]
+    assert search(model, tmp_path / "s", *asked) == 0
+    out, err = capsys.readouterr()
+    assert "measuring" not in err
+    assert json.loads(out)["note"] == "exact: the store is small"
+    monkeypatch.setattr("metaembed_pl.retrieval.calibration.SMALL", 0)
     assert search(model, tmp_path / "s", *asked, "--target-recall", "1") == 0
     out, err = capsys.readouterr()
     assert "measuring what this store needs" in err
     exact = json.loads(out)
-    assert search(model, tmp_path / "s", *asked, "--target-recall", "0.01") == 0
+    assert search(model, tmp_path / "s", *asked, "--budget", "auto", "--target-recall", ".01") == 0
     out, err = capsys.readouterr()
     assert "measuring" not in err, "it was measured once, and kept"
-    assert json.loads(out)["bytes_read"] < exact["bytes_read"]
-    assert json.loads(out)["plan"] == "1x1:10"
-    calibration = json.loads((tmp_path / "s" / "calibration.json").read_text())
-    assert calibration["used"] == "32 texts of its items, on 100 of 100 items"
+    cheap = json.loads(out)
+    assert cheap["bytes_read"] < exact["bytes_read"]
+    assert cheap["plan"] == "1x1:10"
+    words = "measured with 32 texts of its items, alone and averaged by two and by three, on 100"
+    assert words in cheap["note"]
+    assert search(model, tmp_path / "s", *asked, "--exact") == 0
+    assert json.loads(capsys.readouterr().out)["plan"] == "4x8:10"
+
+
+def test_an_index_is_made_kept_up_and_searched(model, many, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("faiss")
+    monkeypatch.setattr("metaembed_pl.retrieval.calibration.SMALL", 0)
+    monkeypatch.setattr("metaembed_pl.retrieval.index_build.LEFT_OUT_AT_MOST", 4)
+    store = tmp_path / "s"
+    assert embed(model, many, store, "--index", "--json") == 0
+    told = json.loads(capsys.readouterr().out)["index"]
+    assert (told["items"], told["indexed_rows"], told["codes"]) == (100, 100, "sq8")
+    asked = ["--query", "red apple"]
+    assert search(model, store, *asked, "--cascade", "each@.3:50,4x8:10") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert search(model, store, *asked, "--exact") == 0
+    exact = json.loads(capsys.readouterr().out)
+    ids = [{result["id"] for result in one["results"]} for one in (found, exact)]
+    assert len(ids[0] & ids[1]) >= 8
+    new = [{"id": f"new {i}", "text": tiny.text(200 + i)} for i in range(9)]
+    assert embed(model, write_lines(tmp_path / "new.jsonl", new), store) == 0
+    assert "index: 109 rows" in capsys.readouterr().out
+    assert main(["index", "--model", str(model), "--store", str(store), "--codes", "rabitq"]) == 2
+    assert "keeps sq8, not rabitq: leave --codes out" in capsys.readouterr().err
+    queries = write_lines(tmp_path / "queries.jsonl", [tiny.text(i) for i in range(20)])
+    flags = [
+        "--model",
+        model,
+        "--store",
+        store,
+        "--again",
+        "--queries",
+        queries,
+        "--codes",
+        "rabitq",
+    ]
+    assert main(["index", *map(str, flags)]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("109 rows in ")
+    assert "measured with 20 queries of queries.jsonl" in out or "no cheaper plan reached" in out
+    segment = next(store.glob("data-*/index/segment*"))
+    os.truncate(segment, 5)
+    assert search(model, store, *asked) == 0
+    assert "the index is not used" in json.loads(capsys.readouterr().out)["note"]
+    assert main(["index", "--model", str(model), "--store", str(store)]) == 0
+    assert "it is rebuilt" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -249,8 +307,9 @@ def test_auto_reaches_the_recall_it_was_asked_for(model, tmp_path, capsys):
         ({"--budget": "3x4"}, "not trained at 3 query vectors; choose one of 1, 2, 4"),
         ({"--budget": "4x64"}, "not trained at 64 candidate vectors; choose one of 1, 4, 8"),
         ({"--budget": "auto", "--target-recall": "2"}, "above 0 and up to 1, got 2.0"),
-        ({"--target-recall": "0.9"}, "--target-recall says what --budget auto is to reach"),
-        ({"--cascade": "4x1:9,4x8"}, "such as 4x8:200; got '4x8'"),
+        ({"--budget": "4x8", "--target-recall": "0.9"}, "leave --budget, --cascade and --exact"),
+        ({"--cascade": "4x1:9,4x8"}, "or each@.7:50; got '4x8'"),
+        ({"--cascade": "pool@.7:9,4x8:9"}, "has no index for pool@0.7:9: make one with `index"),
         ({"--where": "lang"}, "such as lang=de; got 'lang'"),
         ({"--store": "nowhere"}, "nowhere is not a store"),
         ({"--store": None, "--items": "x", "--where": "a=b"}, "--where needs a --store"),

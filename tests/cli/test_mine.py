@@ -119,7 +119,8 @@ def test_old_negatives_are_kept_when_asked_and_more_may_be_mined_from(root, tmp_
         (["--num-negatives", "4", "c=2"], "got 'c=2'"),
         (["--depth", "0"], "--depth must be at least 1, got 0"),
         (["--margin", "-1"], "margin must be at least 0, got -1.0"),
-        (["--budget", "1x1", "--cascade", "1x1:5"], "--budget or --cascade, not both"),
+        (["--budget", "1x1", "--cascade", "1x1:5"], "one of --budget, --cascade and"),
+        (["--target-recall", "2"], "--target-recall lies above 0 and up to 1, got 2.0"),
         (["--budget", "3x3"], "budget 3x3: the model was not trained at 3"),
         (["--shards", "{root}/a", "{root}/a"], "names of the shards must differ, got a, a"),
         (["--corpus", "{root}/nowhere.jsonl"], "cannot read {root}/nowhere.jsonl"),
@@ -131,6 +132,21 @@ def test_says_what_is_wrong_in_one_line(root, tmp_path, capsys, more, message):
     [line] = capsys.readouterr().err.splitlines()
     assert message.format(root=root) in line
     assert not (tmp_path / "out").exists()
+
+
+def test_mines_through_an_index_at_a_recall_that_is_told(root, mined, tmp_path, capsys):
+    pytest.importorskip("faiss")
+    given = ["--target-recall", "1", "--depth", "20", "--store", tmp_path / "kept", *MORE]
+    assert main(arguments(root, tmp_path / "out", *given)) == 0
+    err = capsys.readouterr().err
+    assert "which finds 1.000 of the first 20 of the exact ranking, by 23 of its queries" in err
+    assert list((tmp_path / "kept" / "a").glob("data-*/index/index.json"))
+    for name in ("a", "b"):
+        for pair, same in zip(
+            ShardedPairs(tmp_path / "out" / name), ShardedPairs(mined / name), strict=True
+        ):
+            ids = {negative.id for negative in pair.negatives}
+            assert len(ids & {negative.id for negative in same.negatives}) >= len(ids) - 1
 
 
 def test_refuses_to_write_over_what_is_there(root, mined, capsys):

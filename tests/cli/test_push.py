@@ -146,9 +146,9 @@ def test_another_model_is_refused(store, tmp_path, capsys):
     assert "edge holds the vectors of another model" in capsys.readouterr().err
 
 
-def test_exact_is_for_qdrant(model, store, capsys):
-    assert search(model, store, "--exact") == 2
-    assert "--exact is for Qdrant" in capsys.readouterr().err
+def test_exact_excludes_a_budget(model, store, capsys):
+    assert search(model, store, "--exact", "--budget", "4x8") == 2
+    assert "--exact spends all vectors on all items" in capsys.readouterr().err
 
 
 def test_help_is_light():

@@ -140,6 +140,31 @@ def test_a_cascade_scores_again_what_each_stage_keeps(store):
         assert rows == left
 
 
+def test_a_pooled_stage_scores_with_the_sum_of_the_query(store):
+    """By hand: the 9 best by the sum's best product with 4 vectors, of these the 3 best at 4x8."""
+    vectors = store.vectors()
+    hits = store.search(QUERIES, cascade="poolx4:9,4x8:3")
+    for query, rows in zip(QUERIES, hits.rows, strict=True):
+        best = (vectors[:, :4] @ query.sum(dim=0)).amax(dim=1).argsort(descending=True)[:9]
+        scores = slow_scores(query[None], vectors[best], 4, 8)[0]
+        assert rows == best[scores.argsort(descending=True)[:3]].tolist()
+    assert (
+        store.search(QUERIES, cascade="poolx1:7,4x8:3").rows
+        == store.search(QUERIES, cascade="4x1:7,4x8:3").rows
+    )
+    size = store.snapshot().vector_bytes
+    read = store.search(QUERIES[:1], cascade="poolx8:9,4x8:3").bytes_read
+    assert read >= (len(store) + 9) * 8 * size
+
+
+def test_stages_for_many_items_find_what_those_for_few_do(store, monkeypatch):
+    found = store.search(QUERIES, cascade="poolx8:40,2x4:30,4x8:20")
+    monkeypatch.setattr(cascade_module, "FEW", 0)
+    again = store.search(QUERIES, cascade="poolx8:40,2x4:30,4x8:20")
+    assert again.rows == found.rows
+    assert torch.allclose(torch.tensor(again.scores), torch.tensor(found.scores), atol=1e-5)
+
+
 def test_says_how_many_bytes_were_read(store, monkeypatch):
     # Where bf16 is faster, what it chose is read again.
     monkeypatch.setattr(cascade_module, "fast_dtype", lambda device: torch.float32)
@@ -212,7 +237,14 @@ def test_stages_are_read_from_text_and_from_lists():
         ({"budget": "3x4"}, "not trained at 3 query vectors; choose one of 1, 2, 4"),
         ({"budget": "4x64"}, "not trained at 64 candidate vectors; choose one of 1, 4, 8"),
         ({"top": 0}, "top must be at least 1, got 0"),
-        ({"cascade": "1x1:20,4x8"}, "such as 4x8:200; got '4x8'"),
+        ({"cascade": "1x1:20,4x8"}, "such as 4x8:200, .* or each@.7:50; got '4x8'"),
+        ({"cascade": "poolx8:20"}, "the last stage .* scores at a budget, .*; got poolx8:20"),
+        ({"cascade": "pool@.5:20"}, "the last stage .* scores at a budget, .*; got pool@0.5:20"),
+        ({"cascade": "1x1:20,pool@.5:20,4x8:10"}, "only the first stage .* not pool@0.5:20"),
+        ({"cascade": "pool@1.5:20,4x8:10"}, "got 'pool@1.5:20'"),
+        ({"cascade": "pool@.:20,4x8:10"}, r"got 'pool@\.:20'"),
+        ({"cascade": "poolx3:20,4x8:10"}, "not trained at 3 candidate vectors"),
+        ({"cascade": "pool@.5:20,4x8:10"}, "has no index for pool@0.5:20: make one with `index"),
         ({"cascade": "1x1:0"}, "got '1x1:0'"),
         ({"cascade": "1x1:5,4x8:9"}, "4x8:9 of a cascade keeps more than 1x1:5"),
         ({"cascade": "1x1:5,4x64:3"}, "not trained at 64 candidate vectors"),

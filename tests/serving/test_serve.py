@@ -24,7 +24,7 @@ from metaembed_pl.item import Item
 from metaembed_pl.model.identity import identity_of
 from metaembed_pl.model.patches import patch_attention
 from metaembed_pl.picture import small_jpeg
-from metaembed_pl.retrieval.calibration import calibrate
+from metaembed_pl.retrieval.calibration import calibrate, logged_queries
 from metaembed_pl.retrieval.sources import draw_page, open_source
 from metaembed_pl.retrieval.store import Store
 from metaembed_pl.serving.app import make_app
@@ -346,18 +346,39 @@ def test_what_is_added_meanwhile_is_found_and_a_broken_manifest_is_told(model, t
         assert client.get("/api/search", params={"query": query}).status_code == 200
 
 
-def test_measures_in_the_background_and_then_knows_what_to_spend(client, service):
+def test_measures_in_the_background_and_then_knows_what_to_spend(client, service, monkeypatch):
     query = ask(client, "tree").json()["query"]
     values = {"query": query, "plan": "auto"}
+    monkeypatch.setattr("metaembed_pl.retrieval.calibration.SMALL", 0)
     if client.get("/api/store").json()["measurement"]["state"] == "none":
-        assert "measure it first" in client.get("/api/search", params=values).json()["error"]
+        answer = client.get("/api/search", params=values).json()
+        assert (answer["plan"], "was not measured" in answer["note"]) == ("4x8", True)
     assert client.post("/api/measurement").status_code == 202
     service.measuring.wait()
     shelf = client.get("/api/store").json()
     assert shelf["measurement"]["state"] == "done"
     assert shelf["plans"][-1]["recall"] == 1
-    chosen = client.get("/api/search", params=values).json()["plan"]
-    assert next(one for one in shelf["plans"] if one["plan"] == chosen)["recall"] >= 0.98
+    answer = client.get("/api/search", params=values).json()
+    chosen = next(one for one in shelf["plans"] if one["plan"] == answer["plan"])
+    assert chosen["recall"] >= 0.98
+    assert "measured with" in answer["note"] or "no cheaper plan" in answer["note"]
+    assert client.get("/api/search", params={"query": query}).json()["plan"] == answer["plan"]
+    assert client.get("/api/store").json()["default_plan"] == answer["plan"]
+
+
+def test_a_small_store_is_searched_exactly_and_says_so(client):
+    query = ask(client, "tree").json()["query"]
+    answer = client.get("/api/search", params={"query": query}).json()
+    assert (answer["plan"], answer["note"]) == ("4x8", "exact: the store is small")
+
+
+def test_queries_are_logged_only_where_that_was_asked_for(model, tmp_path):
+    Store.build(tmp_path / "s", model, [tiny.text(i) for i in range(12)])
+    Service(model, tmp_path / "s").ask("not kept")
+    logging = Service(model, tmp_path / "s", log_queries=True)
+    for text in ("a tree", "ein Bäumchen", "a tree"):
+        logging.ask(text)
+    assert logged_queries(Store.open(tmp_path / "s")) == ["ein Bäumchen", "a tree"]
 
 
 def test_a_measurement_that_fails_is_told_and_tried_again(model, tmp_path):

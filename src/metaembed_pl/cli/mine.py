@@ -76,6 +76,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--depth", type=int, default=100, metavar="N", help="candidates ranked (default: 100)")
     add("--budget", metavar="RQxRC", help="rank all at this budget (default: all vectors)")
     add("--cascade", metavar="STAGES", help="or in stages, such as 16x1:2000,4x8:100")
+    add(
+        "--target-recall",
+        type=float,
+        metavar="R",
+        help="or as cheaply as finds this share of the exact ranking's first --depth candidates, "
+        "with an index over the corpus: for corpora of a hundred thousand and more",
+    )
     add("--keep", action="store_true", help="keep the old hard negatives, before the new ones")
     add("--instruction", metavar="TEXT", help="that the model was trained with, for queries")
     add("--candidate-instruction", metavar="TEXT", help="likewise for candidates")
@@ -102,8 +109,14 @@ def run(args: argparse.Namespace) -> None:
         if getattr(args, name) < 1:
             flag = name.replace("_", "-")
             raise UserError(f"--{flag} must be at least 1, got {getattr(args, name)}")
-    if args.budget and args.cascade:
-        raise UserError("give --budget or --cascade, not both")
+    if sum(given is not None for given in (args.budget, args.cascade, args.target_recall)) > 1:
+        raise UserError("give one of --budget, --cascade and --target-recall")
+    if args.target_recall is not None:
+        if not 0 < args.target_recall <= 1:
+            raise UserError(f"--target-recall lies above 0 and up to 1, got {args.target_recall}")
+        from metaembed_pl.retrieval.index import faiss_module
+
+        faiss_module()
     extra = [_read_corpus(path) for path in args.corpus]
     for source in sources:
         _check_new(args.out / source.name, args.overwrite)
@@ -185,6 +198,8 @@ def _mine_all(
                 depth=args.depth,
                 instructions=told,
             )
+            if args.target_recall is not None:
+                _rank_cheaply(miner, args)
             results = _results(miner, pairs, args.batch_size)
             if rank == 0:
                 report = MiningReport(pairs, corpus, -(-NUM_EXAMPLES // len(sources)))
@@ -234,6 +249,33 @@ def _results(
             dist.gather_object(found, parts)
             found = [result for part in parts or [] for result in part]
         yield from found
+
+
+def _rank_cheaply(miner: "Miner", args: argparse.Namespace) -> None:
+    """Index the corpus, and choose how to rank by what that finds for some of the queries."""
+    import torch.distributed as dist
+
+    from metaembed_pl.cli.index import indexed
+    from metaembed_pl.retrieval.calibration import NUM_QUERIES, plan_name, spread
+    from metaembed_pl.retrieval.embedding import rank_and_world
+    from metaembed_pl.retrieval.mining import ranking_for
+
+    rank, world = rank_and_world()
+    chosen: list[Any] = [None]
+    if rank == 0:
+        indexed(miner.store)
+        queries = miner.queries(spread(len(miner.pairs), NUM_QUERIES).tolist())
+        ranking = ranking_for(miner.store, queries, args.depth, args.target_recall)
+        print(
+            f"{miner.pairs.name}: ranked by {plan_name(ranking.stages)}, which finds "
+            f"{ranking.recall:.3f} of the first {args.depth} of the exact ranking, by "
+            f"{len(queries)} of its queries",
+            file=sys.stderr,
+        )
+        chosen = [ranking.stages]
+    if world > 1:
+        dist.broadcast_object_list(chosen)
+    miner.rank_by(chosen[0])
 
 
 def _meet() -> None:

@@ -54,7 +54,9 @@ CHANGED_AT_MOST = 0.1
 TARGETS = (0.5, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 1)
 """The cheapest plan is kept for each."""
 KEPT = (50, 200, 1000, 4000, 16_000)
-LISTS = (4, 8, 16, 32, 64, 128, 256, 512)
+REACH = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.5, 0.4)
+LISTS_AT_MOST = 0.25
+"""Share of an index's lists above which a plan that reads them is not worth measuring."""
 HITS = {True: (50, 100, 200, 400, 800, 1600), False: (25, 50, 100, 200, 400)}
 """Vectors for each question: for the sum of a query's vectors, and for each of them."""
 TIMED = 3
@@ -265,7 +267,7 @@ def calibrate(
         queries, asked_by = _stored_queries(store), "stored items, by their own vectors"
     else:
         queries = store.accept(queries)
-    return _calibrated(store, Kinds([queries], f"{len(queries)} {asked_by}"), go_on)
+    return calibrate_kinds(store, Kinds([queries], f"{len(queries)} {asked_by}"), go_on)
 
 
 def measure(
@@ -295,7 +297,9 @@ def measure(
     texts = list(dict.fromkeys(texts))[:NUM_QUERIES]
     if len(texts) < LEAST_QUERIES:
         return calibrate(store, go_on=go_on)
-    return _calibrated(store, for_several(store.accept(encode(texts)), "texts of its items"), go_on)
+    return calibrate_kinds(
+        store, for_several(store.accept(encode(texts)), "texts of its items"), go_on
+    )
 
 
 def for_several(queries: Float[Tensor, "Q Rq D"], said: str) -> Kinds:
@@ -325,7 +329,10 @@ def logged_queries(store: Reader) -> list[str]:
     return list(dict.fromkeys(reversed(texts)))[:LOGGED_QUERIES]
 
 
-def _calibrated(store: Reader, kinds: Kinds, go_on: Callable[[], None]) -> Calibration:
+def calibrate_kinds(
+    store: Reader, kinds: Kinds, go_on: Callable[[], None] = lambda: None
+) -> Calibration:
+    """Measure plans with queries of several kinds; see `calibrate`."""
     snapshot, last = store.snapshot(), store.groups[-1]
     queries = torch.cat(kinds.vectors)
     a_row = len(queries) * last.r_q * last.r_c * store.width
@@ -345,7 +352,7 @@ def _calibrated(store: Reader, kinds: Kinds, go_on: Callable[[], None]) -> Calib
     measured = []
     for plan in _worth_it(plans, store):
         go_on()
-        on_all = plan.stages[0].lists is not None
+        on_all = plan.stages[0].reach is not None
         stages = plan.stages if on_all else _scaled(plan.stages, share)
         matching = snapshot.every if on_all else sample
         seconds = min(
@@ -427,18 +434,23 @@ def _index_plans(
     in_any_case = torch.from_numpy(exact >= index.num_rows)
     found = []
     for pooled, hits in HITS.items():
-        for lists in (some for some in LISTS if some <= index.num_lists):
+        for reach in REACH:
             go_on()
-            stage = Stage(store.groups[-1], hits[-1], pooled, lists)
+            stage = Stage(store.groups[-1], hits[-1], pooled, reach)
             asked = stage.asked(queries).float().cpu().numpy()
-            ids = index.nearest(asked, lists, hits[-1], allowed)
+            lists, products = index.lists_of(asked, reach)
+            num_read = (lists >= 0).sum() / len(queries)
+            if num_read > LISTS_AT_MOST * index.num_lists * asked.shape[1]:
+                break
+            ids = index.nearest(asked, lists, products, hits[-1], allowed)
             items = np.where(ids < 0, -1, ids // index.num_slots)
             depth = torch.from_numpy(_depth(items, exact))
             for some in hits:
                 recall = _hardest((depth < some) | in_any_case, sizes)
                 rescored = float(np.mean([len(np.unique(one[:, :some])) for one in items]))
                 stages = stage._replace(keep=some), end
-                found.append(_Plan(stages, *recall, *costs(stages, store, index, rescored)))
+                asks = index, num_read, rescored
+                found.append(_Plan(stages, *recall, *costs(stages, store, asks)))
     return found
 
 
@@ -549,7 +561,7 @@ def _worth_it(plans: Sequence[_Plan], store: Reader) -> list[_Plan]:
     single = Budget(store.groups[-1].r_q, store.groups[0].r_c)
     names = {str(group) for group in (*store.groups, single)}
     chosen = {plan.stages for plan in plans if plan_name(plan.stages) in names}
-    for some in (plans, [plan for plan in plans if plan.stages[0].lists is None]):
+    for some in (plans, [plan for plan in plans if plan.stages[0].reach is None]):
         for target in TARGETS:
             reach = (plan.stages for plan in some if plan.recall - plan.error >= target)
             chosen.update(itertools.islice(reach, 1))
@@ -557,30 +569,26 @@ def _worth_it(plans: Sequence[_Plan], store: Reader) -> list[_Plan]:
 
 
 def costs(
-    plan: Sequence[Stage],
-    store: Reader,
-    index: Index | None = None,
-    rescored: float | None = None,
+    plan: Sequence[Stage], store: Reader, asks: tuple[Index, float, float] | None = None
 ) -> tuple[float, float]:
     """What a query costs on a whole store: dot products, and bytes.
 
     Args:
         plan: its stages.
         store: that is searched.
-        index: that its first stage asks.
-        rescored: items that this leaves; None: as many as it can.
+        asks: where its first stage asks an index: that, the lists that a query reads of it, and the
+            items that this leaves.
     """
-    first, vector_bytes = plan[0], store.snapshot().vector_bytes
-    scored = [len(store), *(stage.keep for stage in plan)]
+    vector_bytes = store.snapshot().vector_bytes
     products = bytes_read = 0.0
-    stages = list(plan)
-    if first.lists is not None:
-        assert index is not None, "its cost depends on the lists"
-        questions = 1 if first.pooled else first.budget.r_q
-        share = min(1, first.lists / index.num_lists)
-        products = questions * (index.num_lists + share * index.num_rows * index.num_slots)
-        bytes_read = questions * index.bytes_read(first.lists)
-        left = questions * first.keep if rescored is None else rescored
+    scored, stages = [len(store), *(stage.keep for stage in plan)], list(plan)
+    if plan[0].reach is not None:
+        assert asks is not None, "its cost depends on the index"
+        index, num_read, left = asks
+        questions = 1 if plan[0].pooled else plan[0].budget.r_q
+        share = num_read / index.num_lists
+        products = questions * index.num_lists + share * index.num_rows * index.num_slots
+        bytes_read = share * index.size_bytes
         stages, scored = stages[1:], [left, *scored[2:]]
     for stage, num_items in zip(stages, scored, strict=False):
         products += num_items * stage.products
@@ -610,7 +618,7 @@ def stages_of(plan: str, groups: Sequence[Budget], top: int) -> tuple[Stage, ...
 
 
 def _for_top(stage: Stage, top: int) -> Stage:
-    if stage.lists is None:
+    if stage.reach is None:
         return stage._replace(keep=max(stage.keep, top))
     # It was measured for ten: for more results it looks as much farther.
     return stage._replace(keep=math.ceil(stage.keep * max(1, top / TOP)))

@@ -4,9 +4,9 @@ A stage scores what the stage before it kept, and keeps the best of it:
 
     4x8:200      MaxSim of 4 query and 8 candidate vectors; the 200 best items
     poolx16:200  the sum of all query vectors, against 16 candidate vectors; the 200 best items
-    pool@32:200  the sum asks the index, which reads 32 of its lists; the items of the 200 best
-                 candidate vectors
-    each@32:50   every query vector asks the index; the items of the 50 best vectors of each
+    pool@.7:200  the sum asks the index, which reads the lists whose centres score at least .7 of
+                 the best centre's; the items of the 200 best candidate vectors in them
+    each@.7:50   every query vector asks the index; the items of the 50 best vectors of each
 
 Only the first stage can ask the index, and the last one scores at a budget. Pooling the query costs
 one product a candidate vector instead of r_q, and loses little where a query's vectors are alike.
@@ -32,11 +32,13 @@ from torch import Tensor
 from metaembed_pl.budget import Budget, check_budget
 from metaembed_pl.errors import UserError
 from metaembed_pl.retrieval.index import Index
-from metaembed_pl.retrieval.scoring import best_rows, fast_dtype, scan
+from metaembed_pl.retrieval.scoring import best_columns, best_rows, fast_dtype, scan, score_few
 from metaembed_pl.retrieval.snapshot import Matching, Snapshot
 
+FEW = 512
+"""Items that are scored for one query without the tiles of a scan."""
 _STAGE = re.compile(
-    r"\s*(?:poolx(?P<r_c>\d+)|(?P<asks>pool|each)@(?P<lists>\d+)|(?P<budget>[^:@]+))"
+    r"\s*(?:poolx(?P<r_c>\d+)|(?P<asks>pool|each)@(?P<reach>\d*\.?\d+)|(?P<budget>[^:@]+))"
     r"\s*:\s*(?P<keep>\d+)\s*"
 )
 
@@ -48,17 +50,17 @@ class Stage(NamedTuple):
         budget: query and candidate vectors that are used.
         keep: items that are kept; where the index is asked, vectors for each question.
         pooled: the query's vectors are summed first.
-        lists: of the index that are read; None: every item is scored.
+        reach: which lists of the index are read, see `Index.search`; None: every item is scored.
     """
 
     budget: Budget
     keep: int
     pooled: bool = False
-    lists: int | None = None
+    reach: float | None = None
 
     def __str__(self) -> str:
-        if self.lists is not None:
-            return f"{'pool' if self.pooled else 'each'}@{self.lists}:{self.keep}"
+        if self.reach is not None:
+            return f"{'pool' if self.pooled else 'each'}@{self.reach:g}:{self.keep}"
         return f"{f'poolx{self.budget.r_c}' if self.pooled else self.budget}:{self.keep}"
 
     @property
@@ -126,11 +128,11 @@ def parse_cascade(
     for stage in stages:
         check_budget(stage.budget, groups)
     for before, stage in itertools.pairwise(stages):
-        if stage.lists is not None:
+        if stage.reach is not None:
             raise UserError(f"only the first stage of a cascade can ask the index, not {stage}")
-        if stage.keep > before.keep and before.lists is None:
+        if stage.keep > before.keep and before.reach is None:
             raise UserError(f"stage {stage} of a cascade keeps more than {before} before it")
-    if stages[-1].pooled or stages[-1].lists is not None:
+    if stages[-1].pooled or stages[-1].reach is not None:
         raise UserError(
             f"the last stage of a cascade scores at a budget, such as {groups[-1]}:10; "
             f"got {stages[-1]}"
@@ -140,14 +142,14 @@ def parse_cascade(
 
 def _parse(text: str, groups: Sequence[Budget]) -> Stage:
     match = _STAGE.fullmatch(text)
-    if match is None or int(match["keep"]) < 1 or int(match["lists"] or 1) < 1:
+    if match is None or int(match["keep"]) < 1 or not 0 <= float(match["reach"] or 0) <= 1:
         raise UserError(
             "a stage of a cascade says what is scored and how many are kept, such as 4x8:200, "
-            f"poolx8:200, pool@32:200 or each@32:50; got {text!r}"
+            f"poolx8:200, pool@.7:200 or each@.7:50; got {text!r}"
         )
     keep, every = int(match["keep"]), groups[-1]
-    if match["lists"]:
-        return Stage(every, keep, match["asks"] == "pool", int(match["lists"]))
+    if match["reach"]:
+        return Stage(every, keep, match["asks"] == "pool", float(match["reach"]))
     if match["r_c"]:
         return Stage(Budget(every.r_q, int(match["r_c"])), keep, pooled=True)
     return Stage(Budget.parse(match["budget"]), keep)
@@ -198,7 +200,7 @@ def run_stages(
     """
     started = time.perf_counter()
     first, *later = stages
-    if first.lists is not None:
+    if first.reach is not None:
         assert index is not None, "a plan that asks an index is chosen where there is one"
         at_least = min(stages[-1].keep, len(matching.places))
         places, bytes_read = _ask(snapshot, index, queries, first, matching, at_least)
@@ -228,8 +230,12 @@ def _best_of(
 ) -> tuple[Float[Tensor, " K"], Integer[Tensor, " K"]]:
     """The best of some places for one query."""
     places = places.sort().values.cpu()
-    scored = scan(snapshot.planes, stage.asked(query[None]), stage.budget.r_c, places)
-    scores, best = best_rows(scored, stage.keep)
+    asked = stage.asked(query[None])
+    if len(places) <= FEW:
+        scores = score_few(snapshot.planes, asked[0], stage.budget.r_c, places)
+        scores, best = best_columns(scores[None], stage.keep)
+        return scores[0], places[best[0].cpu()]
+    scores, best = best_rows(scan(snapshot.planes, asked, stage.budget.r_c, places), stage.keep)
     return scores[0], best[0]
 
 
@@ -245,11 +251,14 @@ def _ask(
 
     Items that are not in the index yet are all scored.
     """
-    assert stage.lists is not None
+    assert stage.reach is not None
     allowed = matching.allowed(index.num_rows, index.num_slots)
     at_least = min(at_least, matching.num_below(index.num_rows))
-    found = index.search(stage.asked(queries), stage.lists, stage.keep, allowed, at_least)
-    bytes_read = index.bytes_read(stage.lists) * len(queries) * stage.asked(queries).shape[1]
+    # Under a filter more lists hold as many items.
+    widened = len(snapshot.places) / len(matching.places)
+    found, bytes_read = index.search(
+        stage.asked(queries), stage.reach, stage.keep, allowed, at_least, widened
+    )
     tail = matching.places[matching.num_below(index.num_rows) :]
     if len(tail):
         r_c = stage.budget.r_c

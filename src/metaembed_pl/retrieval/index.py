@@ -12,7 +12,7 @@ Deleted items are masked when it is asked. Items that were added since are in no
 scores them all, and `index_build.extend` writes them into a segment of their own. The index lies in
 the folder of data that it is about, so it cannot outlive a compaction.
 
-Q: queries    A: questions of a query    D: width    K: vectors that are found for a question
+Q: queries    A: questions of a query    D: width    L: lists    K: vectors found for a question
 """
 
 import hashlib
@@ -231,10 +231,6 @@ class Index:
         """Of its segments."""
         return sum(segment.size_bytes for segment in self.manifest.segments)
 
-    def bytes_read(self, lists: int) -> int:
-        """That a question reads, where the lists have their mean length."""
-        return self.size_bytes * min(lists, self.num_lists) // self.num_lists
-
     def is_whole(self) -> bool:
         """Whether all that was mapped is still there: who reads beyond is killed by the system."""
         pairs = zip(self._files, self.manifest.segments, strict=True)
@@ -260,58 +256,105 @@ class Index:
             "centres of its lists, in cosine"
         )
 
+    @cached_property
+    def centres(self) -> Float[np.ndarray, "L D"]:
+        """Of the lists; all segments have the same."""
+        return self._segments[0].quantizer.reconstruct_n(0, self.num_lists)
+
+    def lists_of(
+        self, questions: Float[np.ndarray, "Q A D"], reach: float, widened: float = 1
+    ) -> tuple[Integer[np.ndarray, "QA L"], Float[np.ndarray, "QA L"]]:
+        """The lists that each question reads, nearest first, filled up with -1, and their products.
+
+        A question that few centres are near to reads few lists, and one that stands between many
+        reads many: that is why one `reach` serves queries for one thing and for several.
+        """
+        asked = questions.reshape(-1, questions.shape[2])
+        products = asked @ self.centres.T
+        best = products.max(axis=1, keepdims=True)
+        near = products >= best - (1 - reach) * np.abs(best)
+        counts = np.minimum(np.ceil(near.sum(axis=1) * widened), self.num_lists).astype(int)
+        width = counts.max()
+        if width < self.num_lists:
+            lists = np.argpartition(-products, width - 1, axis=1)[:, :width]
+        else:
+            lists = np.broadcast_to(np.arange(width), products.shape)
+        kept = np.take_along_axis(products, lists, axis=1)
+        order = np.argsort(-kept, axis=1, kind="stable")
+        lists = np.take_along_axis(lists, order, axis=1)
+        lists[np.arange(width) >= counts[:, None]] = -1
+        return lists, np.take_along_axis(kept, order, axis=1)
+
     def search(
         self,
         questions: Float[Tensor, "Q A D"],
-        lists: int,
+        reach: float,
         hits: int,
         allowed: np.ndarray | None = None,
         at_least: int = 1,
-    ) -> list[Integer[Tensor, " _"]]:
-        """The items of the vectors nearest to each query's questions, ascending.
+        widened: float = 1,
+    ) -> tuple[list[Integer[Tensor, " _"]], int]:
+        """The items of the vectors nearest to each query's questions, ascending, and bytes read.
 
         Where these are fewer than `at_least`, more lists are read and more vectors taken.
 
         Args:
             questions: compared by dot product.
-            lists: to read for each question.
+            reach: a question reads the lists whose centres score at least this share of what the
+                best centre scores; in [0, 1].
             hits: vectors to take for each question.
             allowed: a bit for each vector, as `Matching.allowed` gives it; None: all.
             at_least: items for each query; not more than are allowed.
+            widened: read so many times more lists.
         """
         vectors = questions.float().cpu().numpy()
         found: list[np.ndarray] = [np.empty(0, dtype=np.int64)] * len(vectors)
-        left = np.arange(len(vectors))
+        left, num_read = np.arange(len(vectors)), 0
         while len(left):
-            nearest = self.nearest(vectors[left], lists, hits, allowed)
+            lists, products = self.lists_of(vectors[left], reach, widened)
+            nearest = self.nearest(vectors[left], lists, products, hits, allowed)
+            num_read += int((lists >= 0).sum())
             for query, ids in zip(left, nearest, strict=True):
                 found[query] = np.unique(ids[ids >= 0] // self.num_slots)
-            if lists >= self.num_lists and hits >= at_least * self.num_slots:
+            every = bool((lists >= 0).all()) and lists.shape[1] == self.num_lists
+            if every and hits >= at_least * self.num_slots:
                 break
-            lists = min(4 * lists, self.num_lists)
+            widened *= 4
             hits = min(4 * hits, max(hits, at_least * self.num_slots))
             left = np.array([query for query in left if len(found[query]) < at_least], dtype=int)
-        return [torch.from_numpy(places) for places in found]
+        bytes_read = num_read * self.size_bytes // self.num_lists
+        return [torch.from_numpy(places) for places in found], bytes_read
 
     def nearest(
         self,
         questions: Float[np.ndarray, "Q A D"],
-        lists: int,
+        lists: Integer[np.ndarray, "QA L"],
+        products: Float[np.ndarray, "QA L"],
         hits: int,
         allowed: np.ndarray | None = None,
     ) -> Integer[np.ndarray, "Q A K"]:
         """The vectors nearest to each question, by number, nearest first; -1: there are no more."""
         faiss = faiss_module()
-        asked = np.ascontiguousarray(questions.reshape(-1, questions.shape[2]))
-        settings: dict[str, Any] = {"nprobe": min(lists, self.num_lists)}
+        asked = np.ascontiguousarray(questions.reshape(-1, questions.shape[2]), np.float32)
+        lists = np.ascontiguousarray(lists, np.int64)
+        products = np.ascontiguousarray(products, np.float32)
+        settings: dict[str, Any] = {"nprobe": lists.shape[1]}
         if allowed is not None:
             settings["sel"] = faiss.IDSelectorBitmap(allowed)
         params = faiss.SearchParametersIVF(**settings)
-        parts = [segment.search(asked, hits, params=params) for segment in self._segments]
-        products, ids = (np.concatenate(of_all, axis=1) for of_all in zip(*parts, strict=True))
-        if len(parts) > 1:
-            products[ids < 0] = -np.inf
-            order = np.argsort(-products, axis=1, kind="stable")[:, :hits]
+        found = []
+        for segment in self._segments:
+            scores = np.empty((len(asked), hits), dtype=np.float32)
+            ids = np.empty((len(asked), hits), dtype=np.int64)
+            pointers = map(faiss.swig_ptr, (lists, products, scores, ids))
+            asked_at = faiss.swig_ptr(asked)
+            # faiss's own wrapper of this takes no selector.
+            segment.search_preassigned_c(len(asked), asked_at, hits, *pointers, False, params)
+            found.append((scores, ids))
+        scores, ids = (np.concatenate(of_all, axis=1) for of_all in zip(*found, strict=True))
+        if len(found) > 1:
+            scores[ids < 0] = -np.inf
+            order = np.argsort(-scores, axis=1, kind="stable")[:, :hits]
             ids = np.take_along_axis(ids, order, axis=1)
         ids[ids >= self.num_rows * self.num_slots] = -1  # of a damaged file
         return ids.reshape(*questions.shape[:2], -1)

@@ -4,7 +4,7 @@ For each query the candidates of a corpus are ranked by the model. What is known
 masked: by id, by equal content, by the other pairs that ask the same. What scores too close to the
 positive is left out as an answer that nobody marked. The best of the rest are its hard negatives.
 
-N: pairs of a batch    Rq, Rc: vectors of a query, of a candidate    D: width
+N: pairs of a batch    Q: queries    Rq, Rc: vectors of a query, of a candidate    D: width
 """
 
 import math
@@ -13,6 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from jaxtyping import Float
+from torch import Tensor
+
 from metaembed_pl.budget import Budget
 from metaembed_pl.data.collate import Instructions, decoded
 from metaembed_pl.data.shards import ShardedPairs
@@ -20,6 +23,8 @@ from metaembed_pl.errors import UserError
 from metaembed_pl.item import Item, Pair, stable_hash
 from metaembed_pl.late_interaction import paired_scores
 from metaembed_pl.model.embedder import MetaEmbedder
+from metaembed_pl.retrieval.calibration import calibrate, stages_of
+from metaembed_pl.retrieval.cascade import Stage
 from metaembed_pl.retrieval.embedding import Entry
 from metaembed_pl.retrieval.store import Store
 
@@ -181,6 +186,37 @@ class Corpus(Sequence[Item]):
             yield Entry(uid, lambda row=row: self._instructions.told(self[row], "candidate"))
 
 
+class Ranking(NamedTuple):
+    """How candidates are ranked, and how much of the exact ranking that finds."""
+
+    stages: tuple[Stage, ...]
+    recall: float
+
+
+def ranking_for(
+    store: Store, queries: Float[Tensor, "Q Rq D"], depth: int, target_recall: float
+) -> Ranking:
+    """The cheapest ranking that finds so much of the first `depth` of the exact one.
+
+    Args:
+        store: of the corpus; with an index, if it has one.
+        queries: some of those that will be mined for.
+        depth: candidates to rank for each query.
+        target_recall: share of them.
+    """
+    exact = stages_of(str(store.groups[-1]), store.groups, depth)
+    wanted = store.search(queries, cascade=exact).rows
+    for row in calibrate(store, queries).measured:
+        if row.recall < target_recall:
+            continue
+        stages = stages_of(row.plan, store.groups, depth)
+        found = store.search(queries, cascade=stages).rows
+        shares = [len(set(a) & set(b)) / len(b) for a, b in zip(found, wanted, strict=True)]
+        if (recall := sum(shares) / len(shares)) >= target_recall:
+            return Ranking(stages, recall)
+    return Ranking(exact, 1.0)
+
+
 class Miner:
     """Finds hard negatives for the pairs of a source.
 
@@ -205,7 +241,7 @@ class Miner:
         rules: Rules,
         *,
         budget: str | Budget | None = None,
-        cascade: str | None = None,
+        cascade: str | Sequence[Stage] | None = None,
         depth: int = 100,
         instructions: Instructions | None = None,
     ) -> None:
@@ -258,6 +294,16 @@ class Miner:
             content_of = self.corpus.contents.__getitem__
             found[i] = self.rules.choose(ranked, score, is_right, content_of)
         return [found[i] for i in numbers]
+
+    def queries(self, numbers: Sequence[int]) -> Float[Tensor, "Q Rq D"]:
+        """The queries of pairs, encoded; those that cannot be used are left out."""
+        pairs, _ = self._readable(numbers)
+        found = self.model.encode_query([pair.query for pair in pairs.values()], 32)
+        return found.to(self.model.device)
+
+    def rank_by(self, stages: Sequence[Stage]) -> None:
+        """Rank candidates by these stages from now on."""
+        self._search = {"cascade": tuple(stages)}
 
     def _is_right(self, wanted: set[int]) -> Callable[[int], bool]:
         return lambda row: not wanted.isdisjoint(self.corpus.answers[row])

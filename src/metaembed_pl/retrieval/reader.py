@@ -23,6 +23,9 @@ from metaembed_pl.retrieval.scoring import scan
 from metaembed_pl.retrieval.searchable import Searchable
 from metaembed_pl.retrieval.snapshot import Matching, Snapshot
 
+PASSED_OVER = 0.2
+"""What an index spends on a vector that a filter keeps out, of what it spends on others."""
+
 
 class Reader(Searchable):
     """A store as it was when it was opened; `Store` is one that can also change it.
@@ -175,8 +178,9 @@ class Reader(Searchable):
         Raises:
             UserError: the store is empty, or any of these is not valid.
         """
+        stages = choose_stages(self.groups, budget, cascade, top)
+        index = self._index_for(stages)
         snapshot = self.snapshot()
-        stages = self.stages(budget, cascade, top)
         queries = self.accept(queries)
         if not len(self):
             raise UserError(f"{self.folder} is empty: add items with `embed`")
@@ -184,9 +188,8 @@ class Reader(Searchable):
         if len(matching.places) == 0 or len(queries) == 0:
             nothing: list[list[Any]] = [[] for _ in queries]
             return Hits(nothing, nothing, nothing, stages, 0.0, 0)
-        index = self.index() if stages[0].lists is not None else None
         if index is not None:
-            stages = for_filter(stages, index, len(matching.places), len(self))
+            stages = for_filter(stages, index, queries, len(matching.places) / len(self))
         found = run_stages(snapshot, queries, stages, matching, index)
         scores = found.scores[:, :top] / (stages[-1].budget.r_q if normalised else 1)
         best = found.places[:, :top].cpu()
@@ -264,30 +267,37 @@ class Reader(Searchable):
             IndexUnusable: they ask the index, and there is none, or it cannot be used.
         """
         stages = choose_stages(self.groups, budget, cascade, top)
-        if stages[0].lists is not None and self.index() is None:
+        self._index_for(stages)
+        return stages
+
+    def _index_for(self, stages: Sequence[Stage]) -> Index | None:
+        """The index, where stages ask it."""
+        if stages[0].reach is None:
+            return None
+        index = self.index()
+        if index is None:
             raise IndexUnusable(
                 f"{self.folder} has no index for {stages[0]}: make one with `index --store "
                 f"{self.folder}`, or search at a budget"
             )
-        return stages
+        return index
 
 
 def for_filter(
-    stages: tuple[Stage, ...], index: Index, num_matching: int, num_items: int
+    stages: tuple[Stage, ...], index: Index, queries: Float[Tensor, "Q Rq D"], share: float
 ) -> tuple[Stage, ...]:
-    """Stages that ask an index, where a filter lets only some items through.
+    """Stages that ask an index, where a filter lets a share of the items through.
 
-    These are spread over as many lists as all are, so more lists hold the best of them. Where that
-    costs more than to score them all, they are all scored.
+    Many more lists are read then. Where that costs more than to score them all, they are all
+    scored.
     """
     first, last = stages[0], stages[-1]
-    if num_matching == num_items or first.lists is None:
+    if share == 1 or first.reach is None:
         return stages
-    lists = min(index.num_lists, -(-first.lists * num_items // num_matching))
-    questions = 1 if first.pooled else first.budget.r_q
-    num_read = questions * index.num_rows * index.num_slots * lists / index.num_lists
-    # A vector that is passed over costs a fifth of one that is multiplied.
-    cost = num_read / 5 + num_read * num_matching / num_items
-    if num_matching * last.products <= cost:
-        return (last,)
-    return (first._replace(lists=lists), *stages[1:])
+    asked = first.asked(queries).float().cpu().numpy()
+    lists, _ = index.lists_of(asked, first.reach, 1 / share)
+    num_vectors = index.num_rows * index.num_slots
+    num_read = (lists >= 0).sum() / len(queries) * num_vectors / index.num_lists
+    cost = num_read * (PASSED_OVER + share)
+    num_matching = share * num_vectors / index.num_slots
+    return (last,) if num_matching * last.products <= cost else stages

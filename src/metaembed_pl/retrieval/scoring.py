@@ -66,6 +66,23 @@ def scan(
         yield part, scores.T
 
 
+def score_few(
+    planes: Sequence[Plane],
+    query: Float[Tensor, "Rq D"],
+    r_c: int,
+    rows: Integer[Tensor, " n"],
+) -> Float[Tensor, " n"]:
+    """Scores of some rows for one query, as `scan` gives them, without a scan's preparations."""
+    blocks = []
+    for plane in planes:
+        if plane.first < r_c:
+            block = plane.vectors[rows].to(query.device, torch.float32)
+            blocks.append(block if plane.scales is None else block * plane.scales[rows].to(block))
+    vectors = torch.cat(blocks, dim=1) if len(blocks) > 1 else blocks[0]
+    products = vectors.flatten(0, 1) @ query.T
+    return products.view(len(rows), r_c, -1).amax(dim=1).sum(dim=1)
+
+
 class _Tile:
     """Some rows' vectors and their products with some query vectors, in memory that is kept.
 

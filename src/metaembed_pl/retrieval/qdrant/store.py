@@ -113,7 +113,7 @@ class QdrantStore(Searchable):
             budget = Budget(self.groups[-1].r_q, self.layout.counts[-1])
         stages = choose_stages(self.groups, budget, cascade, top)
         for stage in stages:
-            if stage.lists is not None:
+            if stage.reach is not None:
                 raise UserError(
                     f"{stage} asks the index of a store in a folder; Qdrant has its own"
                 )

@@ -145,10 +145,10 @@ function planWords({ plan }) {
     return `${count(queries, "vector")} of the query, ${candidates} of each item`;
   }
   const [[first, keep], ...rest] = stages;
-  const [asks, lists] = first.split("@");
-  const begin = !lists ? `all items at ${times(first)}`
-    : `${asks === "pool" ? "the sum of the query’s vectors asks" : "each query vector asks"} ${lists} lists of the index`;
-  if (lists) return [begin, ...rest.map(([budget]) => `what they hit at ${times(budget)}`)].join(", then ");
+  const [asks, reach] = first.split("@");
+  const begin = !reach ? `all items at ${times(first)}`
+    : `the index is asked with ${asks === "pool" ? "the sum of the query’s vectors" : "each query vector"}`;
+  if (reach) return [begin, ...rest.map(([budget]) => `what they hit at ${times(budget)}`)].join(", then ");
   return [begin, ...rest.map(([budget], k) => `the best ${k ? rest[k - 1][1] : keep} at ${times(budget)}`)].join(", then ");
 }
 
