@@ -208,7 +208,7 @@ def memory(num_pairs: int) -> Iterator[dict[str, float]]:
         synthetic(Path(root) / "s", num_pairs)
         pairs = ShardedPairs(Path(root) / "s")
         plan = Plan([PlannedSource("s", tuple(pairs.shard_sizes))], 64)
-        batches = TrainingBatches([pairs], [1], plan, lambda items, side, always_image=False: {})
+        batches = TrainingBatches([pairs], [1], plan, lambda items, side: {})
         start = time.perf_counter()
         every = max(1, num_pairs // 64 // 10)
         for step in range(num_pairs // 64):

@@ -31,6 +31,7 @@ class Case:
     frozen_vision: bool = False
     accumulated: int = 1
     clipped: bool = False
+    family: str = "qwen2_5_vl"
 
     @property
     def num_ranks(self) -> int:
@@ -47,6 +48,7 @@ class Case:
         words += ["activation checkpointing"] * self.checkpointing
         words += ["frozen vision tower"] * self.frozen_vision
         words += ["clipped"] * self.clipped
+        words += [self.family] * (self.family != Case.family)
         words += [f"{self.accumulated} batches accumulated"] * (self.accumulated > 1)
         return ", ".join(words)
 
@@ -65,6 +67,8 @@ CASES = [
         Case(strategy, lora=True, cached=True, checkpointing=True),
         Case(strategy, lora=True, cached=True, accumulated=2),
         Case(strategy, lora=True, cached=True, clipped=True),
+        Case(strategy, lora=True, frozen_vision=True),
+        Case(strategy, lora=True, frozen_vision=True, family="mllama"),
     )
     if not (strategy == "deepspeed_stage_2" and case.cached and case.accumulated > 1)
 ]
@@ -75,6 +79,15 @@ CASES += [
     Case("fsdp2", cached=True),
     Case("fsdp2", lora=True),
     Case("fsdp2", lora=True, cached=True),
+    Case("fsdp2", lora=True, frozen_vision=True),
+    Case("fsdp2", lora=True, cached=True, checkpointing=True, frozen_vision=True),
+    Case("fsdp2", lora=True, frozen_vision=True, family="mllama"),
+    Case("ddp", lora=True, cached=True, checkpointing=True, frozen_vision=True),
+    Case("deepspeed_stage_3", lora=True, cached=True, checkpointing=True, frozen_vision=True),
+    Case("deepspeed_stage_3", lora=True, cached=True, frozen_vision=True, family="mllama"),
+    # Its cross-attention layers are trained, and texts alone run none of them.
+    Case("ddp", family="mllama"),
+    Case("deepspeed_stage_3", checkpointing=True, family="mllama"),
     Case("deepspeed_stage_2_offload"),
     Case("deepspeed_stage_2_offload", lora=True, cached=True),
     Case("deepspeed_stage_3_offload"),
@@ -122,7 +135,8 @@ class OneStep(MetaEmbedModule):
         if fresh:
             generator = torch.Generator().manual_seed(1)
             for name, parameter in self.named_parameters():
-                if "lora_B" in name:  # as it starts, with zeros, lora_A would get no gradient
+                # As they start, with zeros, what is behind them would get no gradient.
+                if "lora_B" in name or "gate" in name.rpartition(".")[2]:
                     value = torch.empty(parameter.shape).normal_(std=0.01, generator=generator)
                     if isinstance(parameter, DTensor):
                         shared = parameter.device_mesh, parameter.placements
@@ -138,7 +152,7 @@ class Batches(pl.LightningDataModule):
     """Two global batches, shared out over the ranks by halves."""
 
     def train_dataloader(self):
-        module, ranks = self.trainer.lightning_module, self.trainer.world_size
+        module = self.trainer.lightning_module
         rank, share = self.trainer.global_rank, NUM_PAIRS // self.trainer.world_size
         return DataLoader(
             [
@@ -147,7 +161,6 @@ class Batches(pl.LightningDataModule):
                     module.embedder.processor(),
                     source="pairs",
                     step=b,
-                    always_image=ranks > 1,
                     max_chunk_tokens=module.max_chunk_tokens,
                 )
                 for b in range(NUM_BATCHES)
@@ -159,9 +172,9 @@ class Batches(pl.LightningDataModule):
 def step(case: Case, num_ranks: int, shards: Path) -> tuple[dict[str, torch.Tensor], float]:
     """What one step of plain descent adds to each trained weight, and the loss."""
     backbone = BackboneConfig(
-        scratch=tiny.QWEN25_VL,
+        scratch=tiny.CONFIGS[case.family],
         tokenizer=ScratchTokenizer(300, [str(shards)]),
-        max_pixels=84 * 84,
+        max_pixels=tiny.PIXEL_LIMITS.get(case.family, (None, None))[1],
         gradient_checkpointing=case.checkpointing,
     )
     module = OneStep(

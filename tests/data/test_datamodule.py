@@ -34,7 +34,7 @@ from metaembed_pl.errors import UserError
 from metaembed_pl.item import Item, Pair, stable_hash
 
 
-def count_items(items, side, always_image=False):
+def count_items(items, side):
     """Stands in for a processing where only the pairs matter."""
     return {"count": torch.tensor(len(items))}
 
@@ -77,29 +77,14 @@ def test_two_ranks_share_the_batches_of_one(folders):
         assert keys == whole.load(step).keys
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
-def test_only_several_ranks_ask_for_an_image_on_both_sides(folders, num_ranks):
-    asked = {}
-
-    def process(items, side, always_image):
-        asked[side] = always_image
-        return {}
-
-    found = batches_of(folders)
-    found.process, found.num_ranks = process, num_ranks
-    found.load(0)
-    assert asked == dict.fromkeys(("query", "candidate"), num_ranks > 1)
-
-
 def test_candidates_are_positives_then_each_querys_negatives():
     pairs = tiny.pairs(3, num_negatives=2)
     seen = {}
     batch = collate(
         [[pair] for pair in pairs],
-        lambda items, side, always_image: seen.update({side: items}) or {},
+        lambda items, side: seen.update({side: items}) or {},
         source="s",
         step=0,
-        always_image=True,
     )
     positives = [pair.positive for pair in pairs]
     negatives = [negative for pair in pairs for negative in pair.negatives]
@@ -148,10 +133,9 @@ def test_nothing_is_encoded_twice_and_nothing_that_no_score_uses():
             ],
             [Pair("4", Item("d"), other, (replace(own),))],
         ],
-        lambda items, side, always_image: seen.update({side: items}) or {},
+        lambda items, side: seen.update({side: items}) or {},
         source="s",
         step=0,
-        always_image=False,
     )
     assert [item.text for item in seen["query"]] == ["a", "b", "c", "d"]
     assert [item.text for item in seen["candidate"]] == ["scene", "other", "both", "one"]
@@ -166,7 +150,7 @@ def test_nothing_is_encoded_twice_and_nothing_that_no_score_uses():
 
 def collated(pairs):
     found = [[decoded(choose_negatives(pair, 1, turn=0))] for pair in pairs]
-    return collate(found, count_items, source="s", step=0, always_image=False)
+    return collate(found, count_items, source="s", step=0)
 
 
 def test_a_candidate_that_shows_the_same_as_the_positive_answers_it_whatever_its_id():
@@ -205,7 +189,7 @@ def test_decoding_does_not_change_what_a_picture_is():
 def test_a_source_tells_what_to_do_in_training_and_evaluation_alike(folders):
     seen = {}
 
-    def process(items, side, always_image):
+    def process(items, side):
         return seen.update({side: items}) or {}
 
     found = batches_of(folders[:1])

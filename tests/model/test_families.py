@@ -1,7 +1,5 @@
 """Every family, on a tiny model made from scratch: what a retriever needs of its backbone."""
 
-from collections import Counter
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,6 +11,7 @@ from metaembed_pl.item import Item
 from metaembed_pl.model.embedder import MetaEmbedder
 from metaembed_pl.model.family import family_of
 from metaembed_pl.model.kernels import FP32, PACKED, set_attention
+from metaembed_pl.model.options import checkpoint_activations
 from metaembed_pl.model.weights import load_backbone
 
 NAMES = list(tiny.CONFIGS)
@@ -42,8 +41,8 @@ def loud(name: str, **settings) -> MetaEmbedder:
     return model
 
 
-def batch_of(model, items, side="candidate", always_image=False):
-    return model.processor()(items, side, always_image=always_image)
+def batch_of(model, items, side="candidate"):
+    return model.processor()(items, side)
 
 
 @every_family
@@ -61,13 +60,12 @@ def test_neighbours_batch_size_and_padding_side_change_nothing(name, side):
 
 
 @every_family
-@pytest.mark.parametrize("always_image", [False, True])
-def test_chunks_change_nothing(name, always_image):
+def test_chunks_change_nothing(name):
     model = loud(name)
     together = model.encode_candidate(ITEMS)
     lengths = batch_of(model, ITEMS)["attention_mask"].sum(dim=1)
     limit = 2 * int(lengths.max())
-    chunks = model.processor().in_chunks(ITEMS, "candidate", limit, always_image)
+    chunks = model.processor().in_chunks(ITEMS, "candidate", limit)
     assert sorted(torch.cat([chunk.rows for chunk in chunks]).tolist()) == list(range(len(ITEMS)))
     assert len(chunks) > 1
     for chunk in chunks:
@@ -76,7 +74,7 @@ def test_chunks_change_nothing(name, always_image):
         torch.testing.assert_close(found, together[chunk.rows], atol=1e-5, rtol=0)
         rows, length = chunk.inputs["attention_mask"].shape
         assert len(chunk.rows) * length <= limit
-        assert rows - len(chunk.rows) <= always_image
+        assert rows == len(chunk.rows)
 
 
 @every_family
@@ -189,48 +187,21 @@ def test_every_weight_has_a_gradient_at_step_two(name):
     assert not [name for name in silent if not name.endswith("k_proj.bias")]
 
 
-def _some_loss(model, queries, candidates, always_image=False):
+def _some_loss(model, queries, candidates):
     found = [
-        model(batch_of(model, items, side, always_image), side).flatten(0, 1)
+        model(batch_of(model, items, side), side).flatten(0, 1)
         for side, items in (("query", queries), ("candidate", candidates))
     ]
     return (found[0] @ found[1].T).square().mean()
 
 
-def _calls(model, items, always_image):
-    """How often each module without children runs in a forward pass."""
-    calls = Counter()
-    leaves = [(n, m) for n, m in model.named_modules() if not [*m.children()]]
-    hooks = [
-        leaf.register_forward_hook(lambda *_, leaf=name: calls.update([leaf]))
-        for name, leaf in leaves
-    ]
-    found = model(batch_of(model, items, "candidate", always_image), "candidate")
-    for hook in hooks:
-        hook.remove()
-    return calls, found
-
-
 @every_family
-def test_a_batch_of_texts_runs_the_same_modules_forward_and_backward(name):
-    model = loud(name).train()
-    with_images, _ = _calls(model, ITEMS, always_image=True)
-    only_texts, found = _calls(model, TEXTS, always_image=True)
-    without, plain = _calls(model, TEXTS, always_image=False)
-    assert only_texts == with_images != without
-    torch.testing.assert_close(found, plain, atol=1e-5, rtol=0)
-    _some_loss(model, TEXTS, TEXTS, always_image=True).backward()
-    assert not [name for name, weight in model.named_parameters() if weight.grad is None]
-
-
-@every_family
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
 def test_gradient_checkpointing_changes_no_gradient(name):
     gradients = []
     for recomputed in (False, True):
         model = loud(name).train()
         if recomputed:
-            model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(model.backbone)
         _some_loss(model, ITEMS, ITEMS).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)

@@ -118,20 +118,18 @@ def test_a_prompt_may_be_empty():
 
 
 @pytest.mark.parametrize("name", tiny.CONFIGS)
-def test_only_a_batch_without_images_gets_a_picture_that_does_not_count(name):
+def test_the_smallest_picture_is_one_tile_or_one_token(name):
     processing = tiny.processing(tiny.CONFIGS[name])
-    texts, image = [Item("red"), Item("blue")], Item(image=tiny.picture(0))
-    made = processing(texts, "query", 3, always_image=True)
-    assert made["slot_index"].shape == (2, 3)
-    assert len(made["input_ids"]) == len(made["attention_mask"]) == 3
-    assert "pixel_values" in made
-    assert "pixel_values" not in processing(texts, "query", 3)
-    assert len(processing([*texts, image], "query", 3, always_image=True)["input_ids"]) == 3
-
-
-def test_the_picture_that_does_not_count_is_not_cut_into_tiles():
-    made = tiny.processing(tiny.CONFIGS["smolvlm"])([Item("red")], "query", 1, always_image=True)
-    assert made["pixel_values"].shape[:2] == (1, 1)
+    smallest = processing.smallest_picture
+    if processing.family.packs_images:
+        assert smallest["image_grid_thw"].tolist() == [[1, 2, 2]]
+    elif name == "mllama":
+        assert smallest["aspect_ratio_mask"].sum() == 1
+    else:
+        assert smallest["pixel_values"].shape[-2:] == (28, 28)
+        assert smallest["pixel_values"].numel() == 3 * 28 * 28
+    picture = processing([Item(image=tiny.picture(0, (90, 40)))], "query", 1)
+    assert smallest.keys() == set(processing.family.picture_inputs) <= picture.keys()
 
 
 def test_names_the_size_of_an_image_that_cannot_be_prepared(processing, monkeypatch):

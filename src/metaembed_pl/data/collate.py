@@ -68,17 +68,13 @@ Inputs = dict[str, Tensor] | list[Chunk]
 
 
 class Process(Protocol):
-    """Turns items into tensors; see `Processing` for what `always_image` is for."""
+    """Turns items into tensors; see `Processing`."""
 
-    def __call__(
-        self, items: Sequence[Item], side: Side, always_image: bool = False
-    ) -> dict[str, Tensor]:
+    def __call__(self, items: Sequence[Item], side: Side) -> dict[str, Tensor]:
         """Tensors of a batch of items of one side."""
         ...
 
-    def in_chunks(
-        self, items: Sequence[Item], side: Side, max_tokens: int, always_image: bool = False
-    ) -> list[Chunk]:
+    def in_chunks(self, items: Sequence[Item], side: Side, max_tokens: int) -> list[Chunk]:
         """The same in chunks of at most so many tokens, padding included."""
         ...
 
@@ -242,7 +238,6 @@ def collate(
     *,
     source: str,
     step: int,
-    always_image: bool,
     max_chunk_tokens: int | None = None,
 ) -> TrainBatch:
     """One batch: for each candidate the pairs that ask it something.
@@ -251,15 +246,12 @@ def collate(
     Nothing is added where a pair has fewer hard negatives than others.
 
     With `max_chunk_tokens` its rows come in chunks of at most so many tokens.
-    With `always_image` both of its sides run through the vision tower even where they have no
-    image, so that ranks whose pairs differ run the same modules. One rank does without: it would
-    cost a tiny model 7 % of its step.
     """
 
     def processed(items: list[Item], side: Side) -> Inputs:
         if max_chunk_tokens is None:
-            return process(items, side, always_image)
-        return process.in_chunks(items, side, max_chunk_tokens, always_image)
+            return process(items, side)
+        return process.in_chunks(items, side, max_chunk_tokens)
 
     pairs = [pair for asked in questions for pair in asked]
     positives = [asked[0].positive for asked in questions]

@@ -169,7 +169,6 @@ class TrainingBatches(IterableDataset):
             self.process,
             source=self.plan.sources[planned.source].name,
             step=step,
-            always_image=self.num_ranks > 1,
             max_chunk_tokens=self.max_chunk_tokens,
         )
         batch.faults = faults
@@ -246,7 +245,6 @@ class EvaluationBatches(Dataset):
         num_ranks: int = 1,
     ):
         self.pool, self.process = pool, process
-        self.always_image = num_ranks > 1  # ZeRO-3: all ranks must run the same modules
         counts: dict[Literal["query", "candidate"], int] = {
             "candidate": len(pool.candidates),
             "query": len(pool.queries),
@@ -263,7 +261,7 @@ class EvaluationBatches(Dataset):
     def __getitem__(self, i: int) -> EvalBatch:
         side, indices = self.batches[i]
         items = self.pool.candidates if side == "candidate" else self.pool.queries
-        inputs = self.process([items[index] for index in indices], side, self.always_image)
+        inputs = self.process([items[index] for index in indices], side)
         return EvalBatch(self.pool.name, side, torch.tensor(indices), inputs)
 
 

@@ -12,9 +12,10 @@ Shape letters: B items of a batch, N items, R meta embeddings an item (R_q or R_
 
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -29,6 +30,7 @@ from metaembed_pl.errors import UserError
 from metaembed_pl.files import new_folder
 from metaembed_pl.item import Item
 from metaembed_pl.late_interaction import maxsim
+from metaembed_pl.model import vision
 from metaembed_pl.model.backbone import BackboneConfig
 from metaembed_pl.model.meta_tokens import Layout, MetaTokens
 from metaembed_pl.model.model_folder import (
@@ -45,6 +47,8 @@ from metaembed_pl.model.sharded import is_first_rank, whole
 from metaembed_pl.model.weights import load_into, refuse_unlike
 
 OWN_FILE = "meta_tokens.safetensors"
+Shared = Literal["gradients", "weights"]
+"""What the ranks of a run wait for: DDP for gradients, ZeRO-3 and FSDP2 for weights as well."""
 
 
 @dataclass(frozen=True)
@@ -54,18 +58,13 @@ class Processor:
     processing: Processing
     num_slots: dict[Side, int]
 
-    def __call__(
-        self, items: Sequence[Item], side: Side, always_image: bool = False
-    ) -> dict[str, Tensor]:
-        """The tensors `MetaEmbedder.forward` takes; `always_image` as in `Processing`."""
-        return self.processing(items, side, self.num_slots[side], always_image)
+    def __call__(self, items: Sequence[Item], side: Side) -> dict[str, Tensor]:
+        """The tensors `MetaEmbedder.forward` takes."""
+        return self.processing(items, side, self.num_slots[side])
 
-    def in_chunks(
-        self, items: Sequence[Item], side: Side, max_tokens: int, always_image: bool = False
-    ) -> list[Chunk]:
+    def in_chunks(self, items: Sequence[Item], side: Side, max_tokens: int) -> list[Chunk]:
         """The same in chunks of like length, the longest first; see `Processing.in_chunks`."""
-        slots = self.num_slots[side]
-        return self.processing.in_chunks(items, side, slots, max_tokens, always_image)
+        return self.processing.in_chunks(items, side, self.num_slots[side], max_tokens)
 
 
 class MetaEmbedder(nn.Module):
@@ -79,6 +78,10 @@ class MetaEmbedder(nn.Module):
         projection: width of the meta embeddings; None keeps the backbone's hidden width.
         meta_token_std: of their random start; None: the backbone's `initializer_range`, as the
             paper.
+
+    Attributes:
+        shared: what ranks that train the model together wait for: None where there is but one. For
+            its sake each must run the modules that the others run, also where there is no picture.
     """
 
     def __init__(
@@ -102,6 +105,7 @@ class MetaEmbedder(nn.Module):
         self.projection = (
             nn.Linear(text.hidden_size, projection, bias=False) if projection else nn.Identity()
         )
+        self.shared: Shared | None = None
 
     def processor(self) -> "Processor":
         """What turns items into the tensors `forward` takes.
@@ -113,24 +117,53 @@ class MetaEmbedder(nn.Module):
 
     def forward(self, inputs: dict[str, Tensor], side: Side) -> Float[Tensor, "B R D"]:
         """Meta embeddings of a processed batch: unit vectors, fp32."""
-        inputs = dict(inputs)
+        family = self.processing.family
+        pictures, inputs = family.split(inputs)
         slot_index = inputs.pop("slot_index")
-        inputs = self.processing.family.prepare(self.backbone, inputs)
-        with self.meta_tokens.inserted(self.backbone.get_input_embeddings(), slot_index, side):
-            output = self.backbone(**inputs, use_cache=False)
-        hidden = output.last_hidden_state
+        unused: vision.Seen = {}
+        if pictures:
+            prepared = family.shown(self.backbone, inputs, self.see(pictures))
+        elif self.shared == "weights" or (self.shared and torch.is_grad_enabled()):
+            unused = self._see_for_others()
+            prepared = family.in_step(self.backbone, inputs, unused)
+        else:
+            prepared = nullcontext(inputs)
+        table = self.backbone.get_input_embeddings()
+        with prepared as ready, self.meta_tokens.inserted(table, slot_index, side):
+            hidden = self.backbone(**ready, use_cache=False).last_hidden_state
         states = self.meta_tokens.read(hidden, slot_index, side)
         # bf16 would cost three digits of the score: project and normalise in fp32.
         states = states.to(self.meta_tokens.embedding.weight.dtype)
         found = nn.functional.normalize(self.projection(states).float(), dim=-1)
-        # The grey picture of `always_image` must take part in the backward pass as well.
-        stand_in = hidden[len(slot_index) :].float()
-        return found + 0 * stand_in.mean() if len(stand_in) else found
+        return found + vision.nothing_of(unused)
+
+    def _see_for_others(self) -> vision.Seen:
+        """Runs the vision tower on the smallest picture, where other ranks wait for it."""
+        if self.shared == "gradients" and self.vision_is_frozen:
+            return {}
+        smallest = self.processing.smallest_picture.items()
+        return self.see({name: part.to(self.device) for name, part in smallest})
+
+    def see(self, pictures: dict[str, Tensor]) -> vision.Seen:
+        """What the language model takes of pictures; nothing is kept where all of it is frozen."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.vision_is_frozen):
+            return self.processing.family.see(self.backbone, pictures)
+
+    @property
+    def vision_is_frozen(self) -> bool:
+        """Whether neither the vision tower nor its projector is trained."""
+        parts = self.processing.family.vision_parts(self.backbone)
+        return not any(weight.requires_grad for part in parts for weight in part.parameters())
 
     @property
     def device(self) -> torch.device:
         """Where the meta tokens are, and so where inputs must go."""
-        return self.meta_tokens.embedding.weight.device
+        return self._weight.device
+
+    @property
+    def _weight(self) -> Tensor:
+        # By its name, ZeRO-3 would gather it: on this rank, but not on those that do not ask.
+        return next(self.meta_tokens.parameters())
 
     def encode_query(
         self, items: Iterable[Item | str | dict], batch_size: int = 32, progress: bool = False

@@ -119,6 +119,7 @@ def _plain_vectors(
     tokenizer = AutoTokenizer.from_pretrained(folder)
     plain = AutoModel.from_pretrained(folder, dtype=model.backbone.dtype).eval()
     items: list[Item] = sample_items()
+    family = model.processing.family
     batch = dict(model.processor()(items, side))
     slots = batch.pop("slot_index")
     words = tokenizer(form[side]["meta_tokens"], add_special_tokens=False)["input_ids"]
@@ -126,8 +127,9 @@ def _plain_vectors(
         raise UserError("this tokenizer does not keep meta tokens apart; use another format")
     batch["input_ids"].scatter_(1, slots, torch.tensor(words).expand(len(items), -1))
     with torch.inference_mode():
-        inputs = model.processing.family.prepare(plain, batch)
-        hidden = plain(**inputs, use_cache=False).last_hidden_state
+        pictures, inputs = family.split(batch)
+        with family.shown(plain, inputs, family.see(plain, pictures)) as ready:
+            hidden = plain(**ready, use_cache=False).last_hidden_state
         own = slots[:, -form[side]["count"] :, None].expand(-1, -1, hidden.shape[-1])
         states = hidden.gather(1, own).to(model.meta_tokens.embedding.weight.dtype)
         states = model.projection(states)

@@ -7,6 +7,7 @@ family means adding a row to `FAMILIES`; the functions of its row stand in famil
 
 import difflib
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -21,6 +22,7 @@ from metaembed_pl.model import family_idefics as idefics
 from metaembed_pl.model import family_mllama as mllama
 from metaembed_pl.model import family_qwen as qwen
 from metaembed_pl.model import family_siglip as siglip
+from metaembed_pl.model import vision
 
 LANGUAGE_LAYERS = (
     r".*(language_model|text_model)\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -67,10 +69,6 @@ def _of_one_size(
         image_processor.image_seq_length = image_length(config)
 
 
-def _as_they_are(backbone: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    return inputs
-
-
 ModelInputs = Callable[
     [Mapping[str, Tensor], Mapping[str, Any], Int[Tensor, " N"], int], dict[str, Tensor]
 ]
@@ -96,12 +94,17 @@ class Family:
         vision_module: where the base model has its vision tower.
         text_module: where it has its language model.
         projector_module: what stands between them; None: part of the vision tower.
-        prepare: from (backbone, inputs) to the inputs of its forward: work done before it.
+        picture_inputs: what its vision tower takes.
+        see: from (backbone, those inputs) to what the language model takes of pictures.
+        shown: from (backbone, the other inputs, what was seen) to the inputs of its forward, while
+            the context is open.
+        in_step: from (backbone, inputs without pictures, what was seen and is not to be shown) to
+            inputs with which the language model runs all of its layers, while the context is open.
         lora_targets: regular expression over the names of the language model's layers that LoRA
             adapts.
         vision_targets: the same for the vision tower.
         image_options: what the image processor is called with.
-        stand_in_options: what makes it spend the least on a picture that does not count.
+        smallest_options: what makes it keep a small picture small.
         packs_images: its vision tower runs over the patches of all images as one sequence.
         other_templates: of models of this kind that have other marks; their tokenizers tell.
     """
@@ -117,11 +120,18 @@ class Family:
     vision_module: str
     text_module: str
     projector_module: str | None
-    prepare: Callable[[nn.Module, dict[str, Tensor]], dict[str, Tensor]] = _as_they_are
+    picture_inputs: tuple[str, ...] = ("pixel_values",)
+    see: Callable[[nn.Module, Mapping[str, Tensor]], vision.Seen] = vision.image_features
+    shown: Callable[
+        [nn.Module, vision.Inputs, vision.Seen], AbstractContextManager[vision.Inputs]
+    ] = vision.shown
+    in_step: Callable[
+        [nn.Module, vision.Inputs, vision.Seen], AbstractContextManager[vision.Inputs]
+    ] = vision.as_it_is
     lora_targets: str = LANGUAGE_LAYERS
     vision_targets: str = VISION_LAYERS
     image_options: Mapping[str, Any] = field(default_factory=dict)
-    stand_in_options: Mapping[str, Any] = field(default_factory=dict)
+    smallest_options: Mapping[str, Any] = field(default_factory=dict)
     packs_images: bool = False
     other_templates: tuple[Template, ...] = ()
 
@@ -139,6 +149,16 @@ class Family:
         self.set_up(made, config, min_pixels, max_pixels)
         return made
 
+    def split(self, inputs: Mapping[str, Tensor]) -> tuple[vision.Inputs, vision.Inputs]:
+        """Inputs of a model: what its vision tower takes, and the rest."""
+        pictures = {name: inputs[name] for name in self.picture_inputs if name in inputs}
+        return pictures, {name: inputs[name] for name in inputs.keys() - pictures.keys()}
+
+    def vision_parts(self, backbone: nn.Module) -> list[nn.Module]:
+        """The vision tower, and the projector where it is not a part of it."""
+        names = (self.vision_module, self.projector_module)
+        return [backbone.get_submodule(name) for name in names if name]
+
 
 def _qwen(model_type: str, **settings: Any) -> Family:
     return Family(
@@ -153,7 +173,10 @@ def _qwen(model_type: str, **settings: Any) -> Family:
         vision_module="visual",
         text_module="language_model",
         projector_module=None,
-        prepare=qwen.prepare,
+        picture_inputs=("pixel_values", "image_grid_thw"),
+        see=qwen.see,
+        shown=qwen.shown,
+        smallest_options={"size": {"shortest_edge": 1, "longest_edge": 10**6}},
         packs_images=True,
     )
 
@@ -178,8 +201,9 @@ def _idefics(
         vision_module="vision_model",
         text_module="text_model",
         projector_module="connector",
+        picture_inputs=("pixel_values", "pixel_attention_mask"),
         image_options={"return_row_col_info": True},
-        stand_in_options={"do_image_splitting": False},
+        smallest_options={"do_image_splitting": False},
         other_templates=tuple(Template(other, suffix) for other in others),
     )
 
@@ -204,7 +228,10 @@ FAMILIES = {
             vision_module="vision_model",
             text_module="language_model",
             projector_module="multi_modal_projector",
-            prepare=mllama.prepare,
+            picture_inputs=mllama.PICTURES,
+            see=mllama.see,
+            shown=mllama.shown,
+            in_step=mllama.in_step,
         ),
         Family(
             "paligemma",

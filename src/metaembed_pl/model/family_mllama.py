@@ -10,14 +10,21 @@ Tokens before `<|image|>` look at all tiles evenly, as in transformers (its issu
 Shape letters: B rows, L tokens, N images, T tiles of an image, P patches of a tile.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
-from transformers.models.mllama.modeling_mllama import MllamaModel
+from transformers.models.mllama.modeling_mllama import (
+    MllamaCrossAttentionDecoderLayer,
+    MllamaModel,
+)
+
+from metaembed_pl.model import vision
 
 SPECIAL_TOKENS = (
     ("<|finetune_right_pad_id|>", None),
@@ -62,14 +69,51 @@ def model_inputs(
     return pictures | {"cross_attention_mask": mask, "image_rows": rows}
 
 
-def prepare(backbone: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Replaces the pictures by what the vision tower makes of them; zeros for rows without one."""
-    if "image_rows" not in inputs:
-        return inputs
-    model = next(module for module in backbone.modules() if isinstance(module, MllamaModel))
-    pictures = {name: inputs[name] for name in PICTURES}
+def see(backbone: nn.Module, pictures: Mapping[str, Tensor]) -> vision.Seen:
+    """What the text looks at: (N, T * P, hidden width)."""
+    model = _base(backbone)
     seen = model.vision_model(**pictures).last_hidden_state
-    states = model.multi_modal_projector(seen).flatten(1, 3)  # (N, T * P, hidden width)
+    return {"states": model.multi_modal_projector(seen).flatten(1, 3)}
+
+
+@contextmanager
+def shown(backbone: nn.Module, inputs: vision.Inputs, seen: vision.Seen) -> Iterator[vision.Inputs]:
+    """Gives each row the states of its picture to look at, or zeros where it has none."""
+    inputs, states = dict(inputs), seen["states"]
     of_all = states.new_zeros(len(inputs["input_ids"]), *states.shape[1:])
-    rest = {name: inputs[name] for name in inputs.keys() - {*PICTURES, "image_rows"}}
-    return rest | {"cross_attention_states": of_all.index_copy(0, inputs["image_rows"], states)}
+    of_all = of_all.index_copy(0, inputs.pop("image_rows"), states)
+    yield inputs | {"cross_attention_states": of_all}
+
+
+@contextmanager
+def in_step(
+    backbone: nn.Module, inputs: vision.Inputs, unused: vision.Seen
+) -> Iterator[vision.Inputs]:
+    """While open, the cross-attention layers run on a single token, and change nothing.
+
+    Without anything to look at, transformers skips them. ZeRO-3 also asks that gradients go where
+    they go on other ranks: back to the tower, if it was run.
+    """
+    text = _base(backbone).language_model
+    layers = [m for m in text.layers if isinstance(m, MllamaCrossAttentionDecoderLayer)]
+    for layer in layers:
+        layer.forward = partial(_changing_nothing, layer.forward)
+    size, device = (1, 1, text.config.hidden_size), inputs["input_ids"].device
+    try:
+        if unused:
+            states = unused["states"][:1, :1]
+        else:
+            states = torch.zeros(size, dtype=text.dtype, device=device)
+        yield inputs | {"cross_attention_states": states}
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _changing_nothing(forward: Any, states: Tensor, **given: Any) -> Tensor:
+    given |= {"attention_mask": None, "position_ids": None, "position_embeddings": None}
+    return states + 0 * forward(states[:1, :1], **given)
+
+
+def _base(backbone: nn.Module) -> Any:
+    return next(module for module in backbone.modules() if isinstance(module, MllamaModel))

@@ -3,14 +3,16 @@
 Shape letters: B rows, L tokens, N images.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from jaxtyping import Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from metaembed_pl.errors import UserError
+from metaembed_pl.model import vision
 from metaembed_pl.model.qwen_pictures import Qwen2VLImageProcessorPil
 
 SPECIAL_TOKENS = (
@@ -78,21 +80,22 @@ def model_inputs(
     return {"mm_token_type_ids": (batch["input_ids"] == image_id).long(), **images}
 
 
-def prepare(backbone: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+def see(backbone: Any, pictures: Mapping[str, Tensor]) -> vision.Seen:
+    """Features of pictures, and how many rows and columns of tokens each has."""
+    merged = backbone.config.vision_config.spatial_merge_size
+    sizes = pictures["image_grid_thw"][:, 1:] // merged
+    return vision.image_features(backbone, pictures) | {"sizes": sizes}
+
+
+@contextmanager
+def shown(backbone: Any, inputs: vision.Inputs, seen: vision.Seen) -> Iterator[vision.Inputs]:
     """Adds the positions of a batch with images, which the library finds row by row in Python.
 
     It then waits for the GPU several times a row; here all rows are done at once.
     """
-    if "image_grid_thw" not in inputs:
-        return inputs
-    config: Any = backbone.config
-    return inputs | {
-        "position_ids": positions(
-            inputs["mm_token_type_ids"],
-            inputs["attention_mask"],
-            inputs["image_grid_thw"][:, 1:] // config.vision_config.spatial_merge_size,
-        )
-    }
+    where = positions(inputs["mm_token_type_ids"], inputs["attention_mask"], seen["sizes"])
+    with vision.shown(backbone, inputs | {"position_ids": where}, seen) as of_all:
+        yield of_all
 
 
 def positions(

@@ -76,9 +76,8 @@ def set_trainable(
     if lora is not None:
         add_lora(backbone, lora, lora_targets(lora, family, train_vision))
     elif not train_vision:
-        for name in (family.vision_module, family.projector_module):
-            if name:
-                backbone.get_submodule(name).requires_grad_(False)
+        for part in family.vision_parts(backbone):
+            part.requires_grad_(False)
 
 
 def lora_targets(lora: LoraConfig, family: Family, train_vision: bool) -> str:

@@ -84,12 +84,15 @@ def _refuse_missing(key: str, package: str, is_there: bool, instead: str) -> Non
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
     """Recompute activations in the backward pass; under the name that this transformers has."""
-    # The reentrant form needs inputs with gradients, which frozen first layers do not give.
+    # The reentrant form needs inputs with gradients, which frozen first layers do not give. For its
+    # sake transformers has every input embedding ask for a gradient: all that a frozen vision tower
+    # computes would be kept.
     settings = {"use_reentrant": False}
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(settings)
     else:
         model.gradient_checkpointing_enable(settings)
+    model.disable_input_require_grads()
 
 
 def compile_layers(model: PreTrainedModel, family: Family) -> None:

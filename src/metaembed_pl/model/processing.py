@@ -88,44 +88,30 @@ class Processing:
         self.max_text_tokens = max_text_tokens
         self.padding_side = padding_side
 
-    def __call__(
-        self, items: Sequence[Item], side: Side, num_slots: int, always_image: bool = False
-    ) -> dict[str, Tensor]:
+    def __call__(self, items: Sequence[Item], side: Side, num_slots: int) -> dict[str, Tensor]:
         """Tensors of a batch of items.
 
         Args:
             items: at least one.
             side: queries get the prompt's `query` words.
             num_slots: K, places for meta tokens after each row's last token.
-            always_image: a batch without an image gets one more row, a grey picture: on several
-                ranks each must run the vision tower as often as the others.
 
         Returns:
-            `input_ids`, `attention_mask` (B, L), `slot_index` (K columns of each item; none of the
-            grey picture's), and what else the family's model takes.
+            `input_ids`, `attention_mask` (B, L), `slot_index` (K columns of each row), and what
+            else the family's model takes.
 
         Raises:
             UserError: an image does not decode, or its family cannot take its shape.
         """
         images, texts = self._images_and_texts(items, side)
-        options = self.family.image_options
-        if always_image and all(image is None for image in images):
-            images.append(_stand_in())
-            texts.append([])
-            options = {**options, **self.family.stand_in_options}
         with_image = [i for i, image in enumerate(images) if image is not None]
-        seen = self._see([images[i] for i in with_image], options)
+        seen = self._see([images[i] for i in with_image], self.family.image_options)
         shown = dict(zip(with_image, self._image_text(seen), strict=True))
         rows = self._rows([shown.get(i, "") for i in range(len(images))], texts)
-        return self._assembled(rows, seen, with_image, num_slots, len(items))
+        return self._assembled(rows, seen, with_image, num_slots)
 
     def in_chunks(
-        self,
-        items: Sequence[Item],
-        side: Side,
-        num_slots: int,
-        max_tokens: int,
-        always_image: bool = False,
+        self, items: Sequence[Item], side: Side, num_slots: int, max_tokens: int
     ) -> list[Chunk]:
         """Tensors of a batch in chunks of like length, longest first: little of them is padding.
 
@@ -134,7 +120,6 @@ class Processing:
             side: as for a whole batch.
             num_slots: likewise.
             max_tokens: of a chunk, padding and slots included; a longer row is a chunk by itself.
-            always_image: likewise, for each chunk.
 
         Raises:
             UserError: an image does not decode, or its family cannot take its shape.
@@ -149,12 +134,9 @@ class Processing:
         chunks = []
         for chosen in chunked([len(row) + num_slots for row in rows], max_tokens):
             some, parts = [rows[i] for i in chosen], [seen[i] for i in chosen]
-            if always_image and not any(parts):
-                row, part = self._grey
-                some, parts = [*some, row], [*parts, part]
             with_image = [i for i, part in enumerate(parts) if part]
             joined = _joined([parts[i] for i in with_image])
-            inputs = self._assembled(some, joined, with_image, num_slots, len(chosen))
+            inputs = self._assembled(some, joined, with_image, num_slots)
             chunks.append(Chunk(torch.tensor(chosen), inputs))
         return chunks
 
@@ -166,11 +148,13 @@ class Processing:
         return [item.load_image() for item in items], self._text_ids(items, side)
 
     @cached_property
-    def _grey(self) -> tuple[list[int], Mapping[str, Any]]:
-        """The row of the picture that stands in where there is none, and what is seen of it."""
-        options = {**self.family.image_options, **self.family.stand_in_options}
-        seen = self._see([_stand_in()], options)
-        return self._rows(self._image_text(seen), [[]])[0], seen
+    def smallest_picture(self) -> dict[str, Tensor]:
+        """What the vision tower takes for a grey picture, as small as it can be."""
+        options = {**self.family.image_options, **self.family.smallest_options}
+        # What is made in inference mode could not be used in training later.
+        with torch.inference_mode(False):
+            seen = self._see([Image.new("RGB", (1, 1), "gray")], options)
+        return {name: seen[name] for name in self.family.picture_inputs}
 
     def _rows(self, shown: list[str], texts: list[list[int]]) -> list[list[int]]:
         """Token ids without slots: [prefix ; image ; text ; suffix]."""
@@ -183,12 +167,10 @@ class Processing:
         seen: Mapping[str, Any],
         with_image: list[int],
         num_slots: int,
-        num_items: int,
     ) -> dict[str, Tensor]:
         batch = self._pad(rows, num_slots)
         row_index = torch.tensor(with_image, dtype=torch.long)
-        batch |= self.family.model_inputs(batch, seen, row_index, self._image_id)
-        return batch | {"slot_index": batch["slot_index"][:num_items]}
+        return batch | self.family.model_inputs(batch, seen, row_index, self._image_id)
 
     def _own_template(self) -> Template:
         """Of the family's, the one whose marks this model's tokenizer knows."""
@@ -318,10 +300,6 @@ def chunked(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
         else:
             chunks.append([row])
     return chunks
-
-
-def _stand_in() -> Image.Image:
-    return Image.new("RGB", (32, 32), "gray")
 
 
 def _joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ through the backbone at once:
 3. encode each chunk again, with the same dropout, and go backwards from that gradient.
 
 What comes out is the gradient of the whole batch, not an estimate; what it costs is one forward
-pass more. A frozen vision tower runs only in the first pass.
+pass more. A frozen vision tower and its projector run only in the first pass.
 
 N: rows of one side    b: rows of a chunk    R: meta embeddings of a row    D: their width
 
@@ -16,7 +16,6 @@ Source: Gao et al., "Scaling deep contrastive learning batch size under memory l
 arXiv 2101.06983.
 """
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,11 +23,12 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from metaembed_pl.data.collate import Chunk, Side
 from metaembed_pl.errors import UserError
 from metaembed_pl.model.embedder import MetaEmbedder
+from metaembed_pl.model.vision import Inputs, Seen
 from metaembed_pl.training.gather import maximum_over_ranks
 
 
@@ -57,14 +57,14 @@ class _Pass:
         chunk: the rows.
         weight: 0 for a chunk that only keeps step with other ranks.
         random_state: before it was encoded.
-        seen: what the frozen vision tower gave.
+        seen: what the language model was shown of the pictures, where none of it is trained.
     """
 
     side: Side
     chunk: Chunk
     weight: float
     random_state: list[Tensor]
-    seen: list[Any] = field(default_factory=list)
+    seen: list[Seen] = field(default_factory=list)
 
 
 class GradientCache:
@@ -77,10 +77,7 @@ class GradientCache:
     def __init__(self, embedder: MetaEmbedder):
         self._embedder = embedder
         self._passes: list[_Pass] = []
-        family = embedder.processing.family
-        tower = embedder.backbone.get_submodule(family.vision_module)
-        is_frozen = not any(parameter.requires_grad for parameter in tower.parameters())
-        self._frozen_tower = tower if is_frozen else None
+        self._sees_once = embedder.vision_is_frozen
 
     def encode(self, chunks: Sequence[Chunk], side: Side) -> Float[Tensor, "N R D"]:
         """Meta embeddings of all rows of one side: leaves that want a gradient.
@@ -94,7 +91,7 @@ class GradientCache:
         for number, chunk in enumerate([*chunks, *[chunks[-1]] * missing]):
             weight = 1.0 if number < len(chunks) else 0.0
             done = _Pass(side, chunk, weight, _random_state(device))
-            with torch.no_grad(), _recorded(self._frozen_tower, done.seen):
+            with torch.no_grad():
                 parts.append(self._embed(done))
             self._passes.append(done)
         embeddings = torch.cat(parts[: len(chunks)])
@@ -112,11 +109,9 @@ class GradientCache:
         """
         device = self._embedder.device
         for done in self._passes:
-            with (
-                _as_then(done.random_state, device),
-                _replayed(self._frozen_tower, done.seen),
-            ):
+            with _as_then(done.random_state, device):
                 again = self._embed(done)
+            done.seen.clear()
             of_chunk = gradients[done.side][done.chunk.rows.to(device)]
             yield done.weight * (again * of_chunk).sum()
 
@@ -124,8 +119,36 @@ class GradientCache:
         # Autocast keeps weights it has cast; those cast without gradient must not serve again.
         torch.clear_autocast_cache()
         device = self._embedder.device
-        inputs = {k: v.to(device, non_blocking=True) for k, v in done.chunk.inputs.items()}
-        return self._embedder(inputs, done.side)
+        # Pixels that will not be looked at again stay where they are.
+        staying = {"pixel_values"} if done.seen else set()
+        inputs = {
+            name: tensor if name in staying else tensor.to(device, non_blocking=True)
+            for name, tensor in done.chunk.inputs.items()
+        }
+        with self._seeing_once(done.seen):
+            return self._embedder(inputs, done.side)
+
+    @contextmanager
+    def _seeing_once(self, seen: list[Seen]) -> Iterator[None]:
+        """While open, what the embedder sees is kept in `seen`; what is there is not seen again."""
+        if not self._sees_once:
+            yield
+            return
+        embedder: Any = self._embedder
+        see, known = embedder.see, iter(tuple(seen))
+
+        def see_once(pictures: Inputs) -> Seen:
+            found = next(known, None)
+            if found is None:
+                found = see(pictures)
+                seen.append(found)
+            return found
+
+        embedder.see = see_once
+        try:
+            yield
+        finally:
+            del embedder.see
 
 
 def _random_state(device: torch.device) -> list[Tensor]:
@@ -142,33 +165,3 @@ def _as_then(random_state: list[Tensor], device: torch.device) -> Iterator[None]
         for state in random_state[1:]:
             torch.cuda.set_rng_state(state, device)
         yield
-
-
-@contextmanager
-def _recorded(module: nn.Module | None, outputs: list[Any]) -> Iterator[None]:
-    """While open, what the module computes is kept in `outputs`."""
-    if module is None:
-        yield
-        return
-    # A copy: transformers writes into the output (not into its tensors) once it has it.
-    handle = module.register_forward_hook(
-        lambda _module, _args, output: outputs.append(copy.copy(output))
-    )
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def _replayed(module: nn.Module | None, outputs: list[Any]) -> Iterator[None]:
-    """While open, the module gives what it gave before, in the same order, without computing."""
-    if module is None:
-        yield
-        return
-    waiting = iter(outputs)
-    module.forward = lambda *_args, **_kwargs: next(waiting)
-    try:
-        yield
-    finally:
-        del module.forward

@@ -38,7 +38,7 @@ from metaembed_pl.training.optimizer import (
     go_on_with,
     settings_of,
 )
-from metaembed_pl.training.strategy import Fsdp2Strategy, ZeroStrategy, backward_by_parts
+from metaembed_pl.training.strategy import Fsdp2Strategy, ZeroStrategy, backward_by_parts, shared_by
 
 log = logging.getLogger(__name__)
 
@@ -131,6 +131,7 @@ class MetaEmbedModule(pl.LightningModule):
         family = self.embedder.processing.family
         set_trainable(self.embedder.backbone, family, self.lora, self.train_vision)
         strategy = self._trainer and self._trainer.strategy
+        self.embedder.shared = shared_by(self._trainer) if self._trainer else None
         if isinstance(strategy, Fsdp2Strategy):
             strategy.shard(self.embedder)
 

@@ -28,6 +28,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from metaembed_pl.errors import UserError
+from metaembed_pl.model.embedder import Shared
 
 RANK_FILE = "zero_pp_rank_*_optim_states.pt"
 TRUSTED = (
@@ -210,6 +211,15 @@ class Fsdp2Strategy(ModelParallelStrategy):
             if isinstance(layer, GradientCheckpointingLayer):
                 fully_shard(layer, mesh=mesh)
         fully_shard(embedder, mesh=mesh)
+
+
+def shared_by(trainer: Trainer) -> Shared | None:
+    """What the ranks of a run wait for."""
+    if trainer.world_size == 1:
+        return None
+    strategy = trainer.strategy
+    is_zero_3 = isinstance(strategy, ZeroStrategy) and strategy.zero_stage_3
+    return "weights" if is_zero_3 or isinstance(strategy, Fsdp2Strategy) else "gradients"
 
 
 def backward_by_parts(trainer: Trainer, parts: Iterator[Tensor]) -> Tensor:

@@ -1,0 +1,50 @@
+"""The vision tower's part of a forward pass, apart from the language model's.
+
+A backbone sees its pictures first, and is then shown what it has seen. So a frozen tower runs
+without a graph, gradient caching need not run it twice, and a batch without pictures can run it
+alone, where several ranks must run the same modules.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+Inputs = dict[str, Tensor]
+Seen = dict[str, Any]
+"""What the language model takes of pictures: tensors, and lists of them, by name."""
+
+READ = ("pooler_output", "deepstack_features")  # of what `get_image_features` gives
+
+
+def image_features(backbone: Any, pictures: Mapping[str, Tensor]) -> Seen:
+    """What the library's own method makes of pictures, projected; only what will be read."""
+    output = backbone.get_image_features(**pictures)
+    return {name: output[name] for name in READ if name in output}
+
+
+@contextmanager
+def shown(backbone: Any, inputs: Inputs, seen: Seen) -> Iterator[Inputs]:
+    """While open, `backbone(**inputs)` takes what was seen for what its vision tower gives."""
+    backbone.get_image_features = lambda *_args, **_kwargs: SimpleNamespace(**seen)
+    try:
+        # The backbone asks for features where there are pixels, whatever they are.
+        yield inputs | {"pixel_values": inputs["input_ids"]}
+    finally:
+        del backbone.get_image_features
+
+
+@contextmanager
+def as_it_is(backbone: nn.Module, inputs: Inputs, unused: Seen) -> Iterator[Inputs]:
+    """A language model that runs all of its layers whether there are pictures or not."""
+    yield inputs
+
+
+def nothing_of(seen: Seen) -> Tensor | float:
+    """0, with a graph to all that was seen: weights that count for nothing get a gradient of 0."""
+    leaves = [leaf for leaf in tree_leaves(seen) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    return 0 * torch.stack([leaf.float().sum() for leaf in leaves]).sum() if leaves else 0.0
