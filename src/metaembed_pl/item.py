@@ -12,6 +12,7 @@ import json
 import math
 import unicodedata
 from collections.abc import Iterable, Iterator
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from numbers import Integral
@@ -123,6 +124,12 @@ class Item:
         # Of the file, not of its pixels: cheaper to hash, and the same before and after.
         found.__dict__["content"] = self.content
         found.__dict__["decoded_image"] = found.image
+        return found
+
+    def answering(self, answers: tuple[str, ...]) -> "Item":
+        """The same item, decoded if this one is, that answers other things."""
+        found = copy(self)
+        object.__setattr__(found, "answers", answers)
         return found
 
     @property

@@ -19,6 +19,7 @@ from metaembed_pl.data.collate import (
     choose_negatives,
     collate,
     decoded,
+    with_positive_of,
 )
 from metaembed_pl.data.datamodule import (
     EvalSource,
@@ -118,6 +119,16 @@ def test_no_right_answer_of_a_question_is_its_negative():
         [True, False, True, False],
         [False, False, False, True],
     ]
+
+
+def test_a_candidate_answers_what_any_of_its_pairs_says():
+    first = decoded(Pair("1", Item("q"), Item(image=tiny.picture(0), id="a", answers=("x",))))
+    other = Pair("2", Item("r"), Item(image=tiny.picture(0), id="a", answers=("y",)))
+    shared = with_positive_of(other, first)
+    assert shared.positive.load_image() is first.positive.load_image()
+    assert shared.asked == "y"
+    batch = collate([[first, shared]], count_items, source="s", step=0, always_image=False)
+    assert {stable_hash("x"), stable_hash("y")} <= set(batch.answers[0].tolist())
 
 
 def test_nothing_is_encoded_twice_and_nothing_that_no_score_uses():

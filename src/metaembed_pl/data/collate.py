@@ -229,7 +229,7 @@ def with_positive_of(pair: Pair, first: Pair) -> Pair:
             f"pairs {first.id!r} and {pair.id!r} share the candidate id {first.positive.uid!r}, "
             "but not what it shows: give each candidate its own id"
         )
-    return replace(pair, positive=first.positive)
+    return replace(pair, positive=first.positive.answering(pair.positive.answers))
 
 
 def collate(
@@ -265,11 +265,7 @@ def collate(
         positive_of=torch.tensor([c for c, asked in enumerate(questions) for _ in asked]),
         negatives_of=_padded(rows) if negatives else None,
         asks=_padded(map(_asks, pairs), NOTHING_ASKED),
-        # The same question may stand with another positive elsewhere in the global batch.
-        answers=_padded(
-            [*_answers(asked[0].positive), *{stable_hash(pair.question) for pair in asked}]
-            for asked in questions
-        ),
+        answers=_padded(map(_answers_to, questions)),
         negative_answers=_padded(map(_answers, negatives)) if negatives else None,
     )
 
@@ -298,6 +294,15 @@ def _asks(pair: Pair) -> list[int]:
     """What is right for a pair's query: ids, what its positive shows, what the question names."""
     right = (*pair.asked_any, pair.positive.content, pair.question)
     return [stable_hash(name) for name in right]
+
+
+def _answers_to(asked: Sequence[Pair]) -> list[int]:
+    """What a positive answers, by what any of its pairs says, and the questions themselves.
+
+    The same question may stand with another positive elsewhere in the global batch.
+    """
+    found = [answer for pair in asked for answer in _answers(pair.positive)]
+    return list(dict.fromkeys([*found, *(stable_hash(pair.question) for pair in asked)]))
 
 
 def _answers(item: Item) -> list[int]:
