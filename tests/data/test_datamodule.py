@@ -127,7 +127,7 @@ def test_a_candidate_answers_what_any_of_its_pairs_says():
     shared = with_positive_of(other, first)
     assert shared.positive.load_image() is first.positive.load_image()
     assert shared.asked == "y"
-    batch = collate([[first, shared]], count_items, source="s", step=0, always_image=False)
+    batch = collate([[first, shared]], count_items, source="s", step=0)
     assert {stable_hash("x"), stable_hash("y")} <= set(batch.answers[0].tolist())
 
 

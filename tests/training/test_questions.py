@@ -72,7 +72,6 @@ def test_the_gradient_is_that_of_encoding_the_candidate_for_each_question(
         model.processor(),
         source="s",
         step=0,
-        always_image=False,
         max_chunk_tokens=60 if is_cached else None,
     )
     if is_cached:
