@@ -23,7 +23,7 @@ from metaembed_pl.item import Item, Pair
 from metaembed_pl.model.embedder import MetaEmbedder
 from metaembed_pl.model.family import family_of
 from metaembed_pl.model.image_processors import load_image_processor
-from metaembed_pl.model.kernels import use_fast_kernels
+from metaembed_pl.model.kernels import project_patches, set_attention
 from metaembed_pl.model.lora import LoraConfig, set_trainable
 from metaembed_pl.model.options import checkpoint_activations, refuse_missing_flash
 from metaembed_pl.model.outline import RoughTokenizer
@@ -131,7 +131,8 @@ def build(case: Case, device: str, is_tiny: bool) -> MetaEmbedder:
         )
     family = family_of(config.model_type)
     if case.attention == "sdpa":
-        use_fast_kernels(backbone, "sdpa", family)
+        set_attention(backbone, "sdpa", family)
+    project_patches(backbone, family)
     if case.is_checkpointed:
         checkpoint_activations(backbone)
     image_processor = load_image_processor(str(folder))

@@ -1,4 +1,5 @@
 import io
+import os
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
@@ -27,6 +28,8 @@ from metaembed_pl.data.datamodule import (
     RetrievalDataModule,
     TrainingBatches,
     TrainSource,
+    _explained,
+    workers_for,
 )
 from metaembed_pl.data.plan import Plan, PlannedSource
 from metaembed_pl.data.retrieval_set import RetrievalSet
@@ -523,3 +526,42 @@ def test_a_source_without_several_questions_says_so_and_trains_as_before(folders
     plain = batches_of(folders[:1])
     for step in range(5):
         assert len(batches.load(step).keys) == len(plain.load(step).keys) == 8
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that "
+        "dataloader's workers are out of shared memory. Please try to raise your limit.",
+        "unable to write to file </torch_123_456_7>: No space left on device (28)",
+        "unable to allocate shared memory(shm) for file </torch_1_2>: Resource unavailable (11)",
+    ],
+)
+def test_full_shared_memory_is_told_with_what_to_do(said):
+    def batches():
+        yield 1
+        raise RuntimeError(said)
+
+    found = _explained(batches())
+    assert next(found) == 1
+    with pytest.raises(UserError, match=r"/dev/shm has \d+\.\d+ GiB.*--shm-size=16g"):
+        next(found)
+
+
+def test_other_faults_of_workers_stay_what_they_are():
+    def batches():
+        raise RuntimeError("size mismatch")
+        yield
+
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        next(_explained(batches()))
+
+
+@pytest.mark.parametrize(
+    ("num_cores", "num_ranks", "count"), [(2, 1, 1), (16, 1, 8), (96, 8, 8), (48, 8, 5), (8, 8, 1)]
+)
+def test_a_rank_has_as_many_workers_as_there_are_cores_for(
+    monkeypatch, num_cores, num_ranks, count
+):
+    monkeypatch.setattr(os, "cpu_count", lambda: num_cores)
+    assert workers_for(num_ranks) == count

@@ -2,9 +2,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 import tiny
+from metaembed_pl.model.backbone import BackboneConfig, ScratchTokenizer, build_backbone
 from metaembed_pl.model.kernels import (
     FP32,
     PACKED,
@@ -97,3 +99,36 @@ def test_a_size_first_seen_in_inference_can_be_trained_on():
     model.encode_candidate([item])
     model(model.processor()([item], "candidate"), "candidate").sum().backward()
     assert model.backbone.visual.patch_embed.proj.weight.grad.any()
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "sdpa_fp32"])
+def test_patches_are_projected_by_one_product_whatever_the_attention(attention):
+    config = BackboneConfig(
+        scratch=tiny.QWEN25_VL, tokenizer=ScratchTokenizer(300, ["unused"]), attention=attention
+    )
+    backbone = build_backbone(config, tiny.processing())
+    assert type(backbone.visual.patch_embed.proj) is PatchProjection
+
+
+class Waits(TorchDispatchMode):
+    """Counts operations whose result decides a shape: a GPU's answer would be waited for."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket in (torch.ops.aten._unique2, torch.ops.aten.nonzero)
+        return func(*args, **(kwargs or {}))
+
+
+def test_lengths_are_looked_through_once_a_forward_pass_and_not_in_each_layer():
+    counts = []
+    for depth in (2, 6):
+        vision = tiny.QWEN25_VL["vision_config"] | {"depth": depth, "fullatt_block_indexes": [1, 3]}
+        model = tiny.embedder(config=tiny.QWEN25_VL | {"vision_config": vision})
+        batch = model.processor()([tiny.Item.parse(item) for item in ITEMS], "candidate")
+        with Waits() as waits:
+            model(batch, "candidate")
+        counts.append(waits.count)
+    assert counts[0] == counts[1] > 0

@@ -220,6 +220,37 @@ def test_gradient_checkpointing_gives_an_adapter_the_same_gradients():
         torch.testing.assert_close(grads[1][name], grad, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_under_autocast_adapters_take_their_inputs_as_they_are(checkpointing):
+    gradients, seen = [], []
+    for casts in (None, True):
+        model = adapted(train_vision=True)
+        model.backbone.to(torch.bfloat16)
+        for name, weight in model.named_parameters():
+            weight.data = weight.data.float() if "lora_" in name else weight.data
+        layers = list(adapted_layers(model.backbone).values())
+        for layer in layers:
+            layer.cast_input_dtype_enabled = casts or layer.cast_input_dtype_enabled
+        if checkpointing:
+            checkpoint_activations(model.backbone)
+        model.train()
+        hook = (
+            layers[-1]
+            .lora_A["default"]
+            .register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].dtype))
+        )
+        with torch.autocast("cpu", torch.bfloat16):
+            loss(model).backward()
+        hook.remove()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    half = len(seen) // 2
+    assert set(seen[:half]) == {torch.bfloat16}
+    assert set(seen[half:]) == {torch.float32}
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradients[1][name], gradient), name
+    model.eval().encode_query(ITEMS)  # without autocast the adapter still casts: it is in fp32
+
+
 @pytest.mark.parametrize(
     ("lora", "message"),
     [

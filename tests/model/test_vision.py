@@ -210,3 +210,18 @@ def test_a_frozen_tower_that_is_shared_out_is_gathered_for_texts_as_well(name):
     assert only_texts == with_images
     with torch.no_grad():
         assert _ran(model, TEXTS)[0] == with_images
+
+
+@every_family
+def test_pixels_come_in_what_the_tower_computes_in_and_change_nothing(name):
+    model = trainee(name).eval()
+    model.backbone.to(torch.bfloat16)
+    process = model.processor()
+    cast, whole = process(ITEMS, "candidate"), model.processing(ITEMS, "candidate", 12)
+    assert cast["pixel_values"].dtype == torch.bfloat16
+    assert whole["pixel_values"].dtype == torch.float32
+    (chunk,) = process.in_chunks(ITEMS, "candidate", max_tokens=10**6)
+    assert chunk.inputs["pixel_values"].dtype == torch.bfloat16
+    with torch.no_grad():
+        assert torch.equal(model(cast, "candidate"), model(whole, "candidate"))
+    assert trainee(name).processor()(ITEMS, "query")["pixel_values"].dtype == torch.float32

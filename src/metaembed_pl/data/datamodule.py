@@ -5,6 +5,9 @@ each step, workers take turns by step, and the checkpoint remembers the next ste
 """
 
 import logging
+import os
+import re
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +38,8 @@ from metaembed_pl.errors import BadSample, Unreachable, UserError
 from metaembed_pl.item import Pair
 
 log = logging.getLogger(__name__)
+
+OUT_OF_SHARED_MEMORY = re.compile(r"shared memory|Bus error|/torch_\d+.*No space left")
 
 Questions = int | Literal["all"]
 """Queries that come with a candidate at once."""
@@ -212,7 +217,32 @@ class TrainingBatches(IterableDataset):
             faults.append((*self.sources[source].locate(position), str(error)))
 
 
-class _ResumingLoader(DataLoader):
+class _Loader(DataLoader):
+    """Says what to do where workers have no room to hand over their batches."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return _explained(super().__iter__())
+
+
+def _explained(batches: Iterator[Any]) -> Iterator[Any]:
+    try:
+        yield from batches
+    except RuntimeError as error:
+        if not OUT_OF_SHARED_MEMORY.search(str(error)):
+            raise
+        size = shutil.disk_usage("/dev/shm").total / 2**30
+        raise UserError(
+            f"the workers' batches do not fit into shared memory (/dev/shm has {size:.2f} GiB): "
+            "start the container with --shm-size=16g, or set data.num_workers: 0"
+        ) from error
+
+
+def workers_for(num_ranks: int) -> int:
+    """Worker processes a rank, of so many ranks on this machine: one core is the rank's own."""
+    return max(1, min(8, (os.cpu_count() or 1) // num_ranks - 1))
+
+
+class _ResumingLoader(_Loader):
     """Asks where to start each time it is iterated, and tells Lightning the steps of an epoch."""
 
     def __init__(self, dataset: TrainingBatches, data: "RetrievalDataModule", **kwargs: Any):
@@ -285,7 +315,8 @@ class RetrievalDataModule(pl.LightningDataModule):
         num_negatives: hard negatives a query, where a source does not say.
         questions: queries that come with a candidate, where a source does not say; see
             `TrainSource`.
-        num_workers: processes that prepare batches on each rank; changes speed only.
+        num_workers: processes that prepare batches on each rank; changes speed only. None: on GPUs
+            as many as there are cores for, up to 8; else 1.
         seed: the order of the pairs.
         steps_per_epoch: None: as many as all pairs make.
         open_shards: see `Plan`.
@@ -302,7 +333,7 @@ class RetrievalDataModule(pl.LightningDataModule):
         eval_batch_size: int = 64,
         num_negatives: int = 1,
         questions: Questions = 1,
-        num_workers: int = 1,
+        num_workers: int | None = None,
         seed: int = 0,
         steps_per_epoch: int | None = None,
         open_shards: int = 16,
@@ -390,7 +421,7 @@ class RetrievalDataModule(pl.LightningDataModule):
         trainer = self._attached()
         place = trainer.global_rank, trainer.world_size
         return [
-            DataLoader(
+            _Loader(
                 EvaluationBatches(pool, self._process(), self.eval_batch_size, *place),
                 batch_size=None,
                 **self._worker_settings(),
@@ -399,7 +430,11 @@ class RetrievalDataModule(pl.LightningDataModule):
         ]
 
     def _worker_settings(self) -> dict[str, Any]:
-        return {"num_workers": self.num_workers, "pin_memory": torch.cuda.is_available()}
+        on_gpu = torch.cuda.is_available()
+        count = self.num_workers
+        if count is None:
+            count = workers_for(self._attached().num_devices) if on_gpu else 1
+        return {"num_workers": count, "pin_memory": on_gpu}
 
     def transfer_batch_to_device(
         self, batch: Any, device: torch.device, dataloader_idx: int

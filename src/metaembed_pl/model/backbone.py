@@ -17,7 +17,7 @@ from metaembed_pl.data.shards import ShardedPairs
 from metaembed_pl.errors import UserError
 from metaembed_pl.item import Pair
 from metaembed_pl.model.family import Family, family_of
-from metaembed_pl.model.kernels import FP32, look_up_grids, use_fast_kernels
+from metaembed_pl.model.kernels import FP32, look_up_grids, project_patches, set_attention
 from metaembed_pl.model.options import (
     checkpoint_activations,
     compile_layers,
@@ -137,7 +137,8 @@ def build_backbone(config: BackboneConfig, processing: Processing) -> PreTrained
 def set_up(model: PreTrainedModel, config: BackboneConfig, family: Family) -> None:
     """Lets a model that was built with its attention run as the config says; weights stay."""
     if config.attention in ("sdpa", FP32):
-        use_fast_kernels(model, config.attention, family)
+        set_attention(model, config.attention, family)
+    project_patches(model, family)
     look_up_grids(model, family)
     if config.liger:
         use_liger(model)

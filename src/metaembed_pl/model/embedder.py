@@ -13,7 +13,7 @@ Shape letters: B items of a batch, N items, R meta embeddings an item (R_q or R_
 import json
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -53,18 +53,29 @@ Shared = Literal["gradients", "weights"]
 
 @dataclass(frozen=True)
 class Processor:
-    """The processing and how many meta-token slots each side's rows end in."""
+    """The processing, how many meta-token slots each side's rows end in, and pixels' dtype.
+
+    Pixels are cast to what the vision tower would cast them to: in bf16 they take half of the
+    memory that workers hand them over in.
+    """
 
     processing: Processing
     num_slots: dict[Side, int]
+    pixel_dtype: torch.dtype = torch.float32
 
     def __call__(self, items: Sequence[Item], side: Side) -> dict[str, Tensor]:
         """The tensors `MetaEmbedder.forward` takes."""
-        return self.processing(items, side, self.num_slots[side])
+        return self._cast(self.processing(items, side, self.num_slots[side]))
 
     def in_chunks(self, items: Sequence[Item], side: Side, max_tokens: int) -> list[Chunk]:
         """The same in chunks of like length, the longest first; see `Processing.in_chunks`."""
-        return self.processing.in_chunks(items, side, self.num_slots[side], max_tokens)
+        chunks = self.processing.in_chunks(items, side, self.num_slots[side], max_tokens)
+        return [replace(chunk, inputs=self._cast(chunk.inputs)) for chunk in chunks]
+
+    def _cast(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        if "pixel_values" not in inputs:
+            return inputs
+        return inputs | {"pixel_values": inputs["pixel_values"].to(self.pixel_dtype)}
 
 
 class MetaEmbedder(nn.Module):
@@ -113,7 +124,8 @@ class MetaEmbedder(nn.Module):
         Holds no weights, so workers can have it.
         """
         slots = {side: self.meta_tokens.num_slots(side) for side in get_args(Side)}
-        return Processor(self.processing, slots)
+        tower: Any = self.backbone.get_submodule(self.processing.family.vision_module)
+        return Processor(self.processing, slots, tower.dtype)
 
     def forward(self, inputs: dict[str, Tensor], side: Side) -> Float[Tensor, "B R D"]:
         """Meta embeddings of a processed batch: unit vectors, fp32."""

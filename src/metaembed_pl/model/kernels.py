@@ -58,25 +58,45 @@ def packed_attention(
 
     Source: the signature of transformers' `AttentionInterface`.
     """
-    lengths = cu_seq_lens_q.diff()
 
     def attend(*chunks: Float[Tensor, "n H L E"]) -> Float[Tensor, "n*L H E"]:
         with _kernel_of(chunks[0]):
             output = scaled_dot_product_attention(*chunks, scale=scaling, dropout_p=dropout)
         return output.transpose(1, 2).flatten(0, 1)
 
-    found = lengths.unique().tolist()
-    if len(found) == 1:
-        return attend(*(_chunks(tensor[0], found[0]) for tensor in (query, key, value)))[None], None
-    parts, places = [], []
-    for length in found:
-        starts = cu_seq_lens_q[:-1][lengths == length]
-        place = (starts[:, None] + torch.arange(length, device=starts.device)).flatten()
-        chosen = (tensor[0].index_select(1, place) for tensor in (query, key, value))
-        parts.append(attend(*(_chunks(tensor, length) for tensor in chosen)))
-        places.append(place)
-    joined = torch.cat(parts)
-    return torch.empty_like(joined).index_copy(0, torch.cat(places), joined)[None], None
+    groups = _by_length(cu_seq_lens_q)
+    if len(groups) == 1:
+        length = groups[0].length
+        return attend(*(_chunks(tensor[0], length) for tensor in (query, key, value)))[None], None
+    parts = []
+    for group in groups:
+        chosen = (tensor[0].index_select(1, group.places) for tensor in (query, key, value))
+        parts.append(attend(*(_chunks(tensor, group.length) for tensor in chosen)))
+    joined, places = torch.cat(parts), torch.cat([group.places for group in groups])
+    return torch.empty_like(joined).index_copy(0, places, joined)[None], None
+
+
+class _SameLength(NamedTuple):
+    """Chunks of one length, and which patches they are made of."""
+
+    length: int
+    places: Int[Tensor, " p"]
+
+
+def _by_length(ends: Any) -> list[_SameLength]:
+    """Chunks by their length, from cumulative lengths; found once, as it waits for the GPU.
+
+    It stays with the tensor, which all layers of a forward pass are given.
+    """
+    if not hasattr(ends, "by_length"):
+        on_cpu = ends.cpu()
+        lengths, starts = on_cpu.diff(), on_cpu[:-1]
+        groups = []
+        for length in lengths.unique().tolist():
+            places = starts[lengths == length][:, None] + torch.arange(length)
+            groups.append(_SameLength(length, places.flatten().to(ends.device)))
+        ends.by_length = groups
+    return ends.by_length
 
 
 def _chunks(tensor: Float[Tensor, "H S E"], length: int) -> Float[Tensor, "n H L E"]:
@@ -117,6 +137,9 @@ class PatchProjection(nn.Conv3d):
         return projected[:, :, None, None, None]
 
 
+_ZERO = torch.zeros(1, dtype=torch.int32)
+
+
 class Places(NamedTuple):
     """What follows from the size of an image.
 
@@ -148,7 +171,7 @@ def _places(
 def _with_places(visual: Any, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
     """What a vision tower's forward would find for itself, under the names that it looks for."""
     config, window_size = visual.config, getattr(visual.config, "window_size", None)
-    positions, orders, ends = [], [], [torch.zeros(1, dtype=torch.int32)]
+    positions, orders, ends, images = [], [], [_ZERO], [_ZERO]
     num_tokens = num_patches = 0
     for grid in given["grid_thw"].tolist():
         of = _places(tuple(grid), config.spatial_merge_size, window_size, config.patch_size)
@@ -157,11 +180,23 @@ def _with_places(visual: Any, args: tuple[Any, ...], given: dict[str, Any]) -> A
         ends.append(of.ends + num_patches)
         num_tokens += len(of.order)
         num_patches += len(of.positions)
-    found = {"position_ids": positions}
+        images.append(torch.tensor([num_patches], dtype=torch.int32))
+    found = {"position_ids": positions, "cu_seqlens": images}
     if window_size is not None:
         found |= {"window_index": orders, "cu_window_seqlens": ends}
     device = given["grid_thw"].device
-    return args, {name: torch.cat(parts).to(device) for name, parts in found.items()} | given
+    return args, {name: _moved(torch.cat(parts), device) for name, parts in found.items()} | given
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """On the device; cumulative lengths are looked through here, where it costs no wait."""
+    moved: Any = tensor.to(device, non_blocking=True)
+    if tensor.dtype == torch.int32 and moved is not tensor:
+        moved.by_length = [
+            _SameLength(group.length, group.places.to(device, non_blocking=True))
+            for group in _by_length(tensor)
+        ]
+    return moved
 
 
 def look_up_grids(model: PreTrainedModel, family: Family) -> None:
@@ -171,9 +206,8 @@ def look_up_grids(model: PreTrainedModel, family: Family) -> None:
         visual.register_forward_pre_hook(_with_places, with_kwargs=True)
 
 
-def use_fast_kernels(model: PreTrainedModel, attention: str, family: Family) -> None:
-    """Swaps in what this file has, for a model built with `sdpa`; weights and names stay."""
-    set_attention(model, attention, family)
+def project_patches(model: PreTrainedModel, family: Family) -> None:
+    """Lets a vision tower that packs images embed their patches by `PatchProjection`."""
     if family.packs_images:
         visual: Any = model.visual
         visual.patch_embed.proj.__class__ = PatchProjection

@@ -134,6 +134,19 @@ def _inject(backbone: Any, config: Any) -> None:
         ) from error
     # peft makes adapters in the backbone's dtype: in bf16, updates of 1e-4 would be rounded away.
     cast_adapter_dtype(backbone, "default")
+    for layer in adapted_layers(backbone).values():
+        layer.cast_input_dtype_enabled = _Casts()
+
+
+class _Casts:
+    """Whether adapters cast their inputs to their own fp32.
+
+    Not under autocast: it would cast them back to bf16 at once. peft asks at every call, also when
+    gradient checkpointing runs a layer again.
+    """
+
+    def __bool__(self) -> bool:
+        return not any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
 
 
 def _refuse_no_hit(backbone: nn.Module, targets: str | list[str] | set[str]) -> None:

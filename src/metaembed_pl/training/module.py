@@ -54,6 +54,17 @@ class LossConfig:
     false_negative_margin: float | None = None
 
 
+def dropout_turn(step: int, rank: int, num_ranks: int) -> int:
+    """Which dropout masks a rank draws in a step: others than in any other step, on any other rank.
+
+    A resumed run draws what an unbroken one would.
+
+    >>> [[dropout_turn(step, rank, num_ranks=2) for rank in (0, 1)] for step in (0, 1)]
+    [[0, 1], [2, 3]]
+    """
+    return step * num_ranks + rank
+
+
 class MetaEmbedModule(pl.LightningModule):
     """A MetaEmbed retriever in training.
 
@@ -190,8 +201,10 @@ class MetaEmbedModule(pl.LightningModule):
 
     def training_step(self, batch: TrainBatch, batch_idx: int) -> Tensor:
         """The MMR loss of this rank's queries."""
-        # Dropout depends on the step alone, so that a resumed run draws what an unbroken one would.
-        torch.manual_seed(int(os.environ.get("PL_GLOBAL_SEED", 0)) + batch.step)
+        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        torch.manual_seed(
+            seed + dropout_turn(batch.step, self.trainer.global_rank, self.trainer.world_size)
+        )
         if not isinstance(batch.queries, dict):
             return self._cached_step(batch, batch_idx)
         queries = self.embedder(batch.queries, "query")
