@@ -166,6 +166,20 @@ def test_a_reader_goes_on_with_an_index_that_is_replaced(store):
     assert reader.index() is not old
 
 
+def test_a_reader_of_an_older_generation_uses_an_index_of_a_newer_one(store):
+    reader = Store.open(store.folder)
+    exact = reader.search(QUERIES, "4x8").ids
+    store.add(["new"], QUERIES[:1, [0, 1, 2, 3, 0, 1, 2, 3]])
+    build(store)
+    assert reader.index().num_rows == COUNT + 1
+    found = reader.search(QUERIES, cascade=f"pool@.9:9,4x8:{COUNT}").ids
+    assert [ids[:10] for ids in found] == exact
+    assert all("new" not in ids for ids in found)
+    assert store.search(QUERIES[:1], cascade=PLANS[1]).ids[0][0] == "new"
+    store.compact()
+    assert reader.search(QUERIES, cascade=PLANS[0]).ids, "what is mapped goes on"
+
+
 def test_compaction_takes_the_index_along(store):
     store.delete([f"item {i}" for i in range(0, 300, 3)])
     exact = store.search(QUERIES, "4x8").ids

@@ -111,7 +111,10 @@ def test_finds_what_the_store_finds_at_any_two_counts(store, collection, r_q, r_
     assert hits.milliseconds > 0
 
 
-@pytest.mark.parametrize("cascade", ["4x1:20,2x4:6,4x8:3", "1x1:9,4x8:9", "1x4:12,2x4:7"])
+@pytest.mark.parametrize(
+    "cascade",
+    ["4x1:20,2x4:6,4x8:3", "1x1:9,4x8:9", "1x4:12,2x4:7", "poolx8:20,4x8:5", "poolx4:9,4x8:3"],
+)
 def test_a_cascade_keeps_what_the_stores_keeps(store, collection, cascade):
     hits = collection.search(QUERIES, cascade=cascade)
     assert_same(hits, store.search(QUERIES, cascade=cascade))
@@ -267,6 +270,11 @@ def test_exact_finds_all_and_a_coarser_copy_as_much_as_it_can(tmp_path, quantiza
             found = opened.search(queries, **plan).ids
         shared = [len(set(a) & set(b)) for a, b in zip(found, expected.ids, strict=True)]
         assert sum(shared) / 100 >= recall
+
+
+def test_a_stage_that_asks_an_index_is_for_stores_in_folders(collection):
+    with pytest.raises(UserError, match=r"each@0.7:50 asks the index of a store in a folder"):
+        collection.search(QUERIES, cascade="each@.7:50,4x8:10")
 
 
 def test_a_cascade_is_one_request_of_nested_prefetches(store):

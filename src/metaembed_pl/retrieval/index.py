@@ -30,6 +30,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 
 from metaembed_pl.errors import UserError
+from metaembed_pl.retrieval.manifest import Manifest
 from metaembed_pl.retrieval.snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -78,7 +79,8 @@ class IndexManifest:
 
     Args:
         number: counts the times it was written.
-        store: fingerprint of the store and its indexed rows.
+        first_row: fingerprint of the store and its first row.
+        last_row: likewise of the last row that is indexed.
         codes: how vectors are kept, one of `CODES`.
         num_lists: that vectors lie in.
         num_slots: vectors of an item.
@@ -88,7 +90,8 @@ class IndexManifest:
     """
 
     number: int
-    store: str
+    first_row: str
+    last_row: str
     codes: str
     num_lists: int
     num_slots: int
@@ -154,15 +157,24 @@ def index_version(snapshot: Snapshot) -> tuple[int, ...] | None:
     return found.st_ino, found.st_mtime_ns, found.st_size
 
 
-def fingerprint(snapshot: Snapshot, num_rows: int) -> str:
-    """Of the first rows of a store: its model, its form, and the vectors at both ends."""
+def fingerprint(snapshot: Snapshot, row: int) -> str:
+    """Of a store's model and form, and the first vectors of a row."""
     manifest = snapshot.manifest
-    digest = hashlib.sha256(
-        repr([manifest.identity, manifest.width, manifest.dtype, manifest.groups]).encode()
-    )
-    for row in (0, num_rows - 1):
-        digest.update(snapshot.planes[0].vectors[row].contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    told = repr([manifest.identity, manifest.width, manifest.dtype, manifest.groups])
+    vectors = snapshot.planes[0].vectors[row].contiguous().view(torch.uint8).numpy()
+    return hashlib.sha256(told.encode() + vectors.tobytes()).hexdigest()
+
+
+def is_of(manifest: IndexManifest, snapshot: Snapshot, folder: Path) -> bool:
+    """Whether an index is that of a store: of this generation, an older or a newer one."""
+    num_rows = snapshot.manifest.num_rows
+    if not num_rows or fingerprint(snapshot, 0) != manifest.first_row:
+        return False
+    if manifest.num_rows <= num_rows:
+        return fingerprint(snapshot, manifest.num_rows - 1) == manifest.last_row
+    # Who goes on reading an older generation finds the index of a newer one: it knows more rows.
+    now = Manifest.read(folder)
+    return now.data == snapshot.manifest.data and manifest.num_rows <= now.num_rows
 
 
 class Index:
@@ -193,8 +205,7 @@ class Index:
         if not (folder / FILE).exists():
             return None
         manifest = IndexManifest.read(folder / FILE, store)
-        known = manifest.num_rows <= snapshot.manifest.num_rows
-        if not known or fingerprint(snapshot, manifest.num_rows) != manifest.store:
+        if not is_of(manifest, snapshot, store):
             raise IndexUnusable(
                 f"{folder} is the index of another store, or of other items than are there now: "
                 + REBUILD.format(store)

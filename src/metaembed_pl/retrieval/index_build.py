@@ -78,7 +78,8 @@ def build(store: "Store", codes: str = "sq8", told: Told = lambda done, of: None
         segments = _segments(faiss, snapshot, folder, trained, number, 0, told)
         manifest = IndexManifest(
             number=number,
-            store=fingerprint(snapshot, snapshot.manifest.num_rows),
+            first_row=fingerprint(snapshot, 0),
+            last_row=fingerprint(snapshot, snapshot.manifest.num_rows - 1),
             codes=codes,
             num_lists=num_lists,
             num_slots=snapshot.manifest.num_slots,
@@ -115,7 +116,8 @@ def extend(store: "Store", told: Told = lambda done, of: None) -> bool:
         added = _segments(faiss, snapshot, folder, old.trained, number, first, told)
         manifest = IndexManifest(
             number=number,
-            store=fingerprint(snapshot, num_rows),
+            first_row=old.first_row,
+            last_row=fingerprint(snapshot, num_rows - 1),
             codes=old.codes,
             num_lists=old.num_lists,
             num_slots=old.num_slots,
@@ -165,8 +167,11 @@ def carry(old: Snapshot, data: Path, manifest: Manifest) -> None:
     if not segments:
         return
     snapshot = Snapshot.of(data, manifest)
-    num_rows = segments[-1].end
-    changed = {"store": fingerprint(snapshot, num_rows), "segments": tuple(segments)}
+    changed = {
+        "first_row": fingerprint(snapshot, 0),
+        "last_row": fingerprint(snapshot, segments[-1].end - 1),
+        "segments": tuple(segments),
+    }
     _commit(folder, IndexManifest(**{**vars(kept), **changed}), snapshot)
 
 

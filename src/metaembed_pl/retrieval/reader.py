@@ -21,7 +21,7 @@ from metaembed_pl.retrieval.manifest import Manifest
 from metaembed_pl.retrieval.projection import PROJECTION_FILE, Projection
 from metaembed_pl.retrieval.scoring import scan
 from metaembed_pl.retrieval.searchable import Searchable
-from metaembed_pl.retrieval.snapshot import Matching, Snapshot
+from metaembed_pl.retrieval.snapshot import ATTEMPTS, Matching, Snapshot
 
 PASSED_OVER = 0.2
 """What an index spends on a vector that a filter keeps out, of what it spends on others."""
@@ -246,13 +246,25 @@ class Reader(Searchable):
         Raises:
             IndexUnusable: there is one that cannot be used, and why.
         """
-        snapshot = self.snapshot()
-        version = snapshot.manifest.data, index_version(snapshot)
-        known = self._index
-        if known is None or known[0] != version or not (known[1] is None or known[1].is_whole()):
-            self._index = None
-            self._index = known = version, Index.open(snapshot)
-        return known[1]
+        snapshot, known = self.snapshot(), self._index
+        for attempt in range(ATTEMPTS):
+            version = snapshot.manifest.data, index_version(snapshot)
+            if known is not None and (known[1] is None or known[1].is_whole()):
+                # A compaction may have removed the folder: what is mapped goes on.
+                gone = version[1] is None and known[1] is not None
+                if known[0] == version or (gone and known[0][0] == version[0]):
+                    return known[1]
+            try:
+                self._index = version, Index.open(snapshot)
+            except IndexUnusable:
+                # It may have been replaced meanwhile: then there is a newer one.
+                newer = index_version(snapshot) != version[1]
+                if not newer or attempt == ATTEMPTS - 1:
+                    self._index = None
+                    raise
+            else:
+                return self._index[1]
+        raise AssertionError("the last attempt returns or raises")
 
     def stages(
         self,

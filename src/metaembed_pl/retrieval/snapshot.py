@@ -41,7 +41,7 @@ class Matching:
 
     def allowed(self, num_rows: int, num_slots: int) -> np.ndarray | None:
         """A bit for each vector of the first rows, as an index wants it; None: all may be found."""
-        if len(self.places) == self._num_rows:
+        if len(self.places) == self._num_rows and num_rows <= self._num_rows:
             return None
         if self._allowed is None or self._allowed[0] != (num_rows, num_slots):
             found = np.zeros(num_rows, dtype=bool)
