@@ -89,7 +89,9 @@ def test_all_lists_and_hits_find_what_the_exact_search_finds(tmp_path, dtype, co
     assert all(places.tolist() == list(range(COUNT)) for places in every)
     for asks in ("pool", "each"):
         found = store.search(QUERIES, cascade=f"{asks}@.9:5,4x8:{COUNT}")
-        assert found.rows == exact.rows
+        # Far down, scores lie closer than rounding.
+        assert [rows[:10] for rows in found.rows] == [rows[:10] for rows in exact.rows]
+        assert [sorted(rows) for rows in found.rows] == [sorted(rows) for rows in exact.rows]
         assert torch.allclose(torch.tensor(found.scores), torch.tensor(exact.scores), atol=1e-5)
 
 
