@@ -412,3 +412,36 @@ def test_refuses_weights_that_do_not_fit_the_groups(weights):
 def test_refuses_a_batch_that_does_not_fit_together(change, message):
     with shapes_unchecked(), pytest.raises(UserError, match=message):
         MMRLoss(GROUPS)(**change(a_batch()))
+
+
+@pytest.mark.parametrize("num_rows", [None, 2], ids=["at_once", "in_blocks"])
+def test_recall_is_the_share_of_queries_whose_positive_is_on_top(num_rows, monkeypatch):
+    queries, positives = vectors(9, 3, 4), vectors(9, 5, 4, seed=1)
+    positives[:5, :3] = queries[:5]  # found at every group; the others are left to chance
+    negatives = vectors(9, 5, 4, seed=3)
+    negatives[0, :3] = queries[0]  # as good as the positive, and it answers the query, too
+    negatives[1, :3], positives[1] = queries[1], vectors(5, 4, seed=4)  # better than the positive
+    ids = torch.arange(9)[:, None]
+    negative_answers = torch.where(ids == 0, 0, 100)
+    if num_rows:
+        per_row = len(GROUPS) * len(positives)
+        monkeypatch.setattr(loss_module, "CPU_BLOCK_ELEMENTS", num_rows * per_row)
+    found = MMRLoss(GROUPS)(
+        queries,
+        positives,
+        negatives,
+        negatives_of=ids,
+        asks=ids,
+        answers=ids,
+        negative_answers=negative_answers,
+    ).recall
+    for group, share in zip(GROUPS, found.tolist(), strict=True):
+        on_top = 0
+        for i, query in enumerate(queries[:, : group.r_q]):
+            scores = [
+                sum(max(float(q @ c) for c in candidate[: group.r_c]) for q in query)
+                for candidate in [*positives, *([negatives[i]] if i else [])]
+            ]
+            on_top += scores.index(max(scores)) == i
+        assert share == pytest.approx(on_top / 9), group
+        assert 4 / 9 <= share < 1

@@ -48,6 +48,8 @@ class MMRLossOutput(NamedTuple):
             masking.
         num_hard: hard negatives a query of this rank has on average, before masking.
         num_masked: negatives of both kinds left out as false negatives, on average.
+        recall: of each group, the share of this rank's queries whose positive scores above all that
+            they are compared with.
     """
 
     loss: Float[Tensor, ""]
@@ -55,6 +57,7 @@ class MMRLossOutput(NamedTuple):
     num_in_batch: int
     num_hard: float
     num_masked: float
+    recall: Float[Tensor, " G"]
 
 
 class _HardMask(NamedTuple):
@@ -171,7 +174,7 @@ class MMRLoss(nn.Module):
             )
         blocks = self._blocks(len(queries), len(all_positives), queries.is_cuda)
 
-        def of_block(rows: slice) -> tuple[Float[Tensor, " G"], Int[Tensor, ""]]:
+        def of_block(rows: slice) -> tuple[Float[Tensor, " G"], Int[Tensor, " 1+G"]]:
             scores = nested_scores(queries[rows], all_positives, self.groups)
             answered = _is_answered(_at(asks, rows), all_answers)
             hard = hard_mask = None
@@ -179,15 +182,15 @@ class MMRLoss(nn.Module):
                 hard, hard_mask = self._hard(
                     queries[rows], negatives, negatives_of[rows], _at(asks, rows), negative_answers
                 )
-            losses, num_masked = self._info_nce(scores, own[rows], answered, hard, hard_mask)
+            losses, counts = self._info_nce(scores, own[rows], answered, hard, hard_mask)
             if others is None:
-                return losses, num_masked
+                return losses, counts
             # Where these are all scores there are, the other direction has the same, transposed.
             reusable = scores if world == 1 and len(blocks) == 1 else None
             reverse = self._reverse(others, rows, positives, positive_of[rows], answers, reusable)
-            return (losses + reverse) / 2, num_masked
+            return (losses + reverse) / 2, counts
 
-        per_group, num_masked = _summed(of_block, blocks)
+        per_group, counts = _summed(of_block, blocks)
         # The mean over ranks of what each returns is the mean over all queries.
         per_group = per_group * (world / sum(num_queries))
         num_hard = 0 if negatives_of is None else int((negatives_of >= 0).sum())
@@ -197,7 +200,8 @@ class MMRLoss(nn.Module):
             per_group=per_group.detach(),
             num_in_batch=len(all_positives) - 1,
             num_hard=num_hard / len(queries),
-            num_masked=float(num_masked / len(queries)),
+            num_masked=float(counts[0] / len(queries)),
+            recall=counts[1:] / len(queries),
         )
 
     def _hard(
@@ -258,8 +262,11 @@ class MMRLoss(nn.Module):
         answered: Bool[Tensor, "q P"] | None,
         hard: Float[Tensor, "G q N"] | None = None,
         hard_mask: _HardMask | None = None,
-    ) -> tuple[Float[Tensor, " G"], Int[Tensor, ""]]:
-        """Summed over some rows: the loss of each group, and how many candidates are left out."""
+    ) -> tuple[Float[Tensor, " G"], Int[Tensor, " 1+G"]]:
+        """Summed over some rows: the loss of each group; and counts.
+
+        How many candidates are left out, and of each group how many rows have their own on top.
+        """
         own_scores = scores[-1].detach().gather(1, own[:, None])
         # The own positive answers what is asked, but is never left out.
         mask = self._mask(scores, own_scores, answered).scatter(1, own[:, None], False)
@@ -269,7 +276,8 @@ class MMRLoss(nn.Module):
             num_masked = num_masked + (mask & hard_mask.is_there).sum()
             logits = torch.cat([logits, self._logits(hard, mask | ~hard_mask.is_there)], dim=2)
         losses = F.cross_entropy(logits.flatten(0, 1), own.repeat(len(logits)), reduction="none")
-        return losses.view(len(logits), -1).sum(dim=1), num_masked
+        on_top = (logits.detach().argmax(dim=2) == own).sum(dim=1)
+        return losses.view(len(logits), -1).sum(dim=1), torch.cat([num_masked[None], on_top])
 
     def _mask(
         self,
@@ -326,7 +334,7 @@ def _summed(
         checkpoint(of_block, rows, use_reentrant=False, preserve_rng_state=False) for rows in blocks
     ]
     losses, counts = zip(*found, strict=True)
-    return torch.stack(losses).sum(dim=0), torch.stack(counts).sum()
+    return torch.stack(losses).sum(dim=0), torch.stack(counts).sum(dim=0)
 
 
 def _at(values: Tensor | None, rows: slice) -> Tensor | None:

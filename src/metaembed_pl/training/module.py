@@ -272,6 +272,8 @@ class MetaEmbedModule(pl.LightningModule):
         for group, value in zip(self.groups, output.per_group, strict=True):
             self.log(f"train/loss/{group}", value, batch_size=size)
             self.log(f"train/{batch.source}/loss/{group}", value, batch_size=size)
+        for group, share in zip(self.groups, output.recall, strict=True):
+            self.log(f"train/recall@1/{group}", share, batch_size=size)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Refuses gradients that are not finite before they reach the weights."""
