@@ -17,6 +17,10 @@ place); of TAT-DQA, ArxivQA, colpali and VisRAG in moca-embed/MoCa-CL-Pairs
 unpacked once, to OUT/.images; delete it when the shards are there. `--images` names a folder that
 has the archives, or what came out of them, and then nothing is downloaded for pictures.
 
+One query in 200 (--hold-out; all pairs of a query's picture share its fate) is kept from training.
+Once all subsets are there, the first 40 of each make data/paper_val, which the paper's recipes
+validate on: what they have not been trained on, of every source.
+
 Not yet verified on the hub's files: the names of the Parquet files, and the first folder of the
 pictures' paths, of which several are tried.
 """
@@ -26,7 +30,7 @@ import ast
 import sys
 from collections.abc import Iterator
 from functools import partial
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +39,13 @@ from _rows import fetch, read_rows, unpack
 from _source import Draft, Product, declare_source, run
 
 from metaembed_pl.errors import UserError
+from metaembed_pl.item import stable_hash
 
 HUB = "moca-embed/MoCa-CL-Pairs"
 MMEB = "TIGER-Lab/MMEB-train"
 OVEN = "mbeir_images/oven_images"
+VALIDATION = "paper_val"
+NUM_VALIDATION = 40  # pairs of each subset: about 1,000 in all
 COLUMNS = ("qry", "qry_image_path", "pos_text", "pos_image_path", "neg_text", "neg_image_path")
 
 # Subset -> where recipes/sources/paper.yaml expects it below --out.
@@ -68,10 +75,23 @@ ARCHIVES = {
 }
 
 
-def drafts(where: str, subset: str, images: Path | None, cache: Path) -> Iterator[Draft]:
-    """The rows of a subset as pairs with their hard negatives."""
+def drafts(
+    where: str, subset: str, images: Path | None, cache: Path, hold_out: int, held_out: bool
+) -> Iterator[Draft]:
+    """The rows of a subset as pairs with their hard negatives.
+
+    Args:
+        where: an id of the hub, or a folder.
+        subset: a key of `FOLDERS`.
+        images: a folder with the pictures, if any.
+        cache: where archives are unpacked.
+        hold_out: one query in so many is kept from training; 0: none.
+        held_out: those that are, instead of the others.
+    """
     pictures = find_pictures(where, subset, images, cache)
     for number, row in enumerate(read_rows(where, f"{subset}/train-*.parquet", COLUMNS)):
+        if is_held_out(row, hold_out) != held_out:
+            continue
         texts, paths = (as_list(row[name], subset, number) for name in COLUMNS[-2:])
         negatives = (item(*pair, pictures) for pair in zip_longest(texts, paths, fillvalue=""))
         yield {
@@ -80,6 +100,21 @@ def drafts(where: str, subset: str, images: Path | None, cache: Path) -> Iterato
             "positive": item(row["pos_text"], row["pos_image_path"], pictures),
             "negatives": [negative for negative in negatives if any(negative.values())],
         }
+
+
+def is_held_out(row: dict[str, Any], hold_out: int) -> bool:
+    """Whether a row is kept from training: by the picture of its query, or else by its text."""
+    query = row["qry_image_path"] or row["qry"]
+    return hold_out > 0 and stable_hash(query) % hold_out == 0
+
+
+def validation_drafts(
+    where: str, images: Path | None, cache: Path, hold_out: int
+) -> Iterator[Draft]:
+    """The first held-out pairs of each subset."""
+    for subset in FOLDERS:
+        found = drafts(where, subset, images, cache, hold_out, held_out=True)
+        yield from islice(found, NUM_VALIDATION)
 
 
 def as_list(value: object, subset: str = "", number: int = 0) -> list[str]:
@@ -126,9 +161,23 @@ def products(options: argparse.Namespace) -> Iterator[Product]:
         yield Product(
             name=subset if subset in TRAIN_SUBSETS else FOLDERS[subset],
             folder=options.out / FOLDERS[subset],
-            drafts=partial(drafts, options.where, subset, options.images, cache),
+            drafts=partial(
+                drafts, options.where, subset, options.images, cache, options.hold_out, False
+            ),
             source=f"{options.where}, {subset}",
-            settings={"from": options.where, "subset": subset},
+            settings={"from": options.where, "subset": subset, "hold_out": options.hold_out},
+            note="The pictures keep the licences of the datasets that they come from.",
+        )
+
+    if not options.subset and options.hold_out:
+        yield Product(
+            name=VALIDATION,
+            folder=options.out / VALIDATION,
+            drafts=partial(
+                validation_drafts, options.where, options.images, cache, options.hold_out
+            ),
+            source=f"{options.where}, held-out pairs of all subsets",
+            settings={"from": options.where, "hold_out": options.hold_out},
             note="The pictures keep the licences of the datasets that they come from.",
         )
 
@@ -137,6 +186,13 @@ def declare(parser: argparse.ArgumentParser) -> None:
     """The flags of this script."""
     declare_source(parser, "data", HUB, FOLDERS)
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="pictures or their archives")
+    parser.add_argument(
+        "--hold-out",
+        type=int,
+        default=200,
+        metavar="N",
+        help="keep one query in N from training, for validation (200); 0: none",
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

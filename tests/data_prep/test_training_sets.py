@@ -122,6 +122,41 @@ def test_moca_pairs_unpack_an_archive_in_parts_once(tmp_path):
     assert run("moca_pairs", tmp_path / "again", *options) == 2  # a part is missing
 
 
+def test_moca_pairs_validate_on_queries_that_are_not_trained_on(tmp_path, monkeypatch):
+    moca = importlib.import_module("moca_pairs")
+    folders = {name: moca.FOLDERS[name] for name in ("CIRR", "OK-VQA")}
+    monkeypatch.setattr(moca, "FOLDERS", folders)
+    monkeypatch.setattr(moca, "NUM_VALIDATION", 5)
+    copy = tmp_path / "MoCa-CL-Pairs"
+    for subset in folders:
+        path = f"images/{subset}/a.png"
+        rows = [
+            mmeb_row((f"{subset}, {i} asks {k}", ""), (f"answer {i} {k}", ""), ("no", ""))
+            | {"qry_image_path": path if subset == "OK-VQA" and i % 2 else ""}
+            for i in range(40)
+            for k in range(3)
+        ]
+        hub.write_parquet(copy / subset / "train-00000-of-00001.parquet", rows)
+        hub.write_zip(copy / "images_zip" / f"{subset}.zip", {f"{subset}/a.png": hub.png(0)})
+    flags = ("--from", str(copy), "--hold-out", "4")
+    assert run("moca_pairs", tmp_path / "out", *flags) == 0
+    held = [query for query, *_ in pairs_of(tmp_path / "out" / "paper_val")]
+    trained = {
+        subset: [query for query, *_ in pairs_of(tmp_path / "out" / folder)]
+        for subset, folder in folders.items()
+    }
+    assert [text.split(",")[0] for text, _ in held] == ["CIRR"] * 5 + ["OK-VQA"] * 5
+    assert not {text for text, _ in held} & {text for each in trained.values() for text, _ in each}
+    assert 60 <= len(trained["CIRR"]) <= 110  # of 120, about 90
+    # All questions to a picture go the same way.
+    num_shown = sum(picture is not None for _, picture in trained["OK-VQA"])
+    assert num_shown in (0, 60)
+    assert (
+        run("moca_pairs", tmp_path / "all", "--subset", "CIRR", *flags[:2], "--hold-out", "0") == 0
+    )
+    assert len(pairs_of(tmp_path / "all" / "mmeb_train" / "CIRR")) == 120
+
+
 def test_the_scripts_write_all_folders_that_the_papers_recipes_read(request):
     moca = importlib.import_module("moca_pairs")
     expected = yaml.safe_load((request.config.rootpath / PAPER).read_text())
