@@ -307,3 +307,83 @@ def test_a_shape_has_as_many_parameters_as_the_hub_states(name, stated):
         assert round(found / 1e9) == int(stated.removesuffix(" B"))
     else:
         assert found == int(stated.replace(",", ""))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--set", "data.train={}"],
+        ["--data.train={}"],
+        ["--data.train", "{}"],
+        ["--data.train=[{{path: {}}}]"],
+        ["--set", "data.train=[]", "--data.train+={{path: {}}}"],
+    ],
+    ids=["set", "flag", "blank", "list", "added"],
+)
+def test_a_folder_is_tried_as_fit_would_take_it(recipe, data, capsys, flags):
+    path = recipe(data__train=[{"path": "nowhere"}])
+    assert check("--config", path, *(flag.format(data / "train") for flag in flags), "--json") == 0
+    assert json.loads(capsys.readouterr().out)["steps"]["num_pairs"] == 40
+
+
+def test_keys_are_changed_by_the_flags_of_fit(recipe, tmp_path, capsys):
+    sources = tmp_path / "sources.yaml"
+    sources.write_text(yaml.safe_dump([{"path": "nowhere"}]))
+    flags = [f"--data.train={sources}", "--model.optimizer.lr", "1e-4", "--model.lora.r=2"]
+    assert check("--config", recipe(), *flags, "--trainer.max_steps=9", "--json") == 2
+    found = json.loads(capsys.readouterr().out)
+    assert found["faults"] == [
+        "data.train: 1 of 1 folders of shards are not there: nowhere; prepare the data first"
+    ]
+    assert found["steps"]["max_steps"] == 9
+    assert found["parameters"]["adapters"]["trained"] > 0
+
+
+def test_fit_takes_a_folder_for_its_sources(data):
+    from metaembed_pl.cli.recipe_faults import recipe_parser
+    from metaembed_pl.cli.recipe_path import with_recipes_found
+
+    given = ["--data.train", str(data / "train"), f"--data.test={data / 'test'}"]
+    parsed = recipe_parser().parse_args([*with_recipes_found(given), "--run.name=x"])
+    assert [source.path for source in parsed.data.train] == [str(data / "train")]
+    assert [source.path for source in parsed.data.test] == [str(data / "test")]
+
+
+def test_hours_are_those_of_the_named_gpu_at_the_stated_share(recipe, capsys):
+    on_gpu = recipe(trainer__accelerator="gpu", trainer__devices=2)
+    hours = {}
+    for gpu, flags in (
+        ("A100", []),
+        ("h100", []),
+        ("H200", ["--utilisation", "0.8"]),
+    ):
+        assert check("--config", on_gpu, "--gpu", gpu, *flags, "--json") == 0
+        found = json.loads(capsys.readouterr().out)
+        hours[found["compute"]["gpu"]] = found["compute"]["hours"]
+        assert found["compute"]["is_assumed"] == (not flags)
+        assert found["memory"]["limit"] > 79 * 2**30
+    step = found["compute"]["flops_a_step"]
+    assert hours["A100"] == pytest.approx(6 * step / (2 * 312e12 * 0.4) / 3600)
+    assert hours["H100"] == pytest.approx(2 * hours["H200"])
+    assert check("--config", on_gpu, "--gpu", "H100") == 0
+    assert "hours on 2 x H100 at 40% of its peak (assumed)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--gpu", "T4"], "--gpu must be one of A100, H100, H200, got T4"),
+        (["--utilisation", "40"], "a share above 0 and at most 1, got 40"),
+    ],
+)
+def test_gpus_are_checked(recipe, capsys, flags, message):
+    assert check("--config", recipe(), *flags) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_gated_model_says_where_its_licence_is(recipe, capsys, monkeypatch):
+    monkeypatch.chdir(RECIPES.parent)
+    assert check("--config", "llama11b", "--json") == 2
+    (note,) = json.loads(capsys.readouterr().out)["notes"]
+    page = "https://huggingface.co/meta-llama/Llama-3.2-11B-Vision-Instruct"
+    assert f"accept the licence at {page}, then log in" in note

@@ -1,7 +1,7 @@
 """`python -m metaembed_pl check`: would this recipe run, and on what?
 
-    python -m metaembed_pl check --config recipes/qwen7b.yaml --gpus 8 --gpu-memory 80GB
-    python -m metaembed_pl check --config qwen7b --gpus 2 --set data.global_batch_size=16
+    python -m metaembed_pl check --config recipes/qwen7b.yaml --gpus 8 --gpu H100
+    python -m metaembed_pl check --config qwen7b --gpus 2 --data.global_batch_size=16
 
 No weights are read and nothing is computed: the model is built on the meta device. The report goes
 to standard output, faults to standard error; the status is 0 only if the recipe would run.
@@ -10,6 +10,7 @@ to standard output, faults to standard error; the status is 0 only if the recipe
 import argparse
 import json
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,18 +25,33 @@ if TYPE_CHECKING:
     from metaembed_pl.training.memory import Memory, Running, Step
 
 
+# Models whose shapes come with the package, and whose weights the hub gives to those who ask.
+GATED = (
+    "google/gemma-3-4b-it",
+    "google/paligemma-3b-pt-448",
+    "meta-llama/Llama-3.2-11B-Vision-Instruct",
+)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of the verb."""
     add = parser.add_argument
     add("--config", required=True, metavar="RECIPE", help="a recipe, or the name of one of ours")
     add("--gpus", type=int, metavar="N", help="in all (default: what the recipe asks for)")
+    add("--gpu", metavar="NAME", help="A100, H100 or H200: its memory is the limit; tells hours")
     add("--gpu-memory", metavar="80GB", help="of each GPU; more is then a fault")
+    add(
+        "--utilisation",
+        type=float,
+        metavar="SHARE",
+        help="of the GPU's peak that training reaches, for the hours (default: 0.4, assumed)",
+    )
     add(
         "--set",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="change a key first, such as data.global_batch_size=32; may be repeated",
+        help="change a key, as the flags of `fit` do, which work here as well; repeatable",
     )
     add("--json", action="store_true", help="one JSON object instead of a report")
 
@@ -52,9 +68,11 @@ def run(args: argparse.Namespace) -> None:
     from metaembed_pl.cli.recipe_faults import read_recipe
     from metaembed_pl.training.fitting import parse_gib
 
-    limit = None if args.gpu_memory is None else parse_gib(args.gpu_memory)
+    target = _target(args)
+    if args.gpu_memory is not None:
+        target = replace(target, limit=parse_gib(args.gpu_memory))
     recipe = read_recipe(path, args.set)
-    report, faults = _checked(recipe, args.gpus, limit)
+    report, faults = _checked(recipe, target)
     faults = [*recipe.faults, *faults]
     if args.json:
         print(json.dumps({"recipe": str(path), **report, "faults": faults}, indent=2))
@@ -67,9 +85,36 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"{path} would not run: {count}")
 
 
-def _checked(
-    recipe: "Recipe", num_gpus: int | None, limit: int | None
-) -> tuple[dict[str, Any], list[str]]:
+@dataclass(frozen=True)
+class Target:
+    """What a recipe is to run on.
+
+    Args:
+        num_gpus: None: what the recipe asks for.
+        gpu: name of the GPU; None: not told.
+        limit: bytes of a GPU; None: none.
+        utilisation: share of the GPU's peak; None: the one that is assumed.
+    """
+
+    num_gpus: int | None
+    gpu: str | None
+    limit: int | None
+    utilisation: float | None
+
+
+def _target(args: argparse.Namespace) -> Target:
+    from metaembed_pl.training.flops import GPUS
+
+    name = args.gpu and args.gpu.upper()
+    if name is not None and name not in GPUS:
+        raise UserError(f"--gpu must be one of {', '.join(GPUS)}, got {args.gpu}")
+    if args.utilisation is not None and not 0 < args.utilisation <= 1:
+        raise UserError(f"--utilisation is a share above 0 and at most 1, got {args.utilisation}")
+    limit = GPUS[name].memory_bytes if name else None
+    return Target(args.gpus, name, limit, args.utilisation)
+
+
+def _checked(recipe: "Recipe", target: Target) -> tuple[dict[str, Any], list[str]]:
     """The report by section, and the faults beyond those of the recipe itself."""
     from metaembed_pl.cli.check_data import look_at, measure
     from metaembed_pl.cli.check_machine import hardware, run_faults
@@ -81,7 +126,7 @@ def _checked(
         return report, faults
     trainer = recipe.config.trainer
     faults += run_faults(recipe)
-    count, on_gpu = hardware(trainer, num_gpus, faults)
+    count, on_gpu = hardware(trainer, target.num_gpus, faults)
     data = None
     if recipe.data is not None:
         data = look_at(recipe.data, count)
@@ -94,11 +139,13 @@ def _checked(
         report["parameters"] = count_parameters(made.model)
     if data is not None:
         report |= _of_data(recipe, data)
+        report["notes"] += _of_licence(recipe)
     if made is not None and data is not None:
         lengths = measure(made.model, data.sources)
         report["tokens"] = _of_lengths(lengths, made)
         step, running = _step(recipe, data, lengths, count), _running(recipe, count, on_gpu)
-        report["memory"] = _of_memory(made, step, running, limit, faults)
+        report["memory"] = _of_memory(made, step, running, target.limit, faults)
+        report["compute"] = _of_compute(made, step, running, lengths, report["steps"], target)
     return report, faults
 
 
@@ -129,10 +176,24 @@ def _outline(recipe: "Recipe", faults: list[str]) -> "Outline | None":
         return None
 
 
+def _of_licence(recipe: "Recipe") -> list[str]:
+    """That a model must be asked for, unless its weights are here."""
+    from huggingface_hub import try_to_load_from_cache
+
+    from metaembed_pl.model.hub_faults import must_be_accepted
+
+    path = recipe.model and recipe.model.backbone_config.path
+    if path not in GATED or isinstance(try_to_load_from_cache(path, "config.json"), str):
+        return []
+    return [f"{path}: {must_be_accepted(path)}"]
+
+
 def _of_data(recipe: "Recipe", data: "Data") -> dict[str, Any]:
     assert recipe.data is not None
     size, trainer = recipe.data.global_batch_size, recipe.config.trainer
     steps: dict[str, Any] = {"global_batch_size": size, "max_steps": trainer.max_steps}
+    if trainer.max_epochs not in (None, -1):
+        steps["max_epochs"] = trainer.max_epochs
     if data.steps_per_epoch is not None:
         steps |= {"num_pairs": data.num_pairs, "steps_an_epoch": data.steps_per_epoch}
     negatives = {"in_batch": size - 1, "hard": data.num_negatives}
@@ -143,7 +204,7 @@ def _of_data(recipe: "Recipe", data: "Data") -> dict[str, Any]:
 def _of_lengths(lengths: "Lengths", made: "Outline") -> dict[str, Any]:
     found: dict[str, Any] = {
         side: {
-            "average": lengths.average and round(lengths.average[side]),
+            "average": lengths.average and lengths.average[side].num_tokens,
             "longest": row.num_tokens,
             "patches": row.num_patches,
         }
@@ -185,6 +246,41 @@ def _running(recipe: "Recipe", num_gpus: int, on_gpu: bool) -> "Running":
         is_quantized=backbone.quantization is not None,
         max_chunk_tokens=recipe.model.max_chunk_tokens,
     )
+
+
+def _of_compute(
+    made: "Outline",
+    step: "Step",
+    running: "Running",
+    lengths: "Lengths",
+    steps: dict[str, Any],
+    target: Target,
+) -> dict[str, Any]:
+    """Operations of a step over all ranks, and the hours of the run on GPUs that are named."""
+    from metaembed_pl.training.flops import GPUS, UTILISATION, training_flops
+
+    rows = lengths.average or lengths.longest
+    calls = replace(step, query=rows["query"], candidate=rows["candidate"]).calls
+    flops = running.num_gpus * training_flops(made.model, calls, running.is_checkpointed)
+    found: dict[str, Any] = {"flops_a_step": flops, "is_longest": not lengths.is_sampled}
+    if target.gpu is None:
+        return found
+    share = target.utilisation or UTILISATION
+    found |= {"gpu": target.gpu, "utilisation": share}
+    found["is_assumed"] = target.utilisation is None
+    if (count := _num_steps(steps)) is not None:
+        rate = running.num_gpus * GPUS[target.gpu].flops * share
+        found["hours"] = count * flops / rate / 3600
+    return found
+
+
+def _num_steps(steps: dict[str, Any]) -> int | None:
+    """Of the run, where the recipe or its data tell."""
+    most = steps["max_steps"]
+    if most not in (None, -1):
+        return most
+    epochs = steps.get("max_epochs")
+    return epochs * steps["steps_an_epoch"] if epochs and "steps_an_epoch" in steps else None
 
 
 def _of_memory(

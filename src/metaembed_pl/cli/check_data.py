@@ -54,12 +54,13 @@ class Lengths:
     """Tokens of items, slots included.
 
     Args:
-        average: of the sampled items of each side; None where no data are there.
+        average: a row as long as the sampled items of each side are on average; None where no
+            data are there.
         longest: the row of the longest of them, or of the longest that the limits allow.
         is_sampled: `longest` was found in the data.
     """
 
-    average: dict[Side, float] | None
+    average: dict[Side, Rows] | None
     longest: dict[Side, Rows]
     is_sampled: bool
 
@@ -187,9 +188,18 @@ def measure(model: MetaEmbedder, sources: list[tuple[ShardedPairs, int]]) -> Len
         picture = Image.new("RGB", (LARGEST_SIDE, LARGEST_SIDE), "gray")
         return Lengths(None, {side: row_of(Item(text, picture), side) for side in rows}, False)
     return Lengths(
-        {side: sum(r.num_tokens for r in found) / len(found) for side, found in rows.items()},
+        {side: _average(found) for side, found in rows.items()},
         {side: _largest(found) for side, found in rows.items()},
         True,
+    )
+
+
+def _average(rows: list[Rows]) -> Rows:
+    return Rows(
+        1,
+        round(sum(row.num_tokens for row in rows) / len(rows)),
+        round(sum(row.num_patches for row in rows) / len(rows)),
+        round(sum(row.pixel_bytes for row in rows) / len(rows)),
     )
 
 

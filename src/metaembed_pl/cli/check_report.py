@@ -24,6 +24,8 @@ def print_report(path: str, report: dict[str, Any]) -> None:
         lines.append(("questions", f"{report['questions']} to a candidate of a batch, on average"))
     if "steps" in report:
         lines.append(("steps", _steps_in_words(report["steps"])))
+    if "compute" in report:
+        lines.append(("compute", _compute_in_words(report["compute"], report["memory"]["gpus"])))
     if "memory" in report:
         lines += _memory_lines(report["memory"])
     lines += [("note", note) for note in report.get("notes", [])]
@@ -46,6 +48,19 @@ def _steps_in_words(steps: dict[str, Any]) -> str:
     told = f"of {size:,} pairs" if most in (None, -1) else f"{most:,} of {size:,} pairs"
     if "steps_an_epoch" in steps:
         told += f"; {steps['steps_an_epoch']:,} an epoch of {steps['num_pairs']:,} pairs"
+    return told
+
+
+def _compute_in_words(compute: dict[str, Any], num_gpus: int) -> str:
+    """Operations of a step, and how long the run takes."""
+    told = f"{compute['flops_a_step'] / 1e15:.3g} PFLOP a step"
+    if compute["is_longest"]:
+        told += ", every row as long as the limits allow"
+    if "hours" in compute:
+        most = "at most " if compute["is_longest"] else "about "
+        assumed = " (assumed)" if compute["is_assumed"] else ""
+        share = f"{compute['utilisation']:.0%} of its peak{assumed}"
+        told += f"; {most}{compute['hours']:.3g} hours on {num_gpus} x {compute['gpu']} at {share}"
     return told
 
 

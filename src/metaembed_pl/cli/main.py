@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from metaembed_pl import __version__
+from metaembed_pl.cli.recipe_path import with_settings
 from metaembed_pl.errors import UserError
 from metaembed_pl.files import disk_error
 
@@ -84,6 +85,8 @@ def _dispatch(argv: list[str]) -> int:
 
         run(argv)
         return 0
+    if argv and argv[0] == "check":
+        argv = with_settings(argv)
     arguments = _parser(argv).parse_args(argv)
     arguments.run(arguments)
     return 0

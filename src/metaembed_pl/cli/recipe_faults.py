@@ -25,6 +25,7 @@ from metaembed_pl.cli.recipe_keys import (
     keys_of,
     made,
 )
+from metaembed_pl.cli.recipe_path import as_sources
 from metaembed_pl.cli.train import PARSING, RecipeParser, RunConfig
 from metaembed_pl.data.datamodule import RetrievalDataModule
 from metaembed_pl.errors import UserError
@@ -65,7 +66,7 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         if isinstance(values.get(part), dict):
             values[part] = inlined(values[part], kind, path.parent)
     for override in overrides:
-        _set(values, override)
+        _set(values, override, path.parent)
     faults = list(faults_of(values))
     found = Recipe([str(fault) for fault in faults])
     for fault in reversed(faults):  # so that a list's later elements keep their places
@@ -106,22 +107,43 @@ def _load(path: Path) -> dict[str, Any]:
     return values
 
 
-def _set(values: dict[str, Any], override: str) -> None:
+def _set(values: dict[str, Any], override: str, folder: Path) -> None:
+    """Changes a key, as the same flag of `fit` would; `KEY+=VALUE` adds to a list.
+
+    Files that a value names are sought here, then beside the recipe.
+    """
     name, equals, text = override.removeprefix("--").partition("=")
     if not equals or not name:
         raise UserError(
             f"--set takes KEY=VALUE such as data.global_batch_size=32, got {override!r}"
         )
+    adds, name = name.endswith("+"), name.removesuffix("+")
     *parents, last = name.split(".")
     place = values
     for parent in parents:
-        place = place.setdefault(parent, {})
+        if place.get(parent) is None:
+            place[parent] = {}
+        place = place[parent]
         if not isinstance(place, dict):
             raise UserError(f"--set {override}: {parent} holds no keys in this recipe")
     try:
-        place[last] = yaml.safe_load(text)
+        value = yaml.safe_load(as_sources(name, text))
     except yaml.YAMLError as error:
         raise UserError(f"--set {override}: not a YAML value: {error}") from error
+    kind = _kind_of(name.split("."))
+    value = inlined(inlined(value, kind, Path()), kind, folder)
+    if adds:
+        value = [*(place.get(last) or []), *(value if isinstance(value, list) else [value])]
+    place[last] = value
+
+
+def _kind_of(path: Sequence[str]) -> Any:
+    """The type of a key; None where it is not known."""
+    kind: Any = PARTS.get(path[0])
+    for key in path[1:]:
+        made_of, is_list = content_of(kind)
+        kind = None if made_of is None or is_list else keys_of(made_of).get(key)
+    return kind
 
 
 def _remove(values: Any, path: Sequence[str | int]) -> None:

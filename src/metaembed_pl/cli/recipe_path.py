@@ -1,8 +1,16 @@
-"""Where the recipes are: in the installed package, or beside the sources."""
+"""Recipes on a command line: where they are, and the flags that change their keys.
 
+`fit` and `check` take the same flags: `--data.train=FOLDER`, `--trainer.max_steps=10`.
+"""
+
+import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from metaembed_pl.errors import UserError
+
+OTHER_KEYS = ("seed_everything", "ckpt_path", "weights_only")
+SOURCES = ("data.train", "data.val", "data.test")
 
 
 def recipe_folder() -> Path:
@@ -13,21 +21,62 @@ def recipe_folder() -> Path:
 
 
 def with_recipes_found(argv: list[str]) -> list[str]:
-    """Command-line arguments in which `--config NAME` of one of our recipes is its full path.
+    """Arguments of `fit` in which recipes are full paths and sources are lists.
+
+    `--config NAME` of one of our recipes becomes its path; `--data.train=FOLDER`, and likewise
+    `--data.val` and `--data.test`, become a list of that one source.
 
     Raises:
         UserError: no such file, and no recipe of that name.
     """
-    found, is_config = [], False
-    for argument in argv:
-        flag, equals, value = argument.partition("=")
-        if is_config:
-            argument = find_recipe(argument)
-        elif flag in ("--config", "-c") and equals:
-            argument = f"{flag}={find_recipe(value)}"
-        is_config = argument in ("--config", "-c")
-        found.append(argument)
+    found = []
+    for flag, value in _flags(argv):
+        if flag in ("--config", "-c") and value is not None:
+            value = find_recipe(value)
+        elif value is not None:
+            value = as_sources(flag.removeprefix("--"), value)
+        found.append(flag if value is None else f"{flag}={value}")
     return found
+
+
+def with_settings(argv: list[str]) -> list[str]:
+    """Arguments of `check` in which flags that change a key, as `fit` has them, are `--set`.
+
+    >>> with_settings(["check", "--config", "r.yaml", "--trainer.max_steps", "9", "--json"])
+    ['check', '--config=r.yaml', '--set=trainer.max_steps=9', '--json']
+    """
+    found = []
+    for flag, value in _flags(argv):
+        name = flag.removeprefix("--")
+        is_key = flag.startswith("--") and ("." in name or name in OTHER_KEYS)
+        given = flag if value is None else f"{flag}={value}"
+        found.append(f"--set={given.removeprefix('--')}" if is_key else given)
+    return found
+
+
+def _flags(argv: list[str]) -> Iterator[tuple[str, str | None]]:
+    """Each argument with its value, whether `=` or a blank stands between them."""
+    rest = list(argv)
+    while rest:
+        flag, equals, value = rest.pop(0).partition("=")
+        takes_next = "." in flag or flag in ("--config", "-c", *(f"--{key}" for key in OTHER_KEYS))
+        if equals:
+            yield flag, value
+        elif flag.startswith("-") and takes_next and rest and not rest[0].startswith("--"):
+            yield flag, rest.pop(0)
+        else:
+            yield flag, None
+
+
+def as_sources(key: str, value: str) -> str:
+    """A folder in the place of a list of sources, as that list; any other value as it is.
+
+    >>> as_sources("data.train", "data/pets"), as_sources("data.seed", "1")
+    ('[{"path": "data/pets"}]', '1')
+    """
+    is_plain = not value.startswith(("[", "{")) and Path(value).suffix not in (".yaml", ".yml")
+    is_set = value not in ("", "null")
+    return json.dumps([{"path": value}]) if key in SOURCES and is_plain and is_set else value
 
 
 def find_recipe(name: str) -> str:

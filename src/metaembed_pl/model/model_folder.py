@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from metaembed_pl.errors import UserError
 from metaembed_pl.model.backbone import BackboneConfig, build_backbone
+from metaembed_pl.model.hub_faults import why_not
 from metaembed_pl.model.lora import (
     adapter_tensors,
     base_weights,
@@ -63,7 +64,7 @@ def _from_hub(repository: str, revision: str | None) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise UserError(
             f"{repository}: no such folder here, and no such repository could be had from the hub: "
-            f"{str(error).strip().splitlines()[0]}"
+            f"{why_not(repository, error)}"
         ) from error
 
 

@@ -21,6 +21,7 @@ from metaembed_pl.errors import UserError
 from metaembed_pl.model.backbone import BackboneConfig, build_processing, scratch_config
 from metaembed_pl.model.embedder import MetaEmbedder
 from metaembed_pl.model.family import family_of
+from metaembed_pl.model.hub_faults import why_not
 from metaembed_pl.model.image_processors import load_image_processor
 from metaembed_pl.model.lora import LoraConfig, set_trainable
 from metaembed_pl.model.meta_tokens import Layout
@@ -185,8 +186,7 @@ def _place(path: str, revision: str | None, kept: Path) -> tuple[str, str]:
             sorted(f.parent.relative_to(kept).as_posix() for f in kept.rglob("config.json"))
         )
         raise UserError(
-            f"{path}: no such folder, and the hub cannot be asked "
-            f"({str(error).splitlines()[0]}); known without the hub: {ours}"
+            f"{path}: no such folder; {why_not(path, error)}; known without the hub: {ours}"
         ) from error
     return path, "the hub"
 

@@ -24,6 +24,7 @@ from metaembed_pl.data.collate import Chunk
 from metaembed_pl.errors import UserError
 from metaembed_pl.item import Item
 from metaembed_pl.model.family import Family, Template, family_of
+from metaembed_pl.model.hub_faults import why_not
 from metaembed_pl.model.image_processors import load_image_processor
 
 Side = Literal["query", "candidate"]
@@ -339,7 +340,7 @@ def load_processors(path: str, revision: str | None = None) -> tuple[Any, Any]:
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path}: no tokenizer and image processor could be loaded from there: "
-            f"{str(error).splitlines()[0]}"
+            f"{why_not(path, error)}"
         ) from error
     return tokenizer, image_processor
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
 from metaembed_pl.errors import UserError
+from metaembed_pl.model.hub_faults import why_not
 from metaembed_pl.model.sharded import gathered
 
 log = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ def _from_pretrained(path: str, dtype: str, kwargs: dict[str, Any]) -> tuple[Any
         )
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{path}: no model could be loaded from there: {str(error).splitlines()[0]}"
+            f"{path}: no model could be loaded from there: {why_not(path, error)}"
         ) from error
 
 

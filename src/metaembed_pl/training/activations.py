@@ -2,10 +2,12 @@
 
 A layer keeps, for each token: what its norms and its attention need, the inputs of the linear
 layers that are trained (or adapted), and the inner states of its MLP. With gradient checkpointing
-only each layer's input stays, and one layer at a time is computed again.
+only each layer's input stays, and one layer at a time is computed again. A frozen vision tower
+keeps nothing, but takes memory while it runs.
 
-The counts were written down from what autograd saves in transformers' layers, and are compared with
-the memory of real steps in tests/training/test_memory.py.
+The counts were written down from what autograd saves in transformers' layers. They are compared
+with the memory of real steps in tests/training/test_memory.py, and at the recipes' real shapes by
+benchmarks/real_shapes.py.
 """
 
 from collections.abc import Iterable, Iterator
@@ -20,7 +22,8 @@ from metaembed_pl.model.family import Family
 
 FP32_BYTES = 4
 # Linear layers that read what attention or the MLP made; the others read a norm's output.
-OUTPUTS = {"o_proj", "out_proj", "proj", "down_proj", "fc2", "linear_fc2"}
+ATTENDED, INNER = {"o_proj", "out_proj", "proj"}, {"down_proj", "fc2", "linear_fc2"}
+OUTPUTS = ATTENDED | INNER
 # What cross-attention does to image patches instead of tokens.
 OF_PATCHES = ("k_proj", "v_proj", "k_norm")
 
@@ -69,6 +72,7 @@ class LayerBytes:
         cross: for each image patch that its tokens attend to.
         input: for each token, if nothing but its input is kept.
         backward: for each token, beside, while its gradients are computed.
+        is_checkpointed: it is computed again in the backward pass, where that is asked for.
     """
 
     token: float
@@ -76,6 +80,7 @@ class LayerBytes:
     cross: float
     input: float
     backward: float
+    is_checkpointed: bool
 
     def kept(self, num_rows: int, num_tokens: int, num_patches: int) -> float:
         """Of all rows of a call."""
@@ -106,17 +111,44 @@ def activation_bytes(
     # A frozen tower keeps nothing: no gradient goes through it.
     is_frozen = not any(p.requires_grad for p in vision_tower.parameters())
     vision = [] if is_frozen else _layers(vision_tower, widths, False)
-    kept, beside = 0.0, 0.0
+    passing = _seeing(backbone, vision_tower, widths) if is_frozen else 0.0
+    kept = beside = peak = 0.0
     for rows in calls:
+        kept += rows.num_rows * rows.pixel_bytes
+        peak = max(peak, kept + rows.num_rows * rows.num_patches * passing)
         for layers, num_tokens in ((text, rows.num_tokens), (vision, rows.num_patches)):
             count = rows.num_rows * num_tokens
             for layer in layers:
                 whole = layer.kept(rows.num_rows, num_tokens, rows.num_patches)
-                kept += layer.input * count if is_checkpointed else whole
-                again = whole if is_checkpointed else 0
-                beside = max(beside, again + layer.backward * count)
-        kept += rows.num_rows * (rows.pixel_bytes + rows.num_tokens * _around(backbone, widths))
-    return round(kept + beside)
+                redone = is_checkpointed and layer.is_checkpointed
+                kept += layer.input * count if redone else whole
+                beside = max(beside, (whole if redone else 0) + layer.backward * count)
+        kept += rows.num_rows * rows.num_tokens * _around(backbone, widths)
+        kept += rows.num_rows * rows.num_patches * _shown(backbone, widths)
+    return round(max(peak, kept + beside))
+
+
+def _seeing(backbone: PreTrainedModel, tower: nn.Module, widths: Widths) -> float:
+    """Of a patch, while a frozen tower runs: its widest layer, and states that it collects.
+
+    Llama 3.2 Vision reads states of several layers, for which transformers keeps those of all.
+    """
+    layers = _modules(tower)
+    shape = _shape(list(_parts(layers[0])))
+    # A layer norm gives fp32 under autocast, and what is added to it stays so.
+    stream = FP32_BYTES if widths.has_autocast else widths.residual_bytes
+    config: Any = backbone.config.vision_config
+    read = getattr(config, "intermediate_layers_indices", None)
+    num_states = 2 if read is None else len(layers) + 3 * len(read) + 2
+    inside = (shape.num_copies + 1) * shape.num_inner * widths.compute_bytes
+    return num_states * shape.width * stream + inside
+
+
+def _shown(backbone: PreTrainedModel, widths: Widths) -> float:
+    """Of a patch, what cross-attention layers look at, kept once for all of them."""
+    config: Any = backbone.config.get_text_config()
+    looks = getattr(config, "cross_attention_layers", None)
+    return 2 * config.hidden_size * widths.compute_bytes if looks else 0.0
 
 
 def _around(backbone: PreTrainedModel, widths: Widths) -> float:
@@ -126,11 +158,18 @@ def _around(backbone: PreTrainedModel, widths: Widths) -> float:
 
 
 def _layers(tower: nn.Module, widths: Widths, has_mask: bool) -> list[LayerBytes]:
-    return [
-        _layer_bytes(module, widths, has_mask)
-        for module in tower.modules()
-        if isinstance(module, GradientCheckpointingLayer)
-    ]
+    return [_layer_bytes(module, widths, has_mask) for module in _modules(tower)]
+
+
+def _modules(tower: nn.Module) -> list[nn.Module]:
+    """Its layers: what stands in lists and has attention and an MLP."""
+    lists = [module for module in tower.modules() if isinstance(module, nn.ModuleList)]
+    return [layer for layers in lists for layer in layers if _is_layer(layer)]
+
+
+def _is_layer(module: nn.Module) -> bool:
+    names = {name.rpartition(".")[2] for name, _ in _parts(module)}
+    return bool(names & ATTENDED) and bool(names & INNER)
 
 
 def _layer_bytes(layer: nn.Module, widths: Widths, has_mask: bool) -> LayerBytes:
@@ -151,6 +190,7 @@ def _layer_bytes(layer: nn.Module, widths: Widths, has_mask: bool) -> LayerBytes
         else 0,
         input=shape.width * widths.residual_bytes,
         backward=3 * shape.num_inner * compute + 2 * shape.width * widths.residual_bytes,
+        is_checkpointed=isinstance(layer, GradientCheckpointingLayer),
     )
 
 
@@ -168,8 +208,8 @@ class _Shape:
 
 def _shape(parts: list[tuple[str, Any]]) -> _Shape:
     inputs = {name.rpartition(".")[2]: part for name, part in parts}
-    attended = next(inputs[n].in_features for n in ("o_proj", "out_proj", "proj") if n in inputs)
-    inner = next(inputs[n].in_features for n in ("down_proj", "fc2", "linear_fc2") if n in inputs)
+    attended = next(inputs[name].in_features for name in inputs if name in ATTENDED)
+    inner = next(inputs[name].in_features for name in inputs if name in INNER)
     return _Shape(
         width=max(part.weight.numel() for _, part in parts if _is_norm(part)),
         num_attended=attended,

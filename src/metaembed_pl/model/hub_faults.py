@@ -1,0 +1,63 @@
+"""Why a model could not be had from the hub, in one line that says what to do."""
+
+from collections.abc import Iterator
+
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+HUB = "https://huggingface.co"
+
+
+def why_not(path: str, error: BaseException) -> str:
+    """What went wrong when a model was read from a folder or the hub.
+
+    Args:
+        path: the folder or hub id that was asked for.
+        error: what the library raised; its causes are looked at too.
+    """
+    kinds = [type(each) for each in _causes(error)]
+    repository = "/".join(path.split("/")[:2])
+
+    def has(*wanted: type) -> bool:
+        return any(issubclass(kind, wanted) for kind in kinds)
+
+    if has(GatedRepoError) or "gated repo" in str(error):
+        return must_be_accepted(repository)
+    if has(RevisionNotFoundError):
+        return f"the hub has {repository}, but not this revision of it"
+    if has(RepositoryNotFoundError):
+        return (
+            "there is no such repository on the hub, or it is private: check the name, or log in "
+            "with `hf auth login`"
+        )
+    # A missing file of a repository that could be asked is no matter of the network.
+    is_away = has(LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError)
+    if is_away or (any("Connect" in k.__name__ for k in kinds) and not has(EntryNotFoundError)):
+        return (
+            "it is not on this machine, and the hub could not be reached: run `hf download "
+            f"{repository}` where there is a network, or give a folder that holds it"
+        )
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def must_be_accepted(repository: str) -> str:
+    """What a gated model asks for."""
+    return (
+        f"its weights are gated: accept the licence at {HUB}/{repository}, then log in with `hf "
+        "auth login` (or set HF_TOKEN)"
+    )
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    seen: list[BaseException] = []
+    found: BaseException | None = error
+    while found is not None and found not in seen:
+        seen.append(found)
+        found = found.__cause__ or found.__context__
+    yield from seen
