@@ -1,0 +1,126 @@
+"""Stand-ins for the 27 sources of the paper's mix: blank pictures and words of like sizes.
+
+As long and as large as those of the source, as far as its papers tell.
+
+No picture is drawn or decoded more than once a size: lengths are what is counted, not contents.
+"""
+
+import random
+from dataclasses import dataclass
+
+from PIL import Image
+
+from metaembed_pl.item import Item, Pair
+
+Size = tuple[int, int]
+PHOTO = ((640, 480), (480, 640), (640, 427), (500, 375))
+PAGE = ((1700, 2200), (1654, 2339), (1275, 1650))
+SLIDE = ((1280, 720), (1024, 768), (1500, 844))
+CHART = ((850, 600), (800, 557), (310, 347))
+NEWS = ((1024, 683), (768, 512), (600, 800))
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Items of one side of a source.
+
+    Args:
+        tokens: of their text at the median; 0: none.
+        sizes: of their pictures, any of which one has; empty: none.
+        spread: of the text's length, as a logarithm's standard deviation.
+    """
+
+    tokens: int
+    sizes: tuple[Size, ...] = ()
+    spread: float = 0.4
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source of the mix: its name, its pairs and what they are like."""
+
+    name: str
+    num_pairs: int
+    query: Kind
+    candidate: Kind
+
+
+CAPTION, QUESTION, LABEL = Kind(14), Kind(28, spread=0.3), Kind(3, spread=0.5)
+SEE = 14  # tokens of an instruction to represent a picture
+
+
+def _seen(sizes: tuple[Size, ...], tokens: int = SEE) -> Kind:
+    return Kind(tokens, sizes, 0.2)
+
+
+SOURCES = (
+    Source("ImageNet_1K", 100_000, _seen(PHOTO), LABEL),
+    Source("N24News", 48_988, Kind(60, NEWS, 0.6), LABEL),
+    Source("HatefulMemes", 8_500, _seen(((550, 800), (800, 600))), LABEL),
+    Source("VOC2007", 7_844, _seen(((500, 375),)), LABEL),
+    Source("SUN397", 19_850, _seen(((1024, 768), (500, 375), (640, 480))), LABEL),
+    Source("OK-VQA", 9_009, Kind(26, PHOTO), LABEL),
+    Source("A-OKVQA", 17_056, Kind(28, PHOTO), LABEL),
+    Source("DocVQA", 39_463, Kind(28, PAGE), LABEL),
+    Source("InfographicsVQA", 23_946, Kind(32, ((1000, 2500), (800, 3200), (1200, 1800))), LABEL),
+    Source("ChartQA", 28_299, Kind(30, CHART), LABEL),
+    Source("Visual7W", 69_817, Kind(24, PHOTO), LABEL),
+    Source("VisDial", 123_287, Kind(130, spread=0.3), _seen(PHOTO)),
+    Source("CIRR", 26_116, Kind(30, ((1000, 700), (640, 480))), _seen(((1000, 700), (640, 480)))),
+    Source("VisualNews_t2i", 99_903, Kind(36), _seen(NEWS)),
+    Source("VisualNews_i2t", 100_000, _seen(NEWS), Kind(26)),
+    Source("MSCOCO_t2i", 100_000, Kind(24), _seen(PHOTO)),
+    Source("MSCOCO_i2t", 113_287, _seen(PHOTO), CAPTION),
+    Source("NIGHTS", 15_941, _seen(((512, 512),)), _seen(((512, 512),))),
+    Source("WebQA", 17_166, QUESTION, Kind(30, ((800, 600), (1024, 768)))),
+    Source("MSCOCO", 100_000, Kind(24, PHOTO), _seen(((120, 160), (224, 224), (300, 200)))),
+    Source("arxivqa", 100_000, QUESTION, _seen(((1000, 750), (700, 550)))),
+    Source("tat_dqa", 13_251, QUESTION, _seen(PAGE)),
+    Source("infoseek_it2it", 100_000, Kind(28, PHOTO), Kind(130, NEWS, 0.3)),
+    Source("infoseek_it2t", 100_000, Kind(28, PHOTO), Kind(130, spread=0.3)),
+    Source("colpali_train", 118_695, QUESTION, _seen(PAGE)),
+    Source("visrag_ind", 122_752, QUESTION, _seen((*PAGE, *SLIDE))),
+    Source("visrag_syn", 239_358, QUESTION, _seen((*PAGE, *SLIDE))),
+)
+
+
+class MadePairs(list):
+    """Pairs in the place of shards.
+
+    Args:
+        source: what they are like.
+        count: how many.
+    """
+
+    def __init__(self, source: Source, count: int):
+        chance = random.Random(source.name)
+        super().__init__(_pair(source, i, chance) for i in range(count))
+        self.name = self.folder = source.name
+        self.shard_sizes = [count]
+
+    def locate(self, index: int) -> tuple[str, str]:
+        """Shard and key of a pair."""
+        return "made", str(index)
+
+
+def _pair(source: Source, number: int, chance: random.Random) -> Pair:
+    items = [_item(kind, chance) for kind in (source.query, source.candidate, source.candidate)]
+    return Pair(f"{source.name}-{number}", items[0], items[1], (items[2],))
+
+
+_BLANK: dict[Size, Image.Image] = {}
+
+
+def _item(kind: Kind, chance: random.Random) -> Item:
+    count = round(kind.tokens * chance.lognormvariate(0, kind.spread))
+    # Four characters are a token to `RoughTokenizer`.
+    words = " ".join(f"{chance.randrange(1000):03}" for _ in range(max(1, count)))
+    picture = None
+    if kind.sizes:
+        size = chance.choice(kind.sizes)
+        if size not in _BLANK:
+            _BLANK[size] = Image.new("RGB", size, "gray")
+        picture = _BLANK[size]
+    made = Item(words, picture)
+    made.__dict__["content"] = f"{words} {picture and picture.size}"  # else every pixel is hashed
+    return made
