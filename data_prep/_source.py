@@ -35,7 +35,7 @@ from _rows import CutOff, Named  # noqa: E402
 from metaembed_pl.data.shard_index import MANIFEST_FILE, sha256_of  # noqa: E402
 from metaembed_pl.data.shards import ShardedPairs, ShardWriter  # noqa: E402
 from metaembed_pl.errors import UserError  # noqa: E402
-from metaembed_pl.files import write_text  # noqa: E402
+from metaembed_pl.files import disk_error, write_text  # noqa: E402
 from metaembed_pl.item import Item, Pair, stable_hash  # noqa: E402
 
 Draft = dict[str, Any]
@@ -135,6 +135,12 @@ def main_of(
         build(options)
     except UserError as error:
         print(f"{script}: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        told = disk_error(error)
+        if told is None:
+            raise
+        print(f"{script}: {told}", file=sys.stderr)
         return 2
     except (CutOff, BrokenProcessPool, KeyboardInterrupt) as error:
         reason = {

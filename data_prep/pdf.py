@@ -46,6 +46,7 @@ from _source import Draft, Product, is_held_out, kind_of, listed, main_of, make
 from metaembed_pl.data.shard_index import sha256_of
 from metaembed_pl.errors import UserError
 from metaembed_pl.files import write_text
+from metaembed_pl.picture import files_below
 
 RECIPE = 1  # raise it when the same PDFs make other pages or queries
 STATE = "pages.json"
@@ -126,13 +127,13 @@ def find_pdfs(root: Path) -> dict[str, Path]:
         raise UserError(f"no folder {root}: give --from a folder of PDFs")
     found: dict[str, Path] = {}
     seen: dict[str, Path] = {}
-    for path in sorted(root.rglob("*")):
-        if path.suffix.lower() == ".pdf" and path.is_file():
-            first = seen.setdefault(sha256_of(path), path)
-            if first is path:
-                found[path.relative_to(root).with_suffix("").as_posix()] = path
-            else:
-                print(f"{path.name} is {first.name} once more: read once", file=sys.stderr)
+    for path in files_below(root, lambda file: file.suffix.lower() == ".pdf"):
+        first = seen.setdefault(sha256_of(path), path)
+        name = path.relative_to(root).with_suffix("").as_posix()
+        if first is not path:
+            print(f"{path.name} is {first.name} once more: read once", file=sys.stderr)
+        else:  # beside a.pdf there may be another a.PDF
+            found[f"{name}{path.suffix}" if name in found else name] = path
     if not found:
         raise UserError(f"{root} holds no PDFs")
     return found

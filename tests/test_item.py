@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from metaembed_pl.errors import UserError
-from metaembed_pl.item import Item, Pair, read_items, read_pairs, stable_hash
+from metaembed_pl.item import Item, Pair, read_items, read_pairs, several, stable_hash
 from metaembed_pl.picture import MAX_ASPECT, MAX_PIXELS
 
 
@@ -287,3 +287,9 @@ def test_the_stable_hash_is_the_same_in_another_process():
 @given(st.text(st.characters(codec="utf-8")))
 def test_the_stable_hash_fits_a_signed_integer(id):
     assert 0 <= stable_hash(id) < 2**63
+
+
+@pytest.mark.parametrize("one", ["abc", b"abc", {"text": "abc"}, Item("abc")])
+def test_one_where_several_are_due_is_refused(one):
+    with pytest.raises(UserError, match="must be a list"):
+        several(one, "items")

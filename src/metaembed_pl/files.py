@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import json
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from metaembed_pl.errors import UserError
 
@@ -117,6 +119,22 @@ def refuse_special_file(path: Path, what: str = "") -> None:
         kind = "a folder" if path.is_dir() else "a pipe or a device"
         named = f"the {what} {path}" if what else str(path)
         raise UserError(f"{named} is not a plain file, but {kind}")
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        UserError: it cannot be read, or holds something else; names the file.
+    """
+    refuse_special_file(file)
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} cannot be read: {error}: copy or make it again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{file} must hold a JSON object, not {type(value).__name__}")
+    return value
 
 
 def as_on_disk(path: Path) -> Path:

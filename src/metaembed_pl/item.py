@@ -353,14 +353,14 @@ def as_id(value: Any) -> Any:
     return str(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
 
 
-def not_a_text(values: Iterable, what: str) -> Iterable:
-    """The values; refuses a single text, of which each letter would be one.
+def several(values: Iterable, what: str) -> Iterable:
+    """The values; refuses a single one, of which each letter or key would be one.
 
     Raises:
-        UserError: it is a text.
+        UserError: it is a text or an object.
     """
-    if isinstance(values, (str, bytes)):
-        raise UserError(f"{what} must be a list, not one text: give [{values!r}]")
+    if isinstance(values, (str, bytes, dict, Item)):
+        raise UserError(f"{what} must be a list, not one of them: give [{values!r:.80}]")
     return values
 
 

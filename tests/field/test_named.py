@@ -185,3 +185,31 @@ def test_captions_join_their_pictures_however_composed(tmp_path, capsys, how):
 
 def test_texts_that_look_the_same_are_the_same():
     assert Item(COMPOSED).content == Item(DECOMPOSED).content
+
+
+def write_tar(path, members):
+    import io
+    import tarfile
+
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+def test_a_tar_from_elsewhere_is_read_and_what_is_left_out_of_it_is_told(tmp_path, caplog):
+    pair = json.dumps({"query": "red", "positive": {"text": "apple", "id": 7}}).encode()
+    odd = os.fsdecode(b"caf\xe9")
+    names = ("photo-a..b.json", f"{odd}.json", "._x.json", "README")
+    write_tar(tmp_path / "0.tar", [(name, pair) for name in names])
+    pairs = ShardedPairs(tmp_path)
+    assert [pairs.locate(i)[1] for i in range(len(pairs))] == ["photo-a", "caf\\xe9"]
+    assert pairs[1].positive.id == "7"
+    assert "2 members are of no pair, such as '._x.json'" in caplog.text
+
+
+def test_two_members_of_one_name_are_refused(tmp_path):
+    write_tar(tmp_path / "0.tar", [("a.json", b"{}"), ("a.JSON", b"{}")])
+    with pytest.raises(UserError, match=r"two members a\.json"):
+        ShardedPairs(tmp_path)

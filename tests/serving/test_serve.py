@@ -310,7 +310,7 @@ def test_the_page_is_whole_and_loads_nothing_from_elsewhere(client):
     page = client.get("/")
     assert "default-src 'none'" in page.headers["content-security-policy"]
     assert page.headers["x-content-type-options"] == "nosniff"
-    for path in ("/page.css", "/page.js"):
+    for path in ("page.css", "page.js"):
         assert f'"{path}"' in page.text
         text = client.get(path).text
         assert len(text) > 1000

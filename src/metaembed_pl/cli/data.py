@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sheet", type=Path, metavar="FILE.png", help="draw a contact sheet of pairs")
     add("--num", type=int, default=12, metavar="N", help="pairs on the contact sheet (default: 12)")
     add("--decode", action="store_true", help="decode all pictures: finds broken and equal ones")
+    add("--model", type=Path, metavar="FOLDER", help="count the texts that this model would cut")
     add("--json", action="store_true", help="one JSON object instead of tables")
 
 
@@ -46,7 +47,12 @@ def run(args: argparse.Namespace) -> None:
     if args.num < 1:
         raise UserError(f"--num must be at least 1, got {args.num}")
     folders = [ShardedPairs(folder) for name in args.shards for folder in _folders(name)]
-    surveys = [Survey(pairs, args.decode, _tracked(str(pairs.folder))) for pairs in folders]
+    processing = _processing(args.model)
+    tracked = [_tracked(str(pairs.folder)) for pairs in folders]
+    surveys = [
+        Survey(pairs, args.decode, track, processing)
+        for pairs, track in zip(folders, tracked, strict=True)
+    ]
     summaries, leaks = [survey.summary() for survey in surveys], shared(surveys)
     if args.json:
         print(json.dumps({"sources": summaries, "shared": leaks}, ensure_ascii=False))
@@ -56,6 +62,15 @@ def run(args: argparse.Namespace) -> None:
     if args.sheet is not None:
         _draw(surveys, args.sheet, args.num)
         print(f"contact sheet: {args.sheet}", file=sys.stderr)
+
+
+def _processing(model: Path | None) -> Any:
+    if model is None:
+        return None
+    from metaembed_pl.model.model_folder import find_model_folder
+    from metaembed_pl.model.processing import Processing
+
+    return Processing.load(find_model_folder(model) / "processing")
 
 
 def _folders(name: str) -> list[Any]:
@@ -98,6 +113,8 @@ def _print_sources(summaries: list[dict[str, Any]]) -> None:
             )
         negatives = ", ".join(f"{n}: {count:,}" for n, count in summary["num_negatives"].items())
         print(f"  {'negatives':<12}{negatives or 'none'} (number of them: pairs)")
+        if summary["cut"] is not None:
+            print(f"  {'cut':<12}{summary['cut']}")
         repeated = summary["repeated"]
         print(
             f"  {'repeated':<12}{repeated['queries']:,} queries, {repeated['pairs']:,} pairs, "

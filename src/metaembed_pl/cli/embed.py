@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metaembed_pl.cli.index import chosen, in_words, indexed, measured
-from metaembed_pl.cli.model import load_model
+from metaembed_pl.cli.model import load_model, tell_cut
 from metaembed_pl.cli.progress import Progress
 from metaembed_pl.errors import UserError
 
@@ -107,11 +107,13 @@ def _embed(args: argparse.Namespace) -> dict[str, Any] | None:
         if rank:
             for _ in steps:
                 pass
+            tell_cut(model)
             return None
         with Progress("embedding", len(source)) as progress:
             done = embedding.Progress()
             for done in steps:
                 progress.update(done.seen, done.embedded)
+        tell_cut(model)
         for reason in done.skipped:
             print(f"left out {reason}", file=sys.stderr)
         if done.changed:

@@ -16,7 +16,7 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metaembed_pl.cli.model import load_model
+from metaembed_pl.cli.model import load_model, tell_cut
 from metaembed_pl.cli.progress import Progress
 from metaembed_pl.errors import UserError
 from metaembed_pl.files import write_text
@@ -113,6 +113,7 @@ def _evaluate(args: argparse.Namespace) -> "Outcome | None":
         with _progress(rank) as tell:
             settings = Settings(args.data, out, args.batch_size, args.dtype, tell)
             outcome = evaluate(model, benchmark, budgets, settings)
+        tell_cut(model)
         if outcome is not None:
             _report(outcome, benchmark, model, args, out)
         return outcome
@@ -156,13 +157,18 @@ def _log(outcome: "Outcome", files: list[Path], uri: str) -> None:
         raise UserError("--mlflow-uri needs MLflow: pip install metaembed-pl[mlflow]")
     import mlflow
 
-    mlflow.set_tracking_uri(uri)
-    mlflow.set_experiment("metaembed-evaluation")
-    with mlflow.start_run(run_name=outcome.benchmark):
-        mlflow.log_params({key: str(value)[:500] for key, value in outcome.about.items()})
-        mlflow.log_metrics({mlflow_name(name): v for name, v in outcome.metrics().items()})
-        for file in files:
-            mlflow.log_artifact(str(file))
+    try:
+        mlflow.set_tracking_uri(uri)
+        mlflow.set_experiment("metaembed-evaluation")
+        with mlflow.start_run(run_name=outcome.benchmark):
+            mlflow.log_params({key: str(value)[:500] for key, value in outcome.about.items()})
+            mlflow.log_metrics({mlflow_name(name): v for name, v in outcome.metrics().items()})
+            for file in files:
+                mlflow.log_artifact(str(file))
+    except Exception as error:  # whatever a server or a network may do
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        told = "MLflow at %s cannot be reached (%s): the report is kept; run it again to send it"
+        logging.getLogger(__name__).warning(told, uri, said[0][:200])
 
 
 @contextmanager

@@ -9,7 +9,6 @@ also in its `MultiVectorEncoder`; `transformers` needs none of our code (docs/se
 """
 
 import argparse
-import json
 import re
 import tempfile
 from collections.abc import Iterator
@@ -17,7 +16,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from metaembed_pl.cli.recipe_path import read_yaml
 from metaembed_pl.errors import UserError
+from metaembed_pl.files import read_json_object
 
 if TYPE_CHECKING:
     from metaembed_pl.model.embedder import MetaEmbedder
@@ -106,9 +107,9 @@ class Source:
                 f"{path} is neither a run nor a model folder: it has no metaembed.json, no model/ "
                 "and no config.fit.yaml"
             )
-        self.recipe = _read_yaml(config) if config.is_file() else None
+        self.recipe = read_yaml(config) if config.is_file() else None
         metrics = path / "report" / "metrics.json"
-        self.metrics = json.loads(metrics.read_text()) if metrics.is_file() else {}
+        self.metrics = read_json_object(metrics) if metrics.is_file() else {}
 
     @property
     def base(self) -> str | None:
@@ -116,7 +117,7 @@ class Source:
         model = (self.recipe or {}).get("model") or {}
         names = [model.get("start_from"), (model.get("backbone") or {}).get("path")]
         if self.model is not None:
-            settings = json.loads((self.model / "metaembed.json").read_text())
+            settings = read_json_object(self.model / "metaembed.json")
             names.append((settings.get("backbone") or {}).get("path"))
         hub = [
             name for name in names if name and HUB_ID.fullmatch(name) and not Path(name).exists()
@@ -142,12 +143,6 @@ class Source:
         parts = ("model", "data", "trainer")  # the rest is about this machine
         recipe = {key: value for key, value in (self.recipe or {}).items() if key in parts}
         return model_card(name, form, settings, self.metrics, recipe, self.base, licence)
-
-
-def _read_yaml(file: Path) -> dict[str, Any]:
-    import yaml
-
-    return yaml.safe_load(file.read_text())
 
 
 def _of_checkpoint(run: Path, name: str, recipe: dict[str, Any] | None) -> "MetaEmbedder":

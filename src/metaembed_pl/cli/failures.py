@@ -1,10 +1,8 @@
 """What ends a run by no fault of its recipe, told in one line: memory, disks, other ranks."""
 
-import pickle
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import pairwise
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.distributed import DistError
@@ -15,16 +13,14 @@ from metaembed_pl.training.watchdog import Watch
 
 # How gloo, in a plain RuntimeError, says that the process at the other end is gone.
 PEER_IS_GONE = re.compile(r"Connection (closed|reset) by peer|Broken pipe|Socket closed")
-BROKEN_ZIP = "PytorchStreamReader"
 
 
 @contextmanager
-def told_in_one_line(watch: Watch, argv: list[str]) -> Iterator[None]:
+def told_in_one_line(watch: Watch) -> Iterator[None]:
     """Turns errors that the user can do something about into `UserError`s.
 
     Args:
         watch: knows what was going on.
-        argv: the command line.
 
     Raises:
         UserError: out of memory, full disk, a rank that is gone, an unreadable checkpoint.
@@ -34,13 +30,13 @@ def told_in_one_line(watch: Watch, argv: list[str]) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        told = _told(error, watch, argv)
+        told = _told(error, watch)
         if told is None:
             raise
         raise UserError(told) from error
 
 
-def _told(error: Exception, watch: Watch, argv: list[str]) -> str | None:
+def _told(error: Exception, watch: Watch) -> str | None:
     first = next(iter(str(error).splitlines()), type(error).__name__)
     if isinstance(error, MisconfigurationException):  # of Lightning: no GPU here, say
         return " ".join(str(error).split())
@@ -54,17 +50,4 @@ def _told(error: Exception, watch: Watch, argv: list[str]) -> str | None:
             f"{watch.where}: the connection to other ranks failed ({first}): if one has ended or "
             "was killed, what it said last tells why; go on with --ckpt_path last"
         )
-    checkpoint = _checkpoint_in(argv)
-    is_broken = isinstance(error, pickle.UnpicklingError | EOFError) or BROKEN_ZIP in first
-    if checkpoint and is_broken:
-        return (
-            f"{checkpoint}: not a checkpoint of this package: it is broken or holds "
-            "Python objects, which could run code when loaded; give a .ckpt that `fit` wrote"
-        )
     return None
-
-
-def _checkpoint_in(argv: list[str]) -> str:
-    return next(
-        (a.partition("=")[2] or b for a, b in pairwise([*argv, ""]) if "ckpt_path" in a), ""
-    )

@@ -121,14 +121,14 @@ def indexed(store: "Store", codes: str | None = None, again: bool = False) -> di
 
 def measured(store: "Store", model: "MetaEmbedder", batch_size: int) -> "Calibration":
     """Measure what plans find on a store, and keep that beside it."""
-    from contextlib import suppress
-
     from metaembed_pl.retrieval.calibration import measure
 
     print("measuring what this store needs ...", file=sys.stderr)
     found = measure(store, lambda texts: model.encode_query(texts, batch_size).to(model.device))
-    with suppress(OSError):  # on a disk that is for reading alone it serves this once
+    try:
         found.save(store)
+    except OSError as error:  # on a disk that is for reading alone it serves this once
+        print(f"what was measured is not kept: {error.strerror}", file=sys.stderr)
     return found
 
 

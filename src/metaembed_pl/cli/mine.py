@@ -18,7 +18,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metaembed_pl.cli.model import load_model
+from metaembed_pl.cli.model import load_model, tell_cut
 from metaembed_pl.cli.progress import shown
 from metaembed_pl.errors import UserError
 
@@ -207,6 +207,7 @@ def _mine_all(
                 reports.append(report)
             else:
                 assert not list(results), "rank 0 alone is given what was found"
+        tell_cut(model)
         if rank == 0:
             save_report(args.out / "report", reports)
             if args.store is None:

@@ -34,6 +34,18 @@ def load_model(
     return model
 
 
+def tell_cut(model: "MetaEmbedder") -> None:
+    """Say how much of what the model has read was cut; every rank must ask."""
+    from metaembed_pl.data.collate import Cut
+    from metaembed_pl.retrieval.embedding import gathered
+
+    total = Cut()
+    for cut in gathered(model.processing.cut):
+        total += cut
+    if total.num_cut:
+        print(total, file=sys.stderr)
+
+
 def find_device(name: str | None) -> str:
     """The device of that name; None: a GPU where there is one, under torchrun each rank its own.
 

@@ -25,7 +25,7 @@ from metaembed_pl.cli.recipe_keys import (
     keys_of,
     made,
 )
-from metaembed_pl.cli.recipe_path import as_sources
+from metaembed_pl.cli.recipe_path import as_sources, read_yaml
 from metaembed_pl.cli.train import PARSING, RecipeParser, RunConfig
 from metaembed_pl.data.datamodule import RetrievalDataModule
 from metaembed_pl.errors import UserError
@@ -98,10 +98,7 @@ def recipe_parser() -> RecipeParser:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: not a readable YAML file: {error}") from error
+    values = read_yaml(path)
     if not isinstance(values, dict):
         raise UserError(f"{path}: a recipe holds keys such as run, model, data and trainer")
     return values

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Trainer
 
+from metaembed_pl.cli.recipe_path import read_yaml
 from metaembed_pl.cli.train import RunConfig
 from metaembed_pl.data.datamodule import RetrievalDataModule
 from metaembed_pl.training.module import MetaEmbedModule
@@ -46,7 +46,7 @@ def inlined(value: Any, kind: Any, folder: Path) -> Any:
     if made_of is None:
         return value
     if isinstance(value, str) and (folder / value).is_file():
-        value = yaml.safe_load((folder / value).read_text(encoding="utf-8"))
+        value = read_yaml(folder / value)
     if is_list and isinstance(value, list):
         return [inlined(item, made_of, folder) for item in value]
     if not is_list and isinstance(value, dict):

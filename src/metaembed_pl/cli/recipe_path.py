@@ -6,8 +6,14 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from metaembed_pl.errors import UserError
+from metaembed_pl.files import refuse_special_file
+
+MAX_BYTES, MAX_NODES = 1_000_000, 10_000
 
 OTHER_KEYS = ("seed_everything", "ckpt_path", "weights_only")
 SOURCES = ("data.train", "data.val", "data.test")
@@ -79,12 +85,56 @@ def as_sources(key: str, value: str) -> str:
     return json.dumps([{"path": value}]) if key in SOURCES and is_plain and is_set else value
 
 
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds; each key of a mapping once, and no more than a person would write.
+
+    Raises:
+        UserError: it is none, too large, or aliases in it unfold to too much or to themselves.
+    """
+    refuse_special_file(path)
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise UserError(f"{path}: larger than {MAX_BYTES:,} bytes, so it is no recipe")
+        text = path.read_text(encoding="utf-8")
+        _count_nodes(path, yaml.compose(text, yaml.SafeLoader), {})
+        return yaml.safe_load(text)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from error
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path}: not a readable YAML file: {reason}") from error
+
+
+def _count_nodes(path: Path, node: yaml.Node | None, counted: dict[int, int | None]) -> int:
+    """Nodes below one, those of aliases counted again."""
+    if id(node) not in counted:
+        counted[id(node)] = None
+        mapping = node.value if isinstance(node, yaml.MappingNode) else []
+        keys: set[str] = set()
+        for key, _ in mapping:
+            if isinstance(key, yaml.ScalarNode) and key.value in keys and key.value != "<<":
+                line = key.start_mark.line + 1
+                raise UserError(f"{path}:{line}: the key {key.value!r} is there twice")
+            keys.add(str(key.value))
+        below = [part for pair in mapping for part in pair]
+        below += node.value if isinstance(node, yaml.SequenceNode) else []
+        counted[id(node)] = 1 + sum(_count_nodes(path, part, counted) for part in below)
+    count = counted[id(node)]
+    if count is None or count > MAX_NODES:
+        why = "an alias stands in itself" if count is None else f"more than {MAX_NODES:,} values"
+        raise UserError(f"{path}: {why}, so it is no recipe")
+    return count
+
+
 def find_recipe(name: str) -> str:
     """A recipe's path: the file itself, or one of ours by name.
 
     Such as `emoji` or `recipes/emoji.yaml`.
     """
     if Path(name).is_file():  # a folder of data may well be called like a recipe
+        read_yaml(Path(name))
         return name
     folder = recipe_folder()
     for candidate in (folder / Path(name).name, folder / f"{name}.yaml"):

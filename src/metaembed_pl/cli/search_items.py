@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from metaembed_pl.cli.found import Answer, Found
-from metaembed_pl.cli.model import load_model
+from metaembed_pl.cli.model import load_model, tell_cut
 from metaembed_pl.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ def search(args: argparse.Namespace, query: "Item") -> Answer:
     (hits,) = rank(
         model, [query], items, budget, args.top, args.batch_size, progress=sys.stderr.isatty()
     )
+    tell_cut(model)
     found = [
         Found(
             item.uid,

@@ -4,7 +4,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from metaembed_pl.cli.found import Answer
-from metaembed_pl.cli.model import load_model
+from metaembed_pl.cli.model import load_model, tell_cut
 from metaembed_pl.cli.search_store import found_of
 from metaembed_pl.errors import UserError
 
@@ -36,6 +36,7 @@ def search(args: argparse.Namespace, query: "Item") -> Answer:
             where=args.where or (),
             normalised=args.normalised,
         )
+        tell_cut(model)
         items = len(store)
     found = list(map(found_of, hits.ids[0], hits.scores[0], hits.metadata[0]))[: args.top]
     plan = ",".join(map(str, hits.stages))

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from metaembed_pl.cli.found import Answer, Found
 from metaembed_pl.cli.index import measured
-from metaembed_pl.cli.model import load_model
+from metaembed_pl.cli.model import load_model, tell_cut
 
 if TYPE_CHECKING:
     from metaembed_pl.item import Item
@@ -32,6 +32,7 @@ def search(args: argparse.Namespace, query: "Item") -> Answer:
         stages, note = _choice(store, model, args)
         budget, cascade = None, stages
     queries = model.encode_query([query], args.batch_size).to(model.device)
+    tell_cut(model)
     hits = store.search(
         queries,
         budget,

@@ -14,7 +14,8 @@ import os
 import re
 import sys
 import warnings
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,6 +28,7 @@ from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelChec
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from omegaconf.errors import OmegaConfBaseException
 from transformers.utils import logging as transformers_logging
 
 from metaembed_pl.cli.failures import told_in_one_line
@@ -105,6 +107,15 @@ class RunConfig:
     mlflow_uri: str = "sqlite:///mlflow.db"
     experiment: str = "metaembed"
 
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"(?!\.+$)[^/\\\x00-\x1f]{1,200}", self.name) or not self.name.strip():
+            raise UserError(f"run.name is the name of one folder, got {self.name!r:.80}")
+        if self.checkpoint_every_n_steps < 1:
+            every = self.checkpoint_every_n_steps
+            raise UserError(f"run.checkpoint_every_n_steps must be at least 1, got {every}")
+        if not 0 <= self.stall_timeout_s < float("inf"):
+            raise UserError(f"run.stall_timeout_s is in seconds, got {self.stall_timeout_s}")
+
     @property
     def path(self) -> Path:
         """The run's folder."""
@@ -118,6 +129,16 @@ class RunConfig:
 
 class RecipeParser(LightningArgumentParser):
     """Says what is wrong with a recipe in one line, with the nearest valid key."""
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuses keys that take their values from each other, too."""
+        with _interpolated():
+            return super().parse_args(*args, **kwargs)
+
+    def parse_object(self, *args: Any, **kwargs: Any) -> Any:
+        """Likewise."""
+        with _interpolated():
+            return super().parse_object(*args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises instead of printing the usage of some two hundred keys."""
@@ -192,6 +213,15 @@ class KeepConfig(SaveConfigCallback):
         write_text(self.file, self.parser.dump(self.config, skip_none=False))
 
 
+@contextmanager
+def _interpolated() -> Iterator[None]:
+    try:
+        yield
+    except (OmegaConfBaseException, RecursionError) as error:
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"a key of the recipe takes its value from another: {said}") from error
+
+
 def _flat(recipe: dict[str, Any], before: str = "") -> dict[str, Any]:
     """A recipe by dotted keys.
 
@@ -258,8 +288,9 @@ class RecipeCLI(LightningCLI):
                 f"{self.run.path} holds a run already: continue it with --ckpt_path last, start "
                 "anew with --run.overwrite=true, or give another --run.name"
             )
-        if resuming == "last" and not last.exists():
-            raise UserError(f"there is no {last} to continue from; leave --ckpt_path out to start")
+        file = last if resuming == "last" else Path(resuming) if resuming else None
+        if file is not None and not file.exists() and resuming not in ("best", "hpc", "registry"):
+            raise UserError(f"there is no {file} to continue from; leave --ckpt_path out to start")
 
     def before_fit(self) -> None:
         """Lets no other process train into the run's folder, and looks into its checkpoint."""
@@ -402,7 +433,7 @@ def run(argv: list[str]) -> None:
         warnings.filterwarnings("ignore", message=harmless)
     with StopsOnSignal() as stops, ExitStack() as stack:
         try:
-            with Watch() as watch, told_in_one_line(watch, argv):
+            with Watch() as watch, told_in_one_line(watch):
                 RecipeCLI(with_recipes_found(argv), watch, stops, stack)
         except Stopped as stopped:
             if not getattr(rank_zero_only, "rank", 0):  # known by now, if there are several

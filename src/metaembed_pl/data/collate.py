@@ -80,6 +80,38 @@ class Process(Protocol):
 
 
 @dataclass
+class Cut:
+    """How many texts were read, how many of them were cut, and how much of them.
+
+    >>> Cut(3, 1, 100, 25, 32)
+    1 of 3 texts are longer than 32 tokens and were cut there: 25.0 % of all tokens are not read
+    """
+
+    num_texts: int = 0
+    num_cut: int = 0
+    num_tokens: int = 0
+    num_lost: int = 0
+    limit: int = 0
+
+    def note(self, lengths: Sequence[int], limit: int) -> None:
+        """Texts of so many tokens were read up to a limit."""
+        lost = [length - limit for length in lengths if length > limit]
+        self += Cut(len(lengths), len(lost), sum(lengths), sum(lost), limit)
+
+    def __iadd__(self, other: "Cut") -> "Cut":
+        for name, count in vars(other).items():
+            setattr(self, name, count if name == "limit" else getattr(self, name) + count)
+        return self
+
+    def __repr__(self) -> str:
+        return (
+            f"{self.num_cut:,} of {self.num_texts:,} texts are longer than {self.limit} tokens and "
+            f"were cut there: {100 * self.num_lost / max(1, self.num_tokens):.1f} % of all tokens "
+            "are not read"
+        )
+
+
+@dataclass
 class TrainBatch(WithTensors):
     """One rank's part of a global batch: candidates, and one or more questions to each.
 
@@ -97,6 +129,7 @@ class TrainBatch(WithTensors):
         answers: what each positive answers: ids, its content, and the questions it stands with.
         negative_answers: what each hard negative answers; None where there are none.
         faults: (shard, key, reason) of pairs that could not be used and were replaced.
+        cut: of its texts.
     """
 
     source: str
@@ -110,6 +143,7 @@ class TrainBatch(WithTensors):
     answers: Int[Tensor, "C A"]
     negative_answers: Int[Tensor, "M A"] | None
     faults: list[tuple[str, str, str]] = field(default_factory=list)
+    cut: Cut = field(default_factory=Cut)
 
     @property
     def num_positives(self) -> int:

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 
 from metaembed_pl.data.beir import is_retrieval_set, read_retrieval_set
 from metaembed_pl.data.collate import (
+    Cut,
     EvalBatch,
     Instructions,
     Process,
@@ -165,6 +166,9 @@ class TrainingBatches(IterableDataset):
         """This rank's batch of a step."""
         planned = self.plan.rank_batch(step, self.rank, self.num_ranks)
         faults: list[tuple[str, str, str]] = []
+        processing: Any = getattr(self.process, "processing", None)
+        if processing is not None:
+            processing.cut = Cut()
         questions = [
             self._usable(planned.source, positions.tolist(), step, faults)
             for positions in planned.questions
@@ -177,6 +181,8 @@ class TrainingBatches(IterableDataset):
             max_chunk_tokens=self.max_chunk_tokens,
         )
         batch.faults = faults
+        if processing is not None:
+            batch.cut = processing.cut
         return batch
 
     def _usable(self, source: int, positions: list[int], step: int, faults: list) -> list[Pair]:
@@ -341,6 +347,17 @@ class RetrievalDataModule(pl.LightningDataModule):
         mixing_temperature: float = 1.0,
     ):
         super().__init__()
+        counts = {"eval_batch_size": (eval_batch_size, 1), "num_negatives": (num_negatives, 0)}
+        counts |= {"num_workers": (num_workers, 0), "max_bad_samples": (max_bad_samples, 0)}
+        counts |= {"open_shards": (open_shards, 1), "steps_per_epoch": (steps_per_epoch, 1)}
+        least = {"num_negatives": 0, "first_step": 0, "last_step": 1}
+        least |= {"max_queries": 1, "max_candidates": 1}
+        for source in [*(train or []), *(val or []), *(test or [])]:
+            for name in least.keys() & vars(source):
+                counts[f"{source.path}: {name}"] = (getattr(source, name), least[name])
+        for name, (count, at_least) in counts.items():
+            if count is not None and count < at_least:
+                raise UserError(f"data: {name} must be at least {at_least}, got {count}")
         self.train_sources = train or []
         val = val or []
         if test is None:
@@ -358,6 +375,7 @@ class RetrievalDataModule(pl.LightningDataModule):
         self._steps_per_epoch = steps_per_epoch
         self.next_step = 0
         self.bad_samples: dict[tuple[str, str], str] = {}
+        self.cut = Cut()
         self.num_drawn: Counter[str] = Counter()  # pairs of all ranks, by source
         self.eval_sets: dict[str, list[RetrievalSet]] = {}
 
@@ -451,6 +469,9 @@ class RetrievalDataModule(pl.LightningDataModule):
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Notes how far the plan has been used, and what could not be."""
         if isinstance(batch, TrainBatch):
+            if batch.cut.num_cut and not self.cut.num_cut:
+                log.warning("%s, step %d: %s", batch.source, batch.step, batch.cut)
+            self.cut += batch.cut
             self.next_step = batch.step + 1
             self.num_drawn[batch.source] += len(self.plan.batch(batch.step).positions)
             self._note_faults(batch)

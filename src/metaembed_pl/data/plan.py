@@ -330,7 +330,7 @@ def _check_sizes(
 
 def _check_weights(sources: Sequence[PlannedSource], mixing_temperature: float) -> None:
     for source in sources:
-        if source.weight is not None and source.weight <= 0:
+        if source.weight is not None and not 0 < source.weight < float("inf"):
             raise UserError(f"source {source.name}: weight must be positive, got {source.weight}")
     if len({source.weight is None for source in sources}) > 1:
         raise UserError("give a weight to every training source or to none")

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import logging
 import mmap
+import os
 import re
 import tarfile
 from pathlib import Path
@@ -11,7 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from metaembed_pl.errors import UserError
-from metaembed_pl.item import Item, stable_hash
+from metaembed_pl.item import Item, as_id, stable_hash
+
+log = logging.getLogger(__name__)
 
 FORMAT = 2
 """1 had one question a sample."""
@@ -175,35 +179,48 @@ def _index_lines(path: Path) -> bytes:
     size = path.stat().st_size
     samples: list[tuple[str, dict[str, list[int]]]] = []
     questions: dict[int, tuple[int, int | None]] = {}
+    left_out: list[str] = []
     try:
         with tarfile.open(path, mode="r:") as tar:
             for member in tar:
                 if member.isdir():
                     continue
-                if not member.isreg() or member.name.startswith("/") or ".." in member.name:
-                    raise UserError(
-                        f"{path}: member {member.name!r} is a link, a device or a path that "
-                        "escapes; shards hold plain files only"
-                    )
-                if member.offset_data + member.size > size:
-                    raise tarfile.ReadError(f"{member.name} is cut off")
+                _refuse_odd(path, member, size)
                 match = _MEMBER.match(member.name)
                 if match is None or member.name.startswith("__"):
+                    left_out.append(member.name)
                     continue  # as WebDataset does: no suffix, or its own notes
-                key, suffix = match[1], match[2].lower()
+                # What is no UTF-8 cannot stand in JSON as it is.
+                key = os.fsencode(match[1]).decode("utf-8", "backslashreplace")
+                suffix = os.fsencode(match[2].lower()).decode("utf-8", "backslashreplace")
                 if not samples or samples[-1][0] != key:
                     samples.append((key, {}))
+                if suffix in samples[-1][1]:
+                    raise UserError(f"{path}: two members {key}.{suffix}: which is meant?")
                 samples[-1][1][suffix] = [member.offset_data, member.size]
                 if suffix == "json":
                     file = tar.extractfile(member)
                     questions[len(samples) - 1] = _questions(file.read() if file else b"")
     except (tarfile.TarError, EOFError, OSError) as error:
         raise UserError(f"{path} is not a whole, uncompressed tar: {error}") from error
+    if left_out:
+        log.warning("%s: %d members are of no pair, such as %r", path, len(left_out), left_out[0])
     lines = []
     for number, sample in enumerate(samples):
         count, candidate = questions.get(number, (1, None))
         lines += [(path.name, *sample, question, candidate) for question in range(count)]
     return b"".join(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in lines)
+
+
+def _refuse_odd(path: Path, member: tarfile.TarInfo, size: int) -> None:
+    escapes = ".." in member.name.split("/") or member.name.startswith("/")
+    if not member.isreg() or escapes:
+        raise UserError(
+            f"{path}: member {member.name!r} is a link, a device or a path that escapes; shards "
+            "hold plain files only"
+        )
+    if member.offset_data + member.size > size:
+        raise tarfile.ReadError(f"{member.name} is cut off")
 
 
 def _questions(content: bytes) -> tuple[int, int | None]:
@@ -218,8 +235,8 @@ def _questions(content: bytes) -> tuple[int, int | None]:
         count = len(queries) if isinstance(queries, list) and queries else 1
         if isinstance(value.get("candidate"), str):
             return count, stable_hash(value["candidate"])
-        if isinstance(positive, dict) and isinstance(positive.get("id"), str):
-            return count, stable_hash(positive["id"])
+        if isinstance(positive, dict) and isinstance(as_id(positive.get("id")), str):
+            return count, stable_hash(as_id(positive["id"]))
         if isinstance(positive, dict) and positive.get("image"):
             return count, None
         return count, stable_hash(Item.parse(positive).uid)

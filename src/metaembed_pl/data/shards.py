@@ -14,7 +14,6 @@ and candidate).
     pairs = ShardedPairs(Path("shards/pets"))
 """
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,7 +35,7 @@ from metaembed_pl.data.shard_index import (
 )
 from metaembed_pl.data.shard_writer import ShardWriter
 from metaembed_pl.errors import BadSample, Unreachable, UserError
-from metaembed_pl.item import Pair, stable_hash
+from metaembed_pl.item import Pair, parse_json, stable_hash
 
 __all__ = ["ShardWriter", "ShardedPairs", "verify"]
 
@@ -218,7 +217,7 @@ def _sample_of(members: dict[str, bytes]) -> dict[str, Any]:
     if "json" not in members:
         raise UserError("no member .json")
     try:
-        value = json.loads(members["json"])
+        value = parse_json(members["json"])
     except (ValueError, RecursionError) as error:
         raise UserError(f"its JSON is broken: {error}") from error
     if not isinstance(value, dict):

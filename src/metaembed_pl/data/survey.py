@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from metaembed_pl.data.collate import Cut
 from metaembed_pl.data.shards import ShardedPairs
 from metaembed_pl.errors import UserError
 from metaembed_pl.item import Item, Pair, stable_hash
@@ -118,6 +119,7 @@ class Survey:
         decode: decode every picture, to find those that do not, and compare pixels instead of
             files. Otherwise only the header of each is read.
         track: wraps the numbers of the pairs, to show progress.
+        processing: of a model, counts the texts that it would cut; None: that is not known.
     """
 
     def __init__(
@@ -125,7 +127,9 @@ class Survey:
         pairs: ShardedPairs,
         decode: bool = False,
         track: Callable[[Sequence[int]], Iterable[int]] = iter,
+        processing: Any = None,
     ):
+        self._processing = processing
         self.pairs = pairs
         self.bad: list[str] = []
         self.num_bad = 0
@@ -144,10 +148,16 @@ class Survey:
                 self.num_bad += 1
                 if len(self.bad) < EXAMPLES:
                     self.bad.append("/".join(pairs.locate(i)) + f": {error}")
+        self.cut: str | None = None
+        if processing is not None:
+            self.cut, processing.cut = str(processing.cut), Cut()
 
     def _add(self, pair: Pair, i: int) -> None:
         items = (pair.query, pair.positive, *pair.negatives)
         pictures = [_look(item, self._decode) for item in items]  # a broken one shows first
+        if self._processing is not None:
+            self._processing.text_ids(items[:1], "query")
+            self._processing.text_ids(items[1:], "candidate")
         for item, picture in zip(items, pictures, strict=True):
             self._add_item(
                 item, picture, self.sides["query" if item is pair.query else "candidate"]
@@ -187,6 +197,7 @@ class Survey:
             "num_pairs": len(self.pairs),
             "num_shards": len(self.pairs.shard_sizes),
             "num_bad": self.num_bad,
+            "cut": self.cut,
             "bad": self.bad,
             "queries": self.sides["query"].summary(),
             "candidates": self.sides["candidate"].summary(),

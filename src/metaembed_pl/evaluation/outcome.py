@@ -15,7 +15,7 @@ from typing import Any
 from metaembed_pl.errors import UserError
 from metaembed_pl.evaluation.benchmarks import OVERALL
 from metaembed_pl.evaluation.statistics import Interval, interval_of, resampled_means
-from metaembed_pl.files import write_text
+from metaembed_pl.files import read_json_object, write_text
 
 RESULTS = "results.json"
 Hits = list[list[tuple[int, float]]] | list[list[list[float]]]
@@ -74,8 +74,13 @@ class TaskOutcome:
         file = _task_file(folder, name)
         if not file.exists():
             return None
-        kept = json.loads(file.read_text())
-        return cls(**kept | {"labels": tuple(kept["labels"])})
+        kept = read_json_object(file)
+        try:
+            return cls(**kept | {"labels": tuple(kept["labels"])})
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"{file} is damaged ({error}): remove it, and evaluate again"
+            ) from error
 
 
 @dataclass(frozen=True)

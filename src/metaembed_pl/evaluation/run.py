@@ -29,7 +29,7 @@ from metaembed_pl.evaluation.encoding import (
 )
 from metaembed_pl.evaluation.outcome import Outcome, TaskOutcome
 from metaembed_pl.evaluation.scoring import Ranked, rank_task, uids
-from metaembed_pl.files import write_text
+from metaembed_pl.files import read_json_object, write_text
 from metaembed_pl.model.embedder import MetaEmbedder
 from metaembed_pl.model.identity import identity_of
 from metaembed_pl.retrieval.embedding import gathered, rank_and_world
@@ -126,7 +126,7 @@ def _begin(model: MetaEmbedder, benchmark: Benchmark, settings: Settings) -> dic
     }
     file = settings.out / ABOUT
     if file.exists():
-        kept = json.loads(file.read_text())
+        kept = read_json_object(file)
         for name, value in key.items():
             if kept.get(name) != value:
                 raise UserError(

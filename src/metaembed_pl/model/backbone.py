@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from huggingface_hub.errors import StrictDataclassError
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerFast
 
 from metaembed_pl.data.shards import ShardedPairs
@@ -173,6 +173,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, family: Family) -> An
     """A byte-level BPE tokenizer with the family's special tokens; the first of them pads."""
     special = [token for token, _ in family.special_tokens]
     tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()  # texts that look the same are read the same
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(

@@ -28,7 +28,7 @@ from metaembed_pl.data.collate import Chunk
 from metaembed_pl.environment import versions
 from metaembed_pl.errors import UserError
 from metaembed_pl.files import new_folder
-from metaembed_pl.item import Item
+from metaembed_pl.item import Item, several
 from metaembed_pl.late_interaction import maxsim
 from metaembed_pl.model import vision
 from metaembed_pl.model.backbone import BackboneConfig
@@ -106,6 +106,7 @@ class MetaEmbedder(nn.Module):
     ):
         super().__init__()
         self.groups = parse_groups(groups)
+        self.merged: dict[str, str] = {}  # identity of merged weights -> of the adapter's
         self.processing = processing
         self.backbone = backbone
         text: Any = backbone.config.get_text_config()
@@ -201,7 +202,7 @@ class MetaEmbedder(nn.Module):
     def _encode(
         self, items: Iterable[Item | str | dict], side: Side, batch_size: int, progress: bool
     ) -> Float[Tensor, "N R D"]:
-        parsed = [Item.parse(item) for item in items]
+        parsed = [Item.parse(item) for item in several(items, "items")]
         num_vectors = self.groups[-1].r_q if side == "query" else self.groups[-1].r_c
         found = torch.empty(len(parsed), num_vectors, self.width)
         process, was_training = self.processor(), self.training
@@ -273,6 +274,7 @@ class MetaEmbedder(nn.Module):
             "model_type": self.processing.family.model_type,
             "dtype": str(self.backbone.dtype).removeprefix("torch."),
             "versions": versions(),
+            **({"merged": self.merged} if self.merged else {}),
         }
 
     def _own_tensors(self) -> dict[str, Tensor]:
@@ -303,15 +305,21 @@ class MetaEmbedder(nn.Module):
         """
         folder = find_model_folder(folder, revision)
         settings = read_settings(folder)
-        processing = Processing.load(folder / "processing")
-        model = cls(
-            load_folder_backbone(folder, settings, options, processing),
-            processing,
-            parse_groups(settings["groups"]),
-            settings["layout"],
-            settings["projection"],
-        )
+        try:
+            processing = Processing.load(folder / "processing")
+            model = cls(
+                load_folder_backbone(folder, settings, options, processing),
+                processing,
+                parse_groups(settings["groups"]),
+                settings["layout"],
+                settings["projection"],
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{folder}: {SETTINGS} or processing/processing.json is damaged: {error!r}"
+            ) from error
         load_into(model._own_tensors(), folder / OWN_FILE)
+        model.merged = dict(settings.get("merged") or {})
         return model.eval().to(device)
 
 

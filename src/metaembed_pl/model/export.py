@@ -14,6 +14,7 @@ from metaembed_pl.errors import UserError
 from metaembed_pl.item import Item
 from metaembed_pl.late_interaction import maxsim
 from metaembed_pl.model.embedder import MetaEmbedder
+from metaembed_pl.model.identity import identity_of
 from metaembed_pl.model.lora import has_adapter, merge_adapter
 from metaembed_pl.model.model_folder import SETTINGS, base_from, find_base, read_settings
 
@@ -106,9 +107,20 @@ def merge(model: MetaEmbedder) -> Difference:
     """
     if not has_adapter(model.backbone):
         raise UserError("--merge: this model has no adapter: its weights are whole already")
-    before = sample_vectors(model)
+    before, identity = sample_vectors(model), known_identity(model)
     merge_adapter(model.backbone)
-    return compare(before, sample_vectors(model), model.backbone.dtype, "merging")
+    difference = compare(before, sample_vectors(model), model.backbone.dtype, "merging")
+    if identity is not None:
+        model.merged = {identity_of(model): identity}
+    return difference
+
+
+def known_identity(model: MetaEmbedder) -> str | None:
+    """The model's identity; None where its weights cannot be told."""
+    try:
+        return identity_of(model)
+    except UserError:
+        return None
 
 
 def copy_model(source: Path, target: Path) -> None:

@@ -18,7 +18,7 @@ def identity_of(model: "MetaEmbedder") -> str:
     """A digest of all that a model's vectors depend on: weights, groups, prompt, picture sizes.
 
     It is the same in fp32 and in bf16, on any device, and for a model that was saved and loaded.
-    An adapter and the same adapter merged are two: their weights differ by rounding.
+    An adapter and what `merge` makes of it have the same: their vectors differ by rounding alone.
 
     Raises:
         UserError: the weights cannot be told (quantized, fp16, on the meta device).
@@ -40,7 +40,8 @@ def identity_of(model: "MetaEmbedder") -> str:
         "max_text_tokens": processing.max_text_tokens,
         "picture_size": _size(processing.image_processor.size),
     }
-    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:32]
+    found = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:32]
+    return model.merged.get(found, found)
 
 
 def _size(size: Any) -> dict[str, int]:

@@ -6,7 +6,6 @@ adapter in `adapter/` beside the name of the base model. Both are there where th
 name that others could load it by.
 """
 
-import json
 import os
 import re
 from dataclasses import asdict, fields, replace
@@ -17,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from metaembed_pl.errors import UserError
+from metaembed_pl.files import read_json_object
 from metaembed_pl.model.backbone import BackboneConfig, build_backbone
 from metaembed_pl.model.hub_faults import why_not
 from metaembed_pl.model.lora import (
@@ -71,10 +71,7 @@ def _from_hub(repository: str, revision: str | None) -> Path:
 def read_settings(folder: Path) -> dict[str, Any]:
     """What `metaembed.json` of a model folder says."""
     file = folder / SETTINGS
-    try:
-        settings = json.loads(file.read_text())
-    except ValueError as error:
-        raise UserError(f"{file}: not valid JSON: {error}") from error
+    settings = read_json_object(file)
     if settings.get("format") != FORMAT:
         raise UserError(f"{file}: format {settings.get('format')!r}, this version reads {FORMAT}")
     return settings
@@ -114,7 +111,7 @@ def settings_to_start_from(
 
 
 def _words(folder: Path) -> dict[str, str]:
-    return json.loads((folder / "processing" / "processing.json").read_text())["prompt"]
+    return read_json_object(folder / "processing" / "processing.json")["prompt"]
 
 
 def _agrees(value: Any, own: Any) -> bool:

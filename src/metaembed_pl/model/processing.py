@@ -20,8 +20,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from metaembed_pl.data.collate import Chunk
+from metaembed_pl.data.collate import Chunk, Cut
 from metaembed_pl.errors import UserError
+from metaembed_pl.files import read_json_object
 from metaembed_pl.item import Item
 from metaembed_pl.model.family import Family, Template, family_of
 from metaembed_pl.model.hub_faults import why_not
@@ -87,6 +88,7 @@ class Processing:
         self.prompt = (prompt or Prompt()).over(template)
         self._refuse_unknown_marks(template)
         self.max_text_tokens = max_text_tokens
+        self.cut = Cut()
         self.padding_side = padding_side
 
     def __call__(self, items: Sequence[Item], side: Side, num_slots: int) -> dict[str, Tensor]:
@@ -146,7 +148,7 @@ class Processing:
     ) -> tuple[list[Image.Image | None], list[list[int]]]:
         if not items:
             raise UserError("expected at least one item, got none")
-        return [item.load_image() for item in items], self._text_ids(items, side)
+        return [item.load_image() for item in items], self.text_ids(items, side)
 
     @cached_property
     def smallest_picture(self) -> dict[str, Tensor]:
@@ -223,11 +225,13 @@ class Processing:
     def _suffix(self) -> list[int]:
         return self._ids([self.prompt.suffix])[0]
 
-    def _text_ids(self, items: Sequence[Item], side: Side) -> list[list[int]]:
+    def text_ids(self, items: Sequence[Item], side: Side) -> list[list[int]]:
+        """The tokens of each item's text, as many as are read; what is cut is counted."""
         before = self.prompt.query if side == "query" else ""
         texts = [before + self._words(item) for item in items]
         # split_special_tokens: "<|image_pad|>" typed by a user is plain text, not a placeholder.
         ids = self._ids(texts, split_special_tokens=True)
+        self.cut.note([len(row) for row in ids], self.max_text_tokens)
         return [row[: self.max_text_tokens] for row in ids]
 
     def _words(self, item: Item) -> str:
@@ -277,7 +281,7 @@ class Processing:
     @classmethod
     def load(cls, folder: Path) -> "Processing":
         """The processing that `save` wrote."""
-        settings = json.loads((folder / "processing.json").read_text())
+        settings = read_json_object(folder / "processing.json")
         tokenizer, image_processor = load_processors(str(folder))
         return cls(
             family_of(settings["model_type"]),
@@ -337,7 +341,7 @@ def load_processors(path: str, revision: str | None = None) -> tuple[Any, Any]:
         image_processor = load_image_processor(path, revision)
     except UserError:
         raise
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the tokenizers library raises plain ones
         raise UserError(
             f"{path}: no tokenizer and image processor could be loaded from there: "
             f"{why_not(path, error)}"

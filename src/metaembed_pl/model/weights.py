@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
 from metaembed_pl.errors import UserError
+from metaembed_pl.files import read_json_object
 from metaembed_pl.model.hub_faults import why_not
 from metaembed_pl.model.sharded import gathered
 
@@ -73,6 +74,15 @@ def _from_pretrained_by_trial(
 
 
 def _from_pretrained(path: str, dtype: str, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    folder = Path(path, kwargs.get("subfolder") or "")
+    if folder.is_dir():  # what transformers says of damaged files does not name them
+        read_json_object(folder / "config.json")
+        for file in sorted(folder.glob("*.safetensors")):
+            try:
+                with safe_open(file, "pt"):
+                    pass
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"{file}: not a whole safetensors file: {error}") from error
     try:
         return AutoModel.from_pretrained(
             path,
@@ -81,7 +91,7 @@ def _from_pretrained(path: str, dtype: str, kwargs: dict[str, Any]) -> tuple[Any
             ignore_mismatched_sizes=True,  # the report has them, and all of them are refused
             **kwargs,
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers raises nearly anything on a damaged file
         raise UserError(
             f"{path}: no model could be loaded from there: {why_not(path, error)}"
         ) from error

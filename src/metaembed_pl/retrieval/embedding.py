@@ -8,7 +8,7 @@ step, and rank 0 writes: every item once, in order, as one process would.
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from metaembed_pl.errors import UserError
-from metaembed_pl.item import Item, not_a_text
+from metaembed_pl.item import Item, several
 from metaembed_pl.model.embedder import MetaEmbedder
 from metaembed_pl.model.identity import identity_of
 from metaembed_pl.picture import small_jpeg
@@ -223,12 +223,13 @@ def _new_entries(
     store: Store, items: Iterable["Entry | Item | str | dict"], again: bool, progress: Progress
 ) -> Iterator[Entry]:
     known, seen = set(store.ids), set()
-    for item in not_a_text(items, "items"):
+    for item in several(items, "items"):
         entry = Entry.of(item)
         progress.seen += 1
         if entry.file is not None:
-            stat = entry.file.stat()
-            entry.metadata["file_stamp"] = f"{stat.st_size} bytes, {stat.st_mtime_ns} ns"
+            with suppress(OSError):  # gone meanwhile: told when it is its turn
+                stat = entry.file.stat()
+                entry.metadata["file_stamp"] = f"{stat.st_size} bytes, {stat.st_mtime_ns} ns"
             entry = _told_apart(store, entry, known, seen)
         if entry.id in seen:
             continue

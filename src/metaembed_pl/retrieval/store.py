@@ -28,6 +28,7 @@ from torch import Tensor
 from metaembed_pl.budget import Budget, parse_groups
 from metaembed_pl.errors import UserError
 from metaembed_pl.files import new_folder
+from metaembed_pl.item import several
 from metaembed_pl.retrieval.index_build import carry
 from metaembed_pl.retrieval.manifest import MANIFEST_FILE, Manifest
 from metaembed_pl.retrieval.planes import append_bytes, append_vectors, copy_vectors
@@ -161,7 +162,7 @@ class Store(Reader):
         Raises:
             UserError: they do not fit each other or the store, or another process writes to it.
         """
-        ids = list(ids)
+        ids = list(several(ids, "ids"))
         metadata = [None] * len(ids) if metadata is None else metadata
         previews = [None] * len(ids) if previews is None else previews
         self._check_items(ids, embeddings, metadata, previews)
@@ -191,7 +192,7 @@ class Store(Reader):
         Raises:
             UserError: an id that is not there, or another process writes to the store.
         """
-        ids = list(dict.fromkeys(ids))
+        ids = list(dict.fromkeys(several(ids, "ids")))
         if not ids:
             return
         with self.writing() as old:

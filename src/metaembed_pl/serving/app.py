@@ -107,6 +107,9 @@ class _Form(NamedTuple):
 
 
 async def _read_form(request: Request) -> _Form:
+    kind = request.headers.get("content-type", "").partition(";")[0]
+    if kind not in ("multipart/form-data", "application/x-www-form-urlencoded"):
+        raise UserError(f"a question is a form (with curl, -F text=...), not {kind or 'untyped'}")
     # Whatever its size, a text comes whole to where its length is told; the guard has a limit.
     limit = int(request.headers.get("content-length", 0)) + FORM_BYTES
     async with request.form(max_files=1, max_fields=2, max_part_size=limit) as form:

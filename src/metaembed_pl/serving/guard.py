@@ -49,7 +49,12 @@ class Guard:
                 MutableHeaders(scope=message).update(HEADERS)
             await send(message)
 
-        refused = self._refused(scope["path"], Headers(scope=scope))
+        headers = Headers(scope=scope)
+        # Of a proxy that serves us below a path and leaves that in the address.
+        prefix = headers.get("x-forwarded-prefix", "").rstrip("/")
+        if prefix and scope["path"].startswith(f"{prefix}/"):
+            scope = {**scope, "path": scope["path"].removeprefix(prefix)}
+        refused = self._refused(scope["path"], headers)
         if refused is not None:
             await refused(scope, receive, send_with_headers)
         else:
@@ -62,12 +67,17 @@ class Guard:
         origin = headers.get("origin")
         # A link on another site may lead to the page; nothing else may be asked from there.
         foreign = headers.get("sec-fetch-site", "none") not in ("same-origin", "none")
-        if (foreign and path != "/") or (origin is not None and _site(origin) != host):
+        own = origin is None or _site(origin) == host or self._is_named(_name(_site(origin)))
+        if (foreign and path != "/") or not own:
             return _problem(403, "pages of other sites may not use this service")
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > self.max_body_bytes:
             return _problem(413, self._too_large)
         return None
+
+    def _is_named(self, name: str) -> bool:
+        """Whether the operator has named a site: proxies may rewrite the Host header."""
+        return self.hosts is not None and name in self.hosts and name not in LOOPBACK
 
     @property
     def _too_large(self) -> str:

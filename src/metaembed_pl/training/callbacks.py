@@ -75,6 +75,9 @@ class DrawnPairs(pl.Callback):
         if not trainer.is_global_zero:
             return
         metrics: dict[str, float] = {"data/bad_samples": len(data.bad_samples)}
+        metrics["data/cut_texts"] = data.cut.num_cut
+        if data.cut.num_cut:
+            log.warning("in all: %s", data.cut)
         for source in data.plan.sources:
             drawn = data.num_drawn[source.name]
             log.info(

@@ -7,6 +7,7 @@ they were drawn at random or changed by `lora.init: pissa`, stay in.
 """
 
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 
 from metaembed_pl.errors import UserError
-from metaembed_pl.files import new_file
+from metaembed_pl.files import new_file, refuse_special_file
 from metaembed_pl.model.lora import changed_weights
 from metaembed_pl.model.weights import refuse_faults
 
@@ -50,6 +51,28 @@ class WholeFiles(TorchCheckpointIO):
                 f"{path} could not be written: {str(reason).splitlines()[0]}; what had this name "
                 "before is as it was: make room, then go on from it with --ckpt_path last"
             ) from error
+
+    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Reads the file.
+
+        Raises:
+            UserError: it is not there, or no checkpoint of this package.
+        """
+        try:
+            if not Path(path).exists():
+                raise UserError("there is no such file")
+            refuse_special_file(Path(path))
+            found = super().load_checkpoint(path, *args, **kwargs)
+            missing = {"state_dict", "global_step", "loops"} - set(found)
+            if missing:
+                raise UserError(f"it has no {min(missing)!r}")
+        except (UserError, OSError, RuntimeError, EOFError, pickle.UnpicklingError, TypeError) as e:
+            said = (str(e).strip() or type(e).__name__).splitlines()[0]
+            raise UserError(
+                f"{path}: not a checkpoint of this package: it is broken or holds Python objects, "
+                f"which could run code when loaded ({said:.200}); give a .ckpt that `fit` wrote"
+            ) from e
+        return found
 
 
 def _disk_error(error: BaseException | None) -> OSError | None:

@@ -113,12 +113,18 @@ class MetaEmbedModule(pl.LightningModule):
             given |= {"meta_token_std": meta_token_std, "prompt": prompt}
             own = settings_to_start_from(start_from, self.backbone_config, given)
             groups, layout, projection = own["groups"], own["layout"], own["projection"]
+        if projection is not None and projection < 1:
+            raise UserError(f"model.projection must be at least 1, got {projection}")
+        if meta_token_std is not None and not 0 < meta_token_std < float("inf"):
+            raise UserError(f"model.meta_token_std must be positive, got {meta_token_std}")
         self.layout: Layout = layout or "both"
         self.projection = projection
         self.meta_token_std = meta_token_std
         self.prompt = prompt or Prompt()
         self.optimizer_config = optimizer or OptimizerConfig()
-        self.loss = MMRLoss(groups or PAPER_GROUPS, **asdict(loss or LossConfig()))
+        self.loss = MMRLoss(
+            PAPER_GROUPS if groups is None else groups, **asdict(loss or LossConfig())
+        )
         self.groups = self.loss.groups
         self.headline = headline
         self.metrics: dict[str, dict[str, RetrievalMetrics]] = {}

@@ -43,8 +43,12 @@ class OptimizerConfig:
             )
         for name in ("lr", "muon_lr", "meta_token_lr"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
+            if value is not None and not 0 < value < float("inf"):
                 raise UserError(f"optimizer.{name} must be positive, got {value}")
+        if not 0 <= self.weight_decay < float("inf"):
+            raise UserError(f"optimizer.weight_decay must be at least 0, got {self.weight_decay}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"optimizer.betas are shares, 0 to below 1, got {self.betas}")
 
 
 class MuonAndAdamW(torch.optim.Optimizer):

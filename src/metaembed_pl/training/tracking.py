@@ -23,7 +23,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import Logger
 
 from metaembed_pl.environment import commit, versions
-from metaembed_pl.files import write_text
+from metaembed_pl.files import read_json_object, write_text
 
 log = logging.getLogger(__name__)
 
@@ -74,9 +74,9 @@ class MLflowRun(Logger):
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         if resuming and self._note.exists():
-            self._run_id = json.loads(self._note.read_text())["run_id"]
+            self._run_id = read_json_object(self._note).get("run_id")
             if self._unsent.exists():
-                self._entries = [json.loads(line) for line in self._unsent.open()]
+                self._entries = [*map(json.loads, self._unsent.read_text().splitlines())]
         self.is_resumed = self._run_id is not None
 
     @property
@@ -218,7 +218,10 @@ class MLflowRun(Logger):
 
         database = self._uri.partition("sqlite:///")[2]
         # Of two that open a new database at once, each would make its tables.
-        lock = FileLock(Path(database).with_name(f".{Path(database).name}.lock"))
+        file = Path(database or ".").absolute()
+        if database:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(file.with_name(f".{file.name}.lock"), timeout=120)
         with lock if database else nullcontext():
             client = mlflow.MlflowClient(self._uri)
             if self._run_id is None:

@@ -3,7 +3,7 @@
 
 const $ = (id) => document.getElementById(id);
 const state = {
-  shelf: null, // what /api/store says
+  shelf: null, // what api/store says
   picture: null, // a file that was chosen or dropped
   query: null, // id of the query that was asked last
   answer: null, // of the last search
@@ -52,7 +52,7 @@ const ask = latest(async () => {
   const form = new FormData();
   if (text) form.append("text", text);
   if (state.picture) form.append("picture", state.picture);
-  const question = await call("/api/queries", { method: "POST", body: form });
+  const question = await call("api/queries", { method: "POST", body: form });
   state.query = question.query;
   await find();
 });
@@ -71,7 +71,7 @@ const search = latest(async () => {
 async function find() {
   const where = $("where").value.split(",").map((part) => part.trim()).filter(Boolean);
   const values = { query: state.query, plan: plan().plan, top: $("top").value, where, normalised: true };
-  state.answer = await call(address("/api/search", values));
+  state.answer = await call(address("api/search", values));
   if (state.answer.generation !== state.shelf.generation) await loadShelf();
   showAnswer();
 }
@@ -101,7 +101,7 @@ function tile(result, place) {
 function newTile(result) {
   const frame = element("div", { className: "frame" });
   if (result.has_preview) {
-    const src = address("/api/preview", { item: result.id, generation: state.answer.generation });
+    const src = address("api/preview", { item: result.id, generation: state.answer.generation });
     frame.append(element("img", { src, alt: "", decoding: "async" }));
   } else {
     frame.append(element("span", { textContent: result.text ?? result.id }));
@@ -174,7 +174,7 @@ function showPlan() {
 const percent = (share) => `${(100 * share).toFixed(share > 0.995 && share < 1 ? 1 : 0)} %`;
 
 async function loadShelf() {
-  const shelf = await call("/api/store");
+  const shelf = await call("api/store");
   const before = state.shelf && plan().plan;
   state.shelf = shelf;
   const kept = shelf.plans.findIndex((one) => one.plan === before);
@@ -211,7 +211,7 @@ function showMeasurement({ state: how, used, error }) {
 
 async function measure() {
   try {
-    showMeasurement(await call("/api/measurement", { method: "POST" }));
+    showMeasurement(await call("api/measurement", { method: "POST" }));
   } catch (error) {
     say(error.message, true);
   }
@@ -261,7 +261,7 @@ function drawPlot() {
 async function explain(id) {
   try {
     const values = { query: state.query, item: id, budget: state.answer.budget };
-    state.why = await call(address("/api/explanation", values));
+    state.why = await call(address("api/explanation", values));
   } catch (error) {
     say(error.message, true);
     return;
@@ -273,7 +273,7 @@ async function explain(id) {
   $("why-sum").textContent = `Score at ${times(budget)}: ${sum}${item.score.toFixed(3)}; ${(item.score / winners.length).toFixed(3)} a query vector`;
   const picture = $("look-picture");
   $("look").hidden = !item.has_preview && !state.why.maps;
-  if (!$("look").hidden) picture.src = address("/api/picture", { item: id, generation: state.answer.generation });
+  if (!$("look").hidden) picture.src = address("api/picture", { item: id, generation: state.answer.generation });
   picture.alt = name(item);
   drawMatrix();
   $("winners").replaceChildren(
