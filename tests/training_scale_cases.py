@@ -147,6 +147,9 @@ class OneStep(MetaEmbedModule):
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         return torch.optim.SGD(trained, lr=1.0)
 
+    def on_train_start(self) -> None:
+        """There is no schedule whose rates a checkpoint could have changed."""
+
 
 class Batches(pl.LightningDataModule):
     """Two global batches, shared out over the ranks by halves."""
