@@ -73,7 +73,7 @@ def measure(questions: int, num_candidates: int) -> dict[str, float]:
 
 def main() -> None:
     """Measure all K, print a table, save it if asked to."""
-    parser = argparse.ArgumentParser(description="Several questions to a candidate: what they cost.")
+    parser = argparse.ArgumentParser(description="What several questions to a candidate cost.")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/")
     parser.add_argument("--candidates", type=int, default=64, help="of a batch (64)")
     parser.add_argument("--num_threads", type=int, default=torch.get_num_threads())
