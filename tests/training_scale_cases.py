@@ -136,8 +136,10 @@ class OneStep(MetaEmbedModule):
             generator = torch.Generator().manual_seed(1)
             for name, parameter in self.named_parameters():
                 # As they start, with zeros, what is behind them would get no gradient.
-                if "lora_B" in name or "gate" in name.rpartition(".")[2]:
-                    value = torch.empty(parameter.shape).normal_(std=0.01, generator=generator)
+                is_gate = "gate" in name.rpartition(".")[2]
+                if "lora_B" in name or is_gate:
+                    value = torch.empty(parameter.shape)
+                    value.normal_(std=0.5 if is_gate else 0.01, generator=generator)
                     if isinstance(parameter, DTensor):
                         shared = parameter.device_mesh, parameter.placements
                         value = distribute_tensor(value, *shared)
