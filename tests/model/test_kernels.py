@@ -3,7 +3,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
+from transformers.vision_utils import (
+    get_vision_cu_seqlens,
+    get_vision_position_ids,
+    get_vision_window_index,
+)
 
 import tiny
 from metaembed_pl.model.backbone import BackboneConfig, ScratchTokenizer, build_backbone
@@ -87,6 +91,7 @@ def test_places_are_those_of_the_library_for_images_of_many_sizes():
         order, ends = get_vision_window_index(grids, 2, 112, 14)
         expected = {"position_ids": get_vision_position_ids(grids, 2)}
         expected |= {"window_index": order, "cu_window_seqlens": ends, "grid_thw": grids}
+        expected |= {"cu_seqlens": get_vision_cu_seqlens(grids)}
         assert found.keys() == expected.keys()
         for name, tensor in expected.items():
             assert torch.equal(found[name], tensor), name

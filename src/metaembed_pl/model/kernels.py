@@ -179,8 +179,9 @@ def _with_places(visual: Any, args: tuple[Any, ...], given: dict[str, Any]) -> A
         orders.append(of.order + num_tokens)
         ends.append(of.ends + num_patches)
         num_tokens += len(of.order)
+        frames = torch.arange(1, grid[0] + 1, dtype=torch.int32) * (grid[1] * grid[2])
+        images.append(frames + num_patches)
         num_patches += len(of.positions)
-        images.append(torch.tensor([num_patches], dtype=torch.int32))
     found = {"position_ids": positions, "cu_seqlens": images}
     if window_size is not None:
         found |= {"window_index": orders, "cu_window_seqlens": ends}
