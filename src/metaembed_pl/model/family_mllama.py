@@ -95,7 +95,7 @@ def in_step(
     they go on other ranks: back to the tower, if it was run.
     """
     text = _base(backbone).language_model
-    layers = [m for m in text.layers if isinstance(m, MllamaCrossAttentionDecoderLayer)]
+    layers: list[Any] = [m for m in text.layers if isinstance(m, MllamaCrossAttentionDecoderLayer)]
     for layer in layers:
         layer.forward = partial(_changing_nothing, layer.forward)
     size, device = (1, 1, text.config.hidden_size), inputs["input_ids"].device
