@@ -70,7 +70,7 @@ def test_pictures_with_the_same_text_are_all_right_answers(tmp_path, pictures):
     options = ("--text", "folder", "--held-out", "0", "--max-dropped", "1")
     assert run(pictures, tmp_path / "out", *options) == 0
     found = RetrievalSet.from_pairs("x", ShardedPairs(tmp_path / "out" / "train"))
-    assert found.relevant == [[0], [1, 2], [1, 2]]
+    assert found.relevant == [[0], [1, 2]]  # the text they share is one query
 
 
 def test_the_hubs_image_folder_with_json_lines(tmp_path):

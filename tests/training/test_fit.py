@@ -116,7 +116,8 @@ def test_a_run_leaves_config_checkpoints_model_and_report(finished):
 
 
 def test_the_log_says_how_many_negatives_a_query_sees(finished):
-    assert "each query sees 8 negatives: 7 of its batch and 1 hard" in finished[1]
+    said = "a batch of this rank has 8 queries to 8 candidates (1.0 each); a query sees 7 negatives "
+    assert said + "of the global batch and 1.0 hard ones of its own" in finished[1]
 
 
 def test_the_log_says_what_was_drawn_of_each_source(finished):
@@ -161,7 +162,7 @@ def test_two_ranks_end_where_one_does(data, finished, tmp_path):
     values = recipe(data)
     values["run"]["folder"] = str(tmp_path)
     values["trainer"] |= {"devices": 2, "strategy": "ddp"}
-    assert fit_in_a_process(tmp_path, values).count("each query sees") == 1  # not once a rank
+    assert fit_in_a_process(tmp_path, values).count("a query sees") == 1  # not once a rank
     runs = [folder / "tiny" for folder in (finished[0] / "runs", tmp_path)]
     models = [MetaEmbedder.from_pretrained(run / "model").state_dict() for run in runs]
     one, two = (torch.cat([t.flatten() for t in model.values()]) for model in models)

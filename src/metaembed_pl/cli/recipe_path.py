@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
 
 from metaembed_pl.errors import UserError
 from metaembed_pl.files import refuse_special_file
@@ -91,6 +90,8 @@ def read_yaml(path: Path) -> Any:
     Raises:
         UserError: it is none, too large, or aliases in it unfold to too much or to themselves.
     """
+    import yaml  # not at the top: `recipes` and other light verbs do without
+
     refuse_special_file(path)
     try:
         if path.stat().st_size > MAX_BYTES:
@@ -107,8 +108,10 @@ def read_yaml(path: Path) -> Any:
         raise UserError(f"{path}: not a readable YAML file: {reason}") from error
 
 
-def _count_nodes(path: Path, node: yaml.Node | None, counted: dict[int, int | None]) -> int:
-    """Nodes below one, those of aliases counted again."""
+def _count_nodes(path: Path, node: Any, counted: dict[int, int | None]) -> int:
+    """Nodes below one of `yaml.compose`, those of aliases counted again."""
+    import yaml
+
     if id(node) not in counted:
         counted[id(node)] = None
         mapping = node.value if isinstance(node, yaml.MappingNode) else []

@@ -271,6 +271,9 @@ class RecipeCLI(LightningCLI):
         """Parses what `main` passes on: Lightning's own form warns that `sys.argv` is there too."""
         self.config = parser.parse_args(args)
 
+    def _parse_ckpt_path(self) -> None:
+        """Reads no settings from a checkpoint: ours hold none, and the file is read later anyway."""
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The keys that Lightning does not know."""
         parser.add_class_arguments(RunConfig, "run")
