@@ -189,7 +189,7 @@ def _layer_bytes(layer: nn.Module, widths: Widths, has_mask: bool) -> LayerBytes
         if shape.is_cross
         else 0,
         input=shape.width * widths.residual_bytes,
-        backward=3 * shape.num_inner * compute + 2 * shape.width * widths.residual_bytes,
+        backward=1.5 * shape.num_inner * compute + 2 * shape.width * widths.residual_bytes,
         is_checkpointed=isinstance(layer, GradientCheckpointingLayer),
     )
 
