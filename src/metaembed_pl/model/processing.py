@@ -338,6 +338,7 @@ def load_processors(path: str, revision: str | None = None) -> tuple[Any, Any]:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+        tokenizer("a")  # settings of a wrong kind show only now
         image_processor = load_image_processor(path, revision)
     except UserError:
         raise

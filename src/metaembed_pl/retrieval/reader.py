@@ -102,7 +102,10 @@ class Reader(Searchable):
     def metadata(self, rows: Sequence[int] | None = None) -> list[dict[str, Any]]:
         """What was said of items when they were added; None: of all."""
         snapshot = self.snapshot()
-        return [json.loads(text) for text in snapshot.column("metadata", self._at(rows))]
+        try:
+            return [json.loads(text) for text in snapshot.column("metadata", self._at(rows))]
+        except (ValueError, TypeError, RecursionError) as error:
+            raise UserError(f"metadata in {self.folder} are damaged: {error}") from error
 
     def previews(self, rows: Sequence[int]) -> list[bytes | None]:
         """The small pictures of items, as encoded JPEG, where they have one."""

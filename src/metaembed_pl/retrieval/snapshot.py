@@ -123,10 +123,24 @@ class Snapshot:
 
     def column(self, name: str, places: Integer[Tensor, " _"]) -> list:
         """Values of a column of the table."""
-        column = self.table[name]
+        column = self._checked(name)
         # Their number first: a search asks for ten of them, and should not count to a million.
         whole = len(places) == len(column) and torch.equal(places, torch.arange(len(column)))
-        return (column if whole else column.take(pa.array(places.numpy()))).to_pylist()
+        try:
+            return (column if whole else column.take(pa.array(places.numpy()))).to_pylist()
+        except (pa.ArrowException, MemoryError, UnicodeDecodeError, IndexError) as error:
+            raise UserError(f"the column {name!r} of a store's rows is damaged: {error}") from error
+
+    def _checked(self, name: str) -> pa.ChunkedArray:
+        """A column of the table, looked over once: Arrow follows damaged offsets anywhere."""
+        checked = self.__dict__.setdefault("checked_columns", {})
+        if name not in checked:
+            try:
+                self.table[name].validate(full=True)
+            except (pa.ArrowException, MemoryError) as error:
+                raise UserError(f"the column {name!r} of a store's rows is damaged") from error
+            checked[name] = self.table[name]
+        return checked[name]
 
     def rows_of(self, places: Integer[Tensor, "..."]) -> Integer[Tensor, "..."]:
         """Which of the items that are there stand at these places."""
