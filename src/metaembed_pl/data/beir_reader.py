@@ -102,7 +102,7 @@ def read_retrieval_set(
         )
     candidates, queries = StoredItems(folder / CORPUS), StoredItems(folder / QUERIES)
     unknown = _Unknown(strict)
-    places = [_places(side.ids) for side in (queries, candidates)]
+    places = _places(queries.ids), _places(candidates.ids)
     gains = _read_judgements(folder, split, *places, unknown)
     lists = _read_lists(folder, split, *places, unknown)
     unknown.tell()

@@ -74,7 +74,7 @@ class TaskOutcome:
         file = _task_file(folder, name)
         if not file.exists():
             return None
-        kept = read_json_object(file)
+        kept: Any = read_json_object(file)
         try:
             return cls(**kept | {"labels": tuple(kept["labels"])})
         except (KeyError, TypeError) as error:
