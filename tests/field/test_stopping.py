@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 
+import faults
 import tiny_run
 from metaembed_pl.cli.main import main
 from ranks import command_line
@@ -70,7 +71,13 @@ def test_what_was_stopped_goes_on_to_the_same_weights(root, tmp_path, finished):
     for number, (hook, step) in enumerate(stops):
         resume = ["--ckpt_path", "last"] * bool(number)
         run = command_line(
-            1, tmp_path / f"said{number}", "fit", "--config", str(file), *resume, first=STOPS[hook]
+            1,
+            tmp_path / f"said{number}",
+            "fit",
+            "--config",
+            str(file),
+            *resume,
+            first=faults.STOPS[hook],
         )
         [(status, said)] = run.end()
         assert status == 143, said
@@ -78,36 +85,6 @@ def test_what_was_stopped_goes_on_to_the_same_weights(root, tmp_path, finished):
     assert main(["fit", "--config", str(file), "--ckpt_path", "last"]) == 0
     for name, tensor in read(finished)["state_dict"].items():
         assert torch.equal(tensor, read(tmp_path)["state_dict"][name]), name
-
-
-def _stop_at(hook, step):
-    """In the process: SIGTERM to itself in a hook of Lightning's."""
-    import os
-
-    from metaembed_pl.training.stopping import StopsOnSignal
-
-    plain = getattr(StopsOnSignal, hook)
-
-    def stopping(self, trainer, *rest):
-        if trainer.global_step == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return plain(self, trainer, *rest)
-
-    setattr(StopsOnSignal, hook, stopping)
-
-
-def stop_in_training():
-    _stop_at("on_train_batch_end", 2)
-
-
-def stop_in_validation():
-    _stop_at("on_validation_batch_end", 4)
-
-
-STOPS = {
-    "on_train_batch_end": stop_in_training,
-    "on_validation_batch_end": stop_in_validation,
-}
 
 
 def test_another_rate_is_used_and_told(root, tmp_path, finished, caplog):

@@ -116,7 +116,9 @@ def test_a_run_leaves_config_checkpoints_model_and_report(finished):
 
 
 def test_the_log_says_how_many_negatives_a_query_sees(finished):
-    said = "a batch of this rank has 8 queries to 8 candidates (1.0 each); a query sees 7 negatives "
+    said = (
+        "a batch of this rank has 8 queries to 8 candidates (1.0 each); a query sees 7 negatives "
+    )
     assert said + "of the global batch and 1.0 hard ones of its own" in finished[1]
 
 

@@ -41,7 +41,7 @@ def would_fit(model: MetaEmbedder, step: Step, running: Running, limit: int) -> 
         return estimate(model, step, replace(running, **changes)).total <= limit
 
     num_gpus, alone, together = running.num_gpus, [], {}
-    for name, changes in _settings(running):
+    for name, changes in _settings(step, running):
         together |= {key: (name, value) for key, value in changes.items()}
         if fits(**changes):
             alone.append(name)
@@ -63,12 +63,13 @@ def would_fit(model: MetaEmbedder, step: Step, running: Running, limit: int) -> 
     return [" and ".join([*names, batch])] if batch else []
 
 
-def _settings(running: Running) -> Iterator[tuple[str, dict[str, Any]]]:
+def _settings(step: Step, running: Running) -> Iterator[tuple[str, dict[str, Any]]]:
     """What can be set beside the batch, and what it changes."""
     if not running.is_checkpointed:
         name = "model.backbone.gradient_checkpointing: true (slower by about a third)"
         yield name, {"is_checkpointed": True}
-    if running.max_chunk_tokens is None:
+    most = max(rows.num_rows * rows.num_tokens for rows in step.calls)
+    if running.max_chunk_tokens is None and most > CHUNK_TOKENS:
         name = f"model.gradient_cache.max_tokens: {CHUNK_TOKENS} (slower by about a third)"
         yield name, {"max_chunk_tokens": CHUNK_TOKENS}
     if running.num_gpus > 1:
