@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-
 from metaembed_pl.errors import UserError
 from metaembed_pl.files import refuse_special_file
 

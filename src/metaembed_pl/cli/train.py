@@ -272,7 +272,7 @@ class RecipeCLI(LightningCLI):
         self.config = parser.parse_args(args)
 
     def _parse_ckpt_path(self) -> None:
-        """Reads no settings from a checkpoint: ours hold none, and the file is read later anyway."""
+        """Reads no settings from a checkpoint: ours hold none."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The keys that Lightning does not know."""
