@@ -17,10 +17,15 @@ from metaembed_pl.retrieval.store import Store
 from store_changes import fork
 
 
-def push_all(store, folder, told):
-    """Sends one item at a time; says how many were sent."""
+def push_some(store, folder, told, count):
+    """Sends one item at a time and says how many were sent; after `count` it waits to be killed.
+
+    Without that wait, a busy machine may let it send everything before it is killed.
+    """
     for done in push(store, open_collection(folder), batch_size=1):
         os.write(told, b"%d\n" % done.sent)
+        if done.sent == count:
+            signal.pause()
 
 
 def main(store, folder):
@@ -30,7 +35,7 @@ def main(store, folder):
     Layout.of(store).points(store.ids[:1], store.vectors([0]), store.metadata([0]), [""])
     for killed_after in (0, 1, 5, 9, 13):
         ours, theirs = os.pipe()
-        pushing = fork(push_all, store, folder, theirs)
+        pushing = fork(push_some, store, folder, theirs, killed_after + 2)
         os.close(theirs)
         with open(ours) as pipe:
             while killed_after and int(pipe.readline()) < killed_after:
