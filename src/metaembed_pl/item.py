@@ -13,7 +13,7 @@ import math
 import unicodedata
 from collections.abc import Iterable, Iterator
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from numbers import Integral
 from pathlib import Path
@@ -120,10 +120,10 @@ class Item:
         """
         if self.image is None:
             return self
-        found = replace(self, image=self.load_image())
         # Of the file, not of its pixels: cheaper to hash, and the same before and after.
-        found.__dict__["content"] = self.content
-        found.__dict__["decoded_image"] = found.image
+        content, found = self.content, copy(self)
+        picture = self.load_image()
+        found.__dict__.update(image=picture, content=content, decoded_image=picture)
         return found
 
     def answering(self, answers: tuple[str, ...]) -> "Item":

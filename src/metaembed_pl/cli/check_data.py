@@ -3,13 +3,14 @@
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 from PIL import Image
 
 from metaembed_pl.data.beir import is_retrieval_set
-from metaembed_pl.data.collate import choose_negatives
+from metaembed_pl.data.collate import chosen_negatives
 from metaembed_pl.data.datamodule import RetrievalDataModule, open_eval_set
 from metaembed_pl.data.plan import Plan, PlannedSource
 from metaembed_pl.data.remote import is_remote
@@ -176,7 +177,7 @@ def measure(model: MetaEmbedder, sources: list[tuple[ShardedPairs, int]]) -> Len
     for shards, count in sources:
         for i in _spread(len(shards), -(-SAMPLED // len(sources))):
             with suppress(UserError):  # training replaces and counts what cannot be read
-                pair = choose_negatives(shards[i], count, turn=0)
+                pair = shards.read(i, partial(chosen_negatives, count=count, turn=0))
                 query = row_of(pair.query, "query")
                 candidates = [
                     row_of(item, "candidate") for item in (pair.positive, *pair.negatives)

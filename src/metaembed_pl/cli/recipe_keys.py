@@ -138,6 +138,8 @@ def _faults_in(value: Any, kind: Any, path: Where) -> Iterator[Fault]:
 def _accepts(kind: Any, value: Any) -> bool:
     if isinstance(value, str) and "${" in value:  # taken from another key, later
         return True
+    if value is None and content_of(kind)[0] is None:  # the parser takes it for "not given"
+        return kind in (None, Any) or type(None) in typing.get_args(kind)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--value", type=kind)
     try:

@@ -216,6 +216,8 @@ class Instructions:
         >>> pair.query.instruction, pair.positive.instruction
         ('Find its name:', None)
         """
+        if self.query is None and self.candidate is None:
+            return pair
         return replace(
             pair,
             query=self.told(pair.query, "query"),
@@ -230,21 +232,18 @@ class Instructions:
         return replace(item, instruction=words) if is_new else item
 
 
-def choose_negatives(pair: Pair, count: int, turn: int) -> Pair:
-    """The pair with at most `count` hard negatives, others each time it comes round.
+def chosen_negatives(available: int, count: int, turn: int) -> list[int]:
+    """Which of a pair's hard negatives are used: others each time it comes round.
 
     Args:
-        pair: with any number of hard negatives.
-        count: how many to keep.
+        available: how many it has.
+        count: how many to use at most.
         turn: rotates the choice.
 
-    >>> pair = Pair("1", Item("q"), Item("p"), (Item("a"), Item("b"), Item("c")))
-    >>> [item.text for item in choose_negatives(pair, 2, turn=1).negatives]
-    ['c', 'a']
+    >>> chosen_negatives(3, 2, turn=1)
+    [2, 0]
     """
-    found = pair.negatives
-    kept = (found[(turn * count + i) % len(found)] for i in range(min(count, len(found))))
-    return replace(pair, negatives=tuple(kept))
+    return [(turn * count + i) % available for i in range(min(count, available))]
 
 
 def with_positive_of(pair: Pair, first: Pair) -> Pair:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +28,7 @@ from metaembed_pl.data.collate import (
     Instructions,
     Process,
     TrainBatch,
-    choose_negatives,
+    chosen_negatives,
     collate,
     decoded,
     with_positive_of,
@@ -189,16 +190,16 @@ class TrainingBatches(IterableDataset):
         """Those of a candidate's pairs that can be used; where none can, the next one that can."""
         found: list[Pair] = []
         total = len(self.sources[source])
+        choose = partial(chosen_negatives, count=self.num_negatives[source], turn=step)
         others = range(positions[-1] + 1, positions[-1] + total)
         for number, position in enumerate(chain(positions, others)):
             if found and number >= len(positions):
                 break
             pair = None
             with self._noting_faults(source, position % total, faults):
-                pair = self.sources[source][position % total]
+                pair = self.sources[source].read(position % total, choose)
             if pair is None:
                 continue
-            pair = choose_negatives(pair, self.num_negatives[source], step)
             pair = self.instructions[source].on(pair)
             if found:
                 pair = with_positive_of(pair, found[0])

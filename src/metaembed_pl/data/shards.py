@@ -15,7 +15,8 @@ and candidate).
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -35,9 +36,12 @@ from metaembed_pl.data.shard_index import (
 )
 from metaembed_pl.data.shard_writer import ShardWriter
 from metaembed_pl.errors import BadSample, Unreachable, UserError
-from metaembed_pl.item import Pair, parse_json, stable_hash
+from metaembed_pl.item import Item, Pair, parse_json, stable_hash
 
 __all__ = ["ShardWriter", "ShardedPairs", "verify"]
+
+Choose = Callable[[int], Iterable[int]]
+"""Of so many hard negatives, the numbers of those to keep."""
 
 _PICTURE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 
@@ -61,6 +65,7 @@ class ShardedPairs(Sequence[Pair]):
         self._remote = RemoteFolder(str(folder)) if is_remote(folder) else None
         self.folder = Path(folder) if self._remote is None else self._remote.url
         self.manifest, self._index = self._open() if self._remote is None else self._open_remote()
+        self._last: _Sample | None = None
         manifest = self.manifest
         self.name: str = manifest["name"]
         self.shard_sizes: list[int] = [shard["num_pairs"] for shard in manifest["shards"]]
@@ -106,13 +111,33 @@ class ShardedPairs(Sequence[Pair]):
             BadSample: its JSON or a member is missing, broken or cut off.
             Unreachable: its shard lies elsewhere and cannot be read.
         """
+        return self.read(i)
+
+    def read(self, i: int, choose: Choose | None = None) -> Pair:
+        """Read pair `i` with some of its hard negatives; the others are not even read.
+
+        Pairs of one sample that are read one after the other share its JSON and their positive.
+
+        Args:
+            i: its number.
+            choose: which hard negatives to keep of so many; None keeps all.
+
+        Raises:
+            BadSample, Unreachable: as `pairs[i]`.
+        """
         place = self._index[i]
         try:
-            return _assemble(place, self._read_members(place))
+            sample = self._last
+            if sample is None or (sample.shard, sample.key) != (place.shard, place.key):
+                sample = self._last = _Sample(place, self._open_shard)
+            return _assemble(sample, place, choose)
         except Unreachable:
             raise
         except (UserError, OSError) as error:
             raise BadSample(place.shard, place.key, str(error)) from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_last": None}
 
     def candidate_numbers(self) -> Int[np.ndarray, " N"]:
         """The number of each pair's candidate: pairs with one number share their positive.
@@ -130,20 +155,6 @@ class ShardedPairs(Sequence[Pair]):
                     candidate = -1 - i
             found.append(candidate)
         return np.unique(np.array(found, dtype=np.int64), return_inverse=True)[1]
-
-    def _read_members(self, place: Place) -> dict[str, bytes]:
-        members = {}
-        # Opened anew each time (some 20 us): no handle to share over forks, threads or pickles.
-        with self._open_shard(place.shard) as file:
-            file_size = os.fstat(file.fileno()).st_size
-            for suffix, (offset, size) in place.spans.items():
-                if _is_of_other_question(suffix, place.question):
-                    continue
-                if offset + size > file_size:
-                    raise UserError(f"{suffix} is cut off: the shard ends at byte {file_size}")
-                file.seek(offset)
-                members[suffix] = file.read(size)
-        return members
 
     def _open_shard(self, shard: str) -> BinaryIO:
         if self._remote is not None:
@@ -190,39 +201,64 @@ def _manifest_of(name: str, scanned: dict[str, bytes]) -> dict[str, Any]:
     return {"name": name, "num_pairs": sum(s["num_pairs"] for s in shards), "shards": shards}
 
 
-def _is_of_other_question(suffix: str, question: int) -> bool:
-    """Whether a member such as `query.3.negative.0.png` belongs to another question."""
-    first, number, *_ = *suffix.split("."), ""
-    return first == "query" and number.isdecimal() and number != str(question)
+class _Sample(Mapping[str, bytes]):
+    """A sample of a shard: its members by suffix, each read when it is asked for."""
+
+    def __init__(self, place: Place, open_shard: Callable[[str], BinaryIO]) -> None:
+        self.shard, self.key = place.shard, place.key
+        self._spans, self._open_shard = place.spans, open_shard
+        if "json" not in self:
+            raise UserError("no member .json")
+        content = self["json"]
+        try:
+            value = parse_json(content)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"its JSON is broken: {error}") from error
+        if not isinstance(value, dict):
+            raise UserError(f"its JSON must be an object, not {type(value).__name__}")
+        self.value: dict[str, Any] = value
+
+    @cached_property
+    def positive(self) -> Item | None:
+        value: Any = _with_picture(self.value.get("positive"), "positive", self)
+        return None if value is None else Item.parse(value)
+
+    def __getitem__(self, suffix: str) -> bytes:
+        offset, size = self._spans[suffix]
+        # Opened anew each time (some 20 us): no handle to share over forks, threads or pickles.
+        with self._open_shard(self.shard) as file:
+            file_size = os.fstat(file.fileno()).st_size
+            if offset + size > file_size:
+                raise UserError(f"{suffix} is cut off: the shard ends at byte {file_size}")
+            file.seek(offset)
+            return file.read(size)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._spans)
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def __contains__(self, suffix: object) -> bool:
+        return suffix in self._spans
 
 
-def _assemble(place: Place, members: dict[str, bytes]) -> Pair:
+def _assemble(sample: _Sample, place: Place, choose: Choose | None) -> Pair:
     """Put a pair together from its sample's members, by suffix."""
-    value = _sample_of(members)
+    value, stem, shared = {**sample.value}, "", []
     value.pop("candidate", None)
-    stem = ""
-    of_candidate: list[Any] = []
     if "queries" in value:
-        of_candidate = _negatives_of(value, "negative", members)
+        shared = _negatives_of(value, "negative", sample)
         stem = f"query.{place.question}"
         value = {**_question_of(value, place.question), "positive": value.get("positive")}
-    value["query"] = _with_picture(value.get("query"), stem or "query", members)
-    value["positive"] = _with_picture(value.get("positive"), "positive", members)
-    own = _negatives_of(value, f"{stem}.negative" if stem else "negative", members)
-    value["negatives"] = own + of_candidate
+    own = _negatives_of(value, f"{stem}.negative" if stem else "negative", sample)
+    negatives = [*own, *shared]
+    if choose is not None:
+        negatives = [negatives[n] for n in choose(len(negatives))]
+    value["query"] = _with_picture(value.get("query"), stem or "query", sample)
+    value["positive"] = sample.positive
+    value["negatives"] = [_with_picture(*negative, sample) for negative in negatives]
     return Pair.parse(value, default_id=f"{place.key}/{place.question}" if stem else place.key)
-
-
-def _sample_of(members: dict[str, bytes]) -> dict[str, Any]:
-    if "json" not in members:
-        raise UserError("no member .json")
-    try:
-        value = parse_json(members["json"])
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"its JSON is broken: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"its JSON must be an object, not {type(value).__name__}")
-    return value
 
 
 def _question_of(sample: dict[str, Any], number: int) -> dict[str, Any]:
@@ -238,18 +274,18 @@ def _question_of(sample: dict[str, Any], number: int) -> dict[str, Any]:
     return dict(queries[number])
 
 
-def _negatives_of(value: dict[str, Any], stem: str, members: dict[str, bytes]) -> list[Any]:
-    """The hard negatives that the JSON or the members of a stem name."""
+def _negatives_of(value: dict[str, Any], stem: str, members: _Sample) -> list[tuple[object, str]]:
+    """The hard negatives that the JSON or the members of a stem name, each with its own stem."""
     negatives = value.get("negatives")
     negatives = [] if negatives is None else negatives
     if not isinstance(negatives, list):
         raise UserError(f'"negatives" must be a list, not {type(negatives).__name__}')
     count = max(len(negatives), _count_negatives(stem, members))
     negatives = [*negatives, *[None] * (count - len(negatives))]
-    return [_with_picture(negative, f"{stem}.{n}", members) for n, negative in enumerate(negatives)]
+    return [(negative, f"{stem}.{n}") for n, negative in enumerate(negatives)]
 
 
-def _with_picture(value: object, stem: str, members: dict[str, bytes]) -> object:
+def _with_picture(value: object, stem: str, members: _Sample) -> object:
     """Give an item its picture; one named by the JSON must be a member, never another file."""
     if isinstance(value, str):
         value = {"text": value}
@@ -265,7 +301,7 @@ def _with_picture(value: object, stem: str, members: dict[str, bytes]) -> object
     return value
 
 
-def _count_negatives(stem: str, members: dict[str, bytes]) -> int:
+def _count_negatives(stem: str, members: Iterable[str]) -> int:
     found = [suffix for suffix in members if suffix.startswith(f"{stem}.")]
     numbers = [suffix.removeprefix(f"{stem}.").split(".")[0] for suffix in found]
     return max((int(n) + 1 for n in numbers if n.isdecimal() and len(n) < 4), default=0)

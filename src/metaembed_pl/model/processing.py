@@ -219,7 +219,10 @@ class Processing:
         return self.prompt.prefix + image + self.prompt.before_text
 
     def _ids(self, texts: list[str], **settings: Any) -> list[list[int]]:
-        return self.tokenizer(texts, add_special_tokens=False, **settings)["input_ids"]
+        different = list(dict.fromkeys(texts))  # pictures of one size have the same text
+        ids = self.tokenizer(different, add_special_tokens=False, **settings)["input_ids"]
+        of_text = dict(zip(different, ids, strict=True))
+        return [of_text[text] for text in texts]
 
     @cached_property
     def _suffix(self) -> list[int]:
