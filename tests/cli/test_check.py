@@ -171,7 +171,7 @@ def test_all_faults_are_told_at_once_with_the_nearest_key(recipe, capsys):
         ({"data__test": [{"path": "nowhere"}]}, "data.test: 1 of 1 folders"),
         ({"data__train": [{"weight": 1}]}, "data.train[0]: it needs a 'path'"),
         ({"data__train": "all"}, "data.train: expected a list, got 'all'"),
-        ({"model__optimizer__lr": None}, "model.optimizer.lr: expected a number, got None"),
+        ({"model__optimizer": {"lr": None}}, "model.optimizer.lr: expected a number, got None"),
         ({"model__layout": "neither"}, "model.layout: expected 'both' or 'own' or null"),
         ({"trainer__precision": "bf17"}, "trainer.precision: expected 64 or 32 or"),
         ({"trainer__max_steps": "many"}, "trainer.max_steps: expected a whole number, got 'many'"),
