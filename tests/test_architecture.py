@@ -1,6 +1,7 @@
 """The two ways through the house stay one-way: what imports what, read from the sources."""
 
 import ast
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,8 @@ APART = {"training", "retrieval", "evaluation"}
 # Candidates of a benchmark are encoded into a store like any others, and evaluation, which stands
 # below retrieval, reads that store: two ways of keeping vectors would differ one day.
 OPEN = {"metaembed_pl.retrieval.store", "metaembed_pl.retrieval.embedding"}
+# `Store.build` is a shortcut: it embeds items into the store that it opens.
+SHORTCUTS = {("retrieval.store", "retrieval.embedding")}
 # What takes longer to import than a light verb may take in all.
 HEAVY = set(
     "deepspeed fastapi jsonargparse lightning matplotlib mlflow numpy peft PIL pyarrow pypdfium2 "
@@ -83,6 +86,33 @@ def test_imports_from_rooms_above_only(path):
         assert floor(other) <= floor(own), f"{own} is above {other}, and must not import {module}"
         may = own == "evaluation" and module.rpartition(".")[0] in OPEN
         assert may or not {own, other} <= APART, f"{own} and {other} stay apart: {module}"
+
+
+def imports_of_files():
+    """Each file with the files it imports at run time, also inside functions."""
+    names = {".".join(path.relative_to(SOURCE).with_suffix("").parts): path for path in MODULES}
+    found = {}
+    for name, path in names.items():
+        waiting, modules = list(ast.parse(path.read_text()).body), set()
+        while waiting:
+            node = waiting.pop()
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+                continue
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                modules.update(imports(node))
+            waiting += ast.iter_child_nodes(node)
+        ours = {module.partition(".")[2] for module in modules if room(module)}
+        files = {part for module in ours for part in (module, module.rpartition(".")[0])}
+        found[name] = {file for file in files & names.keys() if (name, file) not in SHORTCUTS}
+    return found
+
+
+def test_no_two_files_import_each_other():
+    try:
+        order = list(TopologicalSorter(imports_of_files()).static_order())
+    except CycleError as error:
+        pytest.fail(f"these import each other in a circle: {' -> '.join(error.args[1])}")
+    assert order.index("item") < order.index("data.shards") < order.index("cli.train")
 
 
 def light_modules():

@@ -13,7 +13,7 @@ from torchmetrics.functional.retrieval import (
 )
 
 from metaembed_pl.errors import UserError
-from metaembed_pl.ranking import RankCounter, metrics_of_ranks, padded, ranking_metrics
+from metaembed_pl.ranking import Ranker, padded, rank, ranking_metrics
 
 
 def a_ranking(distinct_scores, num_queries=30, num_candidates=25, seed=0):
@@ -105,37 +105,63 @@ def test_a_query_searches_its_own_list_alone():
     assert (ours["mrr"] != ranking_metrics(scores, relevant)["mrr"]).any()
 
 
-def test_candidates_that_come_some_at_a_time_rank_as_those_that_come_at_once():
+def test_candidates_added_in_parts_rank_as_those_added_at_once():
     scores, relevant = a_ranking(4)
     index, gains = padded(relevant, grades(relevant))
-    counter = RankCounter(scores.gather(1, index).masked_fill(gains == 0, -torch.inf), gains)
-    is_wrong = torch.ones_like(scores, dtype=torch.bool).scatter(1, index, False)
+    ranker = Ranker(index, scores.gather(1, index).masked_fill(gains == 0, -torch.inf), gains)
     for part in torch.randperm(25, generator=torch.Generator().manual_seed(1)).split(4):
-        counter.add(scores[:, part], is_wrong[:, part])
-    torch.testing.assert_close(
-        metrics_of_ranks(counter.ranks(), counter.gains),
-        ranking_metrics(scores, relevant, gains=grades(relevant)),
-    )
+        ids = part.sort().values
+        ranker.add(scores[:, ids], ids)
+    found, expected = ranker.ranked(), rank(scores, relevant, gains=grades(relevant))
+    torch.testing.assert_close(found.values, expected.values)
+    for hits, others in zip(found.hits, expected.hits, strict=True):
+        assert [score for _, score in hits] == [score for _, score in others]
+
+
+@pytest.mark.parametrize("distinct_scores", [1, 2, 5, 1000])
+def test_hits_stand_at_the_ranks_that_the_metrics_count(distinct_scores):
+    scores, relevant = a_ranking(distinct_scores)
+    gains = grades(relevant)
+    lists = [[*row, *range(query % 7, 25, 3)] for query, row in enumerate(relevant)]
+    lists = [list(dict.fromkeys(row)) for row in lists]
+    itself = [next(c for c in lists[q] if c not in relevant[q]) for q in range(len(lists))]
+    found = rank(scores, relevant, gains, lists, itself, num_hits=10)
+    for query, hits in enumerate(found.hits):
+        right, searched = set(relevant[query]), set(lists[query]) - {itself[query]}
+        of = [found_id for found_id, _ in hits]
+        assert len(set(of)) == len(of) == min(10, len(searched))
+        assert set(of) <= searched
+        # Best first; among equal scores the wrong ones come first.
+        keys = [(-scores[query, i].item(), i in right) for i in of]
+        assert keys == sorted(keys)
+        assert all(score == scores[query, i].item() for i, score in hits)
+        assert found.values["precision@1"][query] == (of[0] in right)
+        for k in (1, 5, 10):
+            share = len(right & set(of[:k])) / len(right)
+            assert found.values[f"recall@{k}"][query] == pytest.approx(share)
 
 
 def test_a_right_candidate_without_a_score_counts_as_not_found():
-    counter = RankCounter(torch.tensor([[5.0, -torch.inf]]), torch.tensor([[1.0, 3.0]]))
-    counter.add(torch.tensor([[9.0, 1.0]]), torch.tensor([[True, True]]))
-    values = metrics_of_ranks(counter.ranks(), counter.gains)
-    assert counter.ranks().tolist() == [[2, torch.inf]]
-    assert values["recall@10"] == 0.5
-    assert values["ndcg@5"] == pytest.approx(1 / math.log2(3) / (3 + 1 / math.log2(3)))
+    ranker = Ranker(
+        torch.tensor([[7, 3]]), torch.tensor([[5.0, -torch.inf]]), torch.tensor([[1.0, 3.0]])
+    )
+    ranker.add(torch.tensor([[9.0, 1.0, 5.0]]), torch.tensor([4, 6, 7]))
+    found = ranker.ranked()
+    assert ranker.ranks().tolist() == [[2, torch.inf]]
+    assert found.hits == [[(4, 9.0), (7, 5.0), (6, 1.0)]]
+    assert found.values["recall@10"] == 0.5
+    assert found.values["ndcg@5"] == pytest.approx(1 / math.log2(3) / (3 + 1 / math.log2(3)))
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 16.0])
 def test_scores_that_rounding_tells_apart_are_a_tie(scale):
     right = torch.tensor(scale)
-    for wrong, rank in (
+    for wrong, expected in (
         (torch.nextafter(right, torch.tensor(0.0)), 2),
         (right - 1e-5 * right.clamp(min=1), 1),
     ):
         values = ranking_metrics(torch.stack([right, wrong])[None], [[0]])
-        assert 1 / values["mrr"] == rank
+        assert 1 / values["mrr"] == expected
 
 
 def test_a_model_that_scores_all_alike_finds_nothing():

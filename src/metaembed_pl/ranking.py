@@ -1,14 +1,17 @@
-"""How well queries rank their right candidates: where scores become ranks, and ranks numbers.
+"""The one ranker: scores become ranks, ranks become metrics, and the first hits are kept.
 
 Ties count against the model: a wrong candidate with the score of a right one ranks before it, so a
 model that gives every candidate the same vector scores 0, not 1. Scores that differ by no more than
-rounding are a tie too: the same picture may stand in a pool twice, and its two scores then differ
-in the last digit, by where in a batch each was computed. Metrics must not depend on batch sizes.
+rounding are ties too: the same picture may stand in a pool twice, and its two scores then differ in
+the last digit, depending on where in a batch each was computed. Metrics must not depend on batch
+sizes. Metrics and hits come from the same ranks, so a picture of the hits cannot contradict them.
 
 Q: queries    C: candidates    n: some candidates    P: right candidates of a query, padded
+K: hits
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,7 +20,8 @@ from torch import Tensor
 from metaembed_pl.errors import UserError
 
 ROUNDING = 2.0**-20
-"""Eight units in the last place of float32: what two sums of the same products may differ by."""
+"""Eight units in the last place of float32: how far two sums of the same products may differ."""
+NUM_HITS = 10
 RECALL_AT = (1, 5, 10)
 NDCG_AT = (5, 10)
 METRICS = (
@@ -26,6 +30,76 @@ METRICS = (
     "mrr",
     *(f"ndcg@{k}" for k in NDCG_AT),
 )
+
+Hits = list[list[tuple[int, float]]]
+"""For each query its first candidates, by index, with their scores; best first."""
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """What some queries find at one budget.
+
+    Args:
+        values: metric -> one value a query; see `metrics_of_ranks`.
+        hits: the first candidates of each query.
+    """
+
+    values: dict[str, Float[Tensor, " Q"]]
+    hits: Hits
+
+    @classmethod
+    def joined(cls, parts: Sequence["Ranked"], order: Sequence[int] | None = None) -> "Ranked":
+        """The queries of several parts in one, in the given order of the parts' rows."""
+        hits = [found for part in parts for found in part.hits]
+        order = range(len(hits)) if order is None else order
+        values = {
+            name: torch.cat([part.values[name] for part in parts])[list(order)]
+            for name in parts[0].values
+        }
+        return cls(values, [hits[i] for i in order])
+
+
+def rank(
+    scores: Float[Tensor, "Q C"],
+    relevant: Sequence[Sequence[int]],
+    gains: Sequence[Sequence[float]] | None = None,
+    lists: Sequence[Sequence[int]] | None = None,
+    itself: Sequence[int] | None = None,
+    ks: Sequence[int] = RECALL_AT,
+    num_hits: int = NUM_HITS,
+) -> Ranked:
+    """Rank all candidates for each query.
+
+    Args:
+        scores: higher is better; finite.
+        relevant: for each query the indices of its right candidates, at least one; below 0 for one
+            that is not among the candidates.
+        gains: how right each of them is, above 0; None: all 1.
+        lists: for each query the indices of the candidates it searches; None: all.
+        itself: for each query the index of one that it does not search; -1: none.
+        ks: the cut-offs of recall.
+        num_hits: how many hits to keep.
+
+    Raises:
+        UserError: scores that are not finite, or lists that do not fit them.
+
+    >>> rank(torch.tensor([[0.5, 0.75, 0.75]]), [[1]], num_hits=2).hits
+    [[(2, 0.75), (1, 0.75)]]
+    """
+    _check(scores, relevant, gains, lists)
+    device = scores.device
+    right, padded_gains = (of.to(device) for of in padded(relevant, gains))
+    is_there = (padded_gains > 0) & (right >= 0)
+    of_right = scores.gather(1, right.clamp(min=0)).masked_fill(~is_there, -torch.inf)
+    left_out = None if itself is None else torch.tensor(itself, device=device)
+    ranker = Ranker(right, of_right, padded_gains, left_out, num_hits)
+    searched = None
+    if lists is not None:
+        searched = torch.zeros(scores.shape, dtype=torch.bool, device=device)
+        for query, indices in enumerate(lists):
+            searched[query, torch.tensor(indices, device=device)] = True
+    ranker.add(scores, torch.arange(scores.shape[1], device=device), searched)
+    return ranker.ranked(ks)
 
 
 def ranking_metrics(
@@ -36,52 +110,18 @@ def ranking_metrics(
     lists: Sequence[Sequence[int]] | None = None,
     itself: Sequence[int] | None = None,
 ) -> dict[str, Float[Tensor, " Q"]]:
-    """How well each query ranks its right candidates.
-
-    Args:
-        scores: higher is better; finite.
-        relevant: for each query the indices of its right candidates, at least one; below 0 for one
-            that is not among the candidates.
-        ks: the cut-offs of recall.
-        gains: how right each of them is, above 0; None: all 1.
-        lists: for each query the indices of the candidates it searches; None: all.
-        itself: for each query the index of one that it does not search; -1: none.
-
-    Returns:
-        For each query what `metrics_of_ranks` tells.
-
-    Raises:
-        UserError: scores that are not finite, or lists that do not fit them.
+    """The metrics of `rank`, without hits.
 
     >>> ranking_metrics(torch.tensor([[0.9, 0.7, 0.1]]), [[1]], ks=[1, 2])["recall@2"]
     tensor([1.])
     """
-    _check(scores, relevant, gains, lists)
-    index, padded_gains = padded(relevant, gains)
-    index, padded_gains = index.to(scores.device), padded_gains.to(scores.device)
-    is_there = (padded_gains > 0) & (index >= 0)
-    index = index.clamp(min=0)
-    right = scores.gather(1, index).masked_fill(~is_there, -torch.inf)
-    counter = RankCounter(right, padded_gains)
-    is_wrong = torch.ones(scores.shape, dtype=torch.bool, device=scores.device)
-    if lists is not None:
-        is_wrong = torch.zeros_like(is_wrong)
-        for query, indices in enumerate(lists):
-            is_wrong[query, torch.tensor(indices, device=scores.device)] = True
-    if itself is not None:
-        for query, left_out in enumerate(itself):
-            if left_out >= 0:
-                is_wrong[query, left_out] = False
-    is_right = torch.zeros_like(is_wrong, dtype=torch.int8)
-    is_wrong &= ~is_right.scatter_reduce(1, index, is_there.to(torch.int8), "amax").bool()
-    counter.add(scores, is_wrong)
-    return metrics_of_ranks(counter.ranks(), counter.gains, ks)
+    return rank(scores, relevant, gains, lists, itself, ks, num_hits=0).values
 
 
 def metrics_of_ranks(
     ranks: Float[Tensor, "Q P"], gains: Float[Tensor, "Q P"], ks: Sequence[int] = RECALL_AT
 ) -> dict[str, Float[Tensor, " Q"]]:
-    """What the ranks of a query's right candidates are worth.
+    """The metrics of each query, from the ranks of its right candidates.
 
     Args:
         ranks: from 1, ascending; infinity for one that was not found.
@@ -107,39 +147,94 @@ def metrics_of_ranks(
     return values
 
 
-class RankCounter:
-    """Ranks of right candidates among wrong ones that come some at a time.
+class Ranker:
+    """Ranks right candidates among wrong ones that are added in parts.
 
     Args:
-        right: scores of each query's right candidates; -infinity for one that has none, which ranks
-            nowhere.
+        right: ids of each query's right candidates.
+        scores: theirs; -infinity for padding and for one without a score, which ranks nowhere.
         gains: how right each is; 0 is padding.
+        itself: for each query the id of a candidate that it does not search; -1: none.
+        num_hits: how many hits to keep.
     """
 
-    def __init__(self, right: Float[Tensor, "Q P"], gains: Float[Tensor, "Q P"]):
+    def __init__(
+        self,
+        right: Int[Tensor, "Q P"],
+        scores: Float[Tensor, "Q P"],
+        gains: Float[Tensor, "Q P"],
+        itself: Int[Tensor, " Q"] | None = None,
+        num_hits: int = NUM_HITS,
+    ):
         # Best first; of equal scores the least right first, and padding behind all.
-        order = gains.masked_fill(gains == 0, torch.inf).argsort(dim=1)
-        right, gains = right.gather(1, order), gains.gather(1, order)
-        self.right, order = right.sort(dim=1, descending=True, stable=True)
-        self.gains = gains.gather(1, order)
-        self._thresholds = self.right - ROUNDING * self.right.abs().clamp(min=1)
-        self._thresholds[self.right == -torch.inf] = torch.inf
-        self._before = torch.zeros(right.shape, dtype=torch.long, device=right.device)
+        by_gain = gains.masked_fill(gains == 0, torch.inf).argsort(dim=1)
+        self._scores, order = scores.gather(1, by_gain).sort(dim=1, descending=True, stable=True)
+        order = by_gain.gather(1, order)
+        self.gains, self._right = gains.gather(1, order), right.gather(1, order)
+        self._thresholds = self._scores - ROUNDING * self._scores.abs().clamp(min=1)
+        self._thresholds[self._scores == -torch.inf] = torch.inf
+        self._num_before = torch.zeros_like(self._right)
+        self._itself = itself
+        self._num_hits = num_hits
+        self._best_wrong = scores.new_full((len(scores), num_hits), -torch.inf)
+        self._best_ids = right.new_full((len(scores), num_hits), -1)
 
-    def add(self, scores: Float[Tensor, "Q n"], is_wrong: Bool[Tensor, "Q n"]) -> None:
+    def add(
+        self,
+        scores: Float[Tensor, "Q n"],
+        ids: Int[Tensor, " n"],
+        searched: Bool[Tensor, "Q n"] | None = None,
+    ) -> None:
         """Count those of some candidates that are wrong and rank before a right one.
 
         Args:
-            scores: of each query with some candidates, each of which comes once.
-            is_wrong: whether a query searches the candidate and it is not right.
+            scores: of each query with these candidates.
+            ids: of the candidates, ascending; each candidate is added once.
+            searched: which of them a query searches; None: all.
         """
-        wrong = scores.masked_fill(~is_wrong, -torch.inf).sort(dim=1).values
-        self._before += scores.shape[1] - torch.searchsorted(wrong, self._thresholds)
+        at = torch.searchsorted(ids, self._right).clamp(max=len(ids) - 1)
+        is_here = (ids[at] == self._right) & (self._scores > -torch.inf)
+        # Padding points at a column too, and must not say that it is wrong.
+        skipped = torch.zeros(scores.shape, dtype=torch.int8, device=scores.device)
+        skipped = skipped.scatter_reduce(1, at, is_here.to(torch.int8), "amax").bool()
+        if searched is not None:
+            skipped |= ~searched
+        if self._itself is not None:
+            skipped |= ids == self._itself[:, None]
+        wrong, order = scores.masked_fill(skipped, -torch.inf).sort(dim=1, descending=True)
+        self._num_before += torch.searchsorted(-wrong, -self._thresholds, right=True)
+        if self._num_hits:
+            wrong = torch.cat([self._best_wrong, wrong[:, : self._num_hits]], dim=1)
+            found = torch.cat([self._best_ids, ids[order[:, : self._num_hits]]], dim=1)
+            wrong, order = wrong.sort(dim=1, descending=True, stable=True)
+            self._best_wrong = wrong[:, : self._num_hits]
+            self._best_ids = found.gather(1, order[:, : self._num_hits])
 
     def ranks(self) -> Float[Tensor, "Q P"]:
         """Ranks from 1, best first; infinity for padding and for what has no score."""
-        places = torch.arange(1, 1 + self.right.shape[1], device=self.right.device)
-        return torch.where(self.right > -torch.inf, (self._before + places).float(), torch.inf)
+        places = torch.arange(1, 1 + self._right.shape[1], device=self._right.device)
+        ranks = (self._num_before + places).float()
+        return ranks.masked_fill(self._scores == -torch.inf, torch.inf)
+
+    def ranked(self, ks: Sequence[int] = RECALL_AT) -> Ranked:
+        """The metrics of each query, and its hits with their ids."""
+        return Ranked(metrics_of_ranks(self.ranks(), self.gains, ks), self._hits())
+
+    def _hits(self) -> Hits:
+        """Right candidates at their ranks, the best wrong ones in the places between."""
+        # A right one with b wrong ones before it stands between wrong ones b - 1 and b.
+        right = (self._num_before - 0.5).masked_fill(self._scores == -torch.inf, torch.inf)
+        wrong = torch.arange(self._num_hits, device=right.device).expand(len(right), -1)
+        wrong = wrong.to(right.dtype).masked_fill(self._best_wrong == -torch.inf, torch.inf)
+        places, order = torch.cat([right, wrong], dim=1).sort(dim=1, stable=True)
+        num_found = (places[:, : self._num_hits] < torch.inf).sum(dim=1)
+        order = order[:, : self._num_hits]
+        ids = torch.cat([self._right, self._best_ids], dim=1).gather(1, order)
+        scores = torch.cat([self._scores, self._best_wrong], dim=1).gather(1, order)
+        return [
+            list(zip(i[:n], s[:n], strict=True))
+            for i, s, n in zip(ids.tolist(), scores.tolist(), num_found.tolist(), strict=True)
+        ]
 
 
 def padded(

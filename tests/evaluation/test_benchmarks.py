@@ -8,17 +8,18 @@ from pathlib import Path
 import pytest
 
 import tiny
+from metaembed_pl.cli.evaluate import BENCHMARKS
 from metaembed_pl.data.beir import RetrievalSetWriter
 from metaembed_pl.data.retrieval_set import RetrievalSet
 from metaembed_pl.errors import UserError
-from metaembed_pl.evaluation.benchmarks import Reference, open_benchmark
+from metaembed_pl.evaluation.benchmarks import Reference
 from metaembed_pl.evaluation.mmeb import IN, MMEB, MMEB_V2, OUT, VISRAG
 from metaembed_pl.evaluation.outcome import Outcome, TaskOutcome
+from metaembed_pl.evaluation.registry import NAMED, open_benchmark
 from metaembed_pl.evaluation.tables import reference_table
 from metaembed_pl.evaluation.vidore import VIDORE_V1, VIDORE_V2, VIDORE_V3
 from metaembed_pl.item import Item
 
-NAMED = (MMEB, MMEB_V2, VIDORE_V1, VIDORE_V2, VIDORE_V3)
 DATA_PREP = Path(__file__).parents[2] / "data_prep"
 
 
@@ -49,7 +50,7 @@ def test_mmeb_v2_has_36_image_sets_and_24_of_documents():
     assert {task.metric for task in documents} == {"ndcg@5"}
 
 
-@pytest.mark.parametrize("benchmark", NAMED, ids=lambda one: one.name)
+@pytest.mark.parametrize("benchmark", NAMED.values(), ids=lambda one: one.name)
 def test_no_two_tasks_of_a_benchmark_have_one_name(benchmark):
     """Each is kept in a file of its name."""
     assert len({task.name for task in benchmark.tasks}) == len(benchmark.tasks)
@@ -71,7 +72,7 @@ def test_the_scripts_write_where_the_benchmarks_read(monkeypatch):
     collections = prepared("vidore", "SETS", monkeypatch)
     for subset, collection in collections.items():
         command = f"python data_prep/vidore.py --subset {subset}"
-        tasks = [task for one in NAMED for task in one.tasks if task.prepare == command]
+        tasks = [task for one in NAMED.values() for task in one.tasks if task.prepare == command]
         assert {task.folder for task in tasks} == {f"vidore/{name}" for name in collection.names}
         sources = {f"{collection.organisation}/{name}" for name in collection.names}
         assert {task.source for task in tasks} == sources
@@ -156,6 +157,10 @@ def small_set(folder, num_queries=2):
             writer.judge(f"q{i}", "a")
 
 
+def test_the_help_names_every_benchmark():
+    assert ", ".join([*NAMED, "beir:DIR", "pairs:DIR"]) == BENCHMARKS
+
+
 def test_missing_files_are_named_with_their_ids_and_the_command(tmp_path):
     small_set(tmp_path / "vidore/esg_reports_v2")
     with pytest.raises(UserError) as raised:
@@ -190,7 +195,7 @@ def test_only_the_commands_for_what_is_missing_are_told(tmp_path):
 def test_others_stand_beside_this_model_in_the_means_that_they_are_known_by():
     scores = {"CIRR": (("retrieval", "image"), 0.5), "ESG": (("visual documents",), 1.0)}
     tasks = [
-        TaskOutcome(name, "", labels, "", ["q"], 1, 0, [], [], None, {"/1x1": [score]}, {})
+        TaskOutcome(name, "", labels, "", ["q"], 1, 0, None, {"/1x1": [score]}, {})
         for name, (labels, score) in scores.items()
     ]
     others = (*MMEB_V2.references, Reference("weaker", "", 9.0), Reference("no mean", "", None))

@@ -16,8 +16,8 @@ from mteb.abstasks.task_metadata import TaskMetadata  # noqa: E402
 
 from metaembed_pl.data.beir import RetrievalSetWriter  # noqa: E402
 from metaembed_pl.errors import UserError  # noqa: E402
-from metaembed_pl.evaluation.benchmarks import open_benchmark  # noqa: E402
 from metaembed_pl.evaluation.mteb import MtebEncoder  # noqa: E402
+from metaembed_pl.evaluation.registry import open_benchmark  # noqa: E402
 from metaembed_pl.evaluation.run import Settings, evaluate  # noqa: E402
 from metaembed_pl.item import Item  # noqa: E402
 

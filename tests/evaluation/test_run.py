@@ -12,9 +12,9 @@ from PIL import Image
 import tiny
 from metaembed_pl.data.beir import RetrievalSetWriter, read_retrieval_set
 from metaembed_pl.errors import UserError
-from metaembed_pl.evaluation.benchmarks import open_benchmark
 from metaembed_pl.evaluation.outcome import Outcome
-from metaembed_pl.evaluation.page import write_pages
+from metaembed_pl.evaluation.registry import open_benchmark
+from metaembed_pl.evaluation.report import write_report
 from metaembed_pl.evaluation.run import Settings, evaluate, parse_budgets
 from metaembed_pl.item import Item
 from metaembed_pl.late_interaction import nested_scores
@@ -243,8 +243,10 @@ def test_the_report_has_tables_pictures_and_warnings_in_one_file(sets, tmp_path,
     benchmark = open_benchmark(f"beir:{tmp_path}/data/<pages>", sets)
     out = tmp_path / "out"
     found = evaluate(model, benchmark, model.groups, settings(sets, out))
-    files = write_pages(found, benchmark, model, sets, out)
-    names = {"budgets.png", "tasks.png", "worst.png", "maps.png", "diversity.png"}
+    pools = [task.open(sets) for task in benchmark.tasks]
+    files = write_report(found, pools, out, model=model)
+    kinds = ("budgets", "tasks", "gallery", "worst", "maps", "diversity")
+    names = {f"{kind}.png" for kind in kinds}
     assert {file.name for file in files} >= names
     for name in names:
         Image.open(out / name).verify()
@@ -261,6 +263,6 @@ def test_the_report_has_tables_pictures_and_warnings_in_one_file(sets, tmp_path,
     assert f"| {found.tasks[0].score('1x1'):.3f} |" in text
     assert "![Scores by task](tasks.png)" in text
     assert "by cross-attention" not in text
-    monkeypatch.setattr("metaembed_pl.evaluation.page.patch_attention", lambda *_: None)
-    write_pages(found, benchmark, model, sets, out)
+    monkeypatch.setattr("metaembed_pl.evaluation.maps_picture.patch_attention", lambda *_: None)
+    write_report(found, pools, out, model=model)
     assert "by cross-attention" in (out / "report.md").read_text()

@@ -15,7 +15,7 @@ from metaembed_pl.data.beir import read_retrieval_set
 from metaembed_pl.data.retrieval_set import RetrievalSet
 from metaembed_pl.data.shards import ShardedPairs
 from metaembed_pl.errors import UserError
-from metaembed_pl.evaluation.benchmarks import open_benchmark
+from metaembed_pl.evaluation.registry import open_benchmark
 from metaembed_pl.evaluation.run import Settings, evaluate
 from metaembed_pl.item import Item, Pair
 from metaembed_pl.ranking import ranking_metrics

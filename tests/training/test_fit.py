@@ -310,8 +310,8 @@ def test_pools_lists_and_grades_are_validated_side_by_side_and_tested_whole(data
     metrics = json.loads((tmp_path / "runs/tiny/report/metrics.json").read_text())
     assert metrics["test/lists/recall@5/1x1"] == 1  # each searches three candidates alone
     page = (tmp_path / "runs/tiny/report/report.md").read_text()
-    assert "test: 12 queries" in page
-    assert "lists: 3 queries" in page
+    assert "| test | recall@1 | 12 |" in page
+    assert "| lists | recall@1 | 3 |" in page
 
 
 def test_a_headline_that_is_no_metric_is_refused_before_the_first_step(data, tmp_path, capsys):

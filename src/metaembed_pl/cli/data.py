@@ -158,7 +158,8 @@ def _print_shared(leaks: list[dict[str, Any]], num_folders: int) -> None:
 
 def _draw(surveys: "list[Survey]", path: Path, count: int) -> None:
     from metaembed_pl.evaluation.canvas import report_style, save_picture
-    from metaembed_pl.evaluation.pairs_picture import Shown, draw_pairs
+    from metaembed_pl.evaluation.pairs_picture import draw_pairs
+    from metaembed_pl.evaluation.sheet import Shown
 
     per_source = -(-count // len(surveys))
     rows = []

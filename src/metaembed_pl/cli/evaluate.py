@@ -96,7 +96,7 @@ def _evaluate(args: argparse.Namespace) -> "Outcome | None":
             raise UserError(f"evaluate needs --{name}; benchmarks are {BENCHMARKS}")
     if args.batch_size < 1:
         raise UserError(f"--batch-size must be at least 1, got {args.batch_size}")
-    from metaembed_pl.evaluation.benchmarks import open_benchmark
+    from metaembed_pl.evaluation.registry import open_benchmark
 
     benchmark = open_benchmark(args.benchmark, args.data)
     from metaembed_pl.evaluation.run import Settings, evaluate, parse_budgets
@@ -122,11 +122,13 @@ def _evaluate(args: argparse.Namespace) -> "Outcome | None":
 def _report(
     outcome: "Outcome", benchmark: Any, model: Any, args: argparse.Namespace, out: Path
 ) -> None:
-    from metaembed_pl.evaluation.page import write_pages
+    from metaembed_pl.evaluation.outcome import RESULTS
+    from metaembed_pl.evaluation.report import write_report
 
     if args.bm25:
         benchmark = _with_bm25(benchmark, args.data, out)
-    files = write_pages(outcome, benchmark, model, args.data, out)
+    pools = [task.open(args.data) for task in benchmark.tasks]
+    files = [*write_report(outcome, pools, out, benchmark.references, model), out / RESULTS]
     logging.getLogger(__name__).info("report: %s", out / "report.html")
     if args.mlflow_uri:
         _log(outcome, files, args.mlflow_uri)

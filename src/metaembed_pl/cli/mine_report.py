@@ -13,7 +13,8 @@ from metaembed_pl.data.collate import decoded
 from metaembed_pl.data.shards import ShardedPairs
 from metaembed_pl.display import plain
 from metaembed_pl.evaluation.canvas import report_style, save_picture
-from metaembed_pl.evaluation.pairs_picture import Shown, draw_pairs
+from metaembed_pl.evaluation.pairs_picture import draw_pairs
+from metaembed_pl.evaluation.sheet import Shown
 from metaembed_pl.files import write_text
 from metaembed_pl.item import Item
 from metaembed_pl.retrieval.mining import Corpus, Found, Mined

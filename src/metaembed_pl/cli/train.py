@@ -9,6 +9,7 @@ A run is the folder RUNS/NAME: `config.fit.yaml`, `checkpoints/`, `model/`, `rep
 
 import argparse
 import difflib
+import json
 import logging
 import os
 import re
@@ -35,8 +36,9 @@ from metaembed_pl.cli.failures import told_in_one_line
 from metaembed_pl.cli.recipe_path import with_recipes_found
 from metaembed_pl.data.datamodule import EvalSource, RetrievalDataModule, TrainSource
 from metaembed_pl.errors import UserError
+from metaembed_pl.evaluation.benchmarks import Task
+from metaembed_pl.evaluation.outcome import Outcome, TaskOutcome, about_model
 from metaembed_pl.evaluation.report import write_report
-from metaembed_pl.evaluation.result import DatasetResult
 from metaembed_pl.files import only_process, write_text
 from metaembed_pl.training.callbacks import (
     DrawnPairs,
@@ -399,14 +401,26 @@ class RecipeCLI(LightningCLI):
 
     def after_test(self) -> None:
         """Writes the report of the test sets."""
-        results = [
-            DatasetResult(pool, *self.model.results("test", pool.name))
-            for pool in self.datamodule.eval_sets["test"]
-        ]
         if not self.trainer.is_global_zero:
             return
-        write_report(self.run.path / "report", "test", results, self.model.groups)
-        log.info("report: %s", self.run.path / "report")
+        folder, pools = self.run.path / "report", self.datamodule.eval_sets["test"]
+        tasks = [
+            TaskOutcome.of(
+                Task(pool.name, "", "recall@1"),
+                pool,
+                self.model.metrics["test"][pool.name].ranked,
+            )
+            for pool in pools
+        ]
+        budgets = [str(group) for group in self.model.groups]
+        about = about_model(self.model.embedder)
+        outcome = Outcome("test", f"{self.run.name}: test sets", budgets, about, tasks)
+        write_report(outcome, pools, folder)
+        outcome.save(folder)
+        # Last, so that whoever waits for the numbers finds the complete report.
+        metrics = json.dumps(outcome.task_metrics("test"), indent=2, sort_keys=True)
+        write_text(folder / "metrics.json", metrics + "\n")
+        log.info("report: %s", folder)
 
 
 def _precision(config: Any) -> Any:

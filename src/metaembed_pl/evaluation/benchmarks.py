@@ -1,12 +1,8 @@
-"""What a benchmark is: sets, the metric of each, what means are taken over, and who scored what.
+"""A benchmark: tasks, the metric of each, the means over them, and published scores.
 
-`open_benchmark` knows the named ones (mmeb.py, vidore.py) and what a user has on disk:
-`beir:DIR` and `pairs:DIR`, where DIR is one set, or holds several.
+registry.py opens one by its name.
 """
 
-import difflib
-import logging
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,8 +10,6 @@ from metaembed_pl.data.beir import is_retrieval_set, read_retrieval_set
 from metaembed_pl.data.retrieval_set import RetrievalSet
 from metaembed_pl.data.shards import ShardedPairs
 from metaembed_pl.errors import UserError
-
-log = logging.getLogger(__name__)
 
 OVERALL = "overall"
 
@@ -133,50 +127,3 @@ class Benchmark:
                 f"{self.name}: {len(missing)} of {count} sets are not in {data}: "
                 f"{', '.join(missing)}; on the hub they are {ids}; get them with `{commands}`"
             )
-
-
-def open_benchmark(name: str, data: Path) -> Benchmark:
-    """A benchmark by its name, its files checked.
-
-    Args:
-        name: one of `NAMED`, `beir:DIR` or `pairs:DIR`.
-        data: the folder of all data.
-
-    Raises:
-        UserError: there is none of that name, or its files are not there.
-    """
-    from metaembed_pl.evaluation.mmeb import MMEB, MMEB_V2
-    from metaembed_pl.evaluation.vidore import VIDORE_V1, VIDORE_V2, VIDORE_V3
-
-    kind, colon, folder = name.partition(":")
-    if colon and kind in ("beir", "pairs"):
-        return _of_folder(name, kind, Path(folder))
-    known = {one.name: one for one in (MMEB, MMEB_V2, VIDORE_V1, VIDORE_V2, VIDORE_V3)}
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise UserError(
-            f"there is no benchmark {name!r}{hint}; known are {', '.join(known)}, beir:DIR and "
-            "pairs:DIR"
-        )
-    known[name].check_files(data)
-    return known[name]
-
-
-def _of_folder(name: str, kind: str, folder: Path) -> Benchmark:
-    """A benchmark of one user's sets."""
-    metric = "ndcg@10" if kind == "beir" else "recall@1"
-    found = [path for path in (folder, *_subfolders(folder)) if _is(kind, path)]
-    if not found:
-        expected = "corpus.jsonl" if kind == "beir" else "*.tar"
-        raise UserError(f"{name}: expected {expected} in {folder} or in a folder right below it")
-    tasks = tuple(Task(path.resolve().name, str(path.resolve()), metric) for path in found)
-    return Benchmark(name, folder.resolve().name, tasks)
-
-
-def _subfolders(folder: Path) -> Sequence[Path]:
-    return sorted(path for path in folder.glob("*/") if path.is_dir())
-
-
-def _is(kind: str, folder: Path) -> bool:
-    return is_retrieval_set(folder) if kind == "beir" else any(folder.glob("*.tar"))

@@ -1,4 +1,4 @@
-"""The picture of what a budget buys: quality against bytes a candidate and against time."""
+"""Quality against what a budget costs: bytes per candidate, and time."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -9,39 +9,32 @@ from matplotlib.figure import Figure
 from metaembed_pl.budget import Budget
 from metaembed_pl.display import shortened
 from metaembed_pl.evaluation.canvas import FAINT, INK, LINES, MUTED, spread
+from metaembed_pl.evaluation.costs import Cost, format_bytes, format_ms
 
-METRIC = "recall@1"
 MAX_NAME = 20
 LEFT, PANEL = 0.4, 3.7
 
 
 class Curve(NamedTuple):
-    """What is drawn as one line: its name, and its value at each budget."""
+    """A line of the picture: its name, and its value at each budget."""
 
     name: str
     values: Sequence[float]
-
-
-class Cost(NamedTuple):
-    """What a budget costs: to keep one candidate, and to score one query with 10,000 of them."""
-
-    candidate_bytes: int
-    scoring_s: float
 
 
 def draw_budgets(
     curves: Sequence[Curve],
     groups: Sequence[Budget],
     costs: Sequence[Cost],
-    metric: str = METRIC,
+    metric: str,
 ) -> Figure:
-    """One line a dataset and one marker a budget, over what the budget costs.
+    """One line per curve and one marker per budget, over the budget's costs.
 
     Args:
-        curves: what is drawn.
+        curves: the lines.
         groups: smallest first.
-        costs: one a group.
-        metric: its name.
+        costs: one per group.
+        metric: name of the values.
     """
     # Inches: the ticks' labels before the first panel, the names behind each.
     room = 0.75 + 0.1 * max(len(shortened(curve.name, MAX_NAME)) for curve in curves)
@@ -125,26 +118,3 @@ def _write(
     axes.annotate(
         text, at, xycoords="axes fraction", xytext=points, textcoords="offset points", **style
     )
-
-
-def format_bytes(count: float) -> str:
-    """Bytes as people read them.
-
-    >>> [format_bytes(count) for count in (256, 2048, 2560, 3 * 2**20)]
-    ['256 B', '2 KiB', '2.5 KiB', '3 MiB']
-    """
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024 or unit == "MiB":
-            break
-        count /= 1024
-    return f"{count:.1f}".removesuffix(".0") + f" {unit}"
-
-
-def format_ms(time_ms: float) -> str:
-    """A time with two digits that mean something.
-
-    >>> [format_ms(time) for time in (0.314, 2.71, 31.4)]
-    ['0.31 ms', '2.7 ms', '31 ms']
-    """
-    digits = 2 if time_ms < 1 else 1 if time_ms < 10 else 0
-    return f"{time_ms:.{digits}f} ms"

@@ -1,24 +1,33 @@
-"""What an evaluation leaves behind: values of every query, at every budget, as files.
+"""The outcome of an evaluation: values and hits of every query, at every budget, as files.
 
-    results.json       what was evaluated, with what; the means and their intervals
-    tasks/TASK.json    the values of each query, and what some of them found
+    results.json       what was evaluated, and how; the means and their intervals
+    tasks/TASK.json    the values and first hits of each query
 
 Q: queries
 """
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from metaembed_pl.budget import Budget
+from metaembed_pl.data.retrieval_set import RetrievalSet
+from metaembed_pl.environment import commit, versions
 from metaembed_pl.errors import UserError
-from metaembed_pl.evaluation.benchmarks import OVERALL
+from metaembed_pl.evaluation.benchmarks import OVERALL, Task
+from metaembed_pl.evaluation.encoding import digest_of_set
+from metaembed_pl.evaluation.scoring import uids
 from metaembed_pl.evaluation.statistics import Interval, interval_of, resampled_means
 from metaembed_pl.files import read_json_object, write_text
+from metaembed_pl.model.embedder import MetaEmbedder
+from metaembed_pl.ranking import Hits, Ranked
 
 RESULTS = "results.json"
-Hits = list[list[tuple[int, float]]] | list[list[list[float]]]
 
 
 @dataclass(frozen=True)
@@ -33,13 +42,13 @@ class TaskOutcome:
         queries: ids, in order.
         num_candidates: in the pool, or in all lists together.
         num_left_out: queries of the source that have no right candidate.
-        bad_queries: that could not be read, with the reason; each counts as 0.
-        bad_candidates: likewise; no query finds them, and where one is right that counts as missed.
         deviation: from the published set, if it deviates.
         values: for each metric and budget, such as `ndcg@5/4x8`, one value a query.
-        hits: for the smallest and the largest budget what each query found first: candidates, by
-            their index, and scores.
-        diversity: how alike an item's vectors are, by side; see diversity.py.
+        hits: for the smallest and the largest budget the first candidates of each query, by index,
+            with their scores.
+        bad_queries: that could not be read, with the reason; each counts as 0.
+        bad_candidates: likewise; no query finds them, and where one is right that counts as missed.
+        diversity: how similar an item's vectors are, by side; see diversity.py.
         seconds: that encoding and ranking took.
     """
 
@@ -50,13 +59,42 @@ class TaskOutcome:
     queries: list[str]
     num_candidates: int
     num_left_out: int
-    bad_queries: list[str]
-    bad_candidates: list[str]
     deviation: str | None
     values: dict[str, list[float]]
     hits: dict[str, Hits]
+    bad_queries: list[str] = field(default_factory=list)
+    bad_candidates: list[str] = field(default_factory=list)
     diversity: dict[str, list[list[float]]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, task: Task, pool: RetrievalSet, ranked: Mapping[Budget, Ranked], **more: Any
+    ) -> "TaskOutcome":
+        """The outcome of a task whose queries were ranked at some budgets, smallest first."""
+        budgets = list(ranked)
+        return cls(
+            name=task.name,
+            metric=task.metric,
+            labels=task.labels,
+            data=digest_of_set(pool),
+            queries=uids(pool.queries),
+            num_candidates=len(pool.candidates),
+            num_left_out=pool.num_left_out,
+            deviation=task.deviation(pool),
+            values={
+                f"{name}/{budget}": values.tolist()
+                for budget, found in ranked.items()
+                for name, values in found.values.items()
+            },
+            hits={str(budget): ranked[budget].hits for budget in (budgets[0], budgets[-1])},
+            **more,
+        )
+
+    def rank(self, query: int, budget: str) -> float:
+        """The rank of a query's first right candidate; infinity: it was not found."""
+        reciprocal = self.values[f"mrr/{budget}"][query]
+        return round(1 / reciprocal) if reciprocal else math.inf
 
     def score(self, budget: str, metric: str | None = None) -> float:
         """The mean over queries of a metric, by default the task's own."""
@@ -65,7 +103,7 @@ class TaskOutcome:
 
     def save(self, folder: Path) -> None:
         """Keep it in an evaluation's folder."""
-        (folder / "tasks").mkdir(exist_ok=True)
+        (folder / "tasks").mkdir(parents=True, exist_ok=True)
         write_text(_task_file(folder, self.name), json.dumps(asdict(self)) + "\n")
 
     @classmethod
@@ -76,8 +114,12 @@ class TaskOutcome:
             return None
         kept: Any = read_json_object(file)
         try:
-            return cls(**kept | {"labels": tuple(kept["labels"])})
-        except (KeyError, TypeError) as error:
+            hits = {
+                budget: [[(int(i), score) for i, score in found] for found in of_queries]
+                for budget, of_queries in kept["hits"].items()
+            }
+            return cls(**kept | {"labels": tuple(kept["labels"]), "hits": hits})
+        except (KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{file} is damaged ({error}): remove it, and evaluate again"
             ) from error
@@ -112,9 +154,16 @@ class Outcome:
         """The tasks of a mean."""
         return [task for task in self.tasks if label == OVERALL or label in task.labels]
 
+    def of_task(self, number: int, budget: str) -> Interval:
+        """The mean over the queries of a task, by its own metric, with its interval."""
+        return self._mean([number], budget)
+
     def mean(self, label: str, budget: str) -> Interval:
         """The plain mean over the tasks of a label, each by its own metric, with its interval."""
         chosen = [i for i, task in enumerate(self.tasks) if label in (OVERALL, *task.labels)]
+        return self._mean(chosen, budget)
+
+    def _mean(self, chosen: Sequence[int], budget: str) -> Interval:
         for i in chosen:
             if (i, budget) not in self._resampled:
                 task = self.tasks[i]
@@ -123,20 +172,26 @@ class Outcome:
         means = [self.tasks[i].score(budget) for i in chosen]
         return interval_of(means, [self._resampled[i, budget] for i in chosen])
 
-    def metrics(self) -> dict[str, float]:
-        """Every mean, named as in training: `evaluate/TASK/ndcg@5/4x8`."""
-        named = {
-            f"evaluate/{task.name}/{key}": sum(values) / len(values)
+    def task_metrics(self, stage: str) -> dict[str, float]:
+        """The means of every task, named as in training: `test/TASK/ndcg@5/4x8`."""
+        return {
+            f"{stage}/{task.name}/{key}": sum(values) / len(values)
             for task in self.tasks
             for key, values in task.values.items()
         }
+
+    def metrics(self) -> dict[str, float]:
+        """Every mean: `evaluate/TASK/ndcg@5/4x8`, and `evaluate/LABEL/4x8` over tasks."""
+        named = self.task_metrics("evaluate")
         for label in self.labels:
             for budget in self.budgets:
                 named[f"evaluate/{label}/{budget}"] = self.mean(label, budget).mean
         return named
 
     def save(self, folder: Path) -> None:
-        """Keep everything but the tasks, which are kept one by one."""
+        """Keep the outcome and its tasks."""
+        for task in self.tasks:
+            task.save(folder)
         means = {
             label: {budget: asdict(self.mean(label, budget)) for budget in self.budgets}
             for label in self.labels
@@ -172,6 +227,24 @@ class Outcome:
         if len(found) != len(tasks):
             raise UserError(f"{folder}: a task of {RESULTS} is missing: evaluate again")
         return cls(kept["benchmark"], kept["title"], kept["budgets"], kept["about"], found)
+
+
+def about_model(model: MetaEmbedder) -> dict[str, Any]:
+    """What an outcome depends on besides the data: the model, versions, the machine."""
+    return {
+        "width": model.width,
+        "groups": [str(group) for group in model.groups],
+        "model": model.settings(),
+        "versions": versions(),
+        "commit": commit(),
+        "torch_threads": torch.get_num_threads(),
+        "device": str(model.device),
+    }
+
+
+def unread(lines: Sequence[str]) -> set[str]:
+    """The ids of items that could not be read, from `bad_queries` or `bad_candidates`."""
+    return {line.partition(": ")[0] for line in lines}
 
 
 def by_task(outcome: Outcome, budget: str, metric: str | None = None) -> dict[str, Sequence[float]]:

@@ -1,48 +1,76 @@
-"""The report of an evaluation: numbers for machines, a page and two pictures for people.
+"""The report of an outcome, the same for `fit`, `test` and `evaluate`.
 
-    metrics.json   metric name -> number, the same names as in the console and in MLflow
-    report.md      a table by dataset and budget, and what the numbers depend on
-    budgets.png    quality against bytes a candidate and against scoring time
-    gallery.png    queries with what they found
+    report.md report.html   tables and pictures; the HTML is one file with everything in it
+    budgets.png             quality against bytes per candidate and against scoring time
+    tasks.png               each task with its interval
+    gallery.png             a sample of queries with their first candidates
+    worst.png               the worst queries
+    maps.png                where the first meta embeddings look, where pictures are candidates
+    diversity.png           how similar an item's vectors are to each other
 
-C: candidates    Rq, Rc: vectors of a query, of a candidate    D: width
+Everything is drawn from the outcome, which holds the values and hits of every query.
 """
 
+import base64
 import json
-import math
-import time
+import re
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from jinja2 import Environment, PackageLoader, select_autoescape
+from markdown_it import MarkdownIt
+from markupsafe import Markup
+from matplotlib.figure import Figure
 
 from metaembed_pl.budget import Budget
-from metaembed_pl.environment import commit, versions
+from metaembed_pl.data.retrieval_set import RetrievalSet
+from metaembed_pl.display import plain
 from metaembed_pl.errors import UserError
-from metaembed_pl.evaluation.budgets_picture import METRIC, Cost, Curve, draw_budgets
+from metaembed_pl.evaluation.benchmarks import Reference
+from metaembed_pl.evaluation.budgets_picture import Curve, draw_budgets
 from metaembed_pl.evaluation.canvas import report_style, save_picture
+from metaembed_pl.evaluation.costs import NUM_TIMED_CANDIDATES, Cost, measure_costs
 from metaembed_pl.evaluation.gallery_picture import draw_gallery
-from metaembed_pl.evaluation.result import DatasetResult
+from metaembed_pl.evaluation.maps_picture import draw_maps, pictures_to_map
+from metaembed_pl.evaluation.outcome import Outcome
+from metaembed_pl.evaluation.tables import (
+    cost_table,
+    diversity_table,
+    lead,
+    metric_table,
+    reference_table,
+    task_table,
+    warnings_of,
+)
+from metaembed_pl.evaluation.task_pictures import draw_diversity, draw_tasks, draw_worst
 from metaembed_pl.files import write_text
-from metaembed_pl.late_interaction import maxsim
+from metaembed_pl.model.embedder import MetaEmbedder
 
-NUM_TIMED_CANDIDATES = 10_000
-TIMED_POOL_BYTES = 2**29
-COLUMNS = {"recall@1": "recall@1", "mrr": "MRR", "ndcg@5": "NDCG@5"}
+MOST_LINES = 6
+NO_MAPS = (
+    "Not shown: the model sees pictures by cross-attention, so that their tokens are not in the "
+    "rows it reads, or no right candidate is a picture that can be read."
+)
 
 
 def write_report(
-    folder: Path, stage: str, results: Sequence[DatasetResult], groups: Sequence[Budget]
+    outcome: Outcome,
+    pools: Sequence[RetrievalSet],
+    folder: Path,
+    references: Sequence[Reference] = (),
+    model: MetaEmbedder | None = None,
 ) -> list[Path]:
-    """Write the report of some datasets; files of an older one are replaced, each at once.
+    """Write the report; files of an older one are replaced, each atomically.
 
     Args:
+        outcome: of at least one task.
+        pools: the queries and candidates of each task.
         folder: made if missing.
-        stage: first part of the metric names, such as `test`.
-        results: one a dataset; all encoded by one model.
-        groups: its budgets, smallest first.
+        references: other models to compare with.
+        model: for the attention maps; None: no maps.
 
     Returns:
         The files written.
@@ -50,112 +78,97 @@ def write_report(
     Raises:
         UserError: nothing was evaluated.
     """
-    if not results:
+    if not outcome.tasks:
         raise UserError("no dataset was evaluated, so there is nothing to report")
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    costs = measure_costs(results[0].queries, results[0].candidates, groups)
-    metrics = {
-        f"{stage}/{result.name}/{name}": float(value)
-        for result in results
-        for name, value in result.metrics.items()
-    }
-    metrics_file, page, budgets, gallery = (
-        folder / name for name in ("metrics.json", "report.md", "budgets.png", "gallery.png")
-    )
+    budgets = [Budget.parse(name) for name in outcome.budgets]
+    costs = measure_costs(outcome.about["width"], budgets)
     with report_style():
-        # Both are drawn before one is saved: a picture that does not decode leaves the old report.
-        figures = (
-            draw_budgets(_curves(results, groups), groups, costs),
-            draw_gallery(results, groups),
-        )
-        save_picture(figures[0], budgets)
-        save_picture(figures[1], gallery)
-    write_text(page, _page(stage, results, groups, costs))
-    # Last, so that whoever waits for the numbers finds the whole report.
-    write_text(metrics_file, json.dumps(metrics, indent=2, sort_keys=True) + "\n")
-    return [metrics_file, page, budgets, gallery]
+        pictures = _draw(outcome, pools, model, budgets, costs)
+        for name, figure in pictures.items():
+            save_picture(figure, folder / name)
+    has_pictures = any(item.image for pool in pools for item in islice(pool.candidates, 50))
+    markdown = _environment().get_template("report.md.jinja").render(
+        outcome=outcome,
+        pictures=pictures,
+        lead=lead(outcome),
+        warnings=warnings_of(outcome),
+        scores=task_table(outcome),
+        metrics=metric_table(outcome),
+        references=reference_table(outcome, references) if references else None,
+        costs=cost_table(outcome, costs),
+        diversity=diversity_table(outcome, budgets),
+        no_maps=NO_MAPS if model and has_pictures and "maps.png" not in pictures else "",
+        num_timed=NUM_TIMED_CANDIDATES,
+        num_threads=torch.get_num_threads(),
+        about=json.dumps(outcome.about, indent=2),
+    )  # fmt: skip
+    write_text(folder / "report.md", markdown)
+    write_text(folder / "report.html", _html(markdown, outcome.title, folder))
+    return [folder / name for name in ("report.md", "report.html", *pictures)]
 
 
-def _curves(results: Sequence[DatasetResult], groups: Sequence[Budget]) -> list[Curve]:
-    return [
-        Curve(result.name, [result.metrics[f"{METRIC}/{group}"] for group in groups])
-        for result in results
-    ]
-
-
-def measure_costs(
-    queries: Float[Tensor, "Q Rq D"],
-    candidates: Float[Tensor, "C Rc D"],
+def _draw(
+    outcome: Outcome,
+    pools: Sequence[RetrievalSet],
+    model: MetaEmbedder | None,
     budgets: Sequence[Budget],
-    num_repeats: int = 15,
-) -> list[Cost]:
-    """Bytes of a candidate in bf16, and the time to score one query with 10,000 candidates.
+    costs: Sequence[Cost],
+) -> dict[str, Figure]:
+    metrics = {task.metric for task in outcome.tasks}
+    metric = metrics.pop() if len(metrics) == 1 else "score"
+    pictures = {
+        "budgets.png": draw_budgets(_curves(outcome), budgets, costs, metric),
+        "tasks.png": draw_tasks(outcome),
+        "gallery.png": draw_gallery(outcome, pools),
+        "worst.png": draw_worst(outcome, pools),
+    }
+    if model and (looks := pictures_to_map(outcome, pools, model)):
+        pictures["maps.png"] = draw_maps(looks)
+    if any(task.diversity for task in outcome.tasks):
+        pictures["diversity.png"] = draw_diversity(outcome)
+    return pictures
 
-    The pool is repeated or cut to that number. Where 10,000 would not fit in half a GiB, fewer are
-    timed and the time is scaled: MaxSim is linear in their number. The fastest of several runs
-    counts: what else the machine does only ever adds to it.
+
+def _curves(outcome: Outcome) -> list[Curve]:
+    """The means, and the tasks where there is room for them."""
+    tasks = [Curve(task.name, list(map(task.score, outcome.budgets))) for task in outcome.tasks]
+    if len(tasks) == 1:
+        return tasks
+    means = [
+        Curve(label, [outcome.mean(label, budget).mean for budget in outcome.budgets])
+        for label in outcome.labels
+    ]
+    return [*tasks, *means] if len(tasks) + len(means) <= MOST_LINES else means[-MOST_LINES:]
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("metaembed_pl", "evaluation"),
+        autoescape=select_autoescape(["html.jinja"]),
+        keep_trailing_newline=True,
+    )
+    environment.filters["escaped"] = escaped
+    return environment
+
+
+def escaped(text: str) -> str:
+    r"""A text in which Markdown sees no markup.
+
+    >>> print(escaped("emoji_scene <b> a|b *c*"))
+    emoji_scene \<b\> a\|b \*c\*
     """
-    width = candidates.shape[2]
-    largest = max(r_c for _, r_c in budgets)
-    num_timed = min(NUM_TIMED_CANDIDATES, max(1, TIMED_POOL_BYTES // (4 * largest * width)))
-    pool = candidates[torch.arange(num_timed) % len(candidates)]
-    times_s = [math.inf] * len(budgets)
-    for i, (r_q, r_c) in enumerate(budgets):
-        # Contiguous, as an index that keeps this budget's vectors would be.
-        query, vectors = queries[:1, :r_q].contiguous(), pool[:, :r_c].contiguous()
-        for _ in range(num_repeats):
-            start = time.perf_counter()
-            maxsim(query, vectors)
-            times_s[i] = min(times_s[i], time.perf_counter() - start)
-    scale = NUM_TIMED_CANDIDATES / num_timed
-    return [
-        Cost(candidate_bytes=2 * r_c * width, scoring_s=scale * time_s)
-        for (_, r_c), time_s in zip(budgets, times_s, strict=True)
-    ]
+    return re.sub(r"([\\`*\[\]<>|&$]|(?<!\w)_|_(?!\w))", r"\\\1", plain(text))
 
 
-def _page(
-    stage: str, results: Sequence[DatasetResult], groups: Sequence[Budget], costs: Sequence[Cost]
-) -> str:
-    head = ["dataset", "budget", *COLUMNS.values(), "bytes a candidate", "ms a query"]
-    rows = [
-        [
-            result.name.replace("|", "\\|") if group is groups[0] else "",
-            str(group),
-            *(f"{result.metrics[f'{name}/{group}']:.3f}" for name in COLUMNS),
-            f"{cost.candidate_bytes:,}",
-            f"{1000 * cost.scoring_s:.1f}",
-        ]
-        for result in results
-        for group, cost in zip(groups, costs, strict=True)
-    ]
-    sizes = "; ".join(
-        f"{result.name}: {len(result.queries):,} queries, {len(result.candidates):,} candidates"
-        for result in results
-    )
-    return "\n".join(
-        [
-            f"# Report: {stage}",
-            "",
-            "| " + " | ".join(head) + " |",
-            "|---|---|" + "---:|" * (len(head) - 2),
-            *("| " + " | ".join(row) + " |" for row in rows),
-            "",
-            f"{sizes}.",
-            "",
-            "A budget is query vectors x candidate vectors. Ties count against the model. Bytes: "
-            f"bf16, width {results[0].candidates.shape[2]}. Time: one query against "
-            f"{NUM_TIMED_CANDIDATES:,} candidates, exact, float32 on the CPU with "
-            f"{torch.get_num_threads()} threads, scoring alone, the fastest of several runs.",
-            "",
-            "![Quality against bytes and time](budgets.png)",
-            "",
-            "![Queries and what they found](gallery.png)",
-            "",
-            f"Commit {commit() or 'unknown'}; "
-            + ", ".join(f"{name} {version}" for name, version in versions().items())
-            + ".",
-            "",
-        ]
-    )
+def _html(markdown: str, title: str, folder: Path) -> str:
+    """The page as one HTML file, with its pictures inside."""
+    parser = MarkdownIt("commonmark", {"html": False}).enable("table")
+    tokens: Any = parser.parse(markdown)
+    for token in tokens:
+        for child in token.children or ():
+            if child.type == "image":
+                content = base64.b64encode((folder / child.attrs["src"]).read_bytes()).decode()
+                child.attrs["src"] = f"data:image/png;base64,{content}"
+    body = Markup(parser.renderer.render(tokens, parser.options, {}))
+    return _environment().get_template("report.html.jinja").render(title=title, body=body)

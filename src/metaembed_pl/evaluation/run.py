@@ -1,6 +1,6 @@
-"""A benchmark from beginning to end: encode, rank, keep; the report is report.py's and html.py's.
+"""A benchmark from beginning to end: encode, rank, keep. The report is written by report.py.
 
-What is finished is kept task by task, so that an evaluation that was stopped goes on where it was.
+Finished tasks are kept one by one, so that an interrupted evaluation resumes where it stopped.
 """
 
 import json
@@ -17,7 +17,6 @@ from torch import Tensor
 
 from metaembed_pl.budget import Budget, check_budget
 from metaembed_pl.data.retrieval_set import RetrievalSet
-from metaembed_pl.environment import commit, versions
 from metaembed_pl.errors import UserError
 from metaembed_pl.evaluation.benchmarks import Benchmark, Task
 from metaembed_pl.evaluation.diversity import NUM_ITEMS, alikeness
@@ -27,11 +26,12 @@ from metaembed_pl.evaluation.encoding import (
     encode_candidates,
     encode_queries,
 )
-from metaembed_pl.evaluation.outcome import Outcome, TaskOutcome
-from metaembed_pl.evaluation.scoring import Ranked, rank_task, uids
+from metaembed_pl.evaluation.outcome import Outcome, TaskOutcome, about_model
+from metaembed_pl.evaluation.scoring import rank_task
 from metaembed_pl.files import read_json_object, write_text
 from metaembed_pl.model.embedder import MetaEmbedder
 from metaembed_pl.model.identity import identity_of
+from metaembed_pl.ranking import Ranked
 from metaembed_pl.retrieval.embedding import gathered, rank_and_world
 from metaembed_pl.retrieval.store import Store
 
@@ -134,16 +134,7 @@ def _begin(model: MetaEmbedder, benchmark: Benchmark, settings: Settings) -> dic
                     f"{value!r}: choose another --out"
                 )
     settings.out.mkdir(parents=True, exist_ok=True)
-    about = key | {
-        "width": model.width,
-        "groups": [str(group) for group in model.groups],
-        "model": model.settings(),
-        "versions": versions(),
-        "commit": commit(),
-        "torch_threads": torch.get_num_threads(),
-        "device": str(model.device),
-        "batch_size": settings.batch_size,
-    }
+    about = key | about_model(model) | {"batch_size": settings.batch_size}
     write_text(file, json.dumps(about, indent=2) + "\n")
     return about
 
@@ -181,27 +172,16 @@ def _evaluate_task(
     if rank:
         return None
     answers = [answer for answer in of_ranks if answer is not None]
-    values, hits = {}, {}
-    for budget in budgets:
-        ranked = Ranked.joined([answer.ranked[budget] for answer in answers])
-        for name, per_query in ranked.values.items():
-            values[f"{name}/{budget}"] = per_query.tolist()
-        if budget in (budgets[0], budgets[-1]):
-            hits[str(budget)] = ranked.hits
     ranking_s = answers[0].ranking_s
-    kept = TaskOutcome(
-        name=task.name,
-        metric=task.metric,
-        labels=task.labels,
-        data=digest_of_set(found),
-        queries=uids(found.queries),
-        num_candidates=len(found.candidates),
-        num_left_out=found.num_left_out,
+    kept = TaskOutcome.of(
+        task,
+        found,
+        {
+            budget: Ranked.joined([answer.ranked[budget] for answer in answers])
+            for budget in budgets
+        },
         bad_queries=[line for answer in answers for line in answer.bad],
         bad_candidates=bad_candidates,
-        deviation=task.deviation(found),
-        values=values,
-        hits=hits,
         diversity=alikeness(torch.cat([answer.first for answer in answers]), store),
         seconds={
             "encoding": time.perf_counter() - started - ranking_s,
@@ -247,7 +227,8 @@ def _ask(
     for number, budget in enumerate(budgets, start=1):
         found = rank_task(share, queries.to(model.device), store, budget)
         values = {name: per_query * is_good for name, per_query in found.values.items()}
-        ranked[budget] = Ranked(values, found.hits)
+        hits = [[] if query in bad else of_query for query, of_query in enumerate(found.hits)]
+        ranked[budget] = Ranked(values, hits)
         settings.tell("budgets", number, len(budgets))
     told = [f"{share.queries[i].uid}: {why}" for i, why in sorted(bad.items())]
     return _Answer(ranked, told, queries[:NUM_ITEMS].clone(), time.perf_counter() - started)

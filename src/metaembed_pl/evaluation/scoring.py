@@ -1,15 +1,14 @@
 """Ranks of a task's right candidates, from a store that is read some rows at a time.
 
 A budget is one pass over the planes it needs. Of each query only the scores of its right
-candidates, how many wrong ones rank before them, and the first few it finds are kept: memory does
-not grow with the corpus.
+candidates, how many wrong ones rank before them, and the first hits are kept: memory does not grow
+with the corpus.
 
 Q: queries    C: candidates    n: some of them    P: right candidates of a query, padded
-Rq: vectors of a query    D: width    K: hits
+Rq: vectors of a query    D: width
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -21,34 +20,13 @@ from metaembed_pl.data.beir import StoredItems
 from metaembed_pl.data.retrieval_set import RetrievalSet
 from metaembed_pl.item import Item
 from metaembed_pl.late_interaction import maxsim
-from metaembed_pl.ranking import RankCounter, metrics_of_ranks, padded
+from metaembed_pl.ranking import NUM_HITS, Ranked, Ranker, padded
 from metaembed_pl.retrieval.store import Store
 
-NUM_HITS = 10
 GATHERED_BYTES = 2**27
 """Of candidates' vectors that are gathered at a time: 128 MiB of float32."""
 SHARE_OF_SCAN = 4
 """Reading rows here and there costs more than reading all in order from about a quarter of them."""
-
-
-@dataclass(frozen=True)
-class Ranked:
-    """What the queries of a task find at one budget.
-
-    Args:
-        values: metric -> one value a query.
-        hits: for each query the first candidates, by index, and their scores; best first.
-    """
-
-    values: dict[str, Float[Tensor, " Q"]]
-    hits: list[list[tuple[int, float]]]
-
-    @classmethod
-    def joined(cls, parts: Sequence["Ranked"]) -> "Ranked":
-        """What the queries of several parts of a task find, in their order."""
-        names = parts[0].values
-        values = {name: torch.cat([part.values[name] for part in parts]) for name in names}
-        return cls(values, [hits for part in parts for hits in part.hits])
 
 
 class Group(NamedTuple):
@@ -87,30 +65,24 @@ def rank_task(
     right = torch.where((gains > 0) & (index >= 0), rows[index.clamp(min=0)], -1)
     itself = torch.tensor(task.itself or [-1] * len(task.relevant))
     itself = torch.where(itself >= 0, rows[itself.clamp(min=0)], -1)
-    ranks, gains_by_rank = torch.empty_like(gains), torch.empty_like(gains)
-    hits: list[list[tuple[int, float]]] = [[] for _ in task.relevant]
-    candidate_at = torch.full((len(store),), -1)
-    candidate_at[rows[rows >= 0]] = (rows >= 0).nonzero().flatten()
-    for group in _groups(task, rows, len(store)):
-        counter, scores, found = _rank_group(
-            group,
-            queries[group.queries],
-            right[group.queries],
-            gains[group.queries],
-            itself[group.queries],
-            store,
-            budget,
-            num_hits,
-        )
-        ranks[group.queries] = counter.ranks().cpu()
-        gains_by_rank[group.queries] = counter.gains.cpu()
-        for query, *of_query in zip(group.queries, scores.tolist(), found.tolist(), strict=True):
-            hits[query] = [
-                (int(candidate_at[row]), score)
-                for score, row in zip(*of_query, strict=True)
-                if score > -torch.inf
-            ]
-    return Ranked(metrics_of_ranks(ranks, gains_by_rank), hits)
+    groups, parts, device = _groups(task, rows, len(store)), [], queries.device
+    for group in groups:
+        asked = queries[group.queries]
+        wanted, of_right, left_out = (of[group.queries].to(device) for of in (right, gains, itself))
+        scores = _right_scores(asked, wanted, store, budget)
+        ranker = Ranker(wanted, scores, of_right, left_out, num_hits)
+        for ids, scores in _scored(asked, group.rows, store, budget):
+            searched = group.searched
+            if searched is not None:
+                searched = searched[:, ids.cpu()].to(device)
+            ranker.add(scores, ids, searched)
+        found = ranker.ranked()
+        parts.append(Ranked({name: of.cpu() for name, of in found.values.items()}, found.hits))
+    order = torch.cat([group.queries for group in groups]).argsort().tolist()
+    ranked = Ranked.joined(parts, order)
+    candidates = {int(row): candidate for candidate, row in enumerate(rows)}
+    hits = [[(candidates[row], score) for row, score in found] for found in ranked.hits]
+    return Ranked(ranked.values, hits)
 
 
 def rows_of(task: RetrievalSet, store: Store) -> Int[Tensor, " C"]:
@@ -124,37 +96,6 @@ def uids(items: Sequence[Item]) -> list[str]:
     return items.ids if isinstance(items, StoredItems) else [item.uid for item in items]
 
 
-def _rank_group(
-    group: Group,
-    queries: Float[Tensor, "q Rq D"],
-    right: Int[Tensor, "q P"],
-    gains: Float[Tensor, "q P"],
-    itself: Int[Tensor, " q"],
-    store: Store,
-    budget: Budget,
-    num_hits: int,
-) -> tuple[RankCounter, Float[Tensor, "q K"], Int[Tensor, "q K"]]:
-    """Ranks, and the scores and rows of the first hits."""
-    device = queries.device
-    counter = RankCounter(_right_scores(queries, right.to(device), store, budget), gains.to(device))
-    best = torch.full((len(queries), num_hits), -torch.inf, device=device)
-    best_rows = torch.full((len(queries), num_hits), -1, device=device)
-    for rows, scores in _scored(queries, group.rows, store, budget):
-        searched = torch.ones(scores.shape, dtype=torch.bool, device=device)
-        if group.searched is not None:
-            searched = group.searched[:, rows.cpu()].to(device)
-        searched &= rows != itself.to(device)[:, None]
-        at, is_here = _find(right.to(device), rows)
-        # Padding points at the first row, and must not say that it is wrong.
-        is_right = torch.zeros_like(searched, dtype=torch.int8)
-        is_right = is_right.scatter_reduce(1, at, is_here.to(torch.int8), "amax").bool()
-        counter.add(scores, searched & ~is_right)
-        scores = torch.cat([best, scores.masked_fill(~searched, -torch.inf)], dim=1)
-        best, order = scores.topk(num_hits, dim=1)
-        best_rows = torch.cat([best_rows, rows.expand(len(queries), -1)], dim=1).gather(1, order)
-    return counter, best, best_rows
-
-
 def _right_scores(
     queries: Float[Tensor, "q Rq D"], right: Int[Tensor, "q P"], store: Store, budget: Budget
 ) -> Float[Tensor, "q P"]:
@@ -162,17 +103,9 @@ def _right_scores(
     found = torch.full(right.shape, -torch.inf, device=right.device)
     wanted = right[right >= 0].unique()
     for rows, scores in _scored(queries, wanted.cpu(), store, budget):
-        at, is_here = _find(right, rows)
-        found = torch.where(is_here, scores.gather(1, at), found)
+        at = torch.searchsorted(rows, right).clamp(max=len(rows) - 1)
+        found = torch.where(rows[at] == right, scores.gather(1, at), found)
     return found
-
-
-def _find(
-    wanted: Int[Tensor, "q P"], rows: Int[Tensor, " n"]
-) -> tuple[Int[Tensor, "q P"], Bool[Tensor, "q P"]]:
-    """Where rows stand among some ascending ones, and whether they do."""
-    at = torch.searchsorted(rows, wanted).clamp(max=len(rows) - 1)
-    return at, rows[at] == wanted
 
 
 def _scored(
@@ -182,6 +115,8 @@ def _scored(
     if rows is None:
         for part, scores in store.scores(queries, budget):
             yield torch.arange(part.start, part.stop, device=queries.device), scores
+        return
+    if not len(rows):
         return
     queries = queries[:, : budget.r_q]
     for part in rows.split(max(1, GATHERED_BYTES // (4 * budget.r_c * store.width))):

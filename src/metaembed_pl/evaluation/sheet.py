@@ -1,7 +1,8 @@
-"""A sheet on which reports draw items: in inches, from its upper left corner."""
+"""A sheet on which reports draw queries and candidates: in inches, from its upper left corner."""
 
 import textwrap
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -10,23 +11,46 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 from PIL import Image
 
 from metaembed_pl.display import plain, shortened
-from metaembed_pl.evaluation.canvas import FAINT, INK, RIGHT
+from metaembed_pl.errors import UserError
+from metaembed_pl.evaluation.canvas import FAINT, INK, MUTED, RIGHT
 from metaembed_pl.item import Item
 
 CELL, GAP = 1.0, 0.12
-"""Side of the square that an item is drawn in, and what parts it from the next."""
+"""Side of the square that an item is drawn in, and the gap to the next."""
+MARGIN = 0.3
 PIXELS_AN_INCH = 150
 
 
-def new_sheet(width: float, height: float) -> tuple[Figure, Axes]:
-    """An empty sheet, and the figure it fills."""
+class Shown(NamedTuple):
+    """A candidate on the sheet, with a note below it."""
+
+    item: Item
+    is_right: bool
+    note: str = ""
+
+
+def new_sheet(width: float, height: float, title: str, explanation: str) -> tuple[Figure, Axes]:
+    """A sheet with its heading, and the figure it fills."""
     figure = Figure(figsize=(width, height))
     sheet = figure.add_axes((0, 0, 1, 1))
     sheet.set_xlim(0, width)
     sheet.set_ylim(height, 0)
     sheet.set_autoscale_on(False)
     sheet.axis("off")
+    write(sheet, MARGIN, 0.32, title, fontsize=18, fontweight="bold")
+    write(sheet, MARGIN, 0.64, explanation, color=MUTED)
     return figure, sheet
+
+
+def draw_row(sheet: Axes, x: float, y: float, shown: Sequence[Shown]) -> None:
+    """Draw candidates side by side; those that are right have a green frame and a tick."""
+    for candidate in shown:
+        draw_item(sheet, x, y, candidate.item)
+        frame(sheet, x, y, candidate.is_right)
+        colour = RIGHT if candidate.is_right else MUTED
+        style: dict[str, Any] = {"ha": "center", "color": colour, "fontsize": 9}
+        write(sheet, x + CELL / 2, y + CELL + 0.13, candidate.note, **style)
+        x += CELL + GAP
 
 
 def draw_query(sheet: Axes, x: float, y: float, width: float, item: Item) -> None:
@@ -55,7 +79,11 @@ def draw_item(sheet: Axes, x: float, y: float, item: Item) -> None:
 
 def draw_picture(sheet: Axes, x: float, y: float, side: float, item: Item) -> None:
     """Draw the item's picture as large as it fits, in the middle of a square."""
-    picture = item.load_image()
+    try:
+        picture = item.load_image()
+    except UserError:  # the report names it among those that cannot be read
+        write(sheet, x + side / 2, y + side / 2, "unreadable", ha="center", color=MUTED)
+        return
     assert picture is not None
     scale = side / max(picture.size)
     w, h = picture.width * scale, picture.height * scale

@@ -1,12 +1,15 @@
-"""An outcome as tables: text for a terminal, Markdown and HTML for reports, one content for all."""
+"""An outcome as tables and sentences, for the report's templates and for the terminal."""
 
-import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from metaembed_pl.budget import Budget
 from metaembed_pl.evaluation.benchmarks import OVERALL, Reference
+from metaembed_pl.evaluation.costs import Cost, format_bytes, format_ms
+from metaembed_pl.evaluation.diversity import mean_cosine
 from metaembed_pl.evaluation.outcome import Outcome
 from metaembed_pl.evaluation.statistics import Comparison, Interval
+from metaembed_pl.ranking import METRICS
 
 
 @dataclass(frozen=True)
@@ -34,33 +37,9 @@ class Table:
             for row in (self.head, *self.rows)
         )
 
-    def markdown(self) -> str:
-        """As Markdown has tables."""
-        rows = [
-            [f"**{cell}**" if i in self.strong and cell else cell for cell in row]
-            for i, row in enumerate(self.rows)
-        ]
-        lines = [
-            [cell.replace("|", "\\|") for cell in self.head],
-            ["---", *["---:"] * (len(self.head) - 1)],
-            *[[cell.replace("|", "\\|") for cell in row] for row in rows],
-        ]
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-    def html(self) -> str:
-        """As HTML has tables; whatever a name holds is text."""
-        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in self.head)
-        rows = "".join(
-            f"<tr{' class=strong' if i in self.strong else ''}>"
-            + "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
-            + "</tr>"
-            for i, row in enumerate(self.rows)
-        )
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
-
 
 def overview(outcome: Outcome) -> str:
-    """What the command line prints."""
+    """The table that the command line prints."""
     return f"{outcome.title}\n\n{task_table(outcome).text()}"
 
 
@@ -69,8 +48,8 @@ def task_table(outcome: Outcome) -> Table:
     largest = outcome.budgets[-1]
     head = ["task", "metric", "queries", "candidates", *outcome.budgets, f"95 % at {largest}"]
     rows = []
-    for task in outcome.tasks:
-        found = Outcome("", "", outcome.budgets, {}, [task]).mean(OVERALL, largest)
+    for number, task in enumerate(outcome.tasks):
+        found = outcome.of_task(number, largest)
         scores = [f"{task.score(budget):.3f}" for budget in outcome.budgets]
         sizes = f"{len(task.queries):,}", f"{task.num_candidates:,}"
         rows.append([task.name, task.metric, *sizes, *scores, _between(found)])
@@ -85,6 +64,16 @@ def task_table(outcome: Outcome) -> Table:
             sizes = f"{sum(len(task.queries) for task in tasks):,}", f"{len(tasks)} tasks"
             rows.append([label, metrics, *sizes, *scores, _between(means[-1])])
     return Table(head, rows, frozenset(strong))
+
+
+def metric_table(outcome: Outcome) -> Table:
+    """Every metric of every task, at the largest budget."""
+    budget = outcome.budgets[-1]
+    rows = [
+        [task.name, *(f"{task.score(budget, metric):.3f}" for metric in METRICS)]
+        for task in outcome.tasks
+    ]
+    return Table(["task", *METRICS], rows)
 
 
 def reference_table(outcome: Outcome, references: Sequence[Reference]) -> Table:
@@ -115,6 +104,72 @@ def reference_table(outcome: Outcome, references: Sequence[Reference]) -> Table:
             for names, scores in (rows[i] for i in order)
         ],
         frozenset(place for place, i in enumerate(order) if i < num_ours),
+    )
+
+
+def warnings_of(outcome: Outcome) -> list[str]:
+    """What a reader must know before reading any number."""
+    said = []
+    for task in outcome.tasks:
+        if task.deviation:
+            said.append(f"{task.name} is not the published set: {task.deviation}.")
+        for what, bad in (("candidates", task.bad_candidates), ("queries", task.bad_queries)):
+            if bad:
+                said.append(
+                    f"{task.name}: {len(bad)} {what} cannot be read and count as missed, such "
+                    f"as {bad[0]}."
+                )
+        if task.num_left_out:
+            said.append(
+                f"{task.name}: {task.num_left_out} queries have no right candidate and are left "
+                "out of every mean."
+            )
+    return said
+
+
+def cost_table(outcome: Outcome, costs: Sequence[Cost]) -> Table:
+    """The bytes and the time of each budget, beside the score it reaches."""
+    rows = [
+        [
+            budget,
+            f"{outcome.mean(OVERALL, budget).mean:.3f}",
+            format_bytes(cost.candidate_bytes),
+            format_ms(1000 * cost.scoring_s),
+        ]
+        for budget, cost in zip(outcome.budgets, costs, strict=True)
+    ]
+    return Table(["budget", OVERALL, "bytes per candidate", "time per query"], rows)
+
+
+def diversity_table(outcome: Outcome, budgets: Sequence[Budget]) -> Table:
+    """How similar the vectors of a budget are; no rows where that was not measured."""
+    if not any(task.diversity for task in outcome.tasks):
+        return Table([], [])
+    rows = []
+    for budget in budgets:
+        row = [str(budget)]
+        for side, count in (("query", budget.r_q), ("candidate", budget.r_c)):
+            values = [
+                mean_cosine(task.diversity[side], count)
+                for task in outcome.tasks
+                if side in task.diversity
+            ]
+            known = [value for value in values if value is not None]
+            row.append(f"{sum(known) / len(known):.3f}" if known else "")
+        rows.append(row)
+    return Table(["first vectors of", "queries: mean cosine", "candidates: mean cosine"], rows)
+
+
+def lead(outcome: Outcome) -> str:
+    """The result in one line."""
+    best = outcome.mean(OVERALL, outcome.budgets[-1])
+    identity = outcome.about.get("identity")
+    model = f"; model {identity[:12]}" if identity else ""
+    num_queries = sum(len(task.queries) for task in outcome.tasks)
+    return (
+        f"{best.mean:.3f} ({best.low:.3f} to {best.high:.3f}) at {outcome.budgets[-1]}; "
+        f"tasks: {len(outcome.tasks)}; queries: {num_queries:,}; "
+        f"{outcome.about.get('width')} dimensions per vector{model}."
     )
 
 

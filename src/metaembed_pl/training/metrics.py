@@ -1,4 +1,4 @@
-"""Retrieval metrics at every group, gathered over all ranks; what they mean: ranking.py.
+"""Retrieval metrics at every group, gathered over all ranks; ranking.py defines them.
 
 Q: queries    C: candidates    G: groups    B: rows of one update    R: vectors of a row    D: width
 """
@@ -15,14 +15,15 @@ from torchmetrics.utilities import dim_zero_cat
 from metaembed_pl.budget import Budget, parse_groups
 from metaembed_pl.errors import UserError
 from metaembed_pl.late_interaction import SCORES_AT_A_TIME, nested_scores
-from metaembed_pl.ranking import METRICS, RECALL_AT, ranking_metrics
+from metaembed_pl.ranking import METRICS, NUM_HITS, RECALL_AT, Ranked, rank
 
 
 class RetrievalMetrics(Metric):
     """Ranks all candidates for all queries at every group, across all ranks.
 
     Feed it each query and candidate by index, in any order, on any rank; a row that comes twice (a
-    sampler that pads its last batch) counts once. `update` keeps the vectors, `compute` scores.
+    sampler that pads its last batch) counts once. `update` keeps the vectors, `compute` scores and
+    leaves the values and hits of each query in `ranked`, by group.
 
     Args:
         groups: nested budgets, smallest first.
@@ -54,6 +55,7 @@ class RetrievalMetrics(Metric):
         self.itself = itself
         self.num_candidates = num_candidates
         self.ks = tuple(ks)
+        self.ranked: dict[Budget, Ranked] = {}
         for side in ("query", "candidate"):
             self.add_state(f"{side}_index", [], dist_reduce_fx="cat")
             self.add_state(f"{side}_vectors", [], dist_reduce_fx="cat")
@@ -112,23 +114,24 @@ class RetrievalMetrics(Metric):
         """
         queries, candidates = self._own_rows("query"), self._own_rows("candidate")
         step = max(1, SCORES_AT_A_TIME // (len(self.groups) * self.num_candidates))
-        parts: dict[str, list[Tensor]] = {}
+        parts: dict[Budget, list[Ranked]] = {group: [] for group in self.groups}
         for start in range(0, len(queries), step):
             chunk = slice(start, start + step)
-            for group, scores in zip(
-                self.groups, nested_scores(queries[chunk], candidates, self.groups), strict=True
-            ):
-                gains, lists = self.gains and self.gains[chunk], self.lists and self.lists[chunk]
-                itself = self.itself and self.itself[chunk]
-                for name, values in ranking_metrics(
-                    scores, self.relevant[chunk], self.ks, gains, lists, itself
-                ).items():
-                    parts.setdefault(f"{name}/{group}", []).append(values)
-        return {name: torch.cat(values).mean() for name, values in parts.items()}
-
-    def scores(self, group: Budget | str | tuple[int, int]) -> Float[Tensor, "Q C"]:
-        """All scores at one group, for a report; as `rows`, to be asked for on every rank."""
-        return nested_scores(self.rows("query"), self.rows("candidate"), [group])[0]
+            gains, lists = self.gains and self.gains[chunk], self.lists and self.lists[chunk]
+            itself = self.itself and self.itself[chunk]
+            scores = nested_scores(queries[chunk], candidates, self.groups)
+            for group, of_group in zip(self.groups, scores, strict=True):
+                num_hits = NUM_HITS if group in (self.groups[0], self.groups[-1]) else 0
+                found = rank(
+                    of_group, self.relevant[chunk], gains, lists, itself, self.ks, num_hits
+                )
+                parts[group].append(found)
+        self.ranked = {group: Ranked.joined(found) for group, found in parts.items()}
+        return {
+            f"{name}/{group}": values.mean()
+            for group, found in self.ranked.items()
+            for name, values in found.values.items()
+        }
 
     def _sizes(self, side: str) -> tuple[int, int]:
         """How many rows the side has, and vectors a row."""
@@ -138,16 +141,8 @@ class RetrievalMetrics(Metric):
             return self.num_candidates, self.groups[-1].r_c
         raise UserError(f'side is "query" or "candidate", got {side!r}')
 
-    def rows(self, side: str) -> Float[Tensor, "rows R D"]:
-        """The vectors of all ranks in the order of their index, each once.
-
-        Every rank must ask: they are gathered.
-        """
-        with self.sync_context():
-            return self._own_rows(side)
-
     def _own_rows(self, side: str) -> Float[Tensor, "rows R D"]:
-        """`rows` of what this rank holds: everything, inside `compute` and `rows`."""
+        """The vectors in the order of their index, each once; those of all ranks in `compute`."""
         total, vectors = self._sizes(side)
         index = dim_zero_cat(getattr(self, f"{side}_index"))
         rows = dim_zero_cat(getattr(self, f"{side}_vectors"))

@@ -128,7 +128,6 @@ class MetaEmbedModule(pl.LightningModule):
         self.groups = self.loss.groups
         self.headline = headline
         self.metrics: dict[str, dict[str, RetrievalMetrics]] = {}
-        self.values: dict[str, dict[str, dict[str, float]]] = {}
         self._sources_seen: set[str] = set()
         self.check_checkpoint: Callable[[dict[str, Any]], None] = lambda checkpoint: None
 
@@ -362,19 +361,3 @@ class MetaEmbedModule(pl.LightningModule):
         if values:
             best = headline(values, self.headline, self.groups)
             self.log(f"{part}/headline", best, prog_bar=True)
-        self.values[part] = {
-            name: {key: float(value) for key, value in found.items()}
-            for name, found in values.items()
-        }
-
-    def results(self, part: str, dataset: str) -> tuple[dict[str, float], Tensor, Tensor]:
-        """Metrics of a finished evaluation, and the meta embeddings of its two sides.
-
-        Queries first, then candidates.
-        """
-        metric = self.metrics[part][dataset]
-        return (
-            self.values[part][dataset],
-            metric.rows("query").cpu(),
-            metric.rows("candidate").cpu(),
-        )

@@ -1,0 +1,59 @@
+"""Benchmarks by name: those of mmeb.py and vidore.py, and a user's own folders.
+
+`beir:DIR` and `pairs:DIR` take a folder that is one set, or holds several.
+"""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+
+from metaembed_pl.data.beir import is_retrieval_set
+from metaembed_pl.errors import UserError
+from metaembed_pl.evaluation.benchmarks import Benchmark, Task
+from metaembed_pl.evaluation.mmeb import MMEB, MMEB_V2
+from metaembed_pl.evaluation.vidore import VIDORE_V1, VIDORE_V2, VIDORE_V3
+
+NAMED = {one.name: one for one in (MMEB, MMEB_V2, VIDORE_V1, VIDORE_V2, VIDORE_V3)}
+
+
+def open_benchmark(name: str, data: Path) -> Benchmark:
+    """A benchmark by its name, its files checked.
+
+    Args:
+        name: one of `NAMED`, `beir:DIR` or `pairs:DIR`.
+        data: the folder of all data.
+
+    Raises:
+        UserError: there is none of that name, or its files are not there.
+    """
+    kind, colon, folder = name.partition(":")
+    if colon and kind in ("beir", "pairs"):
+        return _of_folder(name, kind, Path(folder))
+    if name not in NAMED:
+        near = difflib.get_close_matches(name, NAMED, n=1, cutoff=0.5)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise UserError(
+            f"there is no benchmark {name!r}{hint}; known are {', '.join(NAMED)}, beir:DIR and "
+            "pairs:DIR"
+        )
+    NAMED[name].check_files(data)
+    return NAMED[name]
+
+
+def _of_folder(name: str, kind: str, folder: Path) -> Benchmark:
+    """A benchmark of one user's sets."""
+    metric = "ndcg@10" if kind == "beir" else "recall@1"
+    found = [path for path in (folder, *_subfolders(folder)) if _is(kind, path)]
+    if not found:
+        expected = "corpus.jsonl" if kind == "beir" else "*.tar"
+        raise UserError(f"{name}: expected {expected} in {folder} or in a folder right below it")
+    tasks = tuple(Task(path.resolve().name, str(path.resolve()), metric) for path in found)
+    return Benchmark(name, folder.resolve().name, tasks)
+
+
+def _subfolders(folder: Path) -> Sequence[Path]:
+    return sorted(path for path in folder.glob("*/") if path.is_dir())
+
+
+def _is(kind: str, folder: Path) -> bool:
+    return is_retrieval_set(folder) if kind == "beir" else any(folder.glob("*.tar"))
