@@ -14,10 +14,10 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test lint check mlflow clean
+.PHONY: help quickstart test test-fast lint check docs docs-serve mlflow clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.* ## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{printf "make %-11s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.* ## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{printf "make %-11s %s\n", $$1, $$2}'
 
 quickstart: runs/emoji/report/metrics.json ## install, prepare the data, train, evaluate, search (about 10 minutes)
 	$(SEARCH) --budget 1x1
@@ -30,6 +30,9 @@ quickstart: runs/emoji/report/metrics.json ## install, prepare the data, train, 
 test: .venv/.installed-dev ## install, then run every test
 	$(BIN)/pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
+test-fast: .venv/.installed-dev ## install, then run the fast tests
+	$(BIN)/pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder -m "not slow"
+
 lint: .venv/.installed-dev ## check format, style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -37,20 +40,27 @@ lint: .venv/.installed-dev ## check format, style and types
 
 check: lint test ## everything a change must pass
 
+docs: .venv/.installed-docs ## build the documentation site in site/
+	$(BIN)/mkdocs build --strict
+
+docs-serve: .venv/.installed-docs ## show the documentation site at http://127.0.0.1:8000
+	$(BIN)/mkdocs serve
+
 mlflow: .venv/.installed ## browse the runs at http://127.0.0.1:5000
 	@test -f mlflow.db || { echo "no runs yet: try make quickstart" >&2; exit 2; }
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db
 
 clean: ## remove .venv, caches and builds; data/, runs/ and mlflow.db stay
-	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist site .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/.installed: EXTRAS = emoji,mlflow
 .venv/.installed-dev: EXTRAS = emoji,mlflow,dev
+.venv/.installed-docs: EXTRAS = emoji,mlflow,docs
 
 # torch comes first and by itself: pip then settles on the constrained build before anything else
 # can ask for another one.
-.venv/.installed .venv/.installed-dev: pyproject.toml constraints.txt
+.venv/.installed .venv/.installed-dev .venv/.installed-docs: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

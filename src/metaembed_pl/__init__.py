@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from metaembed_pl.retrieval.qdrant.store import QdrantStore
     from metaembed_pl.retrieval.store import Store
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Budget", "Item", "MetaEmbedder", "Pair", "QdrantStore", "Store", "__version__"]
 
 _HOMES = {

@@ -173,7 +173,7 @@ def test_the_code_in_the_docs_gives_the_same_vectors(run, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     assert export("--run", run, "--out", "custom", "--format", "transformers") == 0
     tiny.picture(5).save("apple.png")
-    code = re.findall(r"```python\n(.*?)```", (DOCS / "serving.md").read_text(), re.DOTALL)
+    code = re.findall(r"```python\n(.*?)```", (DOCS / "export.md").read_text(), re.DOTALL)
     Path("snippet.py").write_text(next(part for part in code if "def embed" in part))
     found = runpy.run_path("snippet.py")
     model = MetaEmbedder.from_pretrained(run / "model")

@@ -5,7 +5,7 @@
     python -m metaembed_pl export --run runs/custom --push-to ORG/NAME --merge
 
 Forms (--format): `metaembed` loads with `MetaEmbedder.from_pretrained`; `sentence-transformers`
-also in its `MultiVectorEncoder`; `transformers` needs none of our code (docs/serving.md).
+also in its `MultiVectorEncoder`; `transformers` needs none of our code (docs/export.md).
 """
 
 import argparse

@@ -3,7 +3,7 @@
 Vocabularies have rows that no word uses: the rows beyond the tokenizer's words (Qwen), or words
 kept in reserve (Llama, Gemma). The learned vectors are written into such rows, and the tokenizer
 learns the words that stand for them. Any program that runs the backbone then gives the meta
-embeddings, as the last hidden states of the last words: docs/serving.md.
+embeddings, as the last hidden states of the last words: docs/export.md.
 
 Shape letters: B items, K slots a row, R meta embeddings of a side, D their width.
 """

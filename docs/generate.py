@@ -1,0 +1,151 @@
+"""Pages of the site that are made from the code: commands, recipe keys, the Python reference.
+
+A hook of mkdocs.yml; `make docs` runs it.
+"""
+
+import argparse
+import importlib
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from docstring_parser import parse
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+from metaembed_pl.cli import main
+from metaembed_pl.cli.recipe_keys import PARTS, content_of, in_words, keys_of
+
+ROOT = Path(__file__).parent.parent
+PYTHON = {
+    "Items and budgets": ["item.Item", "item.Pair", "budget.Budget"],
+    "Models": ["model.embedder.MetaEmbedder"],
+    "Stores and search": [
+        "retrieval.store.Store",
+        "retrieval.search.Hit",
+        "retrieval.qdrant.store.QdrantStore",
+    ],
+    "Late interaction": ["late_interaction.maxsim", "late_interaction.nested_scores"],
+    "Training": ["training.loss.MMRLoss", "training.metrics.RetrievalMetrics"],
+    "Evaluation": [
+        "ranking.rank",
+        "ranking.metrics_of_ranks",
+        "data.beir.RetrievalSetWriter",
+        "data.beir.read_retrieval_set",
+        "evaluation.mteb.MtebEncoder",
+    ],
+}
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the generated pages."""
+    pages = {
+        "reference/commands.md": commands(),
+        "reference/recipe-keys.md": recipe_keys(),
+        "reference/python.md": python(),
+        "changelog.md": (ROOT / "CHANGELOG.md").read_text(),
+        "contributing.md": (ROOT / "CONTRIBUTING.md").read_text().replace("](docs/", "]("),
+    }
+    for name, content in pages.items():
+        files.append(File.generated(config, name, content=content))
+    return files
+
+
+def commands() -> str:
+    """Every verb with its flags, as `--help` prints them."""
+    lines = [
+        "# Commands",
+        "",
+        "`python -m metaembed_pl VERB`, or `metaembed-pl VERB`. Every verb takes `--help`, and "
+        "`--debug` for the traceback of an error.",
+    ]
+    for name, does in main.TRAINING_VERBS.items():
+        lines += ["", f"## {name}", "", f"{_sentence(does)} Its flags are the [recipe keys]"]
+        lines[-1] += f"(recipe-keys.md): `metaembed-pl {name} --config R --trainer.max_steps=10`."
+    for name, does in main.VERBS.items():
+        lines += ["", f"## {name}", "", _sentence(does)]
+        parser = argparse.ArgumentParser(prog=f"metaembed-pl {name}", add_help=False)
+        importlib.import_module(f"metaembed_pl.cli.{name}").add_arguments(parser)
+        lines += _of_parser(parser)
+    return "\n".join(lines) + "\n"
+
+
+def _of_parser(parser: argparse.ArgumentParser) -> Iterator[str]:
+    rows, verbs = [], {}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            verbs = action.choices
+        elif not isinstance(action, argparse._HelpAction):
+            name = ", ".join(action.option_strings) or str(action.metavar or action.dest)
+            value = str(action.metavar or "") if action.option_strings else ""
+            if action.choices and not action.metavar:
+                value = "{" + ",".join(map(str, action.choices)) + "}"
+            said = (action.help or "") % {**vars(action), "prog": parser.prog}
+            rows.append(f"| `{name} {value}`".replace(" `", "`") + f" | {_cell(said)} |")
+    if rows:
+        yield from ("", "| argument | meaning |", "|---|---|", *rows)
+    for name, verb in verbs.items():
+        yield from ("", f"### {parser.prog.split()[-1]} {name}")
+        yield from _of_parser(verb)
+
+
+def recipe_keys() -> str:
+    """Every key of a recipe with its type, default and meaning, from the classes it fills."""
+    lines = [
+        "# Recipe keys",
+        "",
+        "Each key of a recipe is also a flag: `--model.loss.temperature=0.05`. "
+        "`trainer` holds the arguments of "
+        "[Lightning's Trainer](https://lightning.ai/docs/pytorch/stable/common/trainer.html).",
+    ]
+    for part, kind in PARTS.items():
+        if part != "trainer":
+            lines += _of_class(part, kind)
+    return "\n".join(lines) + "\n"
+
+
+def _of_class(path: str, kind: Any) -> Iterator[str]:
+    yield from ("", f"## {path}", "", "| key | type | default | meaning |", "|---|---|---|---|")
+    meanings = _meanings(kind)
+    inner = []
+    for key, hint in keys_of(kind).items():
+        default = inspect.signature(kind).parameters[key].default
+        made_of, is_list = content_of(hint)
+        if made_of is not None:
+            inner.append((f"{path}.{key}[]" if is_list else f"{path}.{key}", made_of))
+        shown = "required" if default is inspect.Parameter.empty else f"`{default!r}`"
+        shown = "" if "factory" in shown else shown.replace("None", "null")
+        said = in_words(hint) if made_of is None else ("list of keys" if is_list else "keys")
+        yield f"| `{key}` | {_cell(said)} | {_cell(shown)} | {_cell(meanings.get(key, ''))} |"
+    for name, made_of in inner:
+        yield from _of_class(name, made_of)
+
+
+def _meanings(kind: Any) -> dict[str, str]:
+    """The `Args` of a class's docstring; of a class that refers to another, that one's."""
+    found = {p.arg_name: p.description or "" for p in parse(kind.__doc__ or "").params}
+    if not found and (other := re.search(r"See `(\w+)`", kind.__doc__ or "")):
+        home = inspect.getmodule(kind)
+        return _meanings(getattr(home, other[1]))
+    return found
+
+
+def python() -> str:
+    """The public Python API; mkdocstrings fills it in."""
+    lines = ["# Python", "", "`from metaembed_pl import Budget, Item, MetaEmbedder, Pair, Store`"]
+    for title, names in PYTHON.items():
+        lines += ["", f"## {title}"]
+        for name in names:
+            lines += ["", f"::: metaembed_pl.{name}"]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    text = " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+    return text[:1].upper() + text[1:] if text and not text.startswith("`") else text
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:] + "."
