@@ -223,6 +223,16 @@ def test_lists_are_those_whose_centres_are_near(made):
         assert scores[: len(expected)].tolist() == of_all[expected].tolist()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_vector_lies_in_the_list_of_its_nearest_centre(made, monkeypatch, dtype):
+    monkeypatch.setattr(index_build, "fast_dtype", lambda _device: dtype)
+    vectors = topics(80, seed=4).flatten(0, 1).numpy()
+    every = vectors @ made.index().centres.T
+    products, lists = index_build._nearest_centres(made.index()._segments[0].quantizer, vectors)
+    assert every[np.arange(len(lists)), lists] == pytest.approx(every.max(axis=1), abs=0.01)
+    assert products == pytest.approx(every.max(axis=1), abs=0.01)
+
+
 def test_calibration_measures_what_plans_find(made):
     found = calibrate(made, QUERIES)
     asks = [row for row in found.measured if "@" in row.plan]

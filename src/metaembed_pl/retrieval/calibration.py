@@ -33,6 +33,7 @@ from metaembed_pl.errors import UserError
 from metaembed_pl.files import write_text
 from metaembed_pl.retrieval.cascade import Stage, parse_cascade, run_stages
 from metaembed_pl.retrieval.index import Index, IndexUnusable
+from metaembed_pl.retrieval.planes import read
 from metaembed_pl.retrieval.reader import Reader
 from metaembed_pl.retrieval.snapshot import Matching, Snapshot
 
@@ -492,8 +493,9 @@ def _ranks(
     One product of all vectors serves every stage: the maximum runs over the candidate's vectors and
     the sum over the query's, and stops at each trained count.
     """
+    planes, last = snapshot.planes, groups[-1].r_c
     columns = torch.cat([queries, queries.sum(dim=1, keepdim=True)], dim=1).float()
-    own = _first_scores(_vectors(snapshot, exact.flatten()), columns, groups)
+    own = _first_scores(read(planes, last, exact.flatten()), columns, groups)
     pick = torch.arange(len(queries)).repeat_interleave(exact.shape[1])
     rows = torch.arange(len(pick))
     limits = {
@@ -502,10 +504,10 @@ def _ranks(
         for first, scores in own.items()
     }
     before = {first: torch.zeros(exact.shape, dtype=torch.long) for first in limits}
-    step = max(1, BLOCK // (columns.shape[0] * columns.shape[1] * groups[-1].r_c))
+    step = max(1, BLOCK // (columns.shape[0] * columns.shape[1] * last))
     last_told = time.perf_counter()
     for some in places.split(step):
-        for first, scores in _first_scores(_vectors(snapshot, some), columns, groups).items():
+        for first, scores in _first_scores(read(planes, last, some), columns, groups).items():
             before[first] += (scores.unsqueeze(2) > limits[first].to(scores)).sum(dim=0).cpu()
         if time.perf_counter() - last_told > 1:
             go_on()
@@ -532,14 +534,6 @@ def _first_scores(
             found[Stage(Budget(some, r_c), 0)] = sums[:, :, some - 1]
         if r_c > 1:
             found[Stage(Budget(r_q, r_c), 0, pooled=True)] = best[:, :, r_q]
-    return found
-
-
-def _vectors(snapshot: Snapshot, places: Integer[Tensor, " n"]) -> Float[Tensor, "n R D"]:
-    manifest = snapshot.manifest
-    found = torch.empty(len(places), manifest.num_slots, manifest.width)
-    for plane in snapshot.planes:
-        plane.read_into(found[:, plane.first : plane.first + plane.vectors.shape[1]], places)
     return found
 
 

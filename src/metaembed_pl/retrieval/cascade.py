@@ -23,6 +23,7 @@ import re
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -32,11 +33,9 @@ from torch import Tensor
 from metaembed_pl.budget import Budget, check_budget
 from metaembed_pl.errors import UserError
 from metaembed_pl.retrieval.index import Index
-from metaembed_pl.retrieval.scoring import best_columns, best_rows, fast_dtype, scan, score_few
+from metaembed_pl.retrieval.scoring import FEW, best_columns, best_rows, fast_dtype, scan, score_few
 from metaembed_pl.retrieval.snapshot import Matching, Snapshot
 
-FEW = 512
-"""Items that are scored for one query without the tiles of a scan."""
 _STAGE = re.compile(
     r"\s*(?:poolx(?P<r_c>\d+)|(?P<asks>pool|each)@(?P<reach>\d*\.?\d+)|(?P<budget>[^:@]+))"
     r"\s*:\s*(?P<keep>\d+)\s*"
@@ -122,7 +121,7 @@ def parse_cascade(
             more than the one before.
     """
     parts = value.split(",") if isinstance(value, str) else list(value)
-    stages = tuple(part if isinstance(part, Stage) else _parse(part, groups) for part in parts)
+    stages = tuple(part if isinstance(part, Stage) else _parse(part, groups[-1]) for part in parts)
     if not stages:
         raise UserError("a cascade has at least one stage, such as poolx8:200")
     for stage in stages:
@@ -140,14 +139,15 @@ def parse_cascade(
     return stages
 
 
-def _parse(text: str, groups: Sequence[Budget]) -> Stage:
+@lru_cache(maxsize=256)
+def _parse(text: str, every: Budget) -> Stage:
     match = _STAGE.fullmatch(text)
     if match is None or int(match["keep"]) < 1 or not 0 <= float(match["reach"] or 0) <= 1:
         raise UserError(
             "a stage of a cascade says what is scored and how many are kept, such as 4x8:200, "
             f"poolx8:200, pool@.7:200 or each@.7:50; got {text!r}"
         )
-    keep, every = int(match["keep"]), groups[-1]
+    keep = int(match["keep"])
     if match["reach"]:
         return Stage(every, keep, match["asks"] == "pool", float(match["reach"]))
     if match["r_c"]:

@@ -17,8 +17,9 @@ Q: queries    A: questions of a query    D: width    L: lists    K: vectors foun
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -151,7 +152,7 @@ def index_folder(snapshot: Snapshot) -> Path:
 def index_version(snapshot: Snapshot) -> tuple[int, ...] | None:
     """Tells one index of a store from the one that replaces it; None: there is none."""
     try:
-        found = os.stat(index_folder(snapshot) / FILE)
+        found = os.stat(os.path.join(snapshot.files.folder, FOLDER, FILE))
     except FileNotFoundError:
         return None
     return found.st_ino, found.st_mtime_ns, found.st_size
@@ -189,9 +190,9 @@ class Index:
     def __init__(self, manifest: IndexManifest, segments: Sequence[Any], files: Sequence[int]):
         self.manifest, self._segments, self._files = manifest, segments, files
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
         for file in self._files:
-            os.close(file)
+            close(file)
 
     @classmethod
     def open(cls, snapshot: Snapshot) -> "Index | None":
@@ -282,19 +283,12 @@ class Index:
         """
         asked = questions.reshape(-1, questions.shape[2])
         products = asked @ self.centres.T
-        best = products.max(axis=1, keepdims=True)
-        near = products >= best - (1 - reach) * np.abs(best)
-        counts = np.minimum(np.ceil(near.sum(axis=1) * widened), self.num_lists).astype(int)
-        width = counts.max()
-        if width < self.num_lists:
-            lists = np.argpartition(-products, width - 1, axis=1)[:, :width]
-        else:
-            lists = np.broadcast_to(np.arange(width), products.shape)
-        kept = np.take_along_axis(products, lists, axis=1)
-        order = np.argsort(-kept, axis=1, kind="stable")
-        lists = np.take_along_axis(lists, order, axis=1)
-        lists[np.arange(width) >= counts[:, None]] = -1
-        return lists, np.take_along_axis(kept, order, axis=1)
+        lists = [_near(row, reach, widened) for row in products]
+        width = max(map(len, lists))
+        padded = np.array(
+            [np.pad(some, (0, width - len(some)), constant_values=-1) for some in lists]
+        )
+        return padded, np.take_along_axis(products, padded, axis=1)
 
     def search(
         self,
@@ -369,6 +363,18 @@ class Index:
             ids = np.take_along_axis(ids, order, axis=1)
         ids[ids >= self.num_rows * self.num_slots] = -1  # of a damaged file
         return ids.reshape(*questions.shape[:2], -1)
+
+
+def _near(
+    products: Float[np.ndarray, " L"], reach: float, widened: float
+) -> Integer[np.ndarray, " l"]:
+    """The lists whose centres score at least a share of what the best does, best first."""
+    best = products.max()
+    near = np.flatnonzero(products >= best - (1 - reach) * abs(best))
+    if widened > 1:
+        count = min(math.ceil(len(near) * widened), len(products))
+        near = np.argpartition(-products, count - 1)[:count]
+    return near[np.argsort(-products[near], kind="stable")]
 
 
 def _checked(file: Path, segment: Segment) -> int:

@@ -41,8 +41,27 @@ class Plane(NamedTuple):
         self, block: Float[Tensor, "n S D"], rows: slice | Integer[Tensor, " n"]
     ) -> Float[Tensor, "n S D"]:
         """Fill a block, of the dtype and on the device of the arithmetic, with vectors of items."""
-        block.copy_(self.vectors[rows])
-        return block if self.scales is None else block.mul_(self.scales[rows].to(block.device))
+        block.copy_(_some(self.vectors, rows))
+        if self.scales is None:
+            return block
+        return block.mul_(_some(self.scales, rows).to(block.device))
+
+
+def read(
+    planes: Sequence[Plane], r_c: int, rows: Integer[Tensor, " n"]
+) -> Float[Tensor, "n r_c D"]:
+    """The first vectors of some items, in float32."""
+    vectors = torch.empty(len(rows), r_c, planes[0].vectors.shape[2])
+    for plane in planes:
+        if plane.first < r_c:
+            end = plane.first + plane.vectors.shape[1]
+            plane.read_into(vectors[:, plane.first : end], rows)
+    return vectors
+
+
+def _some(values: Shaped[Tensor, "N S _"], rows: slice | Integer[Tensor, " n"]) -> Tensor:
+    # A tensor in brackets takes four times as long for fifty rows.
+    return values[rows] if isinstance(rows, slice) else values.index_select(0, rows)
 
 
 def spans(groups: Sequence[Budget]) -> list[tuple[int, int]]:

@@ -18,6 +18,7 @@ from metaembed_pl.retrieval.cascade import Hits, Stage, choose_stages, run_stage
 from metaembed_pl.retrieval.filters import Filters
 from metaembed_pl.retrieval.index import Index, IndexUnusable, index_version
 from metaembed_pl.retrieval.manifest import Manifest
+from metaembed_pl.retrieval.planes import read
 from metaembed_pl.retrieval.projection import PROJECTION_FILE, Projection
 from metaembed_pl.retrieval.scoring import scan
 from metaembed_pl.retrieval.searchable import Searchable
@@ -122,13 +123,7 @@ class Reader(Searchable):
         snapshot = self.snapshot()
         r_q, every = self.groups[-1]
         r_c = check_budget((r_q, every if r_c is None else r_c), self.groups).r_c
-        places = self._at(rows)
-        vectors = torch.empty(len(places), r_c, self.width)
-        for plane in snapshot.planes:
-            if plane.first < r_c:
-                end = plane.first + plane.vectors.shape[1]
-                plane.read_into(vectors[:, plane.first : end], places)
-        return vectors
+        return read(snapshot.planes, r_c, self._at(rows))
 
     def scores(
         self, queries: Float[Tensor, "Q Rq D"], budget: Budget | str | None = None
@@ -196,9 +191,9 @@ class Reader(Searchable):
         found = run_stages(snapshot, queries, stages, matching, index)
         scores = found.scores[:, :top] / (stages[-1].budget.r_q if normalised else 1)
         best = found.places[:, :top].cpu()
-        ids = iter(snapshot.column("id", best.flatten()))
+        ids, num = snapshot.column("id", best.flatten()), best.shape[1]
         return Hits(
-            [[next(ids) for _ in of_query] for of_query in best],
+            [ids[start : start + num] for start in range(0, len(ids), num)],
             scores.tolist(),
             snapshot.rows_of(best).tolist(),
             stages,

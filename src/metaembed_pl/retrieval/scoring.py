@@ -21,12 +21,14 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 
 from metaembed_pl.late_interaction import SCORES_AT_A_TIME
-from metaembed_pl.retrieval.planes import Plane
+from metaembed_pl.retrieval.planes import Plane, read
 
 CPU_TILE_BYTES = 2**22
 """Of a tile's vectors, and of its products: the fastest of 2^18 to 2^25, or within 5 % of it."""
 CPU_COLUMNS = 2**9
 """Query vectors that a tile is multiplied with at a time."""
+FEW = 512
+"""Items that are scored for one query without the tiles of a scan, and sorted at once."""
 GPU_TILE_BYTES, GPU_COLUMNS = 2**28, 2**14
 """Not measured."""
 
@@ -73,14 +75,9 @@ def score_few(
     rows: Integer[Tensor, " n"],
 ) -> Float[Tensor, " n"]:
     """Scores of some rows for one query, as `scan` gives them, without a scan's preparations."""
-    blocks = []
-    for plane in planes:
-        if plane.first < r_c:
-            block = plane.vectors[rows].to(query.device, torch.float32)
-            blocks.append(block if plane.scales is None else block * plane.scales[rows].to(block))
-    vectors = torch.cat(blocks, dim=1) if len(blocks) > 1 else blocks[0]
-    products = vectors.flatten(0, 1) @ query.T
-    return products.view(len(rows), r_c, -1).amax(dim=1).sum(dim=1)
+    vectors = read(planes, r_c, rows).to(query.device)
+    products = query @ vectors.flatten(0, 1).T
+    return products.view(len(query), len(rows), r_c).amax(dim=2).sum(dim=0)
 
 
 class _Tile:
@@ -171,6 +168,9 @@ def best_columns(
     (tensor([[3.]]), tensor([[1]]))
     """
     top = min(top, scores.shape[1])
+    if scores.shape[1] <= FEW:
+        values, columns = scores.sort(dim=1, descending=True, stable=True)
+        return values[:, :top], columns[:, :top]
     values, columns = scores.topk(top, dim=1)
     # topk takes any of the columns that tie for the last place: there all of them are looked at.
     tied = ((scores >= values[:, -1:]).sum(dim=1) > top).nonzero().flatten().tolist()

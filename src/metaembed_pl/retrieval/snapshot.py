@@ -21,6 +21,8 @@ from metaembed_pl.retrieval.rows import map_rows
 
 DELETED_FILE = "deleted.i64"
 ATTEMPTS = 5
+FEW = 1000
+"""Values of a column that are read one by one: Arrow first puts all batches of it together."""
 
 
 class Matching:
@@ -37,6 +39,8 @@ class Matching:
 
     def num_below(self, place: int) -> int:
         """How many of them lie before a place."""
+        if place >= self._num_rows:
+            return len(self.places)
         return int(torch.searchsorted(self.places, place))
 
     def allowed(self, num_rows: int, num_slots: int) -> np.ndarray | None:
@@ -127,6 +131,8 @@ class Snapshot:
         # Their number first: a search asks for ten of them, and should not count to a million.
         whole = len(places) == len(column) and torch.equal(places, torch.arange(len(column)))
         try:
+            if len(places) <= FEW:
+                return [column[place].as_py() for place in places.tolist()]
             return (column if whole else column.take(pa.array(places.numpy()))).to_pylist()
         except (pa.ArrowException, MemoryError, UnicodeDecodeError, IndexError) as error:
             raise UserError(f"the column {name!r} of a store's rows is damaged: {error}") from error
