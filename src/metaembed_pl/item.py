@@ -126,10 +126,10 @@ class Item:
         found.__dict__.update(image=picture, content=content, decoded_image=picture)
         return found
 
-    def answering(self, answers: tuple[str, ...]) -> "Item":
-        """The same item, decoded if this one is, that answers other things."""
+    def answering(self, answers: tuple[str, ...], score: float | None = None) -> "Item":
+        """The same item, decoded if this one is, with the answers and the score of another pair."""
         found = copy(self)
-        object.__setattr__(found, "answers", answers)
+        found.__dict__.update(answers=answers, score=score)
         return found
 
     @property

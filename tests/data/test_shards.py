@@ -4,11 +4,13 @@ import io
 import json
 import pickle
 import tarfile
+from dataclasses import replace
 
 import pytest
 import webdataset
 from PIL import Image
 
+from metaembed_pl.data.collate import decoded, with_positive_of
 from metaembed_pl.data.shards import ShardedPairs, ShardWriter, verify
 from metaembed_pl.errors import BadSample, UserError
 from metaembed_pl.item import Item, Pair
@@ -357,6 +359,23 @@ def test_hard_negatives_of_all_questions_belong_to_the_candidate(tmp_path):
             writer.write(pair)
     assert [pair.negatives for pair in ShardedPairs(tmp_path / "pages")] == [shared] * 3
     assert sum("negative" in name for name in members_of(tmp_path / "pages")) == 1
+
+
+def test_questions_keep_the_score_that_a_model_gave_their_positive(tmp_path):
+    given = [
+        replace(pair, positive=replace(pair.positive, score=score))
+        for pair, score in zip(questions(), (0.5, None, 0.0), strict=True)
+    ]
+    with ShardWriter(tmp_path / "pages", "pages") as writer:
+        for pair in given:
+            writer.write(pair)
+    pairs = ShardedPairs(tmp_path / "pages")
+    assert list(pairs) == given
+    assert {pairs.locate(i)[1] for i in range(3)} == {"00000000"}
+    first = decoded(pairs[0])
+    last = with_positive_of(pairs[2], first)
+    assert last.positive.load_image() is first.positive.load_image()
+    assert (first.positive.score, last.positive.score) == (0.5, 0.0)
 
 
 def test_many_questions_begin_another_sample(tmp_path):

@@ -262,7 +262,9 @@ def with_positive_of(pair: Pair, first: Pair) -> Pair:
             f"pairs {first.id!r} and {pair.id!r} share the candidate id {first.positive.uid!r}, "
             "but not what it shows: give each candidate its own id"
         )
-    return replace(pair, positive=first.positive.answering(pair.positive.answers))
+    return replace(
+        pair, positive=first.positive.answering(pair.positive.answers, pair.positive.score)
+    )
 
 
 def collate(

@@ -103,7 +103,7 @@ class ShardWriter:
         Raises:
             UserError: a picture that cannot be read; names the pair.
         """
-        is_next = bool(self._held) and pair.positive == self._held[0].pair.positive
+        is_next = bool(self._held) and _is_same_candidate(pair, self._held[0].pair)
         if not is_next or len(self._held) == QUESTIONS_PER_SAMPLE:
             self._write_held()
         try:
@@ -234,6 +234,12 @@ class _EncodedPair(NamedTuple):
     negatives: list[_EncodedItem]
 
 
+def _is_same_candidate(one: Pair, other: Pair) -> bool:
+    """Whether two pairs have the same positive, however well it answered each of them."""
+    positives = (pair.positive.answering(pair.positive.answers) for pair in (one, other))
+    return next(positives) == next(positives)
+
+
 def _encoded_pair(pair: Pair, positive: _EncodedItem | None) -> _EncodedPair:
     """Encode a pair's pictures; the positive's is given where it was encoded before."""
     return _EncodedPair(
@@ -267,6 +273,8 @@ def _members(pairs: list[_EncodedPair]) -> dict[str, bytes]:
         if encoded.pair.asks is not None:
             value["asks"] = encoded.pair.asks
         value["query"] = add(encoded.query, f"query{prefix}")
+        if prefix and encoded.pair.positive.score is not None:
+            value["positive_score"] = encoded.pair.positive.score
         if with_negatives:
             stem = f"query{prefix}.negative" if prefix else "negative"
             value["negatives"] = negatives(encoded, stem)
@@ -286,7 +294,9 @@ def _members(pairs: list[_EncodedPair]) -> dict[str, bytes]:
             "queries": [question(pair, f".{n}", not shared) for n, pair in enumerate(pairs)],
             "negatives": negatives(first, "negative") if shared else [],
         }
-    value["positive"] = add(first.positive, "positive")
+    value["positive"] = {**add(first.positive, "positive")}
+    if len(pairs) > 1:
+        value["positive"].pop("score", None)  # each question has its own
     if first.pair.positive.id is None and first.positive.picture is not None:
         value["candidate"] = first.pair.positive.uid  # so that it need not be hashed to be known
     members["json"] = json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()

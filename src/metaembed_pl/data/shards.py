@@ -16,6 +16,7 @@ and candidate).
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -256,9 +257,16 @@ def _assemble(sample: _Sample, place: Place, choose: Choose | None) -> Pair:
     if choose is not None:
         negatives = [negatives[n] for n in choose(len(negatives))]
     value["query"] = _with_picture(value.get("query"), stem or "query", sample)
-    value["positive"] = sample.positive
+    value["positive"] = _positive_of(sample, value.pop("positive_score", None) if stem else None)
     value["negatives"] = [_with_picture(*negative, sample) for negative in negatives]
     return Pair.parse(value, default_id=f"{place.key}/{place.question}" if stem else place.key)
+
+
+def _positive_of(sample: _Sample, score: Any) -> Item | None:
+    """The positive, with the score that a question gives it."""
+    if sample.positive is None or score is None:
+        return sample.positive
+    return replace(sample.positive, score=score)
 
 
 def _question_of(sample: dict[str, Any], number: int) -> dict[str, Any]:
