@@ -286,21 +286,24 @@ def _members(pairs: list[_EncodedPair]) -> dict[str, bytes]:
     first = pairs[0]
     value: dict[str, Any]
     if len(pairs) == 1:
-        value = question(first, "")
+        value = question(first, "") | {"positive": add(first.positive, "positive")}
     else:
         # Hard negatives of all its questions belong to the candidate, and are stored once.
         shared = all(pair.pair.negatives == first.pair.negatives for pair in pairs)
         value = {
             "queries": [question(pair, f".{n}", not shared) for n, pair in enumerate(pairs)],
             "negatives": negatives(first, "negative") if shared else [],
+            "positive": _without_score(add(first.positive, "positive")),
         }
-    value["positive"] = {**add(first.positive, "positive")}
-    if len(pairs) > 1:
-        value["positive"].pop("score", None)  # each question has its own
     if first.pair.positive.id is None and first.positive.picture is not None:
         value["candidate"] = first.pair.positive.uid  # so that it need not be hashed to be known
     members["json"] = json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
     return members
+
+
+def _without_score(item: dict[str, Any]) -> dict[str, Any]:
+    """Each question has a score of its own."""
+    return {key: value for key, value in item.items() if key != "score"}
 
 
 def encoded_image(item: Item) -> tuple[bytes, str]:
