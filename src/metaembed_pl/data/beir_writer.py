@@ -27,7 +27,10 @@ class RetrievalSetWriter:
         folder: where the set shall stand.
         name: how metrics call it.
         split: of the judgements and lists.
-        licence, attribution, source, note: for the manifest, so that they travel with the data.
+        licence: of the data; it and the next three are kept in the manifest.
+        attribution: whom to credit.
+        source: where the data are from.
+        note: anything else.
         settings: how the set was made, for the manifest.
         overwrite: replace a set that stands there already.
 
