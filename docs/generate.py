@@ -63,7 +63,8 @@ def commands() -> str:
     ]
     for name, does in main.TRAINING_VERBS.items():
         lines += ["", f"## {name}", "", f"{_sentence(does)} Its flags are the [recipe keys]"]
-        lines[-1] += f"(recipe-keys.md): `metaembed-pl {name} --config R --trainer.max_steps=10`."
+        flag = "trainer.max_steps=10" if name == "fit" else "ckpt_path last"
+        lines[-1] += f"(recipe-keys.md): `metaembed-pl {name} --config R --{flag}`."
     for name, does in main.VERBS.items():
         lines += ["", f"## {name}", "", _sentence(does)]
         parser = argparse.ArgumentParser(prog=f"metaembed-pl {name}", add_help=False)

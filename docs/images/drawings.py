@@ -70,7 +70,7 @@ def nested_groups() -> None:
         said = f"{r_q} query x {r_c} candidate vectors"
         parts.append(text(left + 16 * step + 8, y + 18, said, **{"text-anchor": "start"}))
     parts.append(text(left + 8 * step, 30, "vectors of one candidate", fill=MUTED))
-    save("nested_groups.svg", 920, 245, parts)
+    save("nested_groups.svg", 970, 245, parts)
 
 
 def budget_costs() -> None:

@@ -45,7 +45,7 @@ class Item:
     Raises:
         UserError: neither text nor image, or a value of the wrong type.
 
-    Example:
+    Examples:
         >>> Item("flag of Japan", id="1F1EF-1F1F5").answered
         ('1F1EF-1F1F5',)
     """
