@@ -323,7 +323,7 @@ def test_nothing_is_sent_that_should_not_be(run, monkeypatch, capsys, hub, argum
 def test_without_a_network_a_push_is_one_line(run, capsys):
     assert export("--run", run, "--merge", "--licence", "mit", "--push-to", "org/name") == 2
     err = capsys.readouterr().err
-    assert "the hub did not take org/name: " in err
+    assert "upload of org/name failed: " in err
     assert err.count("\n") == 1
 
 

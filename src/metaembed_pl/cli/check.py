@@ -36,22 +36,31 @@ GATED = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of the verb."""
     add = parser.add_argument
-    add("--config", required=True, metavar="RECIPE", help="a recipe, or the name of one of ours")
-    add("--gpus", type=int, metavar="N", help="in all (default: what the recipe asks for)")
-    add("--gpu", metavar="NAME", help="A100, H100 or H200: its memory is the limit; tells hours")
-    add("--gpu-memory", metavar="80GB", help="of each GPU; more is then a fault")
+    add(
+        "--config",
+        required=True,
+        metavar="RECIPE",
+        help="a recipe file, or the name of a built-in recipe",
+    )
+    add("--gpus", type=int, metavar="N", help="total number of GPUs (default: as in the recipe)")
+    add(
+        "--gpu",
+        metavar="NAME",
+        help="A100, H100 or H200: checks its memory and estimates the hours",
+    )
+    add("--gpu-memory", metavar="80GB", help="memory per GPU; exceeding it is reported as a fault")
     add(
         "--utilisation",
         type=float,
         metavar="SHARE",
-        help="of the GPU's peak that training reaches, for the hours (default: 0.4, assumed)",
+        help="share of the GPU's peak that training reaches, for the hours (default: 0.4, assumed)",
     )
     add(
         "--set",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="change a key, as the flags of `fit` do, which work here as well; repeatable",
+        help="change a key; the flags of `fit` work, too; repeatable",
     )
     add("--json", action="store_true", help="one JSON object instead of a report")
 
@@ -212,7 +221,7 @@ def _of_lengths(lengths: "Lengths", made: "Outline") -> dict[str, Any]:
     }
     words = "of the data" if lengths.is_sampled else "at the recipe's limits, no data to look at"
     if not made.counts_tokens:
-        words += "; words counted roughly, no tokenizer at hand"
+        words += "; words are counted roughly, because no tokenizer is available"
     return {**found, "longest_is": words}
 
 

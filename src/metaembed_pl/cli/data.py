@@ -25,13 +25,18 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb and its flags."""
     what = parser.add_subparsers(metavar="WHAT", required=True)
-    show = what.add_parser("show", help="counts, distributions, repeats, leaks, a contact sheet")
+    show = what.add_parser("show", help="counts, distributions, duplicates, leaks, a contact sheet")
     add = show.add_argument
-    add("shards", nargs="+", metavar="SHARDS", help="folders of shards, or folders above such")
+    add("shards", nargs="+", metavar="SHARDS", help="folders of shards, or parent folders")
     add("--sheet", type=Path, metavar="FILE.png", help="draw a contact sheet of pairs")
     add("--num", type=int, default=12, metavar="N", help="pairs on the contact sheet (default: 12)")
-    add("--decode", action="store_true", help="decode all pictures: finds broken and equal ones")
-    add("--model", type=Path, metavar="FOLDER", help="count the texts that this model would cut")
+    add("--decode", action="store_true", help="decode all images, to find broken and equal ones")
+    add(
+        "--model",
+        type=Path,
+        metavar="FOLDER",
+        help="count the texts that this model would truncate",
+    )
     add("--json", action="store_true", help="one JSON object instead of tables")
 
 

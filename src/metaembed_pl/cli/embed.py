@@ -33,21 +33,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", type=Path, required=True, metavar="FOLDER", help="such as runs/NAME/model")
     add("--items", required=True, metavar="PATH", help=ITEMS)
-    add("--store", type=Path, required=True, metavar="FOLDER", help="made, or added to")
-    add("--dtype", choices=("bf16", "fp16", "int8"), help="of a new store (default: bf16)")
+    add("--store", type=Path, required=True, metavar="FOLDER", help="store to create or extend")
+    add("--dtype", choices=("bf16", "fp16", "int8"), help="dtype of a new store (default: bf16)")
     add(
         "--width",
         type=int,
         metavar="W",
-        help="components of a vector of a new store, by a projection that 512 of the items teach "
-        "(default: all the model's)",
+        help="dimensions to store, via a projection learned from 512 items (default: all of the "
+        "model's)",
     )
     add("--batch-size", type=int, default=32, metavar="N", help="items encoded at a time")
-    add("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
-    add("--again", action="store_true", help="embed also what the store has, and replace it")
-    add("--skip-bad", action="store_true", help="leave out, and name, what cannot be read")
-    add("--no-previews", action="store_true", help="keep no small pictures in the store")
-    add("--index", action="store_true", help="then build an index, so that a large store is fast")
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: cuda if available)")
+    add(
+        "--again", action="store_true", help="embed all items again, and replace those in the store"
+    )
+    add("--skip-bad", action="store_true", help="skip and report items that cannot be read")
+    add("--no-previews", action="store_true", help="store no previews")
+    add(
+        "--index",
+        action="store_true",
+        help="build an index afterwards, for fast search in a large store",
+    )
     add("--json", action="store_true", help="one JSON object instead of a line of text")
 
 

@@ -37,35 +37,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--budgets",
         default="all",
         metavar="RQxRC,...",
-        help="query x candidate vectors to spend (default: all that the model was trained for)",
+        help="query x candidate vectors to use (default: all trained budgets)",
     )
     add("--out", type=Path, metavar="DIR", help="default: evaluations/BENCHMARK-MODEL")
     add("--data", type=Path, default=Path("data"), metavar="DIR", help="default: data")
     add("--batch-size", type=int, default=32, metavar="N", help="items encoded at a time")
-    add("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: cuda if available)")
     add(
         "--dtype",
         choices=("fp32", "bf16", "fp16", "int8"),
         default="fp32",
-        help="of stored vectors; bf16 takes half the disk (default: fp32)",
+        help="dtype of the stored vectors; bf16 halves the disk space (default: fp32)",
     )
-    add("--bm25", action="store_true", help="put BM25 over the candidates' words beside the model")
-    add("--mlflow-uri", metavar="URI", help="log metrics and pictures there")
+    add("--bm25", action="store_true", help="also evaluate BM25 on the candidates' texts")
+    add("--mlflow-uri", metavar="URI", help="log metrics and pictures to this MLflow server")
     verbs = parser.add_subparsers(metavar="compare")
     compare = verbs.add_parser(
         "compare",
-        help="are two evaluations different, query by query",
+        help="compare two evaluations query by query: is the difference significant?",
         description="Compare two evaluations of the same benchmark, query by query.",
     )
     add = compare.add_argument
     add("first", type=Path, metavar="A", help="the folder of an evaluation")
-    add("second", type=Path, metavar="B", help="of another, or the same at another budget")
+    add(
+        "second",
+        type=Path,
+        metavar="B",
+        help="the folder of another, or the same folder for another budget",
+    )
     add(
         "--budgets",
         metavar="RQxRC[,RQxRC]",
-        help="of A and of B (default: the largest each)",
+        help="budgets of A and B (default: the largest of each)",
     )
-    add("--metric", metavar="NAME", help="default: what each task is judged by")
+    add("--metric", metavar="NAME", help="default: the metric of each task")
     # The verb's own `run` is set for the parser above: it asks for this one.
     compare.set_defaults(compare=True)
 

@@ -32,13 +32,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of the verb."""
     add = parser.add_argument
     add("--run", type=Path, required=True, metavar="FOLDER", dest="source", help=RUN)
-    add("--checkpoint", metavar="WHICH", help="best, last or a .ckpt (default: the run's model/)")
+    add(
+        "--checkpoint",
+        metavar="WHICH",
+        help="best, last or a .ckpt file (default: the run's model/)",
+    )
     add("--out", type=Path, metavar="FOLDER", help="where to write; must not exist")
-    add("--merge", action="store_true", help="make the adapter part of the weights")
-    add("--format", choices=FORMATS, default="metaembed", help="who is to load it")
-    add("--push-to", metavar="ORG/NAME", help="send it to the Hugging Face hub, as a private model")
-    add("--public", action="store_true", help="with --push-to: for all to see")
-    add("--licence", metavar="ID", help="of the weights (default: that of the base model)")
+    add("--merge", action="store_true", help="merge the adapter into the weights")
+    add("--format", choices=FORMATS, default="metaembed", help="the library that will load it")
+    add(
+        "--push-to",
+        metavar="ORG/NAME",
+        help="upload it to the Hugging Face hub, as a private model",
+    )
+    add("--public", action="store_true", help="with --push-to: make the model public")
+    add("--licence", metavar="ID", help="licence of the weights (default: the base model's)")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -83,6 +83,6 @@ def _ask(repository: str, do: Callable[..., Any], *args: Any, **kwargs: Any) -> 
     except (http_error, OSError, ValueError) as error:
         lines = [line for line in str(error).splitlines() if line.strip()] or [repr(error)]
         raise UserError(
-            f"the hub did not take {repository}: {lines[0].strip()}; log in with `hf auth login` "
+            f"upload of {repository} failed: {lines[0].strip()}; log in with `hf auth login` "
             "and see that the name is yours"
         ) from error

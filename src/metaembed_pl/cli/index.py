@@ -29,23 +29,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of the verb."""
     add = parser.add_argument
     add("--model", type=Path, required=True, metavar="FOLDER", help="such as runs/NAME/model")
-    add("--store", type=Path, required=True, metavar="FOLDER", help="as `embed` made it")
+    add("--store", type=Path, required=True, metavar="FOLDER", help="a store made by `embed`")
     add(
         "--codes",
         choices=("sq8", "rabitq"),
-        help="how the index keeps a vector: a byte a component, or a bit: a quarter of the size, "
-        "slower (default: sq8, or as it was)",
+        help="codes of the index: sq8 takes a byte per dimension; rabitq takes a bit, is a quarter "
+        "of the size, and slower (default: sq8, or as before)",
     )
-    add("--again", action="store_true", help="build it anew, though there is one")
+    add("--again", action="store_true", help="rebuild an existing index")
     add(
         "--queries",
         type=Path,
         metavar="PATH",
-        help="JSON Lines of queries to measure with (default: what `serve --log-queries` kept, or "
+        help="JSON Lines of queries to measure with (default: those of `serve --log-queries`, or "
         "texts of the store's items)",
     )
     add("--batch-size", type=int, default=32, metavar="N", help="queries encoded at a time")
-    add("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: cuda if available)")
     add("--json", action="store_true", help="one JSON object instead of a line of text")
 
 

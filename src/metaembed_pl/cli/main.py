@@ -16,22 +16,22 @@ from metaembed_pl.errors import UserError
 from metaembed_pl.files import disk_error
 
 TRAINING_VERBS = {
-    "fit": "train by a recipe, then test, report and write the model folder",
-    "validate": "score a checkpoint on the recipe's validation sets",
-    "test": "score a checkpoint on the recipe's test sets, and report",
+    "fit": "train from a recipe, then write the model folder, test and report",
+    "validate": "evaluate a checkpoint on the recipe's validation sets",
+    "test": "evaluate a checkpoint on the recipe's test sets, and report",
 }
 VERBS = {
-    "recipes": "list the recipes that come with the package, print one, start your own",
-    "check": "would a recipe run, and on what: all faults, parameters, steps, memory",
-    "data": "look into shards: counts, distributions, repeats, leaks, a contact sheet",
-    "mine": "hard negatives for shards, found by a trained model",
-    "embed": "items into a store of meta embeddings: streamed, resumable, on one process or many",
-    "index": "an index for a large store, and which plan a search of it takes",
-    "push": "a store into Qdrant: a server, a cluster or a folder; resumable",
-    "evaluate": "a benchmark at every budget, with a report; compare two evaluations",
-    "search": "search items by text or picture, at a budget",
-    "serve": "a local page over a store: search by text or picture, drag the budget",
-    "export": "a run as a folder that loads anywhere, or on the Hugging Face hub",
+    "recipes": "list, print or copy the recipes that come with the package",
+    "check": "check a recipe before training: faults, parameters, steps, memory",
+    "data": "inspect shards: counts, distributions, duplicates, leaks, a contact sheet",
+    "mine": "mine hard negatives for shards with a trained model",
+    "embed": "embed items into a store: streamed, resumable, on one or many processes",
+    "index": "build an index for a large store, and measure which search plan it needs",
+    "push": "push a store into Qdrant: a server, a cluster or a folder; resumable",
+    "evaluate": "evaluate a model on a benchmark at every budget; compare two evaluations",
+    "search": "search items by text, image or both, at a budget",
+    "serve": "serve a web page that searches a store at any budget",
+    "export": "export a run to a folder that loads anywhere, or to the Hugging Face hub",
 }
 
 

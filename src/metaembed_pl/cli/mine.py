@@ -41,28 +41,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", type=Path, required=True, metavar="FOLDER", help="such as runs/NAME/model")
     add("--shards", nargs="+", required=True, metavar="FOLDER", help="pairs to mine for")
-    add("--out", type=Path, required=True, metavar="FOLDER", help="where OUT/NAME and report go")
+    add(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="folder for OUT/NAME and OUT/report",
+    )
     add(
         "--corpus",
         nargs="+",
         default=[],
         metavar="PATH",
-        help="what to mine from beside the positives of the same shards: folders of shards, of "
-        "pictures, or JSON Lines of items",
+        help="more candidates, besides the positives of the same shards: folders of shards or of "
+        "images, or JSON Lines of items",
     )
     add(
         "--num-negatives",
         nargs="+",
         default=["4"],
         metavar="N",
-        help="hard negatives a query; NAME=N for the shards of that name (default: 4)",
+        help="hard negatives per query; NAME=N for the shards of that name (default: 4)",
     )
-    add("--skip-top", type=int, default=0, metavar="N", help="leave out the N best (default: 0)")
+    add("--skip-top", type=int, default=0, metavar="N", help="skip the N best (default: 0)")
     add(
         "--margin",
         type=float,
         metavar="M",
-        help="leave out what scores above the positive's score less M, in cosines (default: no "
+        help="skip candidates scoring above (positive score - M), in cosine units (default: no "
         "such limit)",
     )
     add(
@@ -70,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.95,
         metavar="R",
-        help="leave out what scores above R times the positive's score; inf: no limit "
+        help="skip candidates scoring above R times the positive's score; inf: no limit "
         "(default: 0.95)",
     )
     add("--depth", type=int, default=100, metavar="N", help="candidates ranked (default: 100)")
@@ -80,16 +86,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--target-recall",
         type=float,
         metavar="R",
-        help="or as cheaply as finds this share of the exact ranking's first --depth candidates, "
-        "with an index over the corpus: for corpora of a hundred thousand and more",
+        help="or use an index that finds this share of the exact ranking's first --depth "
+        "candidates; for corpora of 100,000 candidates and more",
     )
     add("--keep", action="store_true", help="keep the old hard negatives, before the new ones")
-    add("--instruction", metavar="TEXT", help="that the model was trained with, for queries")
-    add("--candidate-instruction", metavar="TEXT", help="likewise for candidates")
+    add(
+        "--instruction",
+        metavar="TEXT",
+        help="instruction that the model was trained with, for queries",
+    )
+    add("--candidate-instruction", metavar="TEXT", help="the same for candidates")
     add("--store", type=Path, metavar="FOLDER", help="keep the embedded corpora here, to use again")
     add("--batch-size", type=int, default=32, metavar="N", help="items encoded at a time")
-    add("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
-    add("--overwrite", action="store_true", help="replace mined shards that are there already")
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: cuda if available)")
+    add("--overwrite", action="store_true", help="replace existing mined shards")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -61,5 +61,5 @@ def find_device(name: str | None) -> str:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"--device {name} is not to be had here: {reason}") from error
+        raise UserError(f"device {name} is not available: {reason}") from error
     return name

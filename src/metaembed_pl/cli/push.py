@@ -28,33 +28,38 @@ SETTINGS = ("dtype", "quantization", "on_disk", "shards", "replicas", "batch_siz
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of the verb."""
     add = parser.add_argument
-    add("--store", type=Path, required=True, metavar="FOLDER", help="as `embed` made it")
+    add("--store", type=Path, required=True, metavar="FOLDER", help="a store made by `embed`")
     add("--to", metavar="ADDRESS", help="http://HOST:6333/NAME, or a folder for Qdrant Edge")
-    add("--plan", action="store_true", help="print what it costs, by items and precision; no more")
+    add("--plan", action="store_true", help="only print the cost, by number of items and precision")
     add(
         "--counts",
         metavar="N,N,...",
-        help="candidate vectors to search with, such as 1,8,64 (default: all the model knows)",
+        help="candidate vectors to search with, such as 1,8,64 (default: all trained counts)",
     )
     add(
         "--dtype",
         choices=("fp32", "fp16", "turbo8"),
-        help="of a new collection (default: fp16; fp32 of a store in fp32)",
+        help="dtype of a new collection (default: fp16; fp32 for a store in fp32)",
     )
     add(
         "--quantization",
         choices=("int8", "binary"),
-        help="a coarser copy of the smallest count, kept in memory and searched first",
+        help="keep a coarser copy of the smallest count in memory and search it first",
     )
-    add("--on-disk", action="store_true", default=None, help="keep nothing in memory but ids")
-    add("--shards", type=int, metavar="N", help="of a new collection on a cluster")
-    add("--replicas", type=int, metavar="N", help="of each shard")
+    add(
+        "--on-disk",
+        action="store_true",
+        default=None,
+        help="keep vectors and index on disk; only ids stay in memory",
+    )
+    add("--shards", type=int, metavar="N", help="shards of a new collection on a cluster")
+    add("--replicas", type=int, metavar="N", help="replicas of each shard")
     add(
         "--filter",
         action="append",
         default=[],
         metavar="KEY",
-        help="metadata to make filtering by fast; again for more",
+        help="metadata key to index for fast filtering; repeatable",
     )
     add("--batch-size", type=int, metavar="N", help="items sent at a time (default: what fits)")
     add("--json", action="store_true", help="one JSON object instead of a line of text")

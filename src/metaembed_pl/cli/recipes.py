@@ -26,7 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of the verb."""
     add = parser.add_argument
     add("name", nargs="?", metavar="NAME", help="print this recipe instead of the list")
-    add("--copy", type=Path, metavar="PATH", help="start your own: copy NAME to PATH")
+    add(
+        "--copy",
+        type=Path,
+        metavar="PATH",
+        help="copy the recipe NAME to PATH, with the files it refers to",
+    )
     add("--json", action="store_true", help="the heads of all recipes as one JSON object")
 
 

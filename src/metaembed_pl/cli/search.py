@@ -37,41 +37,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of the verb."""
     add = parser.add_argument
     add("--model", type=Path, required=True, metavar="FOLDER", help="such as runs/NAME/model")
-    add("--store", metavar="STORE", help="what to search: a folder, or where `push` put it")
+    add(
+        "--store", metavar="STORE", help="store to search: a folder, or the address given to `push`"
+    )
     add(
         "--items",
         type=Path,
         metavar="PATH",
-        help="or a JSON Lines of items, a folder of pictures, or a folder of shards",
+        help="or JSON Lines of items, a folder of images, or a folder of shards",
     )
-    add("--query", metavar="TEXT", help="what to look for, in words")
-    add(
-        "--image", type=Path, metavar="FILE", help="what to look for, as a picture; also with words"
-    )
+    add("--query", metavar="TEXT", help="text to search for")
+    add("--image", type=Path, metavar="FILE", help="image to search for; also together with a text")
     add(
         "--budget",
         metavar="RQxRC",
-        help="query x candidate vectors to spend on every item (default: of a store in a folder, "
-        "auto: what it was measured to need; else all)",
+        help="query x candidate vectors to use for every item (default: auto for a store in a "
+        "folder, which takes what was measured; all vectors otherwise)",
     )
     add(
         "--target-recall",
         type=float,
         metavar="R",
-        help="share of the exact search's first ten that auto is to find (default: 0.98)",
+        help="share of the exact search's top ten that auto must find (default: 0.98)",
     )
-    add("--cascade", metavar="STAGES", help="of a store, such as poolx8:200,16x64:10")
+    add("--cascade", metavar="STAGES", help="stages for a store, such as poolx8:200,16x64:10")
     add(
         "--where",
         action="append",
         metavar="KEY=VALUE",
-        help="of a store: metadata that must hold; also != < <= > >=; repeatable",
+        help="metadata filter for a store; also != < <= > >=; repeatable",
     )
-    add("--normalised", action="store_true", help="of a store: scores divided by r_q")
-    add("--exact", action="store_true", help="of a store: score every item, ask no index")
+    add("--normalised", action="store_true", help="divide a store's scores by r_q")
+    add("--exact", action="store_true", help="score every item of a store, without an index")
     add("--top", type=int, default=10, metavar="N", help="results to show (default: 10)")
     add("--batch-size", type=int, default=32, metavar="N", help="items encoded at a time")
-    add("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: cuda if available)")
     add("--json", action="store_true", help="one JSON object instead of a table")
 
 

@@ -28,30 +28,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of the verb."""
     add = parser.add_argument
     add("--model", type=Path, required=True, metavar="FOLDER", help="such as runs/NAME/model")
-    add("--store", type=Path, required=True, metavar="FOLDER", help="as `embed` made it")
+    add("--store", type=Path, required=True, metavar="FOLDER", help="a store made by `embed`")
     add("--host", default="127.0.0.1", metavar="ADDRESS", help="default: 127.0.0.1, this machine")
-    add("--port", type=int, default=8000, metavar="N", help="default: 8000; 0: any that is free")
+    add("--port", type=int, default=8000, metavar="N", help="default: 8000; 0: any free port")
     add(
         "--pictures",
         type=Path,
         action="append",
         metavar="FOLDER",
-        help="may be read and shown where items were made of files in it; repeatable",
+        help="show original images from this folder, if items were made from them; repeatable",
     )
     add(
         "--allow-host",
         action="append",
         metavar="NAME",
-        help="what else this machine is called in a browser, such as behind a proxy",
+        help="another host name of this machine, such as that of a proxy",
     )
     add(
         "--log-queries",
         action="store_true",
-        help="keep the texts that are asked in the store's folder; its plans are then measured "
-        "with them",
+        help="log text queries in the store's folder; search plans are then measured with them",
     )
-    add("--max-upload", type=float, default=10, metavar="MB", help="of a picture (default: 10)")
-    add("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
+    add(
+        "--max-upload",
+        type=float,
+        default=10,
+        metavar="MB",
+        help="largest image in MB (default: 10)",
+    )
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: cuda if available)")
 
 
 def run(args: argparse.Namespace) -> None:

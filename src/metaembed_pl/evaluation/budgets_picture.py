@@ -49,7 +49,7 @@ def draw_budgets(
     _draw_panel(panels[0], curves, groups, sizes, [format_bytes(size) for size in sizes])
     _draw_panel(panels[1], curves, groups, times_ms, [format_ms(time) for time in times_ms])
     panels[1].tick_params(labelleft=False)  # those of the first panel; names stand in their place
-    _title(panels[0], "Quality and index size", f"{metric} against bytes a candidate, in bf16")
+    _title(panels[0], "Quality and index size", f"{metric} against bytes per candidate, in bf16")
     _title(
         panels[1],
         "Quality and search time",

@@ -24,7 +24,7 @@ class Cost(NamedTuple):
     scoring_s: float
 
 
-def measure_costs(width: int, budgets: Sequence[Budget], num_repeats: int = 5) -> list[Cost]:
+def measure_costs(width: int, budgets: Sequence[Budget], num_repeats: int = 15) -> list[Cost]:
     """Measure budgets on random vectors, since the time does not depend on what they hold.
 
     Where 10,000 candidates would not fit in half a GiB, fewer are timed and the time is scaled:

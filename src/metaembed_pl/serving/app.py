@@ -214,7 +214,7 @@ def _answer_errors(app: FastAPI, service: Service) -> None:
     @app.exception_handler(Exception)
     def fail(request: Request, error: Exception) -> JSONResponse:
         logging.getLogger(__name__).error("%s failed", request.url.path, exc_info=error)
-        return _problem(500, "this should not have happened; the service's log tells more")
+        return _problem(500, "internal error; see the service log")
 
 
 def _problem(status: int, sentence: str) -> JSONResponse:
