@@ -98,6 +98,8 @@ class MadePairs(list):
         self.name = self.folder = source.name
         self.shard_sizes = [count]
 
+    head = list.__getitem__
+
     def locate(self, index: int) -> tuple[str, str]:
         """Shard and key of a pair."""
         return "made", str(index)

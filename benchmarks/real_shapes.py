@@ -423,6 +423,7 @@ def batches_of(trainee: Trainee, source: Any, num_ranks: int) -> list[list[Any]]
     pairs = MadePairs(source, size * NUM_STEPS)
     plan = Plan([PlannedSource(source.name, (len(pairs),))], size)
     made = TrainingBatches([pairs], [data.num_negatives], plan, trainee.model.processor())  # pyright: ignore[reportArgumentType]
+    made.in_chunks = True
     made.max_chunk_tokens = trainee.recipe.model.max_chunk_tokens  # pyright: ignore[reportOptionalMemberAccess]
     made.num_ranks = num_ranks
     found = []
@@ -436,6 +437,12 @@ def batches_of(trainee: Trainee, source: Any, num_ranks: int) -> list[list[Any]]
     return found
 
 
+def in_step(calls: list[list[Any]]) -> list[list[Any]]:
+    """Equally many calls on each rank, as where weights are shared out: the last one again."""
+    most = max(map(len, calls))
+    return [[*of_rank, *[of_rank[-1]] * (most - len(of_rank))] for of_rank in calls]
+
+
 def of_source(trainee: Trainee, cost: Costs, source: Any) -> dict[str, float]:
     """A pair of a source: operations, the least of them, and shares of tokens."""
     config: Any = trainee.model.backbone.config
@@ -445,12 +452,16 @@ def of_source(trainee: Trainee, cost: Costs, source: Any) -> dict[str, float]:
     real = computed = waited = pairs = 0
     for ranks in batches_of(trainee, source, num_ranks):
         of_ranks, tokens = [], []
-        for batch in ranks:
+        sides = [[pieces(batch.queries), pieces(batch.candidates)] for batch in ranks]
+        run = [list(side) for side in zip(*sides, strict=True)]
+        if trainee.running.stage == 3:
+            run = [in_step(side) for side in run]
+        for batch, needs, *calls in zip(ranks, sides, *run, strict=True):
             pairs += len(batch.keys)
-            calls = [call for side in (batch.queries, batch.candidates) for call in pieces(side)]
+            calls = [call for side in calls for call in side]
             of_ranks.append(sum(cost.flops(_work(config, call)) for call in calls))
             tokens.append(sum(call["input_ids"].numel() for call in calls))
-            for call in calls:
+            for call in (call for side in needs for call in side):
                 real += int(call["attention_mask"][: len(call["slot_index"])].sum())
                 for row in rows_of(config, call):
                     needed += cost.once(row) + cost.forward(row) + cost.backward(row)

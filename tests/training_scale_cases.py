@@ -12,6 +12,7 @@ import tiny
 from metaembed_pl.data.collate import collate
 from metaembed_pl.errors import UserError
 from metaembed_pl.item import Item, Pair
+from metaembed_pl.model import processing
 from metaembed_pl.model.backbone import BackboneConfig, ScratchTokenizer
 from metaembed_pl.model.lora import LoraConfig
 from metaembed_pl.model.sharded import whole
@@ -159,6 +160,7 @@ class Batches(pl.LightningDataModule):
     def train_dataloader(self):
         module = self.trainer.lightning_module
         rank, share = self.trainer.global_rank, NUM_PAIRS // self.trainer.world_size
+        processing.PASS_TOKENS = 4  # these rows are short: they would all be one chunk
         return DataLoader(
             [
                 collate(
@@ -166,6 +168,8 @@ class Batches(pl.LightningDataModule):
                     module.embedder.processor(),
                     source="pairs",
                     step=b,
+                    # In the plain form, which all are compared with, all rows are padded alike.
+                    in_chunks=self.trainer.world_size > 1,
                     max_chunk_tokens=module.max_chunk_tokens,
                 )
                 for b in range(NUM_BATCHES)

@@ -77,6 +77,39 @@ def test_chunks_change_nothing(name):
         assert rows == len(chunk.rows)
 
 
+@pytest.mark.parametrize("name", QWEN)
+@pytest.mark.parametrize("side", ["query", "candidate"])
+def test_packed_rows_change_nothing(name, side):
+    """With flash attention's positions; sdpa makes a mask of blocks of them."""
+    model = loud(name).train()
+    checkpoint_activations(model.backbone)
+    for items in (ITEMS, TEXTS):
+        found = []
+        for packs in (False, True):
+            model.packs = packs
+            model.zero_grad()
+            embeddings = model(batch_of(model, items, side), side)
+            weights = torch.linspace(-1, 1, embeddings.numel())
+            (embeddings.flatten() * weights).sum().backward()
+            gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+            found.append((embeddings.detach(), gradients))
+        (plain, of_plain), (ours, of_ours) = found
+        torch.testing.assert_close(ours, plain, atol=1e-5, rtol=0)
+        largest = max(float(gradient.abs().max()) for gradient in of_plain.values())
+        assert of_ours.keys() == of_plain.keys()
+        worst = max(float((of_ours[n] - of_plain[n]).abs().max()) for n in of_plain)
+        assert worst <= 1e-5 * largest
+
+
+def test_flash_attention_packs_where_the_family_can():
+    for name in NAMES:
+        model = tiny.embedder(config=tiny.CONFIGS[name])
+        assert not model.packs
+        model.backbone.config._attn_implementation_internal = "flash_attention_2"
+        again = MetaEmbedder(model.backbone, model.processing, ["1x1"])
+        assert again.packs == (name in QWEN)
+
+
 @every_family
 def test_every_meta_token_sees_image_and_text(name):
     model = loud(name)

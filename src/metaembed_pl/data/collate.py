@@ -62,9 +62,16 @@ class Chunk(WithTensors):
     rows: Int[Tensor, " b"]
     inputs: dict[str, Tensor]
 
+    def inputs_on(self, device: torch.device, but: Sequence[str] = ()) -> dict[str, Tensor]:
+        """The inputs on a device, `but` for those that stay where they are."""
+        return {
+            name: tensor if name in but else tensor.to(device, non_blocking=True)
+            for name, tensor in self.inputs.items()
+        }
+
 
 Inputs = dict[str, Tensor] | list[Chunk]
-"""Processed rows, in one piece or, for gradient caching, in chunks."""
+"""Processed rows: in one piece, or in chunks of like length."""
 
 
 class Process(Protocol):
@@ -74,8 +81,14 @@ class Process(Protocol):
         """Tensors of a batch of items of one side."""
         ...
 
-    def in_chunks(self, items: Sequence[Item], side: Side, max_tokens: int) -> list[Chunk]:
-        """The same in chunks of at most so many tokens, padding included."""
+    def in_chunks(
+        self, items: Sequence[Item], side: Side, max_tokens: int | None = None
+    ) -> list[Chunk]:
+        """The same in chunks of like length, of at most so many tokens, padding included."""
+        ...
+
+    def rough_length(self, item: Item, side: Side) -> int:
+        """About how many tokens an item's row has; nothing is decoded."""
         ...
 
 
@@ -273,6 +286,7 @@ def collate(
     *,
     source: str,
     step: int,
+    in_chunks: bool = False,
     max_chunk_tokens: int | None = None,
 ) -> TrainBatch:
     """One batch: for each candidate the pairs that ask it something.
@@ -280,11 +294,17 @@ def collate(
     Everything is encoded once: a positive however often it is asked, and equal hard negatives.
     Nothing is added where a pair has fewer hard negatives than others.
 
-    With `max_chunk_tokens` its rows come in chunks of at most so many tokens.
+    Args:
+        questions: at least one pair for each candidate.
+        process: what makes tensors of items.
+        source: the name of their source.
+        step: of the plan.
+        in_chunks: rows come in chunks of like length, instead of in one piece.
+        max_chunk_tokens: likewise, in chunks of at most so many tokens.
     """
 
     def processed(items: list[Item], side: Side) -> Inputs:
-        if max_chunk_tokens is None:
+        if not in_chunks and max_chunk_tokens is None:
             return process(items, side)
         return process.in_chunks(items, side, max_chunk_tokens)
 

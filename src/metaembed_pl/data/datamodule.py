@@ -33,7 +33,7 @@ from metaembed_pl.data.collate import (
     decoded,
     with_positive_of,
 )
-from metaembed_pl.data.plan import Plan, PlannedSource
+from metaembed_pl.data.plan import Plan, PlannedBatch, PlannedSource
 from metaembed_pl.data.retrieval_set import RetrievalSet
 from metaembed_pl.data.shards import ShardedPairs
 from metaembed_pl.errors import BadSample, Unreachable, UserError
@@ -155,6 +155,7 @@ class TrainingBatches(IterableDataset):
         self.plan = plan
         self.process = process
         self.first, self.last, self.rank, self.num_ranks = 0, 0, 0, 1
+        self.in_chunks = False
         self.max_chunk_tokens: int | None = None
 
     def __iter__(self) -> Iterator[TrainBatch]:
@@ -165,7 +166,7 @@ class TrainingBatches(IterableDataset):
 
     def load(self, step: int) -> TrainBatch:
         """This rank's batch of a step."""
-        planned = self.plan.rank_batch(step, self.rank, self.num_ranks)
+        planned = self.plan.rank_batch(step, self.rank, self.num_ranks, self._costs)
         faults: list[tuple[str, str, str]] = []
         processing: Any = getattr(self.process, "processing", None)
         if processing is not None:
@@ -179,12 +180,30 @@ class TrainingBatches(IterableDataset):
             self.process,
             source=self.plan.sources[planned.source].name,
             step=step,
+            in_chunks=self.in_chunks,
             max_chunk_tokens=self.max_chunk_tokens,
         )
         batch.faults = faults
         if processing is not None:
             batch.cut = processing.cut
         return batch
+
+    def _costs(self, batch: PlannedBatch) -> list[int]:
+        """About how many tokens each candidate has, with its questions and their negatives."""
+        return [
+            sum(self._cost(batch, number, position) for number, position in enumerate(positions))
+            for positions in batch.questions
+        ]
+
+    def _cost(self, batch: PlannedBatch, number: int, position: int) -> int:
+        try:
+            pair = self.sources[batch.source].head(position)
+        except BadSample:
+            return 0  # noted when it is read
+        pair = choose_negatives(pair, self.num_negatives[batch.source], batch.step)
+        candidates = [*([pair.positive] if number == 0 else []), *pair.negatives]
+        length = self.process.rough_length
+        return length(pair.query, "query") + sum(length(item, "candidate") for item in candidates)
 
     def _usable(self, source: int, positions: list[int], step: int, faults: list) -> list[Pair]:
         """Those of a candidate's pairs that can be used; where none can, the next one that can."""
@@ -422,10 +441,10 @@ class RetrievalDataModule(pl.LightningDataModule):
         trainer = self._attached()
         dataset.rank, dataset.num_ranks = trainer.global_rank, trainer.world_size
         module: Any = trainer.lightning_module
+        dataset.in_chunks = not module.embedder.packs
         dataset.max_chunk_tokens = module.max_chunk_tokens
-        self.plan.rank_batch(
-            0, 0, dataset.num_ranks
-        )  # an uneven division shows before workers start
+        # An uneven division shows before workers start.
+        self.plan.rank_batch(0, 0, dataset.num_ranks)
         return _ResumingLoader(dataset, self, **self._worker_settings())
 
     def val_dataloader(self) -> list[DataLoader]:

@@ -3,21 +3,21 @@
 A source is passed over again and again; in each pass every pair comes exactly once, in an order
 drawn from (seed, source, pass). A batch holds pairs of one source. Which source a step belongs to
 follows the mixing weights, evenly spaced; without weights, the sources' sizes and a temperature.
-Nothing depends on the number of workers or ranks: rank r of W takes the r-th of W equal parts of
-each global batch, and resuming at step t means asking for step t.
+Nothing depends on the number of workers or ranks: the ranks share the candidates of a global batch,
+equally many each, and resuming at step t means asking for step t.
 
 A batch consists of candidates. Each comes with one question (a pair) or, where the source says
 `questions`, with several of the pairs that share it.
 """
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from metaembed_pl.errors import UserError
 
@@ -73,6 +73,32 @@ class PlannedBatch:
     def questions(self) -> list[Int[np.ndarray, " _"]]:
         """The positions by candidate."""
         return np.split(self.positions, np.flatnonzero(np.diff(self.candidates)) + 1)
+
+
+CostsOf = Callable[[PlannedBatch], Sequence[float]]
+"""What encoding each candidate of a batch costs, with its questions and their hard negatives."""
+
+
+def dealt(costs: Float[np.ndarray, " C"], num_ranks: int) -> Int[np.ndarray, "W c"]:
+    """The candidates of each rank, equally many, so that all ranks have about as much to do.
+
+    The dearest first, each to the rank that has least to do and room left.
+
+    Args:
+        costs: of the candidates.
+        num_ranks: divides their number.
+
+    >>> dealt(np.array([9.0, 1.0, 8.0, 2.0]), 2).tolist()
+    [[0, 1], [2, 3]]
+    """
+    size = len(costs) // num_ranks
+    ranks: list[list[int]] = [[] for _ in range(num_ranks)]
+    loads = np.zeros(num_ranks)
+    for candidate in np.argsort(-costs, kind="stable").tolist():
+        rank = int(loads.argmin())
+        ranks[rank].append(candidate)
+        loads[rank] += costs[candidate] if len(ranks[rank]) < size else np.inf
+    return np.sort(np.array(ranks), axis=1)
 
 
 class _Pass(NamedTuple):
@@ -164,8 +190,17 @@ class Plan:
         candidates = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
         return PlannedBatch(step, source, np.concatenate(parts), candidates)
 
-    def rank_batch(self, step: int, rank: int, num_ranks: int) -> PlannedBatch:
+    def rank_batch(
+        self, step: int, rank: int, num_ranks: int, costs_of: CostsOf | None = None
+    ) -> PlannedBatch:
         """This rank's part of the global batch of a step: equally many candidates on each.
+
+        Args:
+            step: of the plan.
+            rank: counted from 0.
+            num_ranks: that share the global batch.
+            costs_of: tells what encoding a candidate with its questions costs, so that no rank
+                waits long for another; the same on every rank. None: all cost the same.
 
         Raises:
             UserError: the global batch cannot be divided evenly.
@@ -176,14 +211,14 @@ class Plan:
                 f"{num_ranks} ranks; choose a multiple of {num_ranks}"
             )
         whole = self.batch(step)
-        size = self.global_batch_size // num_ranks
-        first, end = np.searchsorted(whole.candidates, [rank * size, (rank + 1) * size])
-        return PlannedBatch(
-            step,
-            whole.source,
-            whole.positions[first:end],
-            whole.candidates[first:end] - rank * size,
-        )
+        if num_ranks == 1:
+            return whole
+        costs = np.ones(self.global_batch_size)
+        if costs_of is not None:
+            costs = np.array(costs_of(whole))
+        own = np.isin(whole.candidates, dealt(costs, num_ranks)[rank])
+        candidates = np.unique(whole.candidates[own], return_inverse=True)[1]
+        return PlannedBatch(step, whole.source, whole.positions[own], candidates)
 
     def _extend(self, num_steps: int) -> None:
         """Gives each further step to the source that lags furthest behind its share."""

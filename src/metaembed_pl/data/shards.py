@@ -44,6 +44,8 @@ __all__ = ["ShardWriter", "ShardedPairs", "verify"]
 Choose = Callable[[int], Iterable[int]]
 """Of so many hard negatives, the numbers of those to keep."""
 
+HEAD_BYTES = 2**16
+"""Of a picture: its size stands there, behind what cameras and editors write before it."""
 _PICTURE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 
 
@@ -114,7 +116,9 @@ class ShardedPairs(Sequence[Pair]):
         """
         return self.read(i)
 
-    def read(self, i: int, choose: Choose | None = None) -> Pair:
+    def read(
+        self, i: int, choose: Choose | None = None, picture_bytes: int | None = None
+    ) -> Pair:
         """Read pair `i` with some of its hard negatives; the others are not even read.
 
         Pairs of one sample that are read one after the other share its JSON and their positive.
@@ -122,6 +126,7 @@ class ShardedPairs(Sequence[Pair]):
         Args:
             i: its number.
             choose: which hard negatives to keep of so many; None keeps all.
+            picture_bytes: of each picture only the first so many: enough to tell its size.
 
         Raises:
             BadSample, Unreachable: as `pairs[i]`.
@@ -129,7 +134,9 @@ class ShardedPairs(Sequence[Pair]):
         place = self._index[i]
         try:
             sample = self._last
-            if sample is None or (sample.shard, sample.key) != (place.shard, place.key):
+            if picture_bytes is not None:
+                sample = _Sample(place, self._open_shard, picture_bytes)
+            elif sample is None or (sample.shard, sample.key) != (place.shard, place.key):
                 sample = self._last = _Sample(place, self._open_shard)
             return _assemble(sample, place, choose)
         except Unreachable:
@@ -205,7 +212,13 @@ def _manifest_of(name: str, scanned: dict[str, bytes]) -> dict[str, Any]:
 class _Sample(Mapping[str, bytes]):
     """A sample of a shard: its members by suffix, each read when it is asked for."""
 
-    def __init__(self, place: Place, open_shard: Callable[[str], BinaryIO]) -> None:
+    def __init__(
+        self,
+        place: Place,
+        open_shard: Callable[[str], BinaryIO],
+        picture_bytes: int | None = None,
+    ) -> None:
+        self._picture_bytes = picture_bytes
         self.shard, self.key = place.shard, place.key
         self._spans, self._open_shard = place.spans, open_shard
         if "json" not in self:
@@ -232,7 +245,8 @@ class _Sample(Mapping[str, bytes]):
             if offset + size > file_size:
                 raise UserError(f"{suffix} is cut off: the shard ends at byte {file_size}")
             file.seek(offset)
-            return file.read(size)
+            is_cut = self._picture_bytes is not None and suffix != "json"
+            return file.read(min(size, self._picture_bytes) if is_cut else size)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._spans)

@@ -42,6 +42,7 @@ from metaembed_pl.model.model_folder import (
     read_settings,
     save_backbone,
 )
+from metaembed_pl.model.packing import packed
 from metaembed_pl.model.processing import Processing, Side
 from metaembed_pl.model.sharded import is_first_rank, whole
 from metaembed_pl.model.weights import load_into, refuse_unlike
@@ -67,10 +68,16 @@ class Processor:
         """The tensors `MetaEmbedder.forward` takes."""
         return self._cast(self.processing(items, side, self.num_slots[side]))
 
-    def in_chunks(self, items: Sequence[Item], side: Side, max_tokens: int) -> list[Chunk]:
+    def in_chunks(
+        self, items: Sequence[Item], side: Side, max_tokens: int | None = None
+    ) -> list[Chunk]:
         """The same in chunks of like length, the longest first; see `Processing.in_chunks`."""
         chunks = self.processing.in_chunks(items, side, self.num_slots[side], max_tokens)
         return [replace(chunk, inputs=self._cast(chunk.inputs)) for chunk in chunks]
+
+    def rough_length(self, item: Item, side: Side) -> int:
+        """About how many tokens an item's row has; see `Processing.rough_length`."""
+        return self.processing.rough_length(item, side) + self.num_slots[side]
 
     def _cast(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         if "pixel_values" not in inputs:
@@ -93,6 +100,7 @@ class MetaEmbedder(nn.Module):
     Attributes:
         shared: what ranks that train the model together wait for: None where there is but one. For
             its sake each must run the modules that the others run, also where there is no picture.
+        packs: the rows of a call go through the language model as one, without padding.
     """
 
     def __init__(
@@ -118,6 +126,9 @@ class MetaEmbedder(nn.Module):
             nn.Linear(text.hidden_size, projection, bias=False) if projection else nn.Identity()
         )
         self.shared: Shared | None = None
+        self.packs = processing.family.packs_rows and (
+            backbone.config._attn_implementation == "flash_attention_2"
+        )
 
     def processor(self) -> "Processor":
         """What turns items into the tensors `forward` takes.
@@ -142,8 +153,11 @@ class MetaEmbedder(nn.Module):
         else:
             prepared = nullcontext(inputs)
         table = self.backbone.get_input_embeddings()
-        with prepared as ready, self.meta_tokens.inserted(table, slot_index, side):
-            hidden = self.backbone(**ready, use_cache=False).last_hidden_state
+        with prepared as ready:
+            if self.packs:
+                ready, slot_index = packed(ready, slot_index)
+            with self.meta_tokens.inserted(table, slot_index, side):
+                hidden = self.backbone(**ready, use_cache=False).last_hidden_state
         states = self.meta_tokens.read(hidden, slot_index, side)
         # bf16 would cost three digits of the score: project and normalise in fp32.
         states = states.to(self.meta_tokens.embedding.weight.dtype)

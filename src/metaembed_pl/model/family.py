@@ -106,6 +106,7 @@ class Family:
         image_options: what the image processor is called with.
         smallest_options: what makes it keep a small picture small.
         packs_images: its vision tower runs over the patches of all images as one sequence.
+        packs_rows: its language model takes several rows as one; see packing.py.
         other_templates: of models of this kind that have other marks; their tokenizers tell.
     """
 
@@ -133,6 +134,7 @@ class Family:
     image_options: Mapping[str, Any] = field(default_factory=dict)
     smallest_options: Mapping[str, Any] = field(default_factory=dict)
     packs_images: bool = False
+    packs_rows: bool = False
     other_templates: tuple[Template, ...] = ()
 
     def image_processor(
@@ -178,6 +180,7 @@ def _qwen(model_type: str, **settings: Any) -> Family:
         shown=qwen.shown,
         smallest_options={"size": {"shortest_edge": 1, "longest_edge": 10**6}},
         packs_images=True,
+        packs_rows=True,
     )
 
 

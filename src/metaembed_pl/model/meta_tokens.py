@@ -72,6 +72,8 @@ class MetaTokens(nn.Module):
     ) -> Iterator[None]:
         """While open, the output of `input_embedding` holds the meta tokens at `slot_index`.
 
+        Columns of each row, or where all rows are packed into one, columns of that.
+
         The hook lives for one forward only: Lightning's DeepSpeed set-up strips persistent hooks.
         Rows beyond those of `slot_index` stay as they are. Gemma scales its input embeddings; so it
         does the meta tokens, which are then what new rows of the vocabulary would be.
@@ -81,8 +83,10 @@ class MetaTokens(nn.Module):
         def write(_module: nn.Module, _args: tuple, output: Float[Tensor, "B L H"]) -> Tensor:
             # Called as a module, so that ZeRO-3 gathers the sharded table.
             tokens = (self.embedding(self._rows(side)) * scale).to(output.dtype)
-            index = slot_index[:, :, None].expand(-1, -1, output.shape[-1])
-            return output.scatter(1, index, tokens.expand_as(index))
+            index = slot_index.flatten() if len(output) == 1 else slot_index
+            index = index.view(-1, index.shape[-1], 1).expand(-1, -1, output.shape[-1])
+            tokens = tokens.expand(*slot_index.shape, -1).reshape(index.shape)
+            return output.scatter(1, index, tokens)
 
         handle = input_embedding.register_forward_hook(write)
         try:
@@ -95,4 +99,6 @@ class MetaTokens(nn.Module):
     ) -> Float[Tensor, "B R H"]:
         """The states of this side's own meta tokens: R = R_q for queries, R_c for candidates."""
         own = slot_index if side == "query" else slot_index[:, -self.num_candidate :]
+        if len(hidden) == 1:  # a row, or all rows in one
+            return hidden[0, own]
         return hidden.gather(1, own[:, :, None].expand(-1, -1, hidden.shape[-1]))

@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -27,8 +28,15 @@ from metaembed_pl.item import Item
 from metaembed_pl.model.family import Family, Template, family_of
 from metaembed_pl.model.hub_faults import why_not
 from metaembed_pl.model.image_processors import load_image_processor
+from metaembed_pl.picture import picture_size
 
 Side = Literal["query", "candidate"]
+PASS_TOKENS = 128
+"""What a pass through the layers costs beside its tokens: to save fewer, it is not worth one."""
+BYTES_A_TOKEN = 4
+"""Of a text, on average."""
+PICTURE_TOKENS = 1024
+"""A picture of a family that sees all of them at one size is as costly as so many tokens."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +122,7 @@ class Processing:
         return self._assembled(rows, seen, with_image, num_slots)
 
     def in_chunks(
-        self, items: Sequence[Item], side: Side, num_slots: int, max_tokens: int
+        self, items: Sequence[Item], side: Side, num_slots: int, max_tokens: int | None = None
     ) -> list[Chunk]:
         """Tensors of a batch in chunks of like length, longest first: little of them is padding.
 
@@ -122,7 +130,7 @@ class Processing:
             items: at least one.
             side: as for a whole batch.
             num_slots: likewise.
-            max_tokens: of a chunk, padding and slots included; a longer row is a chunk by itself.
+            max_tokens: see `chunked`.
 
         Raises:
             UserError: an image does not decode, or its family cannot take its shape.
@@ -142,6 +150,28 @@ class Processing:
             inputs = self._assembled(some, joined, with_image, num_slots)
             chunks.append(Chunk(torch.tensor(chosen), inputs))
         return chunks
+
+    def rough_length(self, item: Item, side: Side) -> int:
+        """About how many tokens an item has, slots aside; nothing is decoded."""
+        num_bytes = len((self._before(side) + self._words(item)).encode())
+        text = min(self.max_text_tokens, num_bytes // BYTES_A_TOKEN)
+        if item.image is None:
+            return text
+        return text + self._picture_length(item)
+
+    def _picture_length(self, item: Item) -> int:
+        if not self.family.packs_images:
+            return PICTURE_TOKENS
+        if isinstance(item.image, Image.Image):
+            width, height = item.image.size
+        else:
+            try:
+                _, width, height = picture_size(item.image_content())
+            except UserError:  # whoever decodes it says what is wrong
+                return 0
+        limits, side = self.image_processor.size, self.image_processor.patch_size
+        area = max(limits["shortest_edge"], min(limits["longest_edge"], width * height))
+        return area // (side * self.image_processor.merge_size) ** 2
 
     def _images_and_texts(
         self, items: Sequence[Item], side: Side
@@ -230,12 +260,14 @@ class Processing:
 
     def text_ids(self, items: Sequence[Item], side: Side) -> list[list[int]]:
         """The tokens of each item's text, as many as are read; what is cut is counted."""
-        before = self.prompt.query if side == "query" else ""
-        texts = [before + self._words(item) for item in items]
+        texts = [self._before(side) + self._words(item) for item in items]
         # split_special_tokens: "<|image_pad|>" typed by a user is plain text, not a placeholder.
         ids = self._ids(texts, split_special_tokens=True)
         self.cut.note([len(row) for row in ids], self.max_text_tokens)
         return [row[: self.max_text_tokens] for row in ids]
+
+    def _before(self, side: Side) -> str:
+        return self.prompt.query if side == "query" else ""
 
     def _words(self, item: Item) -> str:
         """What is read of an item: its instruction, if any, and its text."""
@@ -295,19 +327,35 @@ class Processing:
         )
 
 
-def chunked(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Rows in chunks of like length, longest first.
+def chunked(lengths: Sequence[int], max_tokens: int | None = None) -> list[list[int]]:
+    """Rows in chunks of like length, longest first, so that encoding all of them costs least.
+
+    Args:
+        lengths: of the rows, slots included.
+        max_tokens: of a chunk, padding included; a longer row is a chunk by itself.
 
     >>> chunked([3, 9, 4, 4], max_tokens=12)
     [[1], [2, 3, 0]]
+    >>> chunked([300, 290, 90, 80, 70])
+    [[0, 1], [2, 3, 4]]
     """
+    order = np.argsort(-np.asarray(lengths), kind="stable")
+    longest = np.asarray(lengths)[order]
+    costs = np.zeros(len(order) + 1)  # of the first so many rows
+    starts = np.zeros(len(order) + 1, dtype=np.int64)  # of the chunk that they end in
+    for end in range(1, len(order) + 1):
+        tokens = longest[:end] * np.arange(end, 0, -1)
+        found = costs[:end] + tokens + PASS_TOKENS
+        if max_tokens is not None:
+            found[:-1][tokens[:-1] > max_tokens] = np.inf
+        starts[end] = found.argmin()
+        costs[end] = found[starts[end]]
     chunks: list[list[int]] = []
-    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        if chunks and lengths[chunks[-1][0]] * (len(chunks[-1]) + 1) <= max_tokens:
-            chunks[-1].append(row)
-        else:
-            chunks.append([row])
-    return chunks
+    end = len(order)
+    while end:
+        chunks.append(order[starts[end] : end].tolist())
+        end = starts[end]
+    return chunks[::-1]
 
 
 def _joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ from metaembed_pl.data.collate import Chunk, Side
 from metaembed_pl.errors import UserError
 from metaembed_pl.model.embedder import MetaEmbedder
 from metaembed_pl.model.vision import Inputs, Seen
-from metaembed_pl.training.gather import maximum_over_ranks
+from metaembed_pl.training.chunks import in_order, in_step
 
 
 @dataclass
@@ -80,24 +80,15 @@ class GradientCache:
         self._sees_once = embedder.vision_is_frozen
 
     def encode(self, chunks: Sequence[Chunk], side: Side) -> Float[Tensor, "N R D"]:
-        """Meta embeddings of all rows of one side: leaves that want a gradient.
-
-        Every rank makes equally many passes, so that none waits in a collective: one with fewer
-        chunks encodes its last one, the smallest, again.
-        """
+        """Meta embeddings of all rows of one side: leaves that want a gradient."""
         device = self._embedder.device
-        missing = maximum_over_ranks(len(chunks), device) - len(chunks)
         parts = []
-        for number, chunk in enumerate([*chunks, *[chunks[-1]] * missing]):
-            weight = 1.0 if number < len(chunks) else 0.0
+        for chunk, weight in in_step(self._embedder, chunks):
             done = _Pass(side, chunk, weight, _random_state(device))
             with torch.no_grad():
                 parts.append(self._embed(done))
             self._passes.append(done)
-        embeddings = torch.cat(parts[: len(chunks)])
-        found = torch.empty_like(embeddings)
-        found[torch.cat([chunk.rows for chunk in chunks]).to(device)] = embeddings
-        return found.requires_grad_()
+        return in_order(chunks, parts[: len(chunks)]).requires_grad_()
 
     def surrogates(self, gradients: Mapping[Side, Float[Tensor, "N R D"]]) -> Iterator[Tensor]:
         """One number a chunk; the gradients of them all add up to that of the loss.
@@ -118,13 +109,9 @@ class GradientCache:
     def _embed(self, done: _Pass) -> Float[Tensor, "b R D"]:
         # Autocast keeps weights it has cast; those cast without gradient must not serve again.
         torch.clear_autocast_cache()
-        device = self._embedder.device
         # Pixels that will not be looked at again stay where they are.
-        staying = {"pixel_values"} if done.seen else set()
-        inputs = {
-            name: tensor if name in staying else tensor.to(device, non_blocking=True)
-            for name, tensor in done.chunk.inputs.items()
-        }
+        staying = ("pixel_values",) if done.seen else ()
+        inputs = done.chunk.inputs_on(self._embedder.device, but=staying)
         with self._seeing_once(done.seen):
             return self._embedder(inputs, done.side)
 

@@ -29,6 +29,7 @@ from metaembed_pl.training.checkpoints import (
     refuse_misfit,
     refuse_other_base,
 )
+from metaembed_pl.training.chunks import encode
 from metaembed_pl.training.gradient_cache import GradientCache, GradientCacheConfig
 from metaembed_pl.training.loss import MMRLoss, MMRLossOutput
 from metaembed_pl.training.metrics import RetrievalMetrics, check_headline, headline
@@ -210,10 +211,10 @@ class MetaEmbedModule(pl.LightningModule):
         torch.manual_seed(
             seed + dropout_turn(batch.step, self.trainer.global_rank, self.trainer.world_size)
         )
-        if not isinstance(batch.queries, dict):
+        if self.max_chunk_tokens is not None:
             return self._cached_step(batch, batch_idx)
-        queries = self.embedder(batch.queries, "query")
-        candidates = self.embedder(batch.candidates, "candidate")
+        queries = encode(self.embedder, batch.queries, "query")
+        candidates = encode(self.embedder, batch.candidates, "candidate")
         return self._loss(queries, candidates, batch)
 
     def _cached_step(self, batch: TrainBatch, batch_idx: int) -> Tensor:

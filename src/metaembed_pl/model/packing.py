@@ -1,0 +1,37 @@
+"""Rows of a batch one after the other, without padding, for flash attention.
+
+transformers' decoders take several sequences as one row: positions that start anew say where each
+begins, and flash attention is told by cumulative lengths. With sdpa they make a mask of blocks of
+the same positions, which costs far more, and shows in tests that nothing else changes.
+
+Shape letters: B rows, L tokens of the longest, T tokens of all rows, K slots a row.
+"""
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from metaembed_pl.model.vision import Inputs
+
+
+def packed(inputs: Inputs, slot_index: Int[Tensor, "B K"]) -> tuple[Inputs, Int[Tensor, "B K"]]:
+    """What a decoder takes of padded rows, as a single row, and where their slots are then.
+
+    Args:
+        inputs: of shape (B, L), but M-RoPE's `position_ids` of shape (3, B, L).
+        slot_index: columns of each row's slots.
+    """
+    mask = inputs["attention_mask"].bool()
+    of_all = mask.flatten().nonzero()[:, 0]
+    place = mask.flatten().cumsum(0).view_as(mask) - 1
+    text = mask.cumsum(1) - 1  # tells the decoder where a row begins
+    grid = inputs.get("position_ids", text.expand(3, -1, -1))
+    found = {name: t.flatten()[of_all][None] for name, t in inputs.items() if t.dim() == 2}
+    del found["attention_mask"]
+    found["position_ids"] = torch.cat([text[None], grid]).flatten(1)[:, of_all][:, None]
+    lengths = mask.sum(dim=1)
+    ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+    longest = int(lengths.max())
+    found |= {f"cu_seq_lens_{of}": ends for of in "qk"}
+    found |= {f"max_length_{of}": longest for of in "qk"}  # pyright: ignore[reportAssignmentType]
+    return found, place.gather(1, slot_index)
