@@ -1,6 +1,7 @@
 """`check`: all faults at once, real shapes without weights, and what a run would take."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 import yaml
 
 import tiny
+from metaembed_pl.cli import check_rate
 from metaembed_pl.cli.check import _outline
 from metaembed_pl.cli.main import main
 from metaembed_pl.cli.recipe_faults import read_recipe
@@ -368,6 +370,37 @@ def test_hours_are_those_of_the_named_gpu_at_the_stated_share(recipe, capsys):
     assert hours["H100"] == pytest.approx(2 * hours["H200"])
     assert check("--config", on_gpu, "--gpu", "H100") == 0
     assert "hours on 2 x H100 at 40% of its peak (assumed)" in capsys.readouterr().out
+
+
+def test_the_rate_of_the_data_is_that_of_the_shards_and_workers_follow_from_it(
+    recipe, capsys, monkeypatch
+):
+    def slow(pair, process):
+        time.sleep(0.1)
+        return len([pair.query, pair.positive, *pair.negatives])
+
+    on_gpu = recipe(trainer__accelerator="gpu", trainer__devices=2)
+    assert check("--config", on_gpu, "--gpu", "A100", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    step = found["compute"]["flops_a_step"]
+    path = found["data_path"]
+    assert path["pairs_a_gpu"] == pytest.approx(8 * 312e12 * 0.4 / step)
+    assert path["pictures_a_worker"] == pytest.approx(2 * path["pairs_a_worker"])
+    assert (path["workers_needed"] - 1) * path["pairs_a_worker"] < path["pairs_a_gpu"]
+    assert path["workers_needed"] * path["pairs_a_worker"] >= path["pairs_a_gpu"]
+    monkeypatch.setattr(check_rate, "_prepare", slow)
+    assert check("--config", on_gpu, "--gpu", "A100", "--json") == 0
+    slower = json.loads(capsys.readouterr().out)["data_path"]
+    assert slower["pairs_a_worker"] < min(10, path["pairs_a_worker"])
+    assert check("--config", on_gpu, "--gpu", "A100", "--data.num_workers=2") == 0
+    out = capsys.readouterr().out
+    assert "and it has 2: set data.num_workers, or it waits for data" in out
+
+
+def test_without_data_nothing_is_said_of_their_rate(capsys, monkeypatch):
+    monkeypatch.chdir(RECIPES.parent)
+    assert check("--config", "qwen3b", "--json") == 2
+    assert json.loads(capsys.readouterr().out)["data_path"] is None
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ to standard output, faults to standard error; the status is 0 only if the recipe
 
 import argparse
 import json
+import math
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -155,6 +156,7 @@ def _checked(recipe: "Recipe", target: Target) -> tuple[dict[str, Any], list[str
         step, running = _step(recipe, data, lengths, count), _running(recipe, count, on_gpu)
         report["memory"] = _of_memory(made, step, running, target.limit, faults)
         report["compute"] = _of_compute(made, step, running, lengths, report["steps"], target)
+        report["data_path"] = _of_data_path(recipe, made, data, running, report["compute"])
     return report, faults
 
 
@@ -280,6 +282,39 @@ def _of_compute(
     if (count := _num_steps(steps)) is not None:
         rate = running.num_gpus * GPUS[target.gpu].flops * share
         found["hours"] = count * flops / rate / 3600
+    return found
+
+
+def _of_data_path(
+    recipe: "Recipe",
+    made: "Outline",
+    data: "Data",
+    running: "Running",
+    compute: dict[str, Any],
+) -> dict[str, Any] | None:
+    """Pairs a second that one worker makes, and that one GPU takes; None without data."""
+    from metaembed_pl.cli.check_rate import data_rate
+    from metaembed_pl.data.datamodule import workers_for
+    from metaembed_pl.training.flops import GPUS
+
+    assert recipe.data is not None
+    rate = data_rate(made.model, data.sources)
+    if rate is None:
+        return None
+    workers = recipe.data.num_workers
+    if workers is None:
+        workers = workers_for(running.num_gpus) if running.on_gpu else 1
+    found = {
+        "pairs_a_worker": rate.pairs,
+        "pictures_a_worker": rate.pictures,
+        "measured": rate.num_pairs,
+        "workers": workers,
+    }
+    if "gpu" in compute and running.on_gpu:
+        of_gpu = GPUS[compute["gpu"]].flops * compute["utilisation"]
+        pairs = recipe.data.global_batch_size / compute["flops_a_step"]
+        found |= {"pairs_a_gpu": of_gpu * pairs}
+        found["workers_needed"] = math.ceil(found["pairs_a_gpu"] / rate.pairs)
     return found
 
 

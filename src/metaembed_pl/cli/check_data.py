@@ -148,7 +148,7 @@ def _notes(sources: Iterable[tuple[ShardedPairs, int]]) -> list[str]:
     notes = []
     for shards, count in sources:
         found = []
-        for i in _spread(len(shards), 8):
+        for i in spread(len(shards), 8):
             with suppress(UserError):
                 found.append(len(shards[i].negatives))
         short = sum(number < count for number in found)
@@ -160,10 +160,10 @@ def _notes(sources: Iterable[tuple[ShardedPairs, int]]) -> list[str]:
     return notes
 
 
-def _spread(length: int, count: int) -> list[int]:
+def spread(length: int, count: int) -> list[int]:
     """At most `count` numbers below `length`, evenly spread.
 
-    >>> _spread(10, 5), _spread(2, 5)
+    >>> spread(10, 5), spread(2, 5)
     ([0, 2, 4, 6, 8], [0, 1])
     """
     count = min(length, count)
@@ -175,7 +175,7 @@ def measure(model: MetaEmbedder, sources: list[tuple[ShardedPairs, int]]) -> Len
     row_of = _row_of(model)
     rows: dict[Side, list[Rows]] = {side: [] for side in get_args(Side)}
     for shards, count in sources:
-        for i in _spread(len(shards), -(-SAMPLED // len(sources))):
+        for i in spread(len(shards), -(-SAMPLED // len(sources))):
             with suppress(UserError):  # training replaces and counts what cannot be read
                 pair = shards.read(i, partial(chosen_negatives, count=count, turn=0))
                 query = row_of(pair.query, "query")

@@ -24,10 +24,8 @@ def print_report(path: str, report: dict[str, Any]) -> None:
         lines.append(("questions", f"{report['questions']} to a candidate of a batch, on average"))
     if "steps" in report:
         lines.append(("steps", _steps_in_words(report["steps"])))
-    if "compute" in report:
-        lines.append(("compute", _compute_in_words(report["compute"], report["memory"]["gpus"])))
     if "memory" in report:
-        lines += _memory_lines(report["memory"])
+        lines += _running_lines(report)
     lines += [("note", note) for note in report.get("notes", [])]
     for name, text in lines:
         print(f"{name:<18}{text}".rstrip())
@@ -62,6 +60,33 @@ def _compute_in_words(compute: dict[str, Any], num_gpus: int) -> str:
         share = f"{compute['utilisation']:.0%} of its peak{assumed}"
         told += f"; {most}{compute['hours']:.3g} hours on {num_gpus} x {compute['gpu']} at {share}"
     return told
+
+
+def _running_lines(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """Operations, the data's rate and memory."""
+    lines = [("compute", _compute_in_words(report["compute"], report["memory"]["gpus"]))]
+    if report["data_path"]:
+        lines.append(("data path", _data_path_in_words(report["data_path"])))
+    return lines + _memory_lines(report["memory"])
+
+
+def _data_path_in_words(found: dict[str, Any]) -> str:
+    """What a worker makes here, and how many a GPU needs."""
+    told = (
+        f"{found['pairs_a_worker']:.3g} pairs ({found['pictures_a_worker']:.3g} pictures) a second "
+        f"and worker, measured on {found['measured']}"
+    )
+    if "workers_needed" not in found:
+        return f"{told}; this run has {_workers(found['workers'])} a rank"
+    needed, workers = found["workers_needed"], found["workers"]
+    told += f"; a GPU takes {found['pairs_a_gpu']:.3g}: {_workers(needed)} a rank"
+    if needed <= workers:
+        return f"{told}, and it has {workers}"
+    return f"{told}, and it has {workers}: set data.num_workers, or it waits for data"
+
+
+def _workers(count: int) -> str:
+    return f"{count} worker{'s' * (count != 1)}"
 
 
 def _memory_lines(memory: dict[str, Any]) -> list[tuple[str, str]]:

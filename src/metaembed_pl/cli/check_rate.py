@@ -1,0 +1,89 @@
+"""How fast one worker makes batches, measured on the recipe's own shards."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import cycle, islice
+
+import torch
+
+from metaembed_pl.cli.check_data import spread
+from metaembed_pl.data.collate import choose_negatives, decoded
+from metaembed_pl.data.shards import ShardedPairs
+from metaembed_pl.errors import UserError
+from metaembed_pl.item import Pair
+from metaembed_pl.model.embedder import MetaEmbedder, Processor
+
+AT_MOST_S = 1.5
+MEASURED = 64
+
+
+@dataclass(frozen=True)
+class Rate:
+    """What one worker reads, decodes and prepares in a second.
+
+    Args:
+        pairs: in a second, with their hard negatives.
+        pictures: in a second.
+        num_pairs: that were measured.
+    """
+
+    pairs: float
+    pictures: float
+    num_pairs: int
+
+
+def data_rate(model: MetaEmbedder, sources: list[tuple[ShardedPairs, int]]) -> Rate | None:
+    """The rate of a worker, over pairs of all sources; None where none can be read.
+
+    Args:
+        model: whose preprocessing it is.
+        sources: shards, and how many hard negatives a query has.
+    """
+    process = model.processor()
+    num_pairs = num_pictures = 0
+    with _one_thread():
+        start = time.perf_counter()
+        for number, (shards, place, count) in enumerate(_places(sources)):
+            with suppress(UserError):  # training replaces and counts what cannot be read
+                shown = _prepare(choose_negatives(shards[place], count, turn=0), process)
+                if number == 0:  # the first one loads code and opens files
+                    start = time.perf_counter()
+                    continue
+                num_pairs, num_pictures = num_pairs + 1, num_pictures + shown
+            if time.perf_counter() - start > AT_MOST_S:
+                break
+        took_s = time.perf_counter() - start
+    return Rate(num_pairs / took_s, num_pictures / took_s, num_pairs) if num_pairs else None
+
+
+def _places(sources: list[tuple[ShardedPairs, int]]) -> Iterator[tuple[ShardedPairs, int, int]]:
+    """Pairs of all sources in turn, and again from the start where they are few."""
+    each = -(-(MEASURED + 1) // max(1, len(sources)))
+    of_each = [
+        islice(cycle((shards, place, count) for place in spread(len(shards), each)), each)
+        for shards, count in sources
+    ]
+    for found in zip(*of_each, strict=True):
+        yield from found
+
+
+def _prepare(pair: Pair, process: Processor) -> int:
+    """Prepares a pair as training does; how many pictures it shows."""
+    pair = decoded(pair)
+    candidates = [pair.positive, *pair.negatives]
+    process.in_chunks([pair.query], "query")
+    process.in_chunks(candidates, "candidate")
+    return sum(item.image is not None for item in [pair.query, *candidates])
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """While open, torch computes on one thread, as in a worker."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
