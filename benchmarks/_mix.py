@@ -7,6 +7,7 @@ No picture is drawn or decoded more than once a size: lengths are what is counte
 
 import random
 from dataclasses import dataclass
+from typing import Any
 
 from PIL import Image
 
@@ -98,7 +99,9 @@ class MadePairs(list):
         self.name = self.folder = source.name
         self.shard_sizes = [count]
 
-    head = list.__getitem__
+    def read(self, index: int, *_: Any) -> Pair:
+        """A pair, which has no more hard negatives than it needs."""
+        return self[index]
 
     def locate(self, index: int) -> tuple[str, str]:
         """Shard and key of a pair."""

@@ -4,12 +4,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle, islice
 
 import torch
 
 from metaembed_pl.cli.check_data import spread
-from metaembed_pl.data.collate import choose_negatives, decoded
+from metaembed_pl.data.collate import chosen_negatives, decoded
 from metaembed_pl.data.shards import ShardedPairs
 from metaembed_pl.errors import UserError
 from metaembed_pl.item import Pair
@@ -47,7 +48,8 @@ def data_rate(model: MetaEmbedder, sources: list[tuple[ShardedPairs, int]]) -> R
         start = time.perf_counter()
         for number, (shards, place, count) in enumerate(_places(sources)):
             with suppress(UserError):  # training replaces and counts what cannot be read
-                shown = _prepare(choose_negatives(shards[place], count, turn=0), process)
+                choose = partial(chosen_negatives, count=count, turn=0)
+                shown = _prepare(shards.read(place, choose), process)
                 if number == 0:  # the first one loads code and opens files
                     start = time.perf_counter()
                     continue

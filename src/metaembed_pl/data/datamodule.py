@@ -35,7 +35,7 @@ from metaembed_pl.data.collate import (
 )
 from metaembed_pl.data.plan import Plan, PlannedBatch, PlannedSource
 from metaembed_pl.data.retrieval_set import RetrievalSet
-from metaembed_pl.data.shards import ShardedPairs
+from metaembed_pl.data.shards import HEAD_BYTES, ShardedPairs
 from metaembed_pl.errors import BadSample, Unreachable, UserError
 from metaembed_pl.item import Pair
 
@@ -196,11 +196,12 @@ class TrainingBatches(IterableDataset):
         ]
 
     def _cost(self, batch: PlannedBatch, number: int, position: int) -> int:
+        count, pairs = self.num_negatives[batch.source], self.sources[batch.source]
         try:
-            pair = self.sources[batch.source].head(position)
+            choose = partial(chosen_negatives, count=count, turn=batch.step)
+            pair = pairs.read(position, choose, HEAD_BYTES)
         except BadSample:
             return 0  # noted when it is read
-        pair = choose_negatives(pair, self.num_negatives[batch.source], batch.step)
         candidates = [*([pair.positive] if number == 0 else []), *pair.negatives]
         length = self.process.rough_length
         return length(pair.query, "query") + sum(length(item, "candidate") for item in candidates)

@@ -116,9 +116,7 @@ class ShardedPairs(Sequence[Pair]):
         """
         return self.read(i)
 
-    def read(
-        self, i: int, choose: Choose | None = None, picture_bytes: int | None = None
-    ) -> Pair:
+    def read(self, i: int, choose: Choose | None = None, picture_bytes: int | None = None) -> Pair:
         """Read pair `i` with some of its hard negatives; the others are not even read.
 
         Pairs of one sample that are read one after the other share its JSON and their positive.
