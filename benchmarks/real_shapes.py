@@ -12,7 +12,8 @@ least      the tower once, two or three passes through what needs gradients, rea
 redone     what gradient checkpointing computes again of it: needed as well
 ratio      FLOPs over the two
 kept       bytes between forward and backward of one row as long as the limits allow
-peak       of a step whose rows are all that long, by part, beside what `check` estimates
+peak       of a step whose rows are all that long, beside what `check` estimates; the second line of
+           a recipe has the parts of a GPU's memory, counted / by `check`
 real       tokens that are neither padding nor a stand-in's; `busy`: and no rank waits meanwhile
 
 FLOPs a pair and tokens are of batches as training makes them, for eight ranks, from stand-ins of
@@ -517,6 +518,8 @@ def memory(trainee: Trainee, counted: weightless.Counted) -> dict[str, dict[str,
     step = Step(
         num_pairs, data.num_negatives, lengths.longest["query"], lengths.longest["candidate"]
     )
+    told = asdict(estimate(model, step, running))
+    alone = asdict(estimate(model, step, replace(running, num_gpus=1, strategy="auto")))
     kept = {part: num_pairs * size for part, size in counted.kept.items()}
     peak = {part: num_pairs * size for part, size in counted.peak.items()}
     return {
@@ -525,11 +528,39 @@ def memory(trainee: Trainee, counted: weightless.Counted) -> dict[str, dict[str,
             "gradients": _bytes(trained),
             "kept": sum(kept.values()),
             "activations": sum(peak.values()),
+            "loss": loss_bytes(trainee),
         },
         "peak_by_part": peak,
         "kept_by_part": kept,
-        "check": asdict(estimate(model, step, running)),
+        "check": told,
+        "check_alone": told | {part: alone[part] for part in ("weights", "gradients")},
     }
+
+
+def loss_bytes(trainee: Trainee) -> int:
+    """The peak of a rank's loss: meta embeddings of all ranks, their gradients, and the scores."""
+    recipe, model = trainee.recipe, trainee.model
+    module, data = recipe.model, recipe.data
+    assert module is not None
+    assert data is not None
+    own, (r_q, r_c) = data.global_batch_size // trainee.running.num_gpus, model.groups[-1]
+
+    def vectors(rows: int, of_each: int) -> Tensor:
+        return torch.zeros(rows, of_each, model.width, requires_grad=True)
+
+    ledger = weightless.Ledger([])
+    with ledger:
+        queries, gathered = vectors(own, r_q), vectors(data.global_batch_size, r_c)
+        candidates = vectors(own, r_c)  # a copy of these was gathered
+        candidates.grad = torch.zeros_like(candidates)
+        negatives = vectors(own * data.num_negatives, r_c)
+        ledger.add([queries, gathered, candidates, candidates.grad, negatives])
+        rows = torch.arange(own * data.num_negatives).view(own, -1)
+        found = module.loss(
+            queries, gathered, negatives, positive_of=torch.arange(own), negatives_of=rows
+        )
+        found.loss.backward()
+    return sum(ledger.peak.values())
 
 
 def _bytes(tensors: Any) -> int:
@@ -567,6 +598,28 @@ def shown(name: str, row: dict[str, Any]) -> str:
         f"{counted['activations'] / GIB:6.1f} {told['activations'] / GIB:6.1f} "
         f"{row['real']:5.0%} {row['busy']:5.0%}  {row['worst_source']} {row['worst_real']:.0%}"
     )
+
+
+PARTS = {
+    "weights": ("weights",),
+    "gradients": ("gradients",),
+    "activations": ("activations",),
+    "loss": ("gathered", "loss"),
+}
+
+
+def parts(name: str, row: dict[str, Any]) -> str:
+    """What was counted of a GPU's memory in GiB, beside what `check` estimates of the same.
+
+    `check` counts gradients twice under DDP, whose buckets are not seen here, and shares out under
+    ZeRO what is whole here: where a strategy does, the two are compared before it.
+    """
+    counted, told = row["memory"]["counted"], row["memory"]["check_alone"]
+    found = []
+    for part, of_check in PARTS.items():
+        both = counted[part] / GIB, sum(told[each] for each in of_check) / GIB
+        found.append(f"{part} {both[0]:.2f} / {both[1]:.2f} ({both[1] / both[0] - 1:+.0%})")
+    return f"{name:12} {', '.join(found)}"
 
 
 def markdown(names: list[str], folder: Path) -> str:
@@ -610,6 +663,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     for name in options.recipes:
         found[name] = of_recipe(name)
         print(shown(name, found[name]), flush=True)
+        print(parts(name, found[name]), flush=True)
         if options.save:
             file = options.out / f"real-shapes-{options.save}.json"
             kept = json.loads(file.read_text()) if file.is_file() else {}

@@ -243,8 +243,9 @@ class _Sample(Mapping[str, bytes]):
             if offset + size > file_size:
                 raise UserError(f"{suffix} is cut off: the shard ends at byte {file_size}")
             file.seek(offset)
-            is_cut = self._picture_bytes is not None and suffix != "json"
-            return file.read(min(size, self._picture_bytes) if is_cut else size)
+            if self._picture_bytes is not None and suffix != "json":
+                size = min(size, self._picture_bytes)
+            return file.read(size)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._spans)

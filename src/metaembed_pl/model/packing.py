@@ -7,6 +7,8 @@ the same positions, which costs far more, and shows in tests that nothing else c
 Shape letters: B rows, L tokens of the longest, T tokens of all rows, K slots a row.
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -14,7 +16,9 @@ from torch import Tensor
 from metaembed_pl.model.vision import Inputs
 
 
-def packed(inputs: Inputs, slot_index: Int[Tensor, "B K"]) -> tuple[Inputs, Int[Tensor, "B K"]]:
+def packed(
+    inputs: Inputs, slot_index: Int[Tensor, "B K"]
+) -> tuple[dict[str, Any], Int[Tensor, "B K"]]:
     """What a decoder takes of padded rows, as a single row, and where their slots are then.
 
     Args:
@@ -26,12 +30,13 @@ def packed(inputs: Inputs, slot_index: Int[Tensor, "B K"]) -> tuple[Inputs, Int[
     place = mask.flatten().cumsum(0).view_as(mask) - 1
     text = mask.cumsum(1) - 1  # tells the decoder where a row begins
     grid = inputs.get("position_ids", text.expand(3, -1, -1))
-    found = {name: t.flatten()[of_all][None] for name, t in inputs.items() if t.dim() == 2}
+    rows = {name: part for name, part in inputs.items() if part.dim() == 2}
+    found: dict[str, Any] = {name: part.flatten()[of_all][None] for name, part in rows.items()}
     del found["attention_mask"]
     found["position_ids"] = torch.cat([text[None], grid]).flatten(1)[:, of_all][:, None]
     lengths = mask.sum(dim=1)
     ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
     longest = int(lengths.max())
     found |= {f"cu_seq_lens_{of}": ends for of in "qk"}
-    found |= {f"max_length_{of}": longest for of in "qk"}  # pyright: ignore[reportAssignmentType]
+    found |= {f"max_length_{of}": longest for of in "qk"}
     return found, place.gather(1, slot_index)
