@@ -259,5 +259,8 @@ def _loss_bytes(model: MetaEmbedder, step: Step, running: Running) -> int:
     logits = 4 * len(model.groups) * (pairs + step.num_queries * step.num_negatives) * FP32_BYTES
     most = GPU_TILE_ELEMENTS if running.on_gpu else CPU_TILE_ELEMENTS
     tile = 2 * min(most, pairs * r_q * r_c) * FP32_BYTES
+    # A tile's gradient of the candidates, before it is added to that of all.
+    of_tile = min(num_positives, max(1, most // (r_q * r_c * step.num_queries)))
+    tile += of_tile * r_c * model.width * FP32_BYTES
     own = 2 * step.num_queries * step.num_negatives * r_q * r_c * FP32_BYTES
     return times * (winners + logits) + tile + own
