@@ -215,7 +215,7 @@ def test_a_folder_is_embedded_by_its_pictures_and_the_pages_of_its_pdfs(model, t
 
 def test_a_pdf_may_be_given_by_itself_and_previews_left_out(model, tmp_path):
     file = make_pdf(tmp_path / "b.pdf", 2)
-    assert embed(model, file, tmp_path / "s", "--no-previews", "--dtype", "int8") == 0
+    assert embed(model, file, tmp_path / "s", "--no-previews", "--store-dtype", "int8") == 0
     store = Store.open(tmp_path / "s")
     assert store.ids == ["b.pdf#page=1", "b.pdf#page=2"]
     assert store.previews([0, 1]) == [None, None]

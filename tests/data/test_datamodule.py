@@ -28,12 +28,11 @@ from metaembed_pl.data.datamodule import (
     RetrievalDataModule,
     TrainingBatches,
     TrainSource,
-    _explained,
-    workers_for,
 )
 from metaembed_pl.data.plan import Plan, PlannedSource
 from metaembed_pl.data.retrieval_set import RetrievalSet
 from metaembed_pl.data.shards import ShardedPairs, ShardWriter
+from metaembed_pl.data.workers import explained, workers_for
 from metaembed_pl.errors import UserError
 from metaembed_pl.item import Item, Pair, stable_hash
 
@@ -576,7 +575,7 @@ def test_full_shared_memory_is_told_with_what_to_do(said):
         yield 1
         raise RuntimeError(said)
 
-    found = _explained(batches())
+    found = explained(batches(), "data.num_workers: 0")
     assert next(found) == 1
     with pytest.raises(UserError, match=r"/dev/shm has \d+\.\d+ GiB.*--shm-size=16g"):
         next(found)
@@ -588,7 +587,7 @@ def test_other_faults_of_workers_stay_what_they_are():
         yield
 
     with pytest.raises(RuntimeError, match="size mismatch"):
-        next(_explained(batches()))
+        next(explained(batches(), "data.num_workers: 0"))
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def ours(tmp_path_factory):
                     writer.list_candidates(id, LISTS[id])
     model = tiny.embedder()
     benchmark = open_benchmark(f"beir:{root}/sets", root)
-    found = evaluate(model, benchmark, model.groups, Settings(root, root / "out"))
+    found = evaluate(model, benchmark, model.groups, Settings(root, root / "out", dtype="fp32"))
     return found.metrics()
 
 

@@ -19,6 +19,7 @@ from metaembed_pl.evaluation.run import Settings, evaluate, parse_budgets
 from metaembed_pl.item import Item
 from metaembed_pl.late_interaction import nested_scores
 from metaembed_pl.model.embedder import MetaEmbedder
+from metaembed_pl.model.encoding import Pace
 from metaembed_pl.ranking import ranking_metrics
 from metaembed_pl.retrieval.store import Store
 from ranks import on_two_ranks
@@ -57,7 +58,7 @@ def sets(tmp_path_factory):
 
 
 def settings(sets, out, **changes):
-    return Settings(sets, out, **{"batch_size": 5, **changes})
+    return Settings(sets, out, **{"pace": Pace(5), "dtype": "fp32", **changes})
 
 
 def evaluated(sets, out, name="pages", **changes):
@@ -106,13 +107,13 @@ def work(rank):
     MetaEmbedder.encode_query = lambda self, items, *a: (
         asked.extend(items) or encode(self, items, *a)
     )
-    outcomes = [evaluated(sets, out / name, name, batch_size=2) for name in ("broken", "alone")]
+    outcomes = [evaluated(sets, out / name, name, pace=Pace(2)) for name in ("broken", "alone")]
     return [outcome and told(outcome) for outcome in outcomes], len(asked)
 
 
 def test_batch_sizes_and_ranks_change_nothing(sets, outcome, tmp_path, monkeypatch):
     for batch_size in (1, 64):
-        other = evaluated(sets, tmp_path / f"{batch_size}", batch_size=batch_size)
+        other = evaluated(sets, tmp_path / f"{batch_size}", pace=Pace(batch_size))
         assert told(other) == told(outcome)
     monkeypatch.setenv("SETS", str(sets))
     monkeypatch.setenv("OUT", str(tmp_path / "ranks"))

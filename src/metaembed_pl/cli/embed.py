@@ -2,6 +2,7 @@
 
     python -m metaembed_pl embed --model runs/emoji/model --items things.jsonl --store shelf
     torchrun --nproc-per-node 8 -m metaembed_pl embed --model M --items manuals/ --store shelf
+    python -m metaembed_pl embed --model M --items s3://bucket/pages --part 3/64 --store parts/3
 
 Items that the store has already are left as they are, so the same command goes on after an
 interruption, and adds what is new. What was done is told in one line on standard output.
@@ -11,11 +12,18 @@ import argparse
 import json
 import sys
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metaembed_pl.cli.index import chosen, in_words, indexed, measured
-from metaembed_pl.cli.model import load_model, tell_cut
+from metaembed_pl.cli.model import (
+    add_model_arguments,
+    add_pace_arguments,
+    load_model,
+    pace_of,
+    tell_cut,
+)
 from metaembed_pl.cli.progress import Progress
 from metaembed_pl.errors import UserError
 
@@ -31,10 +39,14 @@ ITEMS = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of the verb."""
     add = parser.add_argument
-    add("--model", type=Path, required=True, metavar="FOLDER", help="such as runs/NAME/model")
+    add_model_arguments(parser)
     add("--items", required=True, metavar="PATH", help=ITEMS)
     add("--store", type=Path, required=True, metavar="FOLDER", help="store to create or extend")
-    add("--dtype", choices=("bf16", "fp16", "int8"), help="dtype of a new store (default: bf16)")
+    add(
+        "--store-dtype",
+        choices=("bf16", "fp16", "int8"),
+        help="dtype of a new store (default: bf16)",
+    )
     add(
         "--width",
         type=int,
@@ -42,8 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="dimensions to store, via a projection learned from 512 items (default: all of the "
         "model's)",
     )
-    add("--batch-size", type=int, default=32, metavar="N", help="items encoded at a time")
-    add("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: cuda if available)")
+    add_pace_arguments(parser)
+    add(
+        "--part",
+        metavar="I/N",
+        help="embed the I-th of N parts of the items, such as 3/8, into a store that `store merge` "
+        "makes one of with the others; parts need not know of each other",
+    )
     add(
         "--again", action="store_true", help="embed all items again, and replace those in the store"
     )
@@ -63,9 +80,8 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UserError: a flag, the model, the store or an item is not valid.
     """
-    for name, value in (("batch-size", args.batch_size), ("width", args.width)):
-        if value is not None and value < 1:
-            raise UserError(f"--{name} must be at least 1, got {value}")
+    if args.width is not None and args.width < 1:
+        raise UserError(f"--width must be at least 1, got {args.width}")
     with redirect_stdout(sys.stderr):
         told = _embed(args)
     if told is None:
@@ -88,27 +104,39 @@ def run(args: argparse.Namespace) -> None:
 
 def _embed(args: argparse.Namespace) -> dict[str, Any] | None:
     """Does the work; what was done, or nothing on ranks that do not write."""
+    from metaembed_pl.retrieval.part_of import PartOf
     from metaembed_pl.retrieval.sources import open_source
 
-    source = open_source(args.items)  # before the model, which takes seconds
+    # What costs nothing to check comes first: a model takes seconds to load.
+    source, pace = open_source(args.items), pace_of(args)
+    part = None if args.part is None else PartOf.parse(args.part)
+    if part is not None and args.index:
+        raise UserError("--index is for a whole store: merge the parts, and index what comes of it")
     if args.index:
         from metaembed_pl.retrieval.index import faiss_module
 
         faiss_module()
 
     from metaembed_pl.retrieval import embedding
+    from metaembed_pl.retrieval.parts import PartNote, begin
 
     with embedding.ranks() as (rank, _):
-        model = load_model(args.model, args.device)
-        store = embedding.open_for(model, args.store, args.dtype, args.width, source, args.skip_bad)
+        model = load_model(args)
+        store = embedding.open_for(
+            model, args.store, args.store_dtype, args.width, source, args.skip_bad
+        )
+        note = None if part is None else PartNote(str(part), len(source), pace.batch_size)
+        if note is not None and rank == 0:
+            begin(store, note)
         steps = embedding.embed(
             store,
             model,
             source,
-            args.batch_size,
+            pace,
             again=args.again,
             skip_bad=args.skip_bad,
             previews=not args.no_previews,
+            part=part,
         )
         if rank:
             for _ in steps:
@@ -120,6 +148,8 @@ def _embed(args: argparse.Namespace) -> dict[str, Any] | None:
             for done in steps:
                 progress.update(done.seen, done.embedded)
         tell_cut(model)
+        if note is not None:
+            replace(note, done=True).write(store.folder)
         for reason in done.skipped:
             print(f"left out {reason}", file=sys.stderr)
         if done.changed:

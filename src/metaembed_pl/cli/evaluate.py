@@ -16,7 +16,13 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metaembed_pl.cli.model import load_model, tell_cut
+from metaembed_pl.cli.model import (
+    add_model_arguments,
+    add_pace_arguments,
+    load_model,
+    pace_of,
+    tell_cut,
+)
 from metaembed_pl.cli.progress import Progress
 from metaembed_pl.errors import UserError
 from metaembed_pl.files import write_text
@@ -31,7 +37,7 @@ BENCHMARKS = "mmeb, mmeb_v2, vidore_v1, vidore_v2, vidore_v3, beir:DIR, pairs:DI
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of the verb."""
     add = parser.add_argument
-    add("--model", metavar="FOLDER", help="a model folder, or its id on the hub")
+    add_model_arguments(parser, required=False)
     add("--benchmark", metavar="NAME", help=f"one of {BENCHMARKS}")
     add(
         "--budgets",
@@ -41,13 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--out", type=Path, metavar="DIR", help="default: evaluations/BENCHMARK-MODEL")
     add("--data", type=Path, default=Path("data"), metavar="DIR", help="default: data")
-    add("--batch-size", type=int, default=32, metavar="N", help="items encoded at a time")
-    add("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: cuda if available)")
+    add_pace_arguments(parser)
     add(
-        "--dtype",
-        choices=("fp32", "bf16", "fp16", "int8"),
-        default="fp32",
-        help="dtype of the stored vectors; bf16 halves the disk space (default: fp32)",
+        "--store-dtype",
+        choices=("bf16", "fp32", "fp16", "int8"),
+        default="bf16",
+        help="dtype of the stored vectors; fp32 doubles the disk space (default: bf16)",
     )
     add("--bm25", action="store_true", help="also evaluate BM25 on the candidates' texts")
     add("--mlflow-uri", metavar="URI", help="log metrics and pictures to this MLflow server")
@@ -99,8 +104,7 @@ def _evaluate(args: argparse.Namespace) -> "Outcome | None":
     for name in ("model", "benchmark"):
         if getattr(args, name) is None:
             raise UserError(f"evaluate needs --{name}; benchmarks are {BENCHMARKS}")
-    if args.batch_size < 1:
-        raise UserError(f"--batch-size must be at least 1, got {args.batch_size}")
+    pace = pace_of(args)
     from metaembed_pl.evaluation.registry import open_benchmark
 
     benchmark = open_benchmark(args.benchmark, args.data)
@@ -111,12 +115,12 @@ def _evaluate(args: argparse.Namespace) -> "Outcome | None":
     with ranks() as (rank, _):
         if rank:
             logging.disable(logging.INFO)
-        model = load_model(args.model, args.device)
+        model = load_model(args)
         budgets = parse_budgets(args.budgets, model.groups)
         name = benchmark.name.replace(":", "-").replace("/", "-").strip("-.")
         out = args.out or Path("evaluations") / f"{name}-{identity_of(model)[:8]}"
         with _progress(rank) as tell:
-            settings = Settings(args.data, out, args.batch_size, args.dtype, tell)
+            settings = Settings(args.data, out, pace, args.store_dtype, tell)
             outcome = evaluate(model, benchmark, budgets, settings)
         tell_cut(model)
         if outcome is not None:

@@ -15,7 +15,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metaembed_pl.cli.model import load_model
+from metaembed_pl.cli.model import add_model_arguments, add_pace_arguments, load_model
 from metaembed_pl.cli.progress import Progress
 from metaembed_pl.errors import UserError
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of the verb."""
     add = parser.add_argument
-    add("--model", type=Path, required=True, metavar="FOLDER", help="such as runs/NAME/model")
+    add_model_arguments(parser)
     add("--store", type=Path, required=True, metavar="FOLDER", help="a store made by `embed`")
     add(
         "--codes",
@@ -44,8 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="JSON Lines of queries to measure with (default: those of `serve --log-queries`, or "
         "texts of the store's items)",
     )
-    add("--batch-size", type=int, default=32, metavar="N", help="queries encoded at a time")
-    add("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: cuda if available)")
+    add_pace_arguments(parser, workers=False)
     add("--json", action="store_true", help="one JSON object instead of a line of text")
 
 
@@ -67,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
     faiss_module()
     asked = read_items(args.queries) if args.queries else None
     with redirect_stdout(sys.stderr):
-        model = load_model(args.model, args.device, store)
+        model = load_model(args, store)
         told = indexed(store, args.codes, args.again)
         vectors = None if asked is None else model.encode_query(asked, args.batch_size)
         if vectors is None:

@@ -18,7 +18,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metaembed_pl.cli.model import load_model, tell_cut
+from metaembed_pl.cli.model import (
+    add_model_arguments,
+    add_pace_arguments,
+    load_model,
+    pace_of,
+    tell_cut,
+)
 from metaembed_pl.cli.progress import shown
 from metaembed_pl.errors import UserError
 
@@ -28,6 +34,7 @@ if TYPE_CHECKING:
     from metaembed_pl.data.shards import ShardedPairs
     from metaembed_pl.item import Item, Pair
     from metaembed_pl.model.embedder import MetaEmbedder
+    from metaembed_pl.model.encoding import Pace
     from metaembed_pl.retrieval.mining import Corpus, Mined, Miner, Rules
     from metaembed_pl.retrieval.store import Store
 
@@ -39,7 +46,7 @@ DIGITS = 6
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of the verb."""
     add = parser.add_argument
-    add("--model", type=Path, required=True, metavar="FOLDER", help="such as runs/NAME/model")
+    add_model_arguments(parser)
     add("--shards", nargs="+", required=True, metavar="FOLDER", help="pairs to mine for")
     add(
         "--out",
@@ -97,8 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--candidate-instruction", metavar="TEXT", help="the same for candidates")
     add("--store", type=Path, metavar="FOLDER", help="keep the embedded corpora here, to use again")
-    add("--batch-size", type=int, default=32, metavar="N", help="items encoded at a time")
-    add("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: cuda if available)")
+    add_pace_arguments(parser)
     add("--overwrite", action="store_true", help="replace existing mined shards")
 
 
@@ -115,10 +121,9 @@ def run(args: argparse.Namespace) -> None:
     sources = [ShardedPairs(folder) for folder in args.shards]
     rules = _rules(args, [source.name for source in sources])
     told = Instructions(args.instruction, args.candidate_instruction)
-    for name in ("depth", "batch_size"):
-        if getattr(args, name) < 1:
-            flag = name.replace("_", "-")
-            raise UserError(f"--{flag} must be at least 1, got {getattr(args, name)}")
+    if args.depth < 1:
+        raise UserError(f"--depth must be at least 1, got {args.depth}")
+    pace_of(args)
     if sum(given is not None for given in (args.budget, args.cascade, args.target_recall)) > 1:
         raise UserError("give one of --budget, --cascade and --target-recall")
     if args.target_recall is not None:
@@ -188,7 +193,7 @@ def _mine_all(
     # The place is the same for all processes, and for a run that goes on after it was killed.
     stores = args.store or args.out.with_name(f".{args.out.name}.stores")
     with ranks() as (rank, _):
-        model = load_model(args.model, args.device)
+        model = load_model(args)
         if args.cascade:
             parse_cascade(args.cascade, model.groups)
         else:
@@ -196,7 +201,7 @@ def _mine_all(
         reports = []
         for pairs in sources:
             corpus = Corpus([pairs, *extra], told)
-            store = _embedded(model, stores / pairs.name, corpus, args.batch_size)
+            store = _embedded(model, stores / pairs.name, corpus, pace_of(args))
             miner = Miner(
                 model,
                 store,
@@ -225,14 +230,14 @@ def _mine_all(
         return reports
 
 
-def _embedded(model: "MetaEmbedder", folder: Path, corpus: "Corpus", batch_size: int) -> "Store":
+def _embedded(model: "MetaEmbedder", folder: Path, corpus: "Corpus", pace: "Pace") -> "Store":
     """The store of a corpus, embedded by all processes as far as it is not there yet."""
     from metaembed_pl.retrieval.embedding import embed, open_for
     from metaembed_pl.retrieval.store import Store
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     store = open_for(model, folder)  # all ranks meet in there
-    steps = embed(store, model, corpus.entries(), batch_size, skip_bad=True, previews=False)
+    steps = embed(store, model, corpus.entries(), pace, skip_bad=True, previews=False)
     for progress in shown(steps, f"embedding {folder.name}", len(corpus), lambda p: p.seen):
         skipped = progress.skipped
     if skipped:

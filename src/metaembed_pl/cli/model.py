@@ -1,21 +1,107 @@
 """The model of a verb: where it runs, and whether it is the one of a store."""
 
+import argparse
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from metaembed_pl.errors import UserError
 
 if TYPE_CHECKING:
     from metaembed_pl.model.embedder import MetaEmbedder
+    from metaembed_pl.model.encoding import Pace
     from metaembed_pl.retrieval.searchable import Searchable
 
+DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+STORED = ("fp16", "int8")
 
-def load_model(
-    folder: str | Path, device: str | None, store: "Searchable | None" = None
-) -> "MetaEmbedder":
-    """A model, on the device that `find_device` finds; that of a store, where one is given.
+
+def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """Declare the flags that say which model, and how it is run: the same for every verb."""
+    add = parser.add_argument
+    add(
+        "--model",
+        required=required,
+        metavar="FOLDER",
+        help="such as runs/NAME/model, or the id of a model on the hub",
+    )
+    add("--revision", metavar="NAME", help="branch, tag or commit of a model on the hub")
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
+    add(
+        "--dtype",
+        type=_dtype,
+        metavar="{bf16,fp32}",
+        help="that the model computes in (default: bf16 on a GPU that has it; else as it was "
+        "saved); an adapter is merged into the weights first",
+    )
+    add(
+        "--attention",
+        choices=("sdpa", "sdpa_fp32", "flash_attention_2", "eager"),
+        default="sdpa",
+        help="default: sdpa",
+    )
+    add("--compile", action="store_true", help="torch.compile for the layers of the model")
+
+
+def _dtype(name: str) -> str:
+    if name in STORED:
+        raise argparse.ArgumentTypeError(
+            f"{name} is for stored vectors: give it as --store-dtype {name}"
+        )
+    if name not in DTYPES:
+        raise argparse.ArgumentTypeError(f"expected bf16 or fp32, got {name!r}")
+    return DTYPES[name]
+
+
+def add_pace_arguments(parser: argparse.ArgumentParser, workers: bool = True) -> None:
+    """Declare the flags that say how fast items are encoded; they change no result."""
+    add = parser.add_argument
+    add(
+        "--batch-size",
+        type=int,
+        default=32,
+        metavar="N",
+        help="pictures prepared at a time, of texts eight times as many (default: 32)",
+    )
+    if not workers:
+        return
+    add(
+        "--chunk-tokens",
+        type=int,
+        metavar="N",
+        help="that the model is given at once, padding included (default: 4096)",
+    )
+    add(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes that read and prepare items (default: with a GPU up to 8, else none)",
+    )
+
+
+def pace_of(args: argparse.Namespace) -> "Pace":
+    """What the flags of `add_pace_arguments` say.
+
+    Raises:
+        UserError: one is out of range.
+    """
+    for name, least in (("batch_size", 1), ("chunk_tokens", 1), ("workers", 0)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} must be at least {least}, got {value}")
+
+    from metaembed_pl.model.encoding import CHUNK_TOKENS, Pace
+
+    return Pace(args.batch_size, args.chunk_tokens or CHUNK_TOKENS, args.workers)
+
+
+def load_model(args: argparse.Namespace, store: "Searchable | None" = None) -> "MetaEmbedder":
+    """The model that the flags of `add_model_arguments` name, its adapter merged.
+
+    Args:
+        args: the flags.
+        store: must hold this model's vectors; None: there is none.
 
     Raises:
         UserError: there is no such model or device, or the store is another model's.
@@ -23,15 +109,31 @@ def load_model(
     from transformers.utils import logging
 
     from metaembed_pl.model.embedder import MetaEmbedder
+    from metaembed_pl.model.export import merge_in_memory
+    from metaembed_pl.model.model_folder import find_model_folder, options_to_run
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    model = MetaEmbedder.from_pretrained(folder, find_device(device))
+    device = find_device(args.device)
+    folder = find_model_folder(args.model, args.revision)
+    dtype = args.dtype or ("bfloat16" if _has_bf16(device) else None)
+    options = options_to_run(folder, dtype, args.attention, args.compile)
+    model = MetaEmbedder.from_pretrained(folder, device, options)
+    merge_in_memory(model)
     if store is not None:
         from metaembed_pl.retrieval.embedding import check_model
 
         check_model(store, model)
     return model
+
+
+def _has_bf16(device: str) -> bool:
+    import torch
+
+    if not device.startswith("cuda"):
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def tell_cut(model: "MetaEmbedder") -> None:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metaembed_pl.cli.found import Answer, Found
+from metaembed_pl.cli.model import add_model_arguments, add_pace_arguments
 from metaembed_pl.display import plain
 from metaembed_pl.errors import UserError
 from metaembed_pl.retrieval.qdrant.address import is_qdrant
@@ -36,7 +37,7 @@ OF_STORES = ("cascade", "where", "target_recall", "normalised")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of the verb."""
     add = parser.add_argument
-    add("--model", type=Path, required=True, metavar="FOLDER", help="such as runs/NAME/model")
+    add_model_arguments(parser)
     add(
         "--store", metavar="STORE", help="store to search: a folder, or the address given to `push`"
     )
@@ -70,8 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--normalised", action="store_true", help="divide a store's scores by r_q")
     add("--exact", action="store_true", help="score every item of a store, without an index")
     add("--top", type=int, default=10, metavar="N", help="results to show (default: 10)")
-    add("--batch-size", type=int, default=32, metavar="N", help="items encoded at a time")
-    add("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: cuda if available)")
+    add_pace_arguments(parser, workers=False)
     add("--json", action="store_true", help="one JSON object instead of a table")
 
 

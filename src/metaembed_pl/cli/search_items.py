@@ -24,7 +24,7 @@ def search(args: argparse.Namespace, query: "Item") -> Answer:
     from metaembed_pl.budget import check_budget
     from metaembed_pl.retrieval.search import rank
 
-    model = load_model(args.model, args.device)
+    model = load_model(args)
     budget = check_budget(args.budget or model.groups[-1], model.groups)
     (hits,) = rank(
         model, [query], items, budget, args.top, args.batch_size, progress=sys.stderr.isatty()

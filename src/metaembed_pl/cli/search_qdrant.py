@@ -27,7 +27,7 @@ def search(args: argparse.Namespace, query: "Item") -> Answer:
 
     with QdrantStore.open(args.store, args.exact) as store:
         store.stages(args.budget, args.cascade)  # before the model, which takes seconds
-        model = load_model(args.model, args.device, store)
+        model = load_model(args, store)
         hits = store.search(
             model.encode_query([query], args.batch_size),
             args.budget,

@@ -26,7 +26,7 @@ def search(args: argparse.Namespace, query: "Item") -> Answer:
     automatic = not args.exact and args.cascade is None and args.budget in (None, "auto")
     if not automatic:
         store.stages(args.budget, args.cascade)  # before the model, which takes seconds
-    model = load_model(args.model, args.device, store)
+    model = load_model(args, store)
     budget, cascade, note = args.budget, args.cascade, ""
     if automatic:
         stages, note = _choice(store, model, args)

@@ -12,7 +12,7 @@ from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from metaembed_pl.cli.model import load_model
+from metaembed_pl.cli.model import add_model_arguments, load_model
 from metaembed_pl.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ LEFT_S = 5
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of the verb."""
     add = parser.add_argument
-    add("--model", type=Path, required=True, metavar="FOLDER", help="such as runs/NAME/model")
+    add_model_arguments(parser)
     add("--store", type=Path, required=True, metavar="FOLDER", help="a store made by `embed`")
     add("--host", default="127.0.0.1", metavar="ADDRESS", help="default: 127.0.0.1, this machine")
     add("--port", type=int, default=8000, metavar="N", help="default: 8000; 0: any free port")
@@ -56,7 +56,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MB",
         help="largest image in MB (default: 10)",
     )
-    add("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: cuda if available)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -109,7 +108,7 @@ def _service(args: argparse.Namespace) -> "Service":
     from metaembed_pl.retrieval.calibration import needs_measuring
     from metaembed_pl.serving.service import Service
 
-    model = load_model(args.model, args.device, store)
+    model = load_model(args, store)
     max_upload_bytes = int(args.max_upload * 1e6)
     service = Service(model, args.store, args.pictures or (), max_upload_bytes, args.log_queries)
     if service.measuring.calibration(store) is None and needs_measuring(store):

@@ -5,9 +5,6 @@ each step, workers take turns by step, and the checkpoint remembers the next ste
 """
 
 import logging
-import os
-import re
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,12 +33,11 @@ from metaembed_pl.data.collate import (
 from metaembed_pl.data.plan import Plan, PlannedBatch, PlannedSource
 from metaembed_pl.data.retrieval_set import RetrievalSet
 from metaembed_pl.data.shards import HEAD_BYTES, ShardedPairs
+from metaembed_pl.data.workers import Loader, workers_for
 from metaembed_pl.errors import BadSample, Unreachable, UserError
 from metaembed_pl.item import Pair
 
 log = logging.getLogger(__name__)
-
-OUT_OF_SHARED_MEMORY = re.compile(r"shared memory|Bus error|/torch_\d+.*No space left")
 
 Questions = int | Literal["all"]
 """Queries that come with a candidate at once."""
@@ -244,32 +240,7 @@ class TrainingBatches(IterableDataset):
             faults.append((*self.sources[source].locate(position), str(error)))
 
 
-class _Loader(DataLoader):
-    """Says what to do where workers have no room to hand over their batches."""
-
-    def __iter__(self) -> Iterator[Any]:
-        return _explained(super().__iter__())
-
-
-def _explained(batches: Iterator[Any]) -> Iterator[Any]:
-    try:
-        yield from batches
-    except RuntimeError as error:
-        if not OUT_OF_SHARED_MEMORY.search(str(error)):
-            raise
-        size = shutil.disk_usage("/dev/shm").total / 2**30
-        raise UserError(
-            f"the workers' batches do not fit into shared memory (/dev/shm has {size:.2f} GiB): "
-            "start the container with --shm-size=16g, or set data.num_workers: 0"
-        ) from error
-
-
-def workers_for(num_ranks: int) -> int:
-    """Worker processes a rank, of so many ranks on this machine: one core is the rank's own."""
-    return max(1, min(8, (os.cpu_count() or 1) // num_ranks - 1))
-
-
-class _ResumingLoader(_Loader):
+class _ResumingLoader(Loader):
     """Asks where to start each time it is iterated, and tells Lightning the steps of an epoch."""
 
     def __init__(self, dataset: TrainingBatches, data: "RetrievalDataModule", **kwargs: Any):
@@ -460,7 +431,7 @@ class RetrievalDataModule(pl.LightningDataModule):
         trainer = self._attached()
         place = trainer.global_rank, trainer.world_size
         return [
-            _Loader(
+            Loader(
                 EvaluationBatches(pool, self._process(), self.eval_batch_size, *place),
                 batch_size=None,
                 **self._worker_settings(),

@@ -9,7 +9,7 @@ Q: queries    Rq: vectors of a query    D: width
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,11 +21,11 @@ from torch import Tensor
 
 from metaembed_pl.data.beir import StoredItems
 from metaembed_pl.data.retrieval_set import RetrievalSet
-from metaembed_pl.errors import UserError
 from metaembed_pl.evaluation.scoring import uids
 from metaembed_pl.item import Item
 from metaembed_pl.model.embedder import MetaEmbedder
-from metaembed_pl.retrieval.embedding import Entry, embed, open_for, rank_and_world
+from metaembed_pl.model.encoding import Pace
+from metaembed_pl.retrieval.embedding import Entry, Prepare, embed, open_for, rank_and_world
 from metaembed_pl.retrieval.store import Store
 
 Tell = Callable[[str, int, int], None]
@@ -51,7 +51,7 @@ def digest_of_set(task: RetrievalSet) -> str:
 
 
 def encode_candidates(
-    model: MetaEmbedder, task: RetrievalSet, folder: Path, batch_size: int, dtype: str, tell: Tell
+    model: MetaEmbedder, task: RetrievalSet, folder: Path, pace: Pace, dtype: str, tell: Tell
 ) -> tuple[Store, list[str]]:
     """A store of the candidates of a task: what is in it already is not encoded again.
 
@@ -59,7 +59,7 @@ def encode_candidates(
         model: encodes.
         task: what to encode.
         folder: that holds all stores of the evaluation.
-        batch_size: on each rank; changes speed and memory, not the result.
+        pace: how many are encoded at a time, on each rank.
         dtype: of the stored vectors.
         tell: told of each batch.
 
@@ -70,8 +70,9 @@ def encode_candidates(
     folder = folder / f"{name}-{digest_of(task.candidates)[:12]}"
     store = open_for(model, folder, dtype)
     ids, skipped = uids(task.candidates), []
-    entries = (Entry(id, partial(task.candidates.__getitem__, i)) for i, id in enumerate(ids))
-    for progress in embed(store, model, entries, batch_size, skip_bad=True, previews=False):
+    read = task.candidates.__getitem__
+    entries = (Entry.read(id, partial(read, i)) for i, id in enumerate(ids))
+    for progress in embed(store, model, entries, pace, skip_bad=True, previews=False):
         skipped = progress.skipped
         tell("candidates", progress.seen, len(ids))
     if rank_and_world()[1] > 1:
@@ -81,7 +82,7 @@ def encode_candidates(
 
 
 def encode_queries(
-    model: MetaEmbedder, queries: Sequence[Item], batch_size: int, tell: Tell
+    model: MetaEmbedder, queries: Sequence[Item], pace: Pace, tell: Tell
 ) -> tuple[Float[Tensor, "Q Rq D"], dict[int, str]]:
     """Meta embeddings of queries.
 
@@ -90,25 +91,18 @@ def encode_queries(
     """
     found = torch.zeros(len(queries), model.groups[-1].r_q, model.width)
     bad: dict[int, str] = {}
-    for start in range(0, len(queries), batch_size):
-        indices = range(start, min(start + batch_size, len(queries)))
-        readable = list(_readable(queries, indices, bad))
-        if readable:
-            places, items = zip(*readable, strict=True)
-            found[list(places)] = model.encode_query(items, batch_size)
-        tell("queries", indices.stop, len(queries))
+    read = queries.__getitem__
+    entries = (Entry.read(str(i), partial(read, i)) for i in range(len(queries)))
+    windows = pace.windows(entries, lambda entry: entry.is_text)
+    process = model.processor()
+    prepare = Prepare(process, "query", pace.chunk_tokens, skip_bad=True, previews=False)
+    done = 0
+    for window, vectors in model.encoded(windows, prepare, "query", pace.num_workers):
+        found[[int(id) for id in window.about.ids]] = vectors
+        bad |= {int(id): reason for id, reason in window.about.skipped}
+        done += window.num_items + len(window.about.skipped)
+        tell("queries", done, len(queries))
     return found, bad
-
-
-def _readable(
-    queries: Sequence[Item], indices: Iterable[int], bad: dict[int, str]
-) -> Iterator[tuple[int, Item]]:
-    for index in indices:
-        try:
-            item = queries[index]
-            yield index, replace(item, image=item.load_image())
-        except UserError as error:
-            bad[index] = str(error)
 
 
 def _corpus_name(task: RetrievalSet) -> str:

@@ -7,7 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from metaembed_pl.evaluation.outcome import Outcome, TaskOutcome, about_model
 from metaembed_pl.evaluation.scoring import rank_task
 from metaembed_pl.files import read_json_object, write_text
 from metaembed_pl.model.embedder import MetaEmbedder
+from metaembed_pl.model.encoding import Pace
 from metaembed_pl.model.identity import identity_of
 from metaembed_pl.ranking import Ranked
 from metaembed_pl.retrieval.embedding import gathered, rank_and_world
@@ -48,15 +49,15 @@ class Settings:
     Args:
         data: the folder of all data.
         out: where results and stores go.
-        batch_size: items that are encoded at a time.
-        dtype: of stored vectors; fp32 gives what the model gives, bf16 takes half the disk.
+        pace: how many items are encoded at a time.
+        dtype: of stored vectors; bf16 takes half the disk of fp32.
         tell: told how far a side is.
     """
 
     data: Path
     out: Path
-    batch_size: int = 32
-    dtype: str = "fp32"
+    pace: Pace = field(default_factory=Pace)
+    dtype: str = "bf16"
     tell: Tell = lambda what, done, total: None
 
 
@@ -134,7 +135,7 @@ def _begin(model: MetaEmbedder, benchmark: Benchmark, settings: Settings) -> dic
                     f"{value!r}: choose another --out"
                 )
     settings.out.mkdir(parents=True, exist_ok=True)
-    about = key | about_model(model) | {"batch_size": settings.batch_size}
+    about = key | about_model(model) | {"batch_size": settings.pace.batch_size}
     write_text(file, json.dumps(about, indent=2) + "\n")
     return about
 
@@ -161,7 +162,7 @@ def _evaluate_task(
     started = time.perf_counter()
     stores = settings.out / "stores"
     store, bad_candidates = encode_candidates(
-        model, found, stores, settings.batch_size, settings.dtype, settings.tell
+        model, found, stores, settings.pace, settings.dtype, settings.tell
     )
     # Every rank asks its share of the queries; where there are fewer than ranks, some ask none.
     rank, world = rank_and_world()
@@ -219,7 +220,7 @@ def _ask(
     """Encode and rank; None where there is no query."""
     if not share.queries:
         return None
-    queries, bad = encode_queries(model, share.queries, settings.batch_size, settings.tell)
+    queries, bad = encode_queries(model, share.queries, settings.pace, settings.tell)
     is_good = torch.ones(len(queries))
     is_good[list(bad)] = 0
     started = time.perf_counter()

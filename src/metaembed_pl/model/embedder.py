@@ -11,11 +11,11 @@ Shape letters: B items of a batch, N items, R meta embeddings an item (R_q or R_
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from jaxtyping import Float
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from metaembed_pl.budget import Budget, check_budget, parse_groups
-from metaembed_pl.data.collate import Chunk
+from metaembed_pl.data.collate import Chunk, Cut
 from metaembed_pl.environment import versions
 from metaembed_pl.errors import UserError
 from metaembed_pl.files import new_folder
@@ -32,6 +32,7 @@ from metaembed_pl.item import Item, several
 from metaembed_pl.late_interaction import maxsim
 from metaembed_pl.model import vision
 from metaembed_pl.model.backbone import BackboneConfig
+from metaembed_pl.model.encoding import Pace, Prepared, one_ahead, prepared
 from metaembed_pl.model.meta_tokens import Layout, MetaTokens
 from metaembed_pl.model.model_folder import (
     FORMAT,
@@ -48,6 +49,7 @@ from metaembed_pl.model.sharded import is_first_rank, whole
 from metaembed_pl.model.weights import load_into, refuse_unlike
 
 OWN_FILE = "meta_tokens.safetensors"
+T = TypeVar("T")
 Shared = Literal["gradients", "weights"]
 """What the ranks of a run wait for: DDP for gradients, ZeRO-3 and FSDP2 for weights as well."""
 
@@ -78,6 +80,17 @@ class Processor:
     def rough_length(self, item: Item, side: Side) -> int:
         """About how many tokens an item's row has; see `Processing.rough_length`."""
         return self.processing.rough_length(item, side) + self.num_slots[side]
+
+    def prepared(
+        self, items: Sequence[Item], side: Side, chunk_tokens: int, about: Any = None
+    ) -> Prepared:
+        """The same as a window that `MetaEmbedder.encoded` takes; of no items, too."""
+        own, self.processing.cut = self.processing.cut, Cut()
+        try:
+            chunks = self.in_chunks(items, side, chunk_tokens) if items else []
+            return Prepared(chunks, len(items), self.processing.cut, about)
+        finally:
+            self.processing.cut = own
 
     def _cast(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         if "pixel_values" not in inputs:
@@ -199,7 +212,8 @@ class MetaEmbedder(nn.Module):
 
         Args:
             items: texts, `{"text": ..., "image": ...}` or `Item`s.
-            batch_size: items at a time; changes speed and memory, not the result.
+            batch_size: pictures prepared at a time, of texts eight times as many; changes speed and
+                memory, not the result.
             progress: show a progress bar.
 
         Returns:
@@ -217,16 +231,62 @@ class MetaEmbedder(nn.Module):
         self, items: Iterable[Item | str | dict], side: Side, batch_size: int, progress: bool
     ) -> Float[Tensor, "N R D"]:
         parsed = [Item.parse(item) for item in several(items, "items")]
-        num_vectors = self.groups[-1].r_q if side == "query" else self.groups[-1].r_c
-        found = torch.empty(len(parsed), num_vectors, self.width)
-        process, was_training = self.processor(), self.training
+        pace = Pace(batch_size)
+        windows = pace.windows(parsed, lambda item: item.image is None)
+        process = self.processor()
+
+        def prepare(window: list[Item]) -> Prepared:
+            return process.prepared(window, side, pace.chunk_tokens)
+
+        parts = (part for _, part in self.encoded(windows, prepare, side))
+        found = torch.empty(len(parsed), self.num_vectors(side), self.width)
+        done = 0
+        for part in _shown(parts, len(parsed), side) if progress else parts:
+            found[done : done + len(part)] = part
+            done += len(part)
+        return found
+
+    def num_vectors(self, side: Side) -> int:
+        """R: vectors of an item."""
+        return self.groups[-1].r_q if side == "query" else self.groups[-1].r_c
+
+    def encoded(
+        self,
+        windows: Iterable[T],
+        prepare: Callable[[T], Prepared],
+        side: Side,
+        num_workers: int | None = 0,
+        num_ranks: int = 1,
+    ) -> Iterator[tuple[Prepared, Float[Tensor, "N R D"]]]:
+        """Meta embeddings of windows of items, while more of them are read and prepared.
+
+        Args:
+            windows: see `Pace.windows`.
+            prepare: makes a window ready with `Processor.prepared`; may run in another process.
+            side: of all items.
+            num_workers: see `encoding.prepared`.
+            num_ranks: likewise.
+
+        Yields:
+            What `prepare` gave, and fp32 unit vectors on the CPU, in its items' order.
+        """
+        ready = prepared(windows, prepare, self.device, num_workers, num_ranks)
+        begun = ((window, self._run(window, side)) for window in ready)
+        # A GPU goes on computing while the vectors before are taken care of.
+        for window, vectors in one_ahead(begun) if self.device.type == "cuda" else begun:
+            self.processing.cut += window.cut
+            yield window, vectors.cpu()
+
+    def _run(self, window: Prepared, side: Side) -> Float[Tensor, "N R D"]:
+        shape = window.num_items, self.num_vectors(side), self.width
+        found = torch.empty(shape, device=self.device)
+        was_training = self.training
         self.eval()
         try:
             with torch.inference_mode():
-                for start in _steps(len(parsed), batch_size, progress, side):
-                    batch = process(parsed[start : start + batch_size], side)
-                    batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
-                    found[start : start + batch_size] = self(batch, side).cpu()
+                for chunk in window.chunks:
+                    chunk = chunk.to(self.device)
+                    found[chunk.rows] = self(chunk.inputs, side)
         finally:
             self.train(was_training)
         return found
@@ -337,13 +397,13 @@ class MetaEmbedder(nn.Module):
         return model.eval().to(device)
 
 
-def _steps(count: int, batch_size: int, progress: bool, side: Side) -> Iterable[int]:
-    if batch_size < 1:
-        raise UserError(f"batch_size must be at least 1, got {batch_size}")
-    starts = range(0, count, batch_size)
-    if not progress:
-        return starts
+def _shown(parts: Iterable[Tensor], total: int, side: Side) -> Iterator[Tensor]:
+    """The same parts, with a progress bar."""
     from rich.console import Console
-    from rich.progress import track
+    from rich.progress import Progress
 
-    return track(starts, description=f"encoding {side}s", console=Console(stderr=True))
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task(f"encoding {side}s", total=total)
+        for part in parts:
+            yield part
+            bar.advance(task, len(part))

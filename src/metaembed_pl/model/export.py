@@ -107,12 +107,19 @@ def merge(model: MetaEmbedder) -> Difference:
     """
     if not has_adapter(model.backbone):
         raise UserError("--merge: this model has no adapter: its weights are whole already")
-    before, identity = sample_vectors(model), known_identity(model)
+    before = sample_vectors(model)
+    merge_in_memory(model)
+    return compare(before, sample_vectors(model), model.backbone.dtype, "merging")
+
+
+def merge_in_memory(model: MetaEmbedder) -> None:
+    """Makes the adapter part of the weights, where there is one: vectors differ by rounding."""
+    if not has_adapter(model.backbone):
+        return
+    identity = known_identity(model)
     merge_adapter(model.backbone)
-    difference = compare(before, sample_vectors(model), model.backbone.dtype, "merging")
     if identity is not None:
         model.merged = {identity_of(model): identity}
-    return difference
 
 
 def known_identity(model: MetaEmbedder) -> str | None:

@@ -77,6 +77,21 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
+def options_to_run(
+    folder: Path, dtype: str | None = None, attention: Any = "sdpa", compile: bool = False
+) -> BackboneConfig:
+    """How the backbone of a model folder is run.
+
+    Args:
+        folder: a model folder.
+        dtype: of its weights; None: as they were saved.
+        attention: see `BackboneConfig`.
+        compile: likewise.
+    """
+    saved: Any = dtype or read_settings(folder).get("dtype", "float32")
+    return BackboneConfig(dtype=saved, attention=attention, compile=compile)
+
+
 def settings_to_start_from(
     name: str, backbone: BackboneConfig, given: dict[str, Any]
 ) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,10 +21,13 @@ from torch import Tensor
 
 from metaembed_pl.errors import UserError
 from metaembed_pl.item import Item, several
-from metaembed_pl.model.embedder import MetaEmbedder
+from metaembed_pl.model.embedder import MetaEmbedder, Processor
+from metaembed_pl.model.encoding import Pace, Prepared
 from metaembed_pl.model.identity import identity_of
+from metaembed_pl.model.processing import Side
 from metaembed_pl.picture import small_jpeg
 from metaembed_pl.retrieval.calibration import spread
+from metaembed_pl.retrieval.part_of import PartOf
 from metaembed_pl.retrieval.projection import Projection, check_width
 from metaembed_pl.retrieval.searchable import Searchable
 from metaembed_pl.retrieval.store import Store, is_empty
@@ -33,7 +37,6 @@ SAMPLE_ITEMS = 512
 SAMPLE_BYTES = 2**27
 LEARNED_FROM = 512
 """Items that teach a projection."""
-LEARNED_AT_A_TIME = 32
 T = TypeVar("T")
 
 
@@ -46,12 +49,14 @@ class Entry:
         load: gives the item.
         metadata: what the store keeps beside it.
         file: that the item is, or is a part of.
+        is_text: it is known to have no picture.
     """
 
     id: str
     load: Callable[[], Item]
     metadata: dict[str, Any] = field(default_factory=dict)
     file: Path | None = None
+    is_text: bool = False
 
     @classmethod
     def of(cls, item: "Entry | Item | str | dict") -> "Entry":
@@ -59,7 +64,31 @@ class Entry:
         if isinstance(item, Entry):
             return item
         parsed = Item.parse(item)
-        return cls(parsed.uid, lambda: parsed, shown(parsed))
+        return cls.given(parsed.uid, parsed, shown(parsed))
+
+    @classmethod
+    def given(cls, id: str, item: Item, metadata: dict[str, Any] | None = None) -> "Entry":
+        """An item that was read, though its picture may not be decoded."""
+        return cls(id, partial(_same, item), metadata or {}, is_text=item.image is None)
+
+    @classmethod
+    def read(cls, id: str, read: Callable[[], Item]) -> "Entry":
+        """An item that is read now, by what need not be sent to a worker.
+
+        A fault is raised when it is the item's turn.
+        """
+        try:
+            return cls.given(id, read())
+        except UserError as error:
+            return cls(id, partial(_raise, error))
+
+
+def _same(item: Item) -> Item:
+    return item
+
+
+def _raise(error: UserError) -> Item:
+    raise error
 
 
 @dataclass
@@ -144,8 +173,11 @@ def _lesson(
         )
     chosen = set(spread(len(items), LEARNED_FROM).tolist())
     entries = (Entry.of(item) for number, item in enumerate(items) if number in chosen)
-    while some := list(itertools.islice(entries, LEARNED_AT_A_TIME)):
-        yield _encode(model, some, skip_bad, previews=False).embeddings
+    pace = Pace()
+    windows = pace.windows(entries, lambda entry: entry.is_text)
+    prepare = Prepare(model.processor(), "candidate", pace.chunk_tokens, skip_bad, previews=False)
+    for _, vectors in model.encoded(windows, prepare, "candidate"):
+        yield vectors
 
 
 def check_model(store: Searchable, model: MetaEmbedder) -> None:
@@ -167,11 +199,12 @@ def embed(
     store: Store,
     model: MetaEmbedder,
     items: Iterable["Entry | Item | str | dict"],
-    batch_size: int = 32,
+    pace: Pace | int = 32,
     *,
     again: bool = False,
     skip_bad: bool = False,
     previews: bool = True,
+    part: PartOf | None = None,
 ) -> Iterator[Progress]:
     """Embed items into a store, as candidates; what it yields after each step says how far it is.
 
@@ -179,10 +212,12 @@ def embed(
         store: of this model.
         model: encodes.
         items: in the order of the store; of an id that comes twice the first is embedded.
-        batch_size: items that are encoded and committed at a time, on each rank.
+        pace: how many are encoded and committed at a time, on each rank; a number: so many
+            pictures, and eight times as many texts.
         again: embed also what is there already, and replace it.
         skip_bad: leave out items that cannot be read, instead of stopping.
         previews: keep a small JPEG of each picture in the store.
+        part: embed this part of the items alone; see parts.py. They must have a length.
 
     Yields:
         The same object each time.
@@ -190,17 +225,19 @@ def embed(
     Raises:
         UserError: the store is another model's, or an item cannot be read.
     """
-    if batch_size < 1:
-        raise UserError(f"batch_size must be at least 1, got {batch_size}")
+    pace = Pace(pace) if isinstance(pace, int) else pace
     check_model(store, model)
     rank, world = rank_and_world()
     progress = Progress()
+    prepare = Prepare(model.processor(), "candidate", pace.chunk_tokens, skip_bad, previews)
     with store.writing() if rank == 0 else nullcontext():
-        new = _new_entries(store, items, again, progress)
-        while step := list(itertools.islice(new, world * batch_size)):
-            share = step[rank * batch_size : (rank + 1) * batch_size]
-            for part in gathered(_encode(model, share, skip_bad, previews)):
-                progress.skipped += part.skipped
+        to_do = _to_do(store, items, pace, again, progress, part)
+        share = _share_of(to_do, rank, world)
+        encoded = model.encoded(share, prepare, "candidate", pace.num_workers, _ranks_here())
+        for window, vectors in encoded:
+            window.about.embeddings = vectors
+            for part in gathered(window.about):
+                progress.skipped += [f"{id}: {reason}" for id, reason in part.skipped]
                 store.add(part.ids, part.embeddings, part.metadata, part.previews)
                 _sample(progress, part)
                 progress.embedded += len(part.ids)
@@ -209,19 +246,58 @@ def embed(
 
 
 @dataclass
-class _Part:
-    """What a rank encoded in a step."""
+class Part:
+    """What a rank encoded in a step; `skipped`: ids and reasons."""
 
-    ids: list[str]
-    metadata: list[dict[str, Any]]
-    previews: list[bytes | None]
-    embeddings: Tensor
-    skipped: list[str]
+    ids: list[str] = field(default_factory=list)
+    metadata: list[dict[str, Any]] = field(default_factory=list)
+    previews: list[bytes | None] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    embeddings: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
-def _new_entries(
+@dataclass
+class _Look:
+    """An entry, its place among all items, and whether it is to be embedded."""
+
+    entry: Entry
+    position: int
+    is_new: bool
+
+
+def _to_do(
+    store: Store,
+    items: Iterable["Entry | Item | str | dict"],
+    pace: Pace,
+    again: bool,
+    progress: Progress,
+    part: PartOf | None,
+) -> Iterator[list[Entry]]:
+    """What is to be embedded, in windows.
+
+    What the store has already does not move the bounds of the windows, so that a run that goes on
+    gives the model the same windows. Those of which little is left are put together.
+    """
+    looks = _looks(store, items, again, progress)
+    rest: list[Entry] = []
+    for window in pace.windows(looks, lambda look: look.entry.is_text):
+        if part is not None and not part.has(window[0].position, _length(items)):
+            continue
+        new = [look.entry for look in window if look.is_new]
+        if len(new) < len(window):
+            windows = list(pace.windows([*rest, *new], lambda entry: entry.is_text))
+            yield from windows[:-1]
+            rest = windows[-1] if windows else []
+        else:
+            yield from ([rest, new] if rest else [new])
+            rest = []
+    if rest:
+        yield rest
+
+
+def _looks(
     store: Store, items: Iterable["Entry | Item | str | dict"], again: bool, progress: Progress
-) -> Iterator[Entry]:
+) -> Iterator[_Look]:
     known, seen = set(store.ids), set()
     for item in several(items, "items"):
         entry = Entry.of(item)
@@ -235,10 +311,24 @@ def _new_entries(
             continue
         seen.add(entry.id)
         stored = _kept_of(store, entry.id) if entry.id in known and not again else None
-        if stored is None or (entry.file is not None and _is_other(stored, entry, "file_stamp")):
-            yield entry
-        elif entry.file is None and _is_other(stored, entry, "text", "image"):
+        is_new = stored is None
+        if stored is not None and entry.file is not None:
+            is_new = _is_other(stored, entry, "file_stamp")
+        elif stored is not None and _is_other(stored, entry, "text", "image"):
             progress.changed.append(entry.id)
+        yield _Look(entry, progress.seen - 1, is_new)
+
+
+def _length(items: Iterable[Any]) -> int:
+    if not isinstance(items, Sized):
+        raise UserError("a part of the items needs to know how many there are: give a list of them")
+    return len(items)
+
+
+def _share_of(windows: Iterator[list[Entry]], rank: int, world: int) -> Iterator[list[Entry]]:
+    """A rank's windows: one of each step, which is empty where there are no more."""
+    while step := list(itertools.islice(windows, world)):
+        yield step[rank] if rank < len(step) else []
 
 
 def _told_apart(store: Store, entry: Entry, known: set[str], seen: set[str]) -> Entry:
@@ -263,30 +353,45 @@ def _is_other(stored: dict[str, Any], entry: Entry, *names: str) -> bool:
     return any(name in stored and stored[name] != told.get(name) for name in names)
 
 
-def _encode(model: MetaEmbedder, entries: list[Entry], skip_bad: bool, previews: bool) -> _Part:
-    part = _Part([], [], [], torch.empty(0, model.groups[-1].r_c, model.width), [])
-    items = []
-    for entry in entries:
-        try:
-            item = entry.load()
-            picture = item.load_image()
-        except UserError as error:
-            if not skip_bad:
-                raise UserError(f"item {entry.id!r}: {error}") from error
-            part.skipped.append(f"{entry.id}: {error}")
-            continue
-        items.append(replace(item, image=picture))
-        part.ids.append(entry.id)
-        part.metadata.append(entry.metadata)
-        part.previews.append(
-            small_jpeg(picture, PREVIEW_PIXELS, 85) if previews and picture else None
-        )
-    if items:
-        part.embeddings = model.encode_candidate(items, len(items))
-    return part
+@dataclass(frozen=True)
+class Prepare:
+    """Reads a window's items and prepares them; runs in this process or in a worker.
+
+    Args:
+        process: of the model.
+        side: of the items.
+        chunk_tokens: see `Pace`.
+        skip_bad: leave out what cannot be read, instead of raising a UserError.
+        previews: make them.
+    """
+
+    process: Processor
+    side: Side
+    chunk_tokens: int
+    skip_bad: bool
+    previews: bool
+
+    def __call__(self, entries: list[Entry]) -> Prepared:
+        """The window; its `about` is a `Part`."""
+        part, items = Part(), []
+        for entry in entries:
+            try:
+                item = entry.load()
+                picture = item.load_image()
+            except UserError as error:
+                if not self.skip_bad:
+                    raise UserError(f"item {entry.id!r}: {error}") from error
+                part.skipped.append((entry.id, str(error)))
+                continue
+            items.append(replace(item, image=picture))
+            part.ids.append(entry.id)
+            part.metadata.append(entry.metadata)
+            small = small_jpeg(picture, PREVIEW_PIXELS, 85) if self.previews and picture else None
+            part.previews.append(small)
+        return self.process.prepared(items, self.side, self.chunk_tokens, part)
 
 
-def _sample(progress: Progress, part: _Part) -> None:
+def _sample(progress: Progress, part: Part) -> None:
     held = sum(len(ids) for ids, _ in progress.sample)
     size = part.embeddings[:1].numel() * 4
     room = min(SAMPLE_ITEMS, SAMPLE_BYTES // max(1, size)) - held
@@ -299,6 +404,10 @@ def rank_and_world() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+def _ranks_here() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def gathered(part: T) -> list[T]:

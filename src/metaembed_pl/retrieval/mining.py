@@ -183,7 +183,7 @@ class Corpus(Sequence[Item]):
     def entries(self) -> Iterator[Entry]:
         """What `embed` makes a store of."""
         for uid, row in self.rows.items():
-            yield Entry(uid, lambda row=row: self._instructions.told(self[row], "candidate"))
+            yield Entry.read(uid, lambda row=row: self._instructions.told(self[row], "candidate"))
 
 
 class Ranking(NamedTuple):

@@ -93,7 +93,7 @@ def _of_json(value: Any, folder: Path) -> Entry:
         if not isinstance(metadata, dict):
             raise UserError(f"an item's metadata must be an object, not {type(metadata).__name__}")
     item = Item.parse(value, folder)
-    return Entry(item.uid, lambda: item, shown(item) | metadata)
+    return Entry.given(item.uid, item, shown(item) | metadata)
 
 
 def _shards(folder: Path | str) -> Source:
@@ -105,7 +105,7 @@ def _shards(folder: Path | str) -> Source:
         for pair in pairs:
             item = pair.positive
             asked = {} if pair.query.text is None else {"asked_as": pair.query.text}
-            yield Entry(item.uid, lambda item=item: item, shown(item) | asked)
+            yield Entry.given(item.uid, item, shown(item) | asked)
 
     return Source(len(pairs), entries)
 

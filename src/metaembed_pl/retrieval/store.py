@@ -260,6 +260,8 @@ class Store(Reader):
                 yield self._manifest
             finally:
                 self._depth = 0
+                # Workers that were forked meanwhile hold the file open as well.
+                fcntl.flock(lock, fcntl.LOCK_UN)
 
     def _commit(self, manifest: Manifest) -> None:
         manifest.write(self.folder)

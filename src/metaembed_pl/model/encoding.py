@@ -1,0 +1,152 @@
+"""How many items reach the model: prepared window by window, and run in chunks of like length.
+
+A window is what is prepared, encoded and handed on at a time. Workers of a DataLoader read and
+prepare windows while the device computes. A window's chunks hold items of like length under a
+budget of tokens, so that little of them is padding. What is in a window does not depend on workers.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from metaembed_pl.data.collate import Chunk, Cut, WithTensors
+from metaembed_pl.data.workers import Loader, workers_for
+from metaembed_pl.errors import UserError
+
+T = TypeVar("T")
+TEXTS_AS_ONE = 8
+"""A window holds so many times more texts than pictures: they take less memory, and are many."""
+CHUNK_TOKENS = 4096
+
+
+@dataclass
+class Prepared(WithTensors):
+    """A window that the model can take.
+
+    Args:
+        chunks: its rows, those of like length together.
+        num_items: rows of all chunks.
+        cut: of its texts.
+        about: what the caller keeps beside it.
+    """
+
+    chunks: list[Chunk]
+    num_items: int
+    cut: Cut = field(default_factory=Cut)
+    about: Any = None
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast items are encoded; changes speed and memory, not the result.
+
+    Args:
+        batch_size: pictures of a window; it holds eight times as many texts.
+        chunk_tokens: of what the model is given at once, padding included.
+        num_workers: processes that read and prepare; None: what suits the device.
+
+    Raises:
+        UserError: a number out of range.
+    """
+
+    batch_size: int = 32
+    chunk_tokens: int = CHUNK_TOKENS
+    num_workers: int | None = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch_size", 1), ("chunk_tokens", 1), ("num_workers", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"{name} must be at least {least}, got {value}")
+
+    def windows(self, items: Iterable[T], is_text: Callable[[T], bool]) -> Iterator[list[T]]:
+        """Items in windows, in order.
+
+        >>> [len(w) for w in Pace(batch_size=1).windows("tttttttttttp", lambda item: item == "t")]
+        [8, 3, 1]
+        """
+        room = full = TEXTS_AS_ONE * self.batch_size
+        window: list[T] = []
+        for item in items:
+            size = 1 if is_text(item) else TEXTS_AS_ONE
+            if size > room:
+                yield window
+                window, room = [], full
+            window.append(item)
+            room -= size
+        if window:
+            yield window
+
+
+def prepared(
+    windows: Iterable[T],
+    prepare: Callable[[T], Prepared],
+    device: torch.device,
+    num_workers: int | None,
+    num_ranks: int = 1,
+) -> Iterable[Prepared]:
+    """Windows, prepared in order; by workers, ahead of time, where there are any.
+
+    Args:
+        windows: gone through in this process, a few ahead; with workers each is sent to one.
+        prepare: runs in a worker; raises what is wrong with a window when it is its turn.
+        device: of the model.
+        num_workers: None: none on a CPU, which the model needs for itself.
+        num_ranks: processes that share this machine.
+    """
+    on_gpu = device.type == "cuda"
+    if num_workers is None:
+        num_workers = workers_for(num_ranks) if on_gpu else 0
+    if num_workers == 0:
+        return map(prepare, windows)
+    return Loader(
+        _Calls(prepare),
+        sampler=_Order(windows),
+        batch_size=None,
+        num_workers=num_workers,
+        prefetch_factor=1,
+        pin_memory=on_gpu,
+        generator=torch.Generator(),  # not the one that training draws from
+        setting="--workers 0",
+    )
+
+
+class _Calls(Dataset):
+    """A dataset whose indices are the arguments of a function."""
+
+    def __init__(self, function: Callable[[Any], Any]):
+        self._function = function
+
+    def __getitem__(self, argument: Any) -> Any:
+        return self._function(argument)
+
+
+class _Order(Sampler):
+    """Gives a loader its indices one by one, as they come."""
+
+    def __init__(self, values: Iterable[Any]):
+        self._values = values
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._values)
+
+
+def one_ahead(values: Iterable[T]) -> Iterator[T]:
+    """The same values; each is handed on once the next one was begun.
+
+    >>> def say(n): print("begin", n); return n
+    >>> for n in one_ahead(map(say, range(2))): print("done", n)
+    begin 0
+    begin 1
+    done 0
+    done 1
+    """
+    waiting: list[T] = []
+    for value in values:
+        waiting.append(value)
+        if len(waiting) > 1:
+            yield waiting.pop(0)
+    yield from waiting

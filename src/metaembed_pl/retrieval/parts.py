@@ -1,0 +1,180 @@
+"""A store embedded in parts, by processes that need not know of each other, and then merged.
+
+    metaembed-pl embed --model M --items things.jsonl --part 3/8 --store parts/3
+    metaembed-pl store merge parts/* --out shelf
+
+A part is a store of its own: of the windows that one process would go through, it has an eighth of
+those that follow each other. So what is merged holds the same bits as what one process makes.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from metaembed_pl.errors import UserError
+from metaembed_pl.files import new_folder, read_json_object, write_text
+from metaembed_pl.retrieval.manifest import Manifest
+from metaembed_pl.retrieval.part_of import PartOf
+from metaembed_pl.retrieval.planes import append_bytes, copy_vectors
+from metaembed_pl.retrieval.projection import PROJECTION_FILE
+from metaembed_pl.retrieval.rows import append_table
+from metaembed_pl.retrieval.store import COPIED_AT_A_TIME, Store
+
+PART_FILE = "part.json"
+
+
+@dataclass(frozen=True)
+class PartNote:
+    """What a part says of itself, beside its store.
+
+    Args:
+        part: as `3/8`.
+        items: of all parts together, those that come twice counted twice.
+        batch_size: of the windows, see `Pace`.
+        done: it is complete.
+    """
+
+    part: str
+    items: int
+    batch_size: int
+    done: bool = False
+
+    @classmethod
+    def read(cls, folder: Path) -> "PartNote":
+        """What a folder says.
+
+        Raises:
+            UserError: it is no part of a store.
+        """
+        if not (folder / PART_FILE).is_file():
+            raise UserError(
+                f"{folder} is not a part of a store: it has no {PART_FILE}; make one with "
+                "`embed --part I/N`"
+            )
+        try:
+            found = cls(**read_json_object(folder / PART_FILE))
+            PartOf.parse(found.part)
+        except (TypeError, UserError) as error:
+            raise UserError(f"{folder / PART_FILE} is malformed: {error}") from error
+        return found
+
+    def write(self, folder: Path) -> None:
+        """Note it beside a store."""
+        write_text(folder / PART_FILE, json.dumps(asdict(self), indent=2) + "\n")
+
+
+def begin(store: Store, note: PartNote) -> None:
+    """Note what part a store is, or check that it is the same as before.
+
+    Raises:
+        UserError: it is another part, or not a part at all, or the items are others.
+    """
+    if not (store.folder / PART_FILE).is_file():
+        if len(store):
+            raise UserError(
+                f"{store.folder} holds items and is no part: give part {note.part} a --store of "
+                "its own"
+            )
+        note.write(store.folder)
+        return
+    known = PartNote.read(store.folder)
+    if replace(known, done=False) != note:
+        raise UserError(
+            f"{store.folder} is part {known.part} of {known.items:,} items in batches of "
+            f"{known.batch_size}, not part {note.part} of {note.items:,} in batches of "
+            f"{note.batch_size}: give it another --store"
+        )
+
+
+def merge(folders: Sequence[Path], out: Path) -> Store:
+    """One store of all parts, in the order of the items; of an id that comes twice the first.
+
+    Args:
+        folders: in any order.
+        out: must not exist, or be empty.
+
+    Raises:
+        UserError: a part is missing, not complete, given twice, or not like the others.
+    """
+    stores = _ordered(folders)
+    first = stores[0].kind
+    for store in stores[1:]:
+        _refuse_unlike(store, stores[0])
+    new = Manifest(first.identity, first.groups, first.width, first.dtype)
+    new = replace(new, projection=first.projection)
+    if (out / PART_FILE).exists() or (out.exists() and any(out.iterdir())):
+        raise UserError(f"{out} is not empty: choose another --out")
+    with new_folder(out, overwrite=out.is_dir()) as temporary:
+        data = temporary / new.data
+        data.mkdir()
+        if first.projection is not None:
+            append_bytes(
+                temporary / PROJECTION_FILE, (stores[0].folder / PROJECTION_FILE).read_bytes(), 0
+            )
+        seen: set[str] = set()
+        for store in stores:
+            new = _copied(store, data, new, seen)
+        new.write(temporary)
+    return Store.open(out)
+
+
+def _copied(store: Store, data: Path, new: Manifest, seen: set[str]) -> Manifest:
+    snapshot = store.snapshot()
+    is_first = [id not in seen for id in snapshot.ids]
+    seen.update(snapshot.ids)
+    for places in snapshot.places[torch.tensor(is_first, dtype=torch.bool)].split(COPIED_AT_A_TIME):
+        if len(places):
+            copy_vectors(data, new, snapshot.planes, places)
+            rows_bytes = append_table(data, new, snapshot.table, places)
+            new = replace(new, num_rows=new.num_rows + len(places), rows_bytes=rows_bytes)
+    return replace(new, generation=new.generation + 1)
+
+
+def _ordered(folders: Sequence[Path]) -> list[Store]:
+    """The stores of all parts, by number.
+
+    Raises:
+        UserError: one is missing, not complete, or given twice.
+    """
+    notes = {folder: PartNote.read(folder) for folder in folders}
+    parts = {folder: PartOf.parse(note.part) for folder, note in notes.items()}
+    counts = {(part.of, notes[folder].items) for folder, part in parts.items()}
+    if len(counts) > 1:
+        some = "; ".join(
+            f"{folder} is {part} of {notes[folder].items:,} items" for folder, part in parts.items()
+        )
+        raise UserError(f"these are not parts of one store: {some}")
+    ((of, _),) = counts
+    given = Counter(part.number for part in parts.values())
+    missing = [f"{number}/{of}" for number in range(1, of + 1) if number not in given]
+    twice = [f"{number}/{of}" for number, count in given.items() if count > 1]
+    if missing or twice:
+        told = f"missing: part {', '.join(missing)}" if missing else f"twice: part {twice[0]}"
+        raise UserError(f"{told}; expected each of 1/{of} to {of}/{of} once")
+    for folder, note in notes.items():
+        if not note.done:
+            raise UserError(
+                f"part {note.part} in {folder} is not complete: run its `embed` command again, "
+                "which goes on where it was"
+            )
+    return [Store.open(folder) for folder in sorted(parts, key=lambda f: parts[f].number)]
+
+
+def _refuse_unlike(store: Store, first: Store) -> None:
+    for name in ("identity", "groups", "width", "dtype", "projection"):
+        mine, others = getattr(store.kind, name), getattr(first.kind, name)
+        if mine != others:
+            hint = (
+                "; a projection is learned anew for each part, from the same items, and other "
+                "machines round otherwise: embed all parts on one kind of machine"
+                if name == "projection"
+                else ""
+            )
+            raise UserError(
+                f"{store.folder} has {name} {mine!s:.40}, {first.folder} has {others!s:.40}: parts "
+                f"of one store are embedded by one model, with the same flags{hint}"
+            )
