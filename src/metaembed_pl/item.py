@@ -398,7 +398,10 @@ def _path_below(image: str, folder: Path) -> Path:
     """Return the path of an image that data name, which may not reach outside their folder."""
     where = "give a path relative to the data file and below its folder"
     if "://" in image:
-        raise UserError(f"image {image!r} is an address, which is not fetched: {where}")
+        raise UserError(
+            f"image {image!r} is an address, which is not fetched: {where}, or embed with "
+            "--fetch-images"
+        )
     if Path(image).is_absolute() or ".." in Path(image).parts or "\0" in image:
         raise UserError(f"image {image!r} leaves the data folder: {where}")
     path = as_on_disk(folder / image)

@@ -37,8 +37,8 @@ def test_holds_what_the_model_makes_of_the_items(model, tmp_path):
 
 def test_goes_on_at_the_next_item_after_it_was_killed(model, tmp_path):
     given = items(10)
-    first = embed(open_for(model, tmp_path / "s"), model, given, batch_size=4)
-    assert next(first).embedded == 4
+    first = embed(open_for(model, tmp_path / "s"), model, given, 2)
+    assert next(first).embedded == 3
     first.close()
     loaded = []
 
@@ -46,9 +46,9 @@ def test_goes_on_at_the_next_item_after_it_was_killed(model, tmp_path):
         return Entry(item.uid, lambda: loaded.append(item.uid) or item)
 
     store = Store.open(tmp_path / "s")
-    progress = list(embed(store, model, map(entry, given), batch_size=4))[-1]
-    assert loaded == [item.uid for item in given[4:]]
-    assert (progress.seen, progress.embedded) == (10, 6)
+    progress = list(embed(store, model, map(entry, given), 2))[-1]
+    assert loaded == [item.uid for item in given[3:]]
+    assert (progress.seen, progress.embedded) == (10, 7)
     assert Store.open(tmp_path / "s").ids == [item.uid for item in given]
 
 

@@ -28,11 +28,12 @@ from metaembed_pl.cli.progress import Progress
 from metaembed_pl.errors import UserError
 
 if TYPE_CHECKING:
+    from metaembed_pl.data.fetch import Fetch
     from metaembed_pl.retrieval import embedding
 
 ITEMS = (
-    "JSON Lines of items, a folder of shards or its address (s3://, https://), a PDF, or a folder "
-    "of pictures and PDFs"
+    "JSON Lines or Parquet of items, a folder of shards, or the address of one of these (hf://, "
+    "s3://, https://); a PDF; a folder of pictures and PDFs"
 )
 
 
@@ -43,10 +44,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--items", required=True, metavar="PATH", help=ITEMS)
     add("--store", type=Path, required=True, metavar="FOLDER", help="store to create or extend")
     add(
-        "--store-dtype",
-        choices=("bf16", "fp16", "int8"),
-        help="dtype of a new store (default: bf16)",
+        "--columns",
+        metavar="KEY=COLUMN,...",
+        help="of Parquet: which column is an item's text, image, id or instruction (default: those "
+        "of these names); plain columns beside them are metadata",
     )
+    add(
+        "--fetch-images",
+        action="store_true",
+        help="fetch pictures that items name by an http(s) address, which are else refused",
+    )
+    add("--fetch-seconds", type=float, default=10, metavar="S", help="for a picture (default: 10)")
+    add("--fetch-mb", type=float, default=20, metavar="MB", help="of a picture (default: 20)")
+    add("--store-dtype", choices=("bf16", "fp16", "int8"), help="of a new store (default: bf16)")
     add(
         "--width",
         type=int,
@@ -104,11 +114,13 @@ def run(args: argparse.Namespace) -> None:
 
 def _embed(args: argparse.Namespace) -> dict[str, Any] | None:
     """Does the work; what was done, or nothing on ranks that do not write."""
+    from metaembed_pl.data.tables import parse_columns
     from metaembed_pl.retrieval.part_of import PartOf
     from metaembed_pl.retrieval.sources import open_source
 
     # What costs nothing to check comes first: a model takes seconds to load.
-    source, pace = open_source(args.items), pace_of(args)
+    pace, columns = pace_of(args), parse_columns(args.columns)
+    source = open_source(args.items, columns, _fetch(args))
     part = None if args.part is None else PartOf.parse(args.part)
     if part is not None and args.index:
         raise UserError("--index is for a whole store: merge the parts, and index what comes of it")
@@ -161,6 +173,18 @@ def _embed(args: argparse.Namespace) -> dict[str, Any] | None:
         told = _told(store, done)
         told["index"] = _index(store, model, args) if len(store) else None
         return told
+
+
+def _fetch(args: argparse.Namespace) -> "Fetch | None":
+    for name in ("fetch_seconds", "fetch_mb"):
+        if not getattr(args, name) > 0:
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} must be above 0, got {getattr(args, name)}")
+    if not args.fetch_images:
+        return None
+    from metaembed_pl.data.fetch import Fetch
+
+    return Fetch(args.fetch_seconds, int(args.fetch_mb * 1e6))
 
 
 def _index(store: Any, model: Any, args: argparse.Namespace) -> dict[str, Any] | None:

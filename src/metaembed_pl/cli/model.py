@@ -26,7 +26,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) 
         help="such as runs/NAME/model, or the id of a model on the hub",
     )
     add("--revision", metavar="NAME", help="branch, tag or commit of a model on the hub")
-    add("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: cuda if available)")
     add(
         "--dtype",
         type=_dtype,

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from metaembed_pl.errors import Unreachable, UserError
+from metaembed_pl.files import new_file
 
 ATTEMPTS = 3
 """To read a file: connections break."""
@@ -91,7 +92,7 @@ class ShardCache:
             Unreachable: as `open`.
         """
         path = self.folder / "indexes" / file.sha256
-        with self._lock(file.sha256):
+        with self.lock(file.sha256):
             if not path.exists():
                 path.parent.mkdir(exist_ok=True)
                 self._download(file, path)
@@ -104,14 +105,14 @@ class ShardCache:
                 f"{self.max_bytes:,}: set METAEMBED_CACHE_GB higher"
             )
         path = self.folder / file.sha256
-        with self._lock(file.sha256):
+        with self.lock(file.sha256):
             if not path.exists():
                 self._reserve(file)
                 self._download(file, path)
 
     def _reserve(self, file: RemoteFile) -> None:
         """Removes what is in the way, and takes the room by a file of its size."""
-        with self._lock("room"):
+        with self.lock("room"):
             _partial(self.folder / file.sha256).unlink(missing_ok=True)
             for partial in self.folder.glob("*.part"):
                 self._remove_if_left(partial)
@@ -155,7 +156,8 @@ class ShardCache:
             partial.unlink(missing_ok=True)
 
     @contextmanager
-    def _lock(self, name: str) -> Iterator[None]:
+    def lock(self, name: str) -> Iterator[None]:
+        """Keeps other processes out while one reads a file from elsewhere."""
         from filelock import FileLock
 
         self._lock_path(name).parent.mkdir(parents=True, exist_ok=True)
@@ -185,7 +187,7 @@ class RemoteFolder:
         Raises:
             Unreachable: it cannot be read.
         """
-        filesystem, path = _filesystem(f"{self.url}/{name}")
+        filesystem, path = filesystem_of(f"{self.url}/{name}")
         try:
             return filesystem.cat_file(path)
         except Exception as error:
@@ -230,12 +232,60 @@ def is_remote(folder: Path | str) -> bool:
     return "://" in str(folder)
 
 
+def address_below(base: str, path: str) -> str:
+    """The address of a file that data at an address name, which may not reach outside.
+
+    >>> address_below("s3://bucket/pages", "images/1.png")
+    's3://bucket/pages/images/1.png'
+
+    Raises:
+        UserError: the path leaves the folder, or is itself an address.
+    """
+    if is_remote(path) or path.startswith("/") or ".." in path.split("/") or "\0" in path:
+        raise UserError(
+            f"image {path!r} leaves {base}: give a path relative to the data file and below its "
+            "folder"
+        )
+    return f"{base.rstrip('/')}/{path}"
+
+
+def read_bytes(url: str) -> bytes:
+    """The content of a small file.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    filesystem, path = filesystem_of(url)
+    try:
+        return filesystem.cat_file(path)
+    except Exception as error:  # each kind of address has errors of its own
+        raise UserError(f"{url} cannot be read: {error or type(error).__name__}") from error
+
+
+def kept_copy(url: str) -> Path:
+    """A copy on disk of a file elsewhere, made anew each time: it may have changed there.
+
+    Raises:
+        Unreachable: it cannot be read.
+    """
+    cache, name = ShardCache.of_environment(), hashlib.sha256(url.encode()).hexdigest()
+    copy = cache.folder / "files" / name
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    filesystem, path = filesystem_of(url)
+    try:
+        with cache.lock(name), new_file(copy) as temporary:
+            filesystem.get_file(path, str(temporary))
+    except Exception as error:  # each kind of address has errors of its own
+        raise Unreachable(f"{url} cannot be read: {error or type(error).__name__}") from error
+    return copy
+
+
 class _Differs(Exception):
     """What came is not what the manifest says."""
 
 
 def _copy(file: RemoteFile, target: Path) -> None:
-    filesystem, path = _filesystem(file.url)
+    filesystem, path = filesystem_of(file.url)
     digest, num_bytes = hashlib.sha256(), 0
     # Not "wb", which would give up the room that was taken.
     with (
@@ -258,7 +308,7 @@ def _copy(file: RemoteFile, target: Path) -> None:
         )
 
 
-def _filesystem(url: str) -> tuple[Any, str]:
+def filesystem_of(url: str) -> tuple[Any, str]:
     """What reads a kind of address, and the path in it.
 
     Raises:

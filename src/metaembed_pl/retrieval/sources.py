@@ -1,22 +1,27 @@
-"""What can be embedded: JSON Lines, shards, PDFs, a folder of pictures and PDFs.
+"""What can be embedded: JSON Lines, Parquet, shards, PDFs, a folder of pictures and PDFs.
 
 A source knows how many items it has and gives them one by one; a picture is decoded and a page
 drawn only when it is its turn to be embedded, so a source may be larger than memory.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from metaembed_pl.data.remote import is_remote
-from metaembed_pl.errors import UserError
+import pyarrow as pa
+
+from metaembed_pl.data import tables
+from metaembed_pl.data.fetch import Fetch
+from metaembed_pl.data.remote import address_below, is_remote, kept_copy, read_bytes
+from metaembed_pl.errors import Unreachable, UserError
 from metaembed_pl.item import Item, check_unique, read_json_lines
 from metaembed_pl.picture import MAX_PIXELS, files_below, is_picture
 from metaembed_pl.retrieval.embedding import Entry, shown
 
 PDF_SUFFIX = ".pdf"
+ITEM_COLUMNS = ("text", "image", "id", "instruction")
 PDF_SCALE = 2.0
 """Pixels a point: 144 a inch, an A4 page of 1190 x 1684."""
 
@@ -40,24 +45,38 @@ class Source:
         return self.entries()
 
 
-def open_source(path: Path | str) -> Source:
-    """The items at a path, or in shards at an address.
+def open_source(
+    path: Path | str, columns: Mapping[str, str] | None = None, fetch: Fetch | None = None
+) -> Source:
+    """The items at a path or an address.
 
     A line of JSON Lines is an item, and may have `metadata`, an object. An item of shards is a
-    positive, of a PDF a page.
+    positive, of a PDF a page, of Parquet a row.
+
+    Args:
+        path: of a file or a folder; of JSON Lines, Parquet or shards also an address that fsspec
+            reads, such as `s3://bucket/pages`.
+        columns: of Parquet: which column is an item's `text`, `image`, `id` or `instruction`; None:
+            those of these names. The others are metadata.
+        fetch: fetches the pictures that items name by an address; None: they are refused.
 
     Raises:
         UserError: there is nothing that can be embedded.
     """
     if is_remote(path):
-        return _shards(path)
+        return _at_address(str(path), columns, fetch)
     path = Path(path)
-    if path.suffix.lower() == PDF_SUFFIX and path.is_file():
+    suffix = path.suffix.lower()
+    if suffix == PDF_SUFFIX and path.is_file():
         return _files(path.parent, [path])
+    if suffix == tables.SUFFIX and path.is_file():
+        return _table(tables.Table.open(path), columns, fetch)
     if not path.is_dir():
-        return _json_lines(path)
+        return _json_lines(path, path.parent, fetch)
     if any(path.glob("*.tar")):
         return _shards(path)
+    if any(path.rglob(f"*{tables.SUFFIX}")):
+        return _table(tables.Table.open(path), columns, fetch)
     files = files_below(path, lambda file: file.suffix.lower() == PDF_SUFFIX or is_picture(file))
     if not files:
         deeper = next(path.rglob("*.tar"), None)
@@ -66,7 +85,69 @@ def open_source(path: Path | str) -> Source:
     return _files(path, files)
 
 
-def _json_lines(path: Path) -> Source:
+def _at_address(url: str, columns: Mapping[str, str] | None, fetch: Fetch | None) -> Source:
+    name = url.rpartition("/")[2]
+    if name.endswith((".jsonl", ".json")):
+        return _json_lines(kept_copy(url), url.rpartition("/")[0], fetch)
+    if tables.SUFFIX in name or "*" in url:
+        return _table(tables.Table.open(url), columns, fetch)
+    try:
+        return _shards(url)
+    except Unreachable:  # no manifest, so no shards
+        if url.startswith(("http://", "https://")):
+            raise  # where nothing can be listed
+    return _table(tables.Table.open(url), columns, fetch)
+
+
+def _table(table: tables.Table, columns: Mapping[str, str] | None, fetch: Fetch | None) -> Source:
+    chosen = _item_columns(table, columns)
+    others = [field.name for field in table.schema if _is_plain(field.type)]
+    metadata = [name for name in others if name not in chosen.values()]
+
+    def entries() -> Iterator[Entry]:
+        for where, row in table.rows([*chosen.values(), *metadata]):
+            given = {key: tables.picture_bytes(row[name]) for key, name in chosen.items()}
+            kept = {name: row[name] for name in metadata if row[name] is not None}
+            file = where.rpartition(":")[0]
+            folder = file.rpartition("/")[0] if is_remote(file) else Path(file).parent
+            try:
+                value = {key: v for key, v in given.items() if v not in (None, "", b"")}
+                yield _of_json({**value, "metadata": kept}, folder, fetch)
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from error
+
+    return Source(table.num_rows, entries)
+
+
+def _item_columns(table: tables.Table, columns: Mapping[str, str] | None) -> dict[str, str]:
+    """The column of each of an item's keys."""
+    chosen = dict(columns or {key: key for key in ITEM_COLUMNS if key in table.columns})
+    for key, name in chosen.items():
+        if key not in ITEM_COLUMNS:
+            raise UserError(
+                f"an item has no {key!r} to take from a column: expected one of "
+                f"{', '.join(ITEM_COLUMNS)}"
+            )
+        if name not in table.columns:
+            raise UserError(
+                f"{table.files[0]} has no column {name!r}; it has {', '.join(table.columns)}"
+            )
+    if not chosen.keys() & {"text", "image"}:
+        raise UserError(
+            f"{table.files[0]} has the columns {', '.join(table.columns)}: say which is an item's "
+            "text or image, as in --columns text=caption,image=picture"
+        )
+    return chosen
+
+
+def _is_plain(kind: pa.DataType) -> bool:
+    """Whether metadata can hold what a column holds."""
+    types = pa.types
+    tests = types.is_string, types.is_large_string, types.is_integer, types.is_floating
+    return any(test(kind) for test in (*tests, types.is_boolean))
+
+
+def _json_lines(path: Path, base: Path | str, fetch: Fetch | None) -> Source:
     total = sum(1 for _ in read_json_lines(path))
     if not total:
         raise UserError(f"{path} holds no items: expected one JSON object or string a line")
@@ -75,7 +156,7 @@ def _json_lines(path: Path) -> Source:
         lines: dict[str, int] = {}
         for number, value in read_json_lines(path):
             try:
-                entry = _of_json(value, path.parent)
+                entry = _of_json(value, base, fetch)
                 if isinstance(value, dict) and value.get("id") is not None:
                     check_unique(entry.id, number, lines)
             except UserError as error:
@@ -85,15 +166,38 @@ def _json_lines(path: Path) -> Source:
     return Source(total, entries)
 
 
-def _of_json(value: Any, folder: Path) -> Entry:
+def _of_json(value: Any, base: Path | str, fetch: Fetch | None) -> Entry:
+    """An entry of a line or a row.
+
+    Args:
+        value: as JSON has it; a picture may be bytes.
+        base: the folder or address where paths of pictures start.
+        fetch: see `open_source`.
+    """
     metadata: Any = {}
     if isinstance(value, dict):
         value = dict(value)
         metadata = value.pop("metadata", None) or {}
         if not isinstance(metadata, dict):
             raise UserError(f"an item's metadata must be an object, not {type(metadata).__name__}")
-    item = Item.parse(value, folder)
+        if isinstance(image := value.get("image"), str):
+            is_address = is_remote(image) and fetch is not None
+            if is_address or isinstance(base, str):
+                url = image if is_address else address_below(str(base), image)
+                return _elsewhere(value, url, fetch if is_address else read_bytes, metadata)
+    item = Item.parse(value, base if isinstance(base, Path) else None)
     return Entry.given(item.uid, item, shown(item) | metadata)
+
+
+def _elsewhere(value: dict[str, Any], url: str, read: Any, metadata: dict[str, Any]) -> Entry:
+    """An entry whose picture is read from an address when it is its turn; named by it."""
+    item = Item.parse({**value, "image": b"not read yet", "id": value.get("id") or url})
+    known = {**shown(item), "image": url}
+    return Entry(item.uid, partial(_with_picture, item, read, url), known | metadata)
+
+
+def _with_picture(item: Item, read: Callable[[str], bytes], url: str) -> Item:
+    return replace(item, image=read(url))
 
 
 def _shards(folder: Path | str) -> Source:

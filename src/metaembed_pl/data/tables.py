@@ -1,0 +1,168 @@
+"""Rows of Parquet files: on disk, or wherever fsspec reads, such as hf://, s3:// and https://.
+
+    table = Table.open("hf://datasets/ORG/NAME")     # or a file, a folder, a pattern with *
+    for where, row in table.rows(["query", "image"]):
+        ...
+
+Row groups are read one after the other, so a table may be larger than memory; the number of rows
+stands at the end of each file. Pictures stay encoded.
+"""
+
+import fnmatch
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import parquet
+
+from metaembed_pl.data.remote import filesystem_of, is_remote
+from metaembed_pl.errors import Unreachable, UserError
+
+SUFFIX = ".parquet"
+ROWS_AT_A_TIME = 256  # pictures and all
+CONVERTED = "@refs%2Fconvert%2Fparquet"
+"""Where the hub keeps what it made of a dataset in another format."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Parquet files with the same columns.
+
+    Args:
+        files: paths or addresses, in order.
+    """
+
+    files: tuple[str, ...]
+
+    @classmethod
+    def open(cls, where: str | Path, pattern: str = "*") -> "Table":
+        """The Parquet files at a place.
+
+        Args:
+            where: a file, a folder, or the address of one; an address may hold `*`.
+            pattern: that the path of a file below the folder must match.
+
+        Raises:
+            UserError: there are none, or they cannot be read.
+        """
+        files = _at_address(str(where)) if is_remote(where) else _on_disk(Path(where))
+        chosen = [file for file in files if fnmatch.fnmatch(file, f"*{pattern}")]
+        if not chosen:
+            some = f"; there are {len(files)} others, such as {files[0]}" if files else ""
+            wanted = "" if pattern == "*" else f" that match {pattern}"
+            raise UserError(f"{where} holds no Parquet files{wanted}{some}")
+        return cls(tuple(chosen))
+
+    @cached_property
+    def schema(self) -> pa.Schema:
+        """Columns of the first file."""
+        with _opened(self.files[0]) as file:
+            return file.schema_arrow
+
+    @cached_property
+    def num_rows(self) -> int:
+        """Of all files."""
+        return sum(self._num_rows_of(file) for file in self.files)
+
+    def _num_rows_of(self, path: str) -> int:
+        with _opened(path) as file:
+            return file.metadata.num_rows
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns."""
+        return self.schema.names
+
+    def rows(self, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The rows one by one, with `FILE:NUMBER` to name them by.
+
+        Raises:
+            UserError: a file is damaged, or lacks a column.
+        """
+        for path in self.files:
+            with _opened(path) as file:
+                self._refuse_missing(path, columns, file.schema_arrow.names)
+                number = 0
+                for batch in file.iter_batches(ROWS_AT_A_TIME, columns=list(columns)):
+                    for row in batch.to_pylist():
+                        number += 1
+                        yield f"{path}:{number}", row
+
+    def _refuse_missing(self, path: str, wanted: Iterable[str], found: list[str]) -> None:
+        missing = [name for name in wanted if name not in found]
+        if missing:
+            raise UserError(f"{path} has no column {missing[0]!r}; it has {', '.join(found)}")
+
+
+def parse_columns(text: str | None) -> dict[str, str] | None:
+    """Which column is what, as a command line says it.
+
+    >>> parse_columns("query=question,positive_image=page")
+    {'query': 'question', 'positive_image': 'page'}
+
+    Raises:
+        UserError: it says something else, or one key twice.
+    """
+    if text is None:
+        return None
+    parts = [part.partition("=") for part in text.split(",")]
+    if not all(key.strip() and name.strip() for key, _, name in parts):
+        raise UserError(f"--columns takes KEY=COLUMN,... such as text=caption; got {text!r}")
+    found = {key.strip(): name.strip() for key, _, name in parts}
+    if len(found) < len(parts):
+        raise UserError(f"--columns names a key twice: {text!r}")
+    return found
+
+
+def picture_bytes(cell: Any) -> Any:
+    """A cell that holds a picture as the hub's files have it: bytes, or the path in their place."""
+    if isinstance(cell, Mapping):
+        return cell.get("bytes") or cell.get("path")
+    return cell
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[parquet.ParquetFile]:
+    try:
+        if is_remote(path):
+            filesystem, inner = filesystem_of(path)
+            with filesystem.open(inner, "rb") as raw, parquet.ParquetFile(raw) as file:
+                yield file
+        else:
+            with parquet.ParquetFile(path) as file:
+                yield file
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+        said = str(error).splitlines() or [type(error).__name__]
+        raise UserError(f"{path} is not a whole Parquet file: {said[0]}") from error
+
+
+def _on_disk(path: Path) -> list[str]:
+    if path.is_file():
+        return [str(path)]
+    return sorted(str(file) for file in path.rglob(f"*{SUFFIX}") if file.is_file())
+
+
+def _at_address(url: str) -> list[str]:
+    if url.endswith(SUFFIX) and "*" not in url:
+        return [url]
+    places = [url] if "*" in url else [f"{url.rstrip('/')}/**/*{SUFFIX}"]
+    if url.startswith("hf://datasets/") and "*" not in url and "@" not in url:
+        name, _, below = url.removeprefix("hf://datasets/").rstrip("/").partition("/")
+        owner, _, inner = below.partition("/")
+        if not inner:
+            places.append(f"hf://datasets/{name}/{owner}{CONVERTED}/**/*{SUFFIX}")
+    scheme = url.partition("://")[0]
+    for place in places:
+        filesystem, inner = filesystem_of(place)
+        try:
+            found = sorted(filesystem.glob(inner))
+        except Exception as error:  # each kind of address has errors of its own
+            reason = str(error).splitlines() or [type(error).__name__]
+            raise Unreachable(f"{url} cannot be listed: {reason[0]}") from error
+        if found:
+            return [file if is_remote(file) else f"{scheme}://{file}" for file in map(str, found)]
+    return []
