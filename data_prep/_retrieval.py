@@ -180,7 +180,7 @@ def _card(benchmark: Benchmark, dropped: Counter[str], command: str) -> str:
     manifest = read_manifest(benchmark.folder)
     about = {
         "Source": manifest["source"],
-        "Licence": manifest["licence"] or "not told: look it up before you pass the set on",
+        "Licence": manifest["licence"] or "unknown: look it up before you pass the set on",
         "Note": manifest["note"],
         "Settings": ", ".join(
             f"{key} {value}" for key, value in manifest["settings"].items() if value is not None

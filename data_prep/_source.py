@@ -48,7 +48,7 @@ _DECODED: set[bytes] = set()
 
 @dataclass(frozen=True)
 class Product:
-    """Shards that are written whole or not at all, told by one card.
+    """Shards that are written atomically, with one card.
 
     Args:
         name: the source's name in metrics and logs.
@@ -137,10 +137,10 @@ def main_of(
         print(f"{script}: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        told = disk_error(error)
-        if told is None:
+        message = disk_error(error)
+        if message is None:
             raise
-        print(f"{script}: {told}", file=sys.stderr)
+        print(f"{script}: {message}", file=sys.stderr)
         return 2
     except (CutOff, BrokenProcessPool, KeyboardInterrupt) as error:
         reason = {
@@ -437,7 +437,7 @@ def _card(product: Product, made: dict[str, ShardedPairs]) -> str:
     )
     about = {
         "Source": manifest["source"],
-        "Licence": manifest["licence"] or "not told: look it up before you pass the shards on",
+        "Licence": manifest["licence"] or "unknown: look it up before you pass the shards on",
         "Attribution": manifest["attribution"],
         "Note": manifest["note"],
         "Settings": ", ".join(

@@ -68,7 +68,7 @@ def drafts(path: Path, is_base64: bool) -> Iterator[Draft]:
         raise UserError(f"{path}: expected one of {', '.join(READERS)}, not {path.suffix!r}")
     right: dict[str, list[str]] = defaultdict(list)
     for pair in read(path, is_base64):
-        with suppress(UserError):  # a picture that is not there: told when it is its turn
+        with suppress(UserError):  # a missing picture is reported when its turn comes
             right[pair.question] += [*pair.asked_any, pair.positive.uid]
     for pair in read(path, is_base64):
         with suppress(UserError):

@@ -256,12 +256,12 @@ def telling_words(texts: dict[str, str], count: int) -> dict[str, str]:
         {key: re.findall(r"\w+", text.casefold()) for key, text in texts.items()} if count else {}
     )
     found_in = Counter(word for some in words.values() for word in set(some))
-    telling = {}
+    distinctive = {}
     for key, some in words.items():
         times = Counter(some)
         own = sorted(times, key=lambda w: -times[w] * math.log(len(words) / found_in[w]))[:count]
-        telling[key] = " ".join(sorted(own, key=some.index))
-    return telling
+        distinctive[key] = " ".join(sorted(own, key=some.index))
+    return distinctive
 
 
 def drafts(library: Library, num_negatives: int) -> Iterator[Draft]:

@@ -68,7 +68,7 @@ def only_process(folder: Path, doing: str) -> Iterator[None]:
 
     Args:
         folder: made where there is none, and removed again if nothing is put into it.
-        doing: what the others are told that this process does.
+        doing: what this process does, for the error message of the others.
 
     Raises:
         UserError: another process does.

@@ -38,7 +38,7 @@ def files_below(
     is_wanted: Callable[[Path], bool] = lambda path: is_picture(path),
     beside: Collection[str] | None = (),
 ) -> list[Path]:
-    """The pictures of a folder and the folders in it, sorted; what is left out is told.
+    """The pictures of a folder and the folders in it, sorted; a warning counts skipped files.
 
     Linked folders are followed, each once. Hidden files are left out: a Mac puts a `._a.png`
     beside each `a.png`.
@@ -46,7 +46,7 @@ def files_below(
     Args:
         root: a folder.
         is_wanted: which of the other files are taken.
-        beside: endings of files that belong to pictures, and need not be told; None: of all.
+        beside: endings of files that belong to pictures, and are not counted; None: all.
     """
     found: list[Path] = []
     left_out: Counter[str] = Counter()

@@ -140,7 +140,7 @@ def test_a_terminal_gets_a_table_with_names_as_they_are(model, things):
         ({"--items": "nowhere"}, "nowhere"),
         ({"--image": "nowhere.png"}, "nowhere.png does not exist"),
         ({"--model": "nowhere"}, "nowhere is not a model folder"),
-        ({"--device": "abacus"}, "--device abacus"),
+        ({"--device": "abacus"}, "device abacus"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_2(model, pictures, capsys, changes, message):

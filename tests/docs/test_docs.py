@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import tiny
 from metaembed_pl.cli.main import TRAINING_VERBS, VERBS
 
 ROOT = Path(__file__).parents[2]
@@ -117,6 +118,15 @@ def test_python_blocks_compile(page):
             ).read_text()
             for name in names.replace(" ", "").split(","):
                 assert re.search(rf"\b{name}\b", source), (module, name)
+
+
+def test_the_first_example_runs(tmp_path, monkeypatch):
+    tiny.embedder().save_pretrained(tmp_path / "runs/emoji/model")
+    monkeypatch.chdir(tmp_path)
+    [block] = re.findall(r"```python\n(.*?)```", (ROOT / "docs/index.md").read_text(), re.DOTALL)
+    names = {}
+    exec(block, names)
+    assert names["model"].score(names["queries"], names["candidates"], "4x8").shape == (1, 1)
 
 
 @by_name

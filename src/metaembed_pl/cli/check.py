@@ -101,7 +101,7 @@ class Target:
 
     Args:
         num_gpus: None: what the recipe asks for.
-        gpu: name of the GPU; None: not told.
+        gpu: name of the GPU; None: unknown.
         limit: bytes of a GPU; None: none.
         utilisation: share of the GPU's peak; None: the one that is assumed.
     """
@@ -319,7 +319,7 @@ def _of_data_path(
 
 
 def _num_steps(steps: dict[str, Any]) -> int | None:
-    """Of the run, where the recipe or its data tell."""
+    """Steps of the run, if the recipe or its data say how many."""
     most = steps["max_steps"]
     if most not in (None, -1):
         return most

@@ -43,23 +43,23 @@ def _token_lines(tokens: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _steps_in_words(steps: dict[str, Any]) -> str:
     size, most = steps["global_batch_size"], steps["max_steps"]
-    told = f"of {size:,} pairs" if most in (None, -1) else f"{most:,} of {size:,} pairs"
+    line = f"of {size:,} pairs" if most in (None, -1) else f"{most:,} of {size:,} pairs"
     if "steps_an_epoch" in steps:
-        told += f"; {steps['steps_an_epoch']:,} an epoch of {steps['num_pairs']:,} pairs"
-    return told
+        line += f"; {steps['steps_an_epoch']:,} an epoch of {steps['num_pairs']:,} pairs"
+    return line
 
 
 def _compute_in_words(compute: dict[str, Any], num_gpus: int) -> str:
     """Operations of a step, and how long the run takes."""
-    told = f"{compute['flops_a_step'] / 1e15:.3g} PFLOP a step"
+    line = f"{compute['flops_a_step'] / 1e15:.3g} PFLOP a step"
     if compute["is_longest"]:
-        told += ", every row as long as the limits allow"
+        line += ", every row as long as the limits allow"
     if "hours" in compute:
         most = "at most " if compute["is_longest"] else "about "
         assumed = " (assumed)" if compute["is_assumed"] else ""
         share = f"{compute['utilisation']:.0%} of its peak{assumed}"
-        told += f"; {most}{compute['hours']:.3g} hours on {num_gpus} x {compute['gpu']} at {share}"
-    return told
+        line += f"; {most}{compute['hours']:.3g} hours on {num_gpus} x {compute['gpu']} at {share}"
+    return line
 
 
 def _running_lines(report: dict[str, Any]) -> list[tuple[str, str]]:

@@ -165,7 +165,9 @@ def _of_checkpoint(run: Path, name: str, recipe: dict[str, Any] | None) -> "Meta
 
     file = run / "checkpoints" / f"{name}.ckpt" if name in ("best", "last") else Path(name)
     if recipe is None:
-        raise UserError(f"{run} has no config.fit.yaml: a checkpoint alone does not tell its model")
+        raise UserError(
+            f"{run} has no config.fit.yaml: a checkpoint alone does not identify its model"
+        )
     try:
         if file.is_dir():
             saved = consolidated(file)

@@ -1,4 +1,4 @@
-"""What ends a run by no fault of its recipe, told in one line: memory, disks, other ranks."""
+"""One-line messages for failures that are no fault of the recipe: memory, disks, other ranks."""
 
 import re
 from collections.abc import Iterator
@@ -30,13 +30,13 @@ def told_in_one_line(watch: Watch) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        told = _told(error, watch)
-        if told is None:
+        message = _message(error, watch)
+        if message is None:
             raise
-        raise UserError(told) from error
+        raise UserError(message) from error
 
 
-def _told(error: Exception, watch: Watch) -> str | None:
+def _message(error: Exception, watch: Watch) -> str | None:
     first = next(iter(str(error).splitlines()), type(error).__name__)
     if isinstance(error, MisconfigurationException):  # of Lightning: no GPU here, say
         return " ".join(str(error).split())

@@ -54,10 +54,10 @@ def _refuse_local_base(folder: Path) -> None:
 
 
 def licence_of(base: str | None) -> str:
-    """The licence that the hub tells of a base model.
+    """The licence of a base model, according to the hub.
 
     Raises:
-        UserError: it cannot be told; the message asks for `--licence`.
+        UserError: it is unknown; the message asks for `--licence`.
     """
     from huggingface_hub import HfApi
 

@@ -62,10 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        told = disk_error(error)
-        if debug or told is None:
+        message = disk_error(error)
+        if debug or message is None:
             raise
-        print(f"metaembed-pl: {told}", file=sys.stderr)
+        print(f"metaembed-pl: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("metaembed-pl: interrupted", file=sys.stderr)

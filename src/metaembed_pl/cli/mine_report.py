@@ -1,4 +1,4 @@
-"""What `mine` tells of its work: numbers of each source, and examples to look at."""
+"""The report of `mine`: numbers for each source, and examples to look at."""
 
 import json
 from array import array

@@ -79,7 +79,7 @@ class Progress:
 def shown(
     steps: Iterable[Step], does: str, total: int, seen: Callable[[Step], int]
 ) -> Iterator[Step]:
-    """The same steps, and how far they are; of several processes the first tells it.
+    """The same steps with their progress; only the first process shows it.
 
     Args:
         steps: of a job.

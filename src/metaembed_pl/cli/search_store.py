@@ -46,8 +46,8 @@ def search(args: argparse.Namespace, query: "Item") -> Answer:
     plan = ",".join(map(str, hits.stages))
     cost: dict[str, Any] = {"plan": plan, "milliseconds": hits.milliseconds}
     cost |= {"bytes_read": hits.bytes_read, "items": len(store), "note": note}
-    told = [f"{plan}: {hits.milliseconds:.1f} ms, {hits.bytes_read:,} bytes read"]
-    return Answer(found, cost, "; ".join([*told, note] if note else told))
+    notes = [f"{plan}: {hits.milliseconds:.1f} ms, {hits.bytes_read:,} bytes read"]
+    return Answer(found, cost, "; ".join([*notes, note] if note else notes))
 
 
 def _choice(store: "Store", model: "MetaEmbedder", args: argparse.Namespace) -> "Choice":

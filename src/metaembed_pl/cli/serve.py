@@ -2,7 +2,7 @@
 
     python -m metaembed_pl serve --model runs/emoji/model --store shelf
 
-Needs nothing from the internet, and listens on this machine alone unless told otherwise. Where it
+Needs nothing from the internet, and listens only on this machine by default. Where it
 is reached stands on standard output; Ctrl-C ends it.
 """
 

@@ -80,7 +80,7 @@ def read_retrieval_set(
 
     A score above 0 makes a candidate right, and is its gain. Of judgements that stand twice the
     highest counts. Queries without a right candidate are left out and counted, as in pytrec_eval.
-    Judgements of a candidate that the corpus lacks are counted and told; nobody finds it, as in
+    Judgements of a candidate that the corpus lacks are counted and reported; nobody finds it, as in
     BEIR and mteb. A query that stands in the corpus under its own id, with its own text, does not
     search itself there, nor does any of a set whose manifest has `"ignore_identical_ids": true`.
 
@@ -105,7 +105,7 @@ def read_retrieval_set(
     places = _places(queries.ids), _places(candidates.ids)
     gains = _read_judgements(folder, split, *places, unknown)
     lists = _read_lists(folder, split, *places, unknown)
-    unknown.tell()
+    unknown.warn()
     wanted = [i for i in range(len(queries)) if not where or _matches(queries.record(i), where)]
     if not wanted:
         raise UserError(f"{queries.path}: none of {len(queries)} queries has {where}")
@@ -315,7 +315,7 @@ class _Unknown:
             raise UserError(f"{where}: {file} has no _id {id!r}")
         return self._found.setdefault((file, id), (-1 - len(self._found), where))[0]
 
-    def tell(self) -> None:
+    def warn(self) -> None:
         """Say how many there were."""
         for file in (QUERIES, CORPUS):
             found = [(id, where) for (of, id), (_, where) in self._found.items() if of == file]

@@ -35,7 +35,7 @@ class Place(NamedTuple):
         key: its sample.
         spans: offset and size of each member of the sample, by suffix.
         question: its number among the sample's questions.
-        candidate: `stable_hash` of the positive's uid; None where only its picture would tell.
+        candidate: `stable_hash` of the positive's uid; None where that would need its picture.
     """
 
     shard: str

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from metaembed_pl.files import new_file
 
-# Colour-blind people tell these apart, and all are dark enough for letters on white (Okabe and
+# Distinct for colour-blind people, and all dark enough for letters on white (Okabe and
 # Ito's blue, vermillion and green, Tol's purple, a dark yellow, grey).
 LINES = ("#0072B2", "#D55E00", "#009E73", "#AA3377", "#8C6D00", "#555555")
 RIGHT, INK, MUTED, FAINT = "#009E73", "#222222", "#767676", "#E3E3E3"

@@ -1,8 +1,8 @@
-"""The two sides of a task as meta embeddings: candidates in a store, queries in memory.
+"""Meta embeddings of a task: candidates in a store, queries in memory.
 
-Candidates are encoded once for all budgets, and for all tasks that search the same corpus. A run
-that was killed goes on at the next batch. Under torchrun every rank encodes its share of the
-candidates, and the queries that it asks.
+Candidates are encoded once for all budgets, and for all tasks with the same corpus. A killed run
+resumes with the next batch. Under torchrun every rank encodes its share of the candidates and of
+the queries.
 
 Q: queries    Rq: vectors of a query    D: width
 """
@@ -29,11 +29,11 @@ from metaembed_pl.retrieval.embedding import Entry, Prepare, embed, open_for, ra
 from metaembed_pl.retrieval.store import Store
 
 Tell = Callable[[str, int, int], None]
-"""Called with what is done, how many of it are, and how many there are to do."""
+"""Called with the kind of items, how many are done, and how many there are."""
 
 
 def digest_of(items: Sequence[Item]) -> str:
-    """What tells one corpus from another: a digest of all content, or of the file that lists it."""
+    """A digest that identifies a corpus: of all content, or of the file that lists it."""
     if isinstance(items, StoredItems):
         return hashlib.sha256(items.path.read_bytes()).hexdigest()
     digest = hashlib.sha256()
@@ -43,7 +43,7 @@ def digest_of(items: Sequence[Item]) -> str:
 
 
 def digest_of_set(task: RetrievalSet) -> str:
-    """What tells one task from another: its corpus, its queries and what is right."""
+    """A digest that identifies a task: its corpus, its queries and its right answers."""
     parts = digest_of(task.candidates), digest_of(task.queries)
     judged = str((task.relevant, task.gains, task.lists)).encode()
     judged += str(task.itself).encode() if task.itself else b""
@@ -61,7 +61,7 @@ def encode_candidates(
         folder: that holds all stores of the evaluation.
         pace: how many are encoded at a time, on each rank.
         dtype: of the stored vectors.
-        tell: told of each batch.
+        tell: called after each batch.
 
     Returns:
         The store, and, on rank 0, the candidates that could not be read, with the reason.

@@ -10,7 +10,7 @@ Its 18 video sets are not here. The pages of ViDoSeek and MMLongBench are looked
 that VLM2Vec has since corrected (`page-fixed`), as on its leaderboard; earlier scores differ.
 
 Counts are those that mteb ships (descriptive_stats), where it has the set, or the hub's card; for
-the corrected sets those of queries that VLM2Vec's own scores tell.
+the corrected sets those in VLM2Vec's own score files.
 
 Source: VLM2Vec, arXiv 2410.05160, table 1; VLM2Vec-V2, arXiv 2507.04590, and its loaders.
 """

@@ -123,7 +123,7 @@ def merge_in_memory(model: MetaEmbedder) -> None:
 
 
 def known_identity(model: MetaEmbedder) -> str | None:
-    """The model's identity; None where its weights cannot be told."""
+    """The model's identity; None where its weights have no fingerprint."""
     try:
         return identity_of(model)
     except UserError:
@@ -131,7 +131,7 @@ def known_identity(model: MetaEmbedder) -> str | None:
 
 
 def copy_model(source: Path, target: Path) -> None:
-    """Copies a model folder file by file; a base model on disk is told from its new place.
+    """Copies a model folder file by file; a local base model's path is adapted.
 
     Args:
         source: a model folder.

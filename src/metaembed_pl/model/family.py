@@ -87,8 +87,8 @@ class Family:
         image_text: from (image processor, its output) to the text that stands for each image.
         scratch_image_processor: from the config of a model made from scratch to its image
             processor.
-        set_up: from (image processor, model config as a dict, min pixels, max pixels): tells the
-            image processor what it must know of the model, and the limits of an image.
+        set_up: from (image processor, model config as a dict, min pixels, max pixels): sets up
+            the image processor for the model, with the limits of an image.
         model_inputs: from (batch, image processor's output or nothing, rows with an image, id of
             the image token) to what the model takes beside ids and attention mask.
         vision_module: where the base model has its vision tower.
@@ -107,7 +107,7 @@ class Family:
         smallest_options: what makes it keep a small picture small.
         packs_images: its vision tower runs over the patches of all images as one sequence.
         packs_rows: its language model takes several rows as one; see packing.py.
-        other_templates: of models of this kind that have other marks; their tokenizers tell.
+        other_templates: of models of this kind with other markers, recognised by their tokenizers.
     """
 
     model_type: str

@@ -29,7 +29,7 @@ def image_text(image_processor: Any, images: Mapping[str, Any]) -> list[str]:
     """Each tile under its row and column, a line for every row, then the whole picture."""
     tile = "<image>" * image_processor.image_seq_length
     whole = f"<fake_token_around_image><global-img>{tile}<fake_token_around_image>"
-    told = []
+    texts = []
     for (num_rows,), (num_columns,) in zip(images["rows"], images["cols"], strict=True):
         lines = [
             "".join(
@@ -38,8 +38,8 @@ def image_text(image_processor: Any, images: Mapping[str, Any]) -> list[str]:
             )
             for row in range(1, num_rows + 1)
         ]
-        told.append("".join(f"{line}\n" for line in lines) + ("\n" if lines else "") + whole)
-    return told
+        texts.append("".join(f"{line}\n" for line in lines) + ("\n" if lines else "") + whole)
+    return texts
 
 
 def image_processor(config: Mapping[str, Any], kind: type) -> Any:

@@ -1,4 +1,4 @@
-"""What tells one model from another: vectors of two models cannot be compared."""
+"""The identity of a model: vectors of two models cannot be compared."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ def identity_of(model: "MetaEmbedder") -> str:
     An adapter and what `merge` makes of it have the same: their vectors differ by rounding alone.
 
     Raises:
-        UserError: the weights cannot be told (quantized, fp16, on the meta device).
+        UserError: the weights have no fingerprint (quantized, fp16, on the meta device).
     """
     processing = model.processing
     weights = [fingerprint(part) for part in (model.backbone, model.meta_tokens)]
@@ -29,8 +29,8 @@ def identity_of(model: "MetaEmbedder") -> str:
         weights.append(fingerprint(model.projection))
     if None in weights:
         raise UserError(
-            "a store needs to know its model, whose weights cannot be told from another's as they "
-            "are (quantized, fp16 or not loaded): load it with dtype float32 or bfloat16"
+            "a store needs to know its model, whose weights have no fingerprint as they are "
+            "(quantized, fp16 or not loaded): load it with dtype float32 or bfloat16"
         )
     known = {
         "weights": weights,

@@ -157,7 +157,7 @@ def save_backbone(
         backbone: with or without an adapter.
         tensors: its `backbone_tensors`.
         folder: a temporary folder.
-        home: where the folder will be: the path of a base model on disk is told from there.
+        home: where the folder will be: the path of a base model on disk is relative to it.
 
     Returns:
         What `metaembed.json` has to say of the backbone.
@@ -180,7 +180,7 @@ def save_backbone(
 def base_from(base: str, home: Path) -> str:
     """The name of a base model as a model folder at `home` keeps it.
 
-    A folder is told relative to `home`, so that both can move together; a hub id as it is.
+    A folder is stored relative to `home`, so that both can move together; a hub id as it is.
     """
     if not Path(base).exists():
         return base
@@ -217,7 +217,7 @@ def load_folder_backbone(
     if (folder / "adapter").is_dir():
         load_adapter(backbone, folder / "adapter")
     elif known is not None:
-        raise UserError(f"{folder}: {SETTINGS} tells of an adapter, but there is no adapter/")
+        raise UserError(f"{folder}: {SETTINGS} names an adapter, but there is no adapter/")
     return backbone
 
 
