@@ -4,9 +4,10 @@
 other. Without flash attention, transformers calls the kernel once an image (or window) and layer:
 thousands of small calls a batch. Chunks of equal length can share one call, with the same result.
 
-`sdpa_fp32`: attention in fp32 inside a model that otherwise runs in bf16. torch's CPU kernel takes
-8 times as long for the backward pass in bf16 as in fp32 (docs/log.md). It, and `packed` on the CPU,
-compute short sequences by plain products, which torch's fused CPU kernel is no match for.
+`sdpa_fp32`: attention with scores and softmax in fp32 inside a model that otherwise runs in bf16.
+torch's CPU kernel takes 8 times as long for the backward pass in bf16 as in fp32 (docs/log.md).
+Short sequences are computed by plain products, which torch's fused CPU kernel is no match for, and
+as short.py does it; `packed` on the CPU takes plain products as well.
 
 `look_up_grids`: those vision towers find where patches stand and which windows they are in image by
 image, in some forty small calls each; a dictionary has it for images of a size seen before.
@@ -19,20 +20,21 @@ patches of an image, t tokens of it, w its windows.
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import sdpa_mask
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 from metaembed_pl.model.family import Family
+from metaembed_pl.model.short import attend_shortly, shorten_norms
 
 FP32 = "sdpa_fp32"
 # transformers hands cumulative lengths only to implementations with "flash" in their name.
@@ -40,6 +42,74 @@ PACKED = "packed_sdpa_in_place_of_flash"
 PACKED_FP32 = "packed_sdpa_fp32_in_place_of_flash"
 SHORT = 64
 """Tokens; at 36 plain products took half the time on a CPU, at 256 half as much again."""
+
+
+def _kernel_of(query: Float[Tensor, "n H L E"]) -> AbstractContextManager[Any]:
+    """Plain products where they are faster, else what torch chooses."""
+    return sdpa_kernel(SDPBackend.MATH) if is_short(query) else nullcontext()
+
+
+def is_short(query: Float[Tensor, "n H L E"]) -> bool:
+    """Whether plain products take less time than torch's fused kernel."""
+    return query.device.type == "cpu" and query.shape[2] <= SHORT
+
+
+def _attend(
+    query: Float[Tensor, "n H L E"],
+    key: Float[Tensor, "n H L E"],
+    value: Float[Tensor, "n H L E"],
+    scale: float | None,
+    dropout: float,
+    **given: Any,
+) -> Float[Tensor, "n H L E"]:
+    """What torch computes."""
+    with _kernel_of(query):
+        return scaled_dot_product_attention(
+            query, key, value, scale=scale, dropout_p=dropout, **given
+        )
+
+
+def _attend_in_fp32(
+    query: Float[Tensor, "n H L E"],
+    key: Float[Tensor, "n H L E"],
+    value: Float[Tensor, "n H L E"],
+    scale: float | None,
+    dropout: float,
+    **given: Any,
+) -> Float[Tensor, "n H L E"]:
+    """Scores and softmax in fp32, whatever the inputs are; short sequences in fewer passes."""
+    if is_short(query) and not dropout:
+        return attend_shortly(query, key, value, scale, **given)
+    inputs = query.float(), key.float(), value.float()
+    with torch.autocast(query.device.type, enabled=False):
+        return _attend(*inputs, scale, dropout, **given).to(query.dtype)
+
+
+def attention_in_fp32(
+    module: nn.Module,
+    query: Float[Tensor, "n H L E"],
+    key: Float[Tensor, "n K L E"],
+    value: Float[Tensor, "n K L E"],
+    attention_mask: Bool[Tensor, "n 1 L L"] | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **_: Any,
+) -> tuple[Float[Tensor, "n L H E"], None]:
+    """The language model's attention, as `sdpa_attention_forward` but in fp32."""
+    repeats = query.shape[1] // key.shape[1]
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    output = _attend_in_fp32(
+        query,
+        repeat_kv(key, repeats),
+        repeat_kv(value, repeats),
+        scaling,
+        dropout,
+        attn_mask=attention_mask,
+        is_causal=is_causal and attention_mask is None and query.shape[2] > 1,
+    )
+    return output.transpose(1, 2).contiguous(), None
 
 
 def packed_attention(
@@ -52,6 +122,7 @@ def packed_attention(
     cu_seq_lens_q: Int[Tensor, " ends"],
     scaling: float | None = None,
     dropout: float = 0.0,
+    attend: Any = _attend,
     **_: Any,
 ) -> tuple[Float[Tensor, "1 S H E"], None]:
     """Each chunk attends to itself; chunks are given by their cumulative lengths.
@@ -59,19 +130,18 @@ def packed_attention(
     Source: the signature of transformers' `AttentionInterface`.
     """
 
-    def attend(*chunks: Float[Tensor, "n H L E"]) -> Float[Tensor, "n*L H E"]:
-        with _kernel_of(chunks[0]):
-            output = scaled_dot_product_attention(*chunks, scale=scaling, dropout_p=dropout)
-        return output.transpose(1, 2).flatten(0, 1)
+    def joined_heads(*chunks: Float[Tensor, "n H L E"]) -> Float[Tensor, "n*L H E"]:
+        return attend(*chunks, scaling, dropout).transpose(1, 2).flatten(0, 1)
 
     groups = _by_length(cu_seq_lens_q)
     if len(groups) == 1:
         length = groups[0].length
-        return attend(*(_chunks(tensor[0], length) for tensor in (query, key, value)))[None], None
+        chunks = (_chunks(tensor[0], length) for tensor in (query, key, value))
+        return joined_heads(*chunks)[None], None
     parts = []
     for group in groups:
         chosen = (tensor[0].index_select(1, group.places) for tensor in (query, key, value))
-        parts.append(attend(*(_chunks(tensor, group.length) for tensor in chosen)))
+        parts.append(joined_heads(*(_chunks(tensor, group.length) for tensor in chosen)))
     joined, places = torch.cat(parts), torch.cat([group.places for group in groups])
     return torch.empty_like(joined).index_copy(0, places, joined)[None], None
 
@@ -101,31 +171,6 @@ def _by_length(ends: Any) -> list[_SameLength]:
 
 def _chunks(tensor: Float[Tensor, "H S E"], length: int) -> Float[Tensor, "n H L E"]:
     return tensor.unflatten(1, (-1, length)).transpose(0, 1)
-
-
-def _kernel_of(query: Float[Tensor, "n H L E"]) -> AbstractContextManager[Any]:
-    """Plain products where they are faster, else what torch chooses."""
-    is_short = query.device.type == "cpu" and query.shape[2] <= SHORT
-    return sdpa_kernel(SDPBackend.MATH) if is_short else nullcontext()
-
-
-def _in_fp32(attention: Any) -> Any:
-    def run(
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        if attention_mask is not None and attention_mask.is_floating_point():
-            attention_mask = attention_mask.float()
-        inputs = query.float(), key.float(), value.float(), attention_mask
-        with torch.autocast(query.device.type, enabled=False), _kernel_of(query):
-            output, _ = attention(module, *inputs, **kwargs)
-        return output.to(query.dtype), None
-
-    return run
 
 
 class PatchProjection(nn.Conv3d):
@@ -224,12 +269,13 @@ def set_attention(model: PreTrainedModel, name: str, family: Family) -> None:
     """
     if name == FP32:
         model.set_attn_implementation(FP32)
+        shorten_norms(model)
     if family.packs_images:
         visual: Any = model.visual
         visual.config._attn_implementation = PACKED_FP32 if name == FP32 else PACKED
 
 
 AttentionInterface.register(PACKED, packed_attention)
-AttentionInterface.register(PACKED_FP32, _in_fp32(packed_attention))
-AttentionInterface.register(FP32, _in_fp32(sdpa_attention_forward))
+AttentionInterface.register(PACKED_FP32, partial(packed_attention, attend=_attend_in_fp32))
+AttentionInterface.register(FP32, attention_in_fp32)
 AttentionMaskInterface.register(FP32, sdpa_mask)
