@@ -71,7 +71,7 @@ clean: ## remove .venv, caches and builds; data/, runs/ and mlflow.db stay
 # Data and runs are only made where there are none: order-only prerequisites never remake them. The
 # card is written last, so data that a kill left unfinished is finished first.
 data/emoji/README.md: | .venv/.installed
-	$(BIN)/python data_prep/emoji.py --out $(@D)
+	$(BIN)/python data_prep/openmoji.py --out $(@D)
 
 # A run that was interrupted goes on where it was.
 runs/emoji/report/metrics.json: | data/emoji/README.md

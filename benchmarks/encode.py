@@ -1,6 +1,6 @@
 """Items encoded a second, against sentence-transformers and colpali-engine.
 
-    python data_prep/emoji.py --out data/emoji && python -m metaembed_pl fit --config emoji
+    python data_prep/openmoji.py --out data/emoji && python -m metaembed_pl fit --config emoji
     python benchmarks/encode.py --model runs/emoji/model [--save] [--rounds 5] [--num_threads 1]
 
 The same backbone (the quickstart's, with its weights) and the same items, mixed as in a folder of

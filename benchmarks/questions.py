@@ -1,6 +1,6 @@
 """What it costs to ask a candidate several things in one batch: time, FLOPs and memory by K.
 
-    python data_prep/emoji.py --out data/emoji
+    python data_prep/openmoji.py --out data/emoji
     python benchmarks/questions.py [--save] [--candidates 64] [--num_threads 1]
 
 The quickstart's model takes a training step over scenes of nine pictures that are each asked for K

