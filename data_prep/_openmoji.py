@@ -120,7 +120,7 @@ def load_pictures(languages: Iterable[str], limit: int | None = None) -> dict[st
 
     Args:
         languages: codes of the `emoji` package.
-        limit: keep whole families up to about so many pictures.
+        limit: keep complete families up to about so many pictures.
 
     Raises:
         UserError: a language that `emoji` does not have.

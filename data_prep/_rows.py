@@ -99,7 +99,7 @@ def fetch(where: str, file: str) -> Path | None:
 
 
 class CutOff(Exception):
-    """Reading ended for no fault of the data: whole shards are kept, and a later run goes on."""
+    """Reading ended for no fault of the data: complete shards are kept, and a later run goes on."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def unpack(parts: list[Path], folder: Path, below: str = "") -> Path:
         below: only members whose path starts so.
 
     Raises:
-        UserError: not a whole gzipped tar, or one with links, devices or paths that escape.
+        UserError: not a complete gzipped tar, or one with links, devices or paths that escape.
     """
     if folder.is_dir():
         return folder
@@ -185,7 +185,7 @@ def unpack(parts: list[Path], folder: Path, below: str = "") -> Path:
                         )
                     tar.extract(member, partial, filter="data")
     except (tarfile.TarError, EOFError, OSError) as error:
-        raise UserError(f"{parts[0]} is not a whole gzipped tar: {error}") from error
+        raise UserError(f"{parts[0]} is not a complete gzipped tar: {error}") from error
     return folder
 
 

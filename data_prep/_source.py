@@ -5,7 +5,7 @@ A script yields *drafts*, pairs as JSON says them, whose pictures may be paths, 
     {"id": "CIRR:17", "query": {"text": "with a hat", "image": Named(...)}, "positive": {...}}
 
 Processes read and decode them; what cannot be used is dropped and counted, a bad hard negative by
-itself. The rest goes to shards, in order. A run that was killed goes on behind its last whole
+itself. The rest goes to shards, in order. A run that was killed goes on after its last complete
 shard, and what is finished already is kept.
 """
 
@@ -142,7 +142,9 @@ def main_of(
             BrokenProcessPool: "a process died (for want of memory? give fewer --num-workers)",
             KeyboardInterrupt: "interrupted",
         }.get(type(error), str(error))
-        print(f"{script}: {reason}; whole shards are kept: run it again to go on", file=sys.stderr)
+        print(
+            f"{script}: {reason}; complete shards are kept: run it again to go on", file=sys.stderr
+        )
         return 130 if isinstance(error, KeyboardInterrupt) else 1
     return 0
 

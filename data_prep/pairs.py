@@ -2,7 +2,7 @@
 
     python data_prep/pairs.py --pairs mine/pairs.jsonl --out data/mine
 
-One object a line, image paths relative to the file (docs/data.md has the whole format):
+One object a line, image paths relative to the file (docs/data.md has the complete format):
 
     {"query": "ein roter Apfel", "positive": {"image": "pictures/apple.png", "id": "apple"}}
 
@@ -118,7 +118,7 @@ def read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
             for number, row in enumerate(rows, start=1):
                 yield number, from_columns(_with_lists(row, f"{path}:{number}"))
     except (ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not a whole Parquet file: {error}") from error
+        raise UserError(f"{path} is not a complete Parquet file: {error}") from error
 
 
 LISTS = ("negatives", "negative_images", "answers")

@@ -15,7 +15,7 @@ from metaembed_pl.item import Item, Pair
 from metaembed_pl.model import processing
 from metaembed_pl.model.backbone import BackboneConfig, ScratchTokenizer
 from metaembed_pl.model.lora import LoraConfig
-from metaembed_pl.model.sharded import whole
+from metaembed_pl.model.sharded import unsharded
 from metaembed_pl.training.gradient_cache import GradientCacheConfig
 from metaembed_pl.training.module import LossConfig, MetaEmbedModule
 
@@ -223,7 +223,7 @@ def step(case: Case, num_ranks: int, shards: Path) -> tuple[dict[str, torch.Tens
 
 def trained(module) -> dict[str, torch.Tensor]:
     named = module.embedder.named_parameters()
-    found = whole({name: p for name, p in named if p.requires_grad})
+    found = unsharded({name: p for name, p in named if p.requires_grad})
     return {name: tensor.float().clone() for name, tensor in found.items()}
 
 

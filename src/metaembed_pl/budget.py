@@ -32,7 +32,7 @@ class Budget(NamedTuple):
         """Read what a user writes: "4x8", [4, 8] or a Budget.
 
         Raises:
-            UserError: not two whole numbers of at least 1.
+            UserError: not two integers of at least 1.
         """
         if isinstance(value, str):
             match = re.fullmatch(r"\s*([0-9]+)\s*[xX]\s*([0-9]+)\s*", value)
@@ -43,8 +43,7 @@ class Budget(NamedTuple):
         whole = all(isinstance(count, int) and not isinstance(count, bool) for count in counts)
         if len(counts) != 2 or not whole or min(counts) < 1:
             raise UserError(
-                "a budget is two whole numbers of at least 1, r_q and r_c, written 4x8; "
-                f"got {value!r}"
+                f"a budget is two integers of at least 1, r_q and r_c, written 4x8; got {value!r}"
             )
         return cls(*counts)
 

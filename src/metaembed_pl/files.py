@@ -1,4 +1,4 @@
-"""Files: read as they are named, written whole or not at all, with rights that the umask gives."""
+"""Files: read as they are named, written atomically, with rights that the umask gives."""
 
 import errno
 import fcntl
@@ -57,7 +57,7 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a file atomically."""
     with new_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 

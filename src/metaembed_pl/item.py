@@ -345,7 +345,7 @@ def _no_number(name: str) -> None:
 
 
 def as_id(value: Any) -> Any:
-    """An id as text: whole numbers, as tables and JSON have them, too.
+    """An id as text: integers, as tables and JSON have them, too.
 
     >>> as_id(7), as_id("007"), as_id(True)
     ('7', '007', True)

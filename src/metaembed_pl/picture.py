@@ -133,7 +133,7 @@ def open_picture(source: Path | bytes | Image.Image) -> Image.Image:
     except Exception as error:  # Pillow's decoders raise nearly anything on corrupt data
         reason = str(error).split(" <_io")[0] or type(error).__name__
         raise UserError(
-            f"{name} does not decode ({reason}): expected a whole {', '.join(_FORMATS)} file"
+            f"{name} does not decode ({reason}): expected a complete {', '.join(_FORMATS)} file"
         ) from error
 
 

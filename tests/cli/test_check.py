@@ -144,7 +144,7 @@ def test_all_faults_are_told_at_once_with_the_nearest_key(recipe, capsys):
         "model.optimizer.lrr: no such key; did you mean 'lr'?",
         "model.optimizer: optimizer.warmup is a share of all steps, 0 to below 1, got 2",
         "model.loss.temperature: expected a number, got 'hot'",
-        "data.train[0].first_step: expected a whole number, got 'soon'",
+        "data.train[0].first_step: expected an integer, got 'soon'",
         "data.train[0].wieght: no such key; did you mean 'weight'?",
         "data.train: 1 of 1 folders of shards are not there: nowhere",
         "data.global_batch_size: 7 cannot be divided evenly over 2 GPUs",
@@ -176,7 +176,7 @@ def test_all_faults_are_told_at_once_with_the_nearest_key(recipe, capsys):
         ({"model__optimizer": {"lr": None}}, "model.optimizer.lr: expected a number, got None"),
         ({"model__layout": "neither"}, "model.layout: expected 'both' or 'own' or null"),
         ({"trainer__precision": "bf17"}, "trainer.precision: expected 64 or 32 or"),
-        ({"trainer__max_steps": "many"}, "trainer.max_steps: expected a whole number, got 'many'"),
+        ({"trainer__max_steps": "many"}, "trainer.max_steps: expected an integer, got 'many'"),
         ({"trainer__strategy": "deepspeed_stage_4"}, "did you mean 'deepspeed_stage_"),
     ],
 )

@@ -103,7 +103,7 @@ def test_a_plan_tells_the_cost_and_connects_to_nothing(store, capsys):
         ({"--to": "http://localhost:6333"}, "is http://HOST:6333/NAME"),
         ({"--shards": "0"}, "--shards must be at least 1, got 0"),
         ({"--batch-size": "-1"}, "--batch-size must be at least 1, got -1"),
-        ({"--counts": "1,many"}, "--counts are whole numbers, such as 1,8,64; got '1,many'"),
+        ({"--counts": "1,many"}, "--counts are integers, such as 1,8,64; got '1,many'"),
         ({"--counts": "1,3"}, "not trained at 3 candidate vectors; choose of 1, 4, 8"),
         ({"--filter": "size"}, "no item's metadata have a text, number or truth under 'size'"),
         ({"--replicas": "2"}, "a folder is one shard without replicas"),

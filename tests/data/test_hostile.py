@@ -246,7 +246,7 @@ def test_a_compressed_archive_is_refused_and_not_unpacked(tmp_path):
     import gzip
 
     (tmp_path / "x.tar").write_bytes(gzip.compress(SHARD))
-    with pytest.raises(UserError, match=r"x\.tar is not a whole, uncompressed tar"):
+    with pytest.raises(UserError, match=r"x\.tar is not a complete, uncompressed tar"):
         ShardedPairs(tmp_path)
 
 

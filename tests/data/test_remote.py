@@ -158,7 +158,7 @@ def test_a_file_that_makes_room_can_be_read_on(root, server, cache):
 def test_a_shard_larger_than_the_cache_is_an_error(root, server, monkeypatch):
     monkeypatch.setenv("METAEMBED_CACHE_GB", "1e-6")
     pairs = ShardedPairs(f"{server.url}/pets")
-    with pytest.raises(UserError, match=r"more than the whole cache of 1,000: set METAEMBED_CACHE"):
+    with pytest.raises(UserError, match=r"more than the cache limit of 1,000: set METAEMBED_CACHE"):
         pairs[0]
 
 

@@ -226,7 +226,7 @@ def test_a_shard_cut_off_after_opening_is_a_bad_sample(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"garbage" * 500, b"\0" * 5000])
 def test_refuses_a_shard_that_is_no_tar(tmp_path, content):
     (tmp_path / "x.tar").write_bytes(content)
-    with pytest.raises(UserError, match=r"not a whole, uncompressed tar|hold no pairs"):
+    with pytest.raises(UserError, match=r"not a complete, uncompressed tar|hold no pairs"):
         ShardedPairs(tmp_path)
 
 
@@ -234,7 +234,7 @@ def test_refuses_a_foreign_shard_that_is_cut_off(tmp_path):
     content = {"k.json": as_json({"query": "a", "positive": "b"}), "k.query.png": picture(1)}
     path = write_tar(tmp_path / "theirs" / "x.tar", content) / "x.tar"
     path.write_bytes(path.read_bytes()[:1600])
-    with pytest.raises(UserError, match="not a whole, uncompressed tar"):
+    with pytest.raises(UserError, match="not a complete, uncompressed tar"):
         ShardedPairs(path.parent)
 
 

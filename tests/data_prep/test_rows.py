@@ -88,9 +88,9 @@ def link(kind):
         (tar_with(link(tarfile.SYMTYPE)), "'a.png' is a link or a device"),
         (tar_with(link(tarfile.LNKTYPE)), "'a.png' is a link or a device"),
         (tar_with(link(tarfile.CHRTYPE)), "'a.png' is a link or a device"),
-        (tar_with(tarfile.TarInfo("../a.png"), b"x"), "is not a whole gzipped tar: .*outside"),
-        (hub.tar_gz({"a.png": os.urandom(9999)})[:5000], "is not a whole gzipped tar"),
-        (b"no tar at all", "is not a whole gzipped tar"),
+        (tar_with(tarfile.TarInfo("../a.png"), b"x"), "is not a complete gzipped tar: .*outside"),
+        (hub.tar_gz({"a.png": os.urandom(9999)})[:5000], "is not a complete gzipped tar"),
+        (b"no tar at all", "is not a complete gzipped tar"),
     ],
     ids=["soft link", "hard link", "device", "outside", "cut short", "no tar"],
 )

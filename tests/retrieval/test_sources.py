@@ -131,7 +131,7 @@ def test_columns_of_other_names_are_named_and_files_of_a_folder_follow_each_othe
 
 def test_a_damaged_parquet_file_and_a_bad_row_are_named(tmp_path):
     (tmp_path / "x.parquet").write_bytes(b"PAR1 and no more")
-    with pytest.raises(UserError, match=r"x.parquet is not a whole Parquet file"):
+    with pytest.raises(UserError, match=r"x.parquet is not a complete Parquet file"):
         open_source(tmp_path / "x.parquet")
     file = write_table(tmp_path / "y.parquet", text=["a", "", "c"], image=None)
     with pytest.raises(UserError, match=r"y.parquet:2: an item needs a \"text\" or an \"image\""):

@@ -123,7 +123,7 @@ def _embed(args: argparse.Namespace) -> dict[str, Any] | None:
     source = open_source(args.items, columns, _fetch(args))
     part = None if args.part is None else PartOf.parse(args.part)
     if part is not None and args.index:
-        raise UserError("--index is for a whole store: merge the parts, and index what comes of it")
+        raise UserError("--index needs a complete store: merge the parts, then run `index`")
     if args.index:
         from metaembed_pl.retrieval.index import faiss_module
 

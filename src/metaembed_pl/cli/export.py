@@ -1,7 +1,7 @@
 """`python -m metaembed_pl export`: a run as a folder, or a hub repository, that loads anywhere.
 
     python -m metaembed_pl export --run runs/custom --out custom            # the adapter, as it is
-    python -m metaembed_pl export --run runs/custom --out custom --merge    # whole weights
+    python -m metaembed_pl export --run runs/custom --out custom --merge    # complete weights
     python -m metaembed_pl export --run runs/custom --push-to ORG/NAME --merge
 
 Forms (--format): `metaembed` loads with `MetaEmbedder.from_pretrained`; `sentence-transformers`

@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
 def _parse_counts(text: str) -> tuple[int, ...]:
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() for part in parts):
-        raise UserError(f"--counts are whole numbers, such as 1,8,64; got {text!r}")
+        raise UserError(f"--counts are integers, such as 1,8,64; got {text!r}")
     return tuple(map(int, parts))
 
 

@@ -29,7 +29,7 @@ PARTS: dict[str, type] = {
 Where = tuple[str | int, ...]
 WORDS: dict[Any, str] = {
     str: "a text",
-    int: "a whole number",
+    int: "an integer",
     float: "a number",
     bool: "true or false",
     list: "a list",

@@ -245,7 +245,7 @@ def _read_lists(
     candidates: Mapping[str, int],
     unknown: "_Unknown",
 ) -> dict[int, list[int]] | None:
-    """For each query its own candidates, each once; None where all search the whole pool."""
+    """For each query its own candidates, each once; None where all search the entire pool."""
     path = folder / "candidates" / f"{split}.jsonl"
     if not path.exists():
         return None

@@ -130,7 +130,7 @@ class TrainBatch(WithTensors):
 
     Args:
         source: where all its pairs come from.
-        step: its number in the plan, counted over the whole run.
+        step: its number in the plan, counted over the entire run.
         keys: names of its pairs, for error messages.
         queries: processed queries, Q rows.
         candidates: processed candidates, C + M rows: the positives, then the hard negatives.

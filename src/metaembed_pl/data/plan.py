@@ -175,7 +175,7 @@ class Plan:
         return [s.num_pairs / size for s, size in zip(self.sources, self._sizes, strict=True)]
 
     def batch(self, step: int) -> PlannedBatch:
-        """The global batch of a step, counted from 0 over the whole run."""
+        """The global batch of a step, counted from 0 over the entire run."""
         self._extend(step + 1)
         source, round_ = int(self._order[step]), int(self._rounds[step])
         size = self._sizes[source]
@@ -275,7 +275,7 @@ class Plan:
             random = self._random(source, 0, 1)  # no pass has this second number
             if planned.candidates is None or planned.questions == 1:
                 pairs = np.sort(random.choice(pairs, planned.num_pairs, replace=False))
-            else:  # whole candidates, so that each keeps its questions
+            else:  # complete candidates, so that each keeps its questions
                 first_come = random.permutation(planned.candidates.max() + 1)[planned.candidates]
                 pairs = np.sort(np.argsort(first_come, kind="stable")[: planned.num_pairs])
         shards = np.searchsorted(ends, pairs, side="right")

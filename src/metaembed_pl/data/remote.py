@@ -40,7 +40,7 @@ class RemoteFile(NamedTuple):
 class ShardCache:
     """Files from elsewhere, on disk.
 
-    A file appears whole or not at all, whatever is killed; two processes that want the same one
+    A file appears atomically, whatever is killed; two processes that want the same one
     read it once.
 
     Args:
@@ -73,7 +73,7 @@ class ShardCache:
 
         Raises:
             Unreachable: it cannot be read, or is not what its manifest says.
-            UserError: it is larger than the whole cache.
+            UserError: it is larger than the cache may be.
         """
         path = self.folder / file.sha256
         while True:
@@ -101,7 +101,7 @@ class ShardCache:
     def _fetch(self, file: RemoteFile) -> None:
         if file.num_bytes > self.max_bytes:
             raise UserError(
-                f"{file.url} has {file.num_bytes:,} bytes, more than the whole cache of "
+                f"{file.url} has {file.num_bytes:,} bytes, more than the cache limit of "
                 f"{self.max_bytes:,}: set METAEMBED_CACHE_GB higher"
             )
         path = self.folder / file.sha256

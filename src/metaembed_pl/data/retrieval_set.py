@@ -24,7 +24,7 @@ class RetrievalSet:
             below 0 stands for a candidate that judgements name and nobody can find: it counts.
         gains: how right each of these is, above 0, in the order of `relevant`; None: all 1.
         lists: for each query the indices of the candidates it searches, each once, among them all
-            its right ones; None: every query searches the whole pool.
+            its right ones; None: every query searches the entire pool.
         num_left_out: queries of the source without a right candidate, which are not asked.
         itself: for each query the index of the candidate that it is itself, which it does not
             search; -1: none. None: of no query.
@@ -52,7 +52,7 @@ class RetrievalSet:
     def subset(
         self, max_queries: int | None = None, max_candidates: int | None = None
     ) -> "RetrievalSet":
-        """A smaller set for quick looks: scores on it are higher than on the whole.
+        """A smaller set for quick looks: scores on it are higher than on all of it.
 
         Args:
             max_queries: keep the first so many; None keeps all.
@@ -119,7 +119,7 @@ class RetrievalSet:
             name: the source's name.
             pairs: a query and one of its right answers each.
             max_queries: use only the first so many pairs. The pool shrinks with them, so scores
-                are then higher than on the whole set.
+                are then higher than on the complete set.
 
         Raises:
             UserError: no pairs, or a query whose own positive does not answer it.

@@ -58,7 +58,7 @@ class IndexLines:
 
     def __init__(self, path: Path | None = None, lines: bytes = b"") -> None:
         self._path, self._lines, self._map = path, lines, None
-        # One comparison over the whole buffer: a million lines take some 0.1 s.
+        # One comparison over the entire buffer: a million lines take some 0.1 s.
         content = self._content()
         ends = np.flatnonzero(np.frombuffer(content, dtype=np.uint8) == ord("\n"))
         self._starts = np.concatenate([np.zeros(1, np.int64), ends + 1])
@@ -146,7 +146,7 @@ def scan_shards(folder: Path, shards: list[str]) -> dict[str, bytes]:
     """Read the headers of tar shards, and the JSON of each sample, into index lines, by shard.
 
     Raises:
-        UserError: not a whole uncompressed tar, or one with links, devices or paths that escape.
+        UserError: not a complete uncompressed tar, or one with links, devices or paths that escape.
     """
     return {shard: _index_lines(folder / shard) for shard in shards}
 
@@ -202,7 +202,7 @@ def _index_lines(path: Path) -> bytes:
                     file = tar.extractfile(member)
                     questions[len(samples) - 1] = _questions(file.read() if file else b"")
     except (tarfile.TarError, EOFError, OSError) as error:
-        raise UserError(f"{path} is not a whole, uncompressed tar: {error}") from error
+        raise UserError(f"{path} is not a complete, uncompressed tar: {error}") from error
     if left_out:
         log.warning("%s: %d members are of no pair, such as %r", path, len(left_out), left_out[0])
     lines = []

@@ -35,11 +35,11 @@ class ShardWriter:
         licence, attribution, source, note: for the manifest, so that they travel with the data.
         settings: how the shards were made, for the manifest.
         overwrite: replace shards that stand there already.
-        resume: go on with the whole shards of a run of the same settings that was killed.
+        resume: go on with the complete shards of a run of the same settings that was killed.
 
     Attributes:
         record: what the writing script wants to remember, such as how many rows it has read. It
-            is saved with every whole shard, is back after a kill, and goes into the manifest.
+            is saved with every complete shard, is back after a kill, and goes into the manifest.
 
     Raises:
         UserError: the folder holds something already, or no pair was written.

@@ -94,7 +94,7 @@ class ShardedPairs(Sequence[Pair]):
         assert self._remote is not None
         where = f"{self.folder}/{MANIFEST_FILE}"
         manifest = parse_manifest(self._remote.read_bytes(MANIFEST_FILE), where)
-        # A folder elsewhere cannot always be listed, and scanning it would read it whole.
+        # A folder elsewhere cannot always be listed, and scanning it would read all of it.
         for file in ({**manifest.get("index", {}), "file": INDEX_FILE}, *manifest["shards"]):
             self._remote.know(file["file"], file.get("bytes"), file.get("sha256"))
         return manifest, _checked_index(self._remote.keep(INDEX_FILE), manifest)

@@ -137,7 +137,7 @@ def _opened(path: str) -> Iterator[parquet.ParquetFile]:
                 yield file
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         said = str(error).splitlines() or [type(error).__name__]
-        raise UserError(f"{path} is not a whole Parquet file: {said[0]}") from error
+        raise UserError(f"{path} is not a complete Parquet file: {said[0]}") from error
 
 
 def _on_disk(path: Path) -> list[str]:

@@ -37,7 +37,7 @@ def report_style() -> Iterator[None]:
 
 
 def save_picture(figure: Figure, path: Path) -> None:
-    """Save a figure as PNG, whole or not at all."""
+    """Save a figure as PNG, atomically."""
     with new_file(path) as temporary:
         figure.savefig(temporary, format="png")
 

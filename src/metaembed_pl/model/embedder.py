@@ -45,7 +45,7 @@ from metaembed_pl.model.model_folder import (
 )
 from metaembed_pl.model.packing import packed
 from metaembed_pl.model.processing import Processing, Side
-from metaembed_pl.model.sharded import is_first_rank, whole
+from metaembed_pl.model.sharded import is_first_rank, unsharded
 from metaembed_pl.model.weights import load_into, refuse_unlike
 
 OWN_FILE = "meta_tokens.safetensors"
@@ -306,7 +306,7 @@ class MetaEmbedder(nn.Module):
         return maxsim(queries[:, :r_q], candidates[:, :r_c])
 
     def save_pretrained(self, folder: str | Path, overwrite: bool = False) -> None:
-        """Writes a model folder, whole or not at all; safetensors only.
+        """Writes a model folder, atomically; safetensors only.
 
         Where several ranks train the model, each must call this, and the first one writes: weights
         that are shared out are gathered.
@@ -326,7 +326,7 @@ class MetaEmbedder(nn.Module):
 
     def _saved_tensors(self) -> dict[str, dict[str, Tensor]]:
         """What is saved, by part, whole."""
-        return backbone_tensors(self.backbone) | {"own": whole(self._own_tensors())}
+        return backbone_tensors(self.backbone) | {"own": unsharded(self._own_tensors())}
 
     def _write(self, tensors: dict[str, dict[str, Tensor]], folder: Path, home: Path) -> None:
         settings = self.settings() | save_backbone(self.backbone, tensors, folder, home)

@@ -106,7 +106,7 @@ def merge(model: MetaEmbedder) -> Difference:
         UserError: the model has no adapter, or merging changes its vectors.
     """
     if not has_adapter(model.backbone):
-        raise UserError("--merge: this model has no adapter: its weights are whole already")
+        raise UserError("--merge: this model has no adapter: its weights are complete already")
     before = sample_vectors(model)
     merge_in_memory(model)
     return compare(before, sample_vectors(model), model.backbone.dtype, "merging")

@@ -1,6 +1,6 @@
 """Idefics3 and SmolVLM: a picture is cut into tiles, each as large as the vision tower sees.
 
-The tiles come row by row, then the whole picture at a tile's size.
+The tiles come row by row, then the full picture at a tile's size.
 
 Shape letters: B rows, L tokens, N images.
 """
@@ -26,7 +26,7 @@ SMOLVLM_TOKENS = (("<|im_end|>", None), ("<|im_start|>", None), *_IMAGE_TOKENS)
 
 
 def image_text(image_processor: Any, images: Mapping[str, Any]) -> list[str]:
-    """Each tile under its row and column, a line for every row, then the whole picture."""
+    """Each tile under its row and column, a line for every row, then the full picture."""
     tile = "<image>" * image_processor.image_seq_length
     whole = f"<fake_token_around_image><global-img>{tile}<fake_token_around_image>"
     texts = []

@@ -56,7 +56,7 @@ def model_inputs(
 ) -> dict[str, Tensor]:
     """The pictures, whose they are, and who sees them: `<|image|>` and all that follows it.
 
-    The meta tokens stand last, so they see the whole picture.
+    The meta tokens stand last, so they see the full picture.
     """
     if not images:
         return {}

@@ -36,7 +36,7 @@ class LoraConfig:
         init: of the adapter: `gaussian` and `default` (Kaiming) start as no update at all; `pissa`
             starts from the largest singular directions of the weights.
         dora: learn the length of each weight row apart from its direction (DoRA).
-        targets: regular expression that the whole name of an adapted module matches; None: the
+        targets: regular expression that the full name of an adapted module matches; None: the
             linear layers of the language model, and with `train_vision` those of the vision tower.
     """
 
@@ -162,7 +162,7 @@ def _refuse_no_hit(backbone: nn.Module, targets: str | list[str] | set[str]) -> 
     if not any(pattern.fullmatch(name) for name in linear):
         some = ", ".join(linear[:: max(1, len(linear) // 4)][:4])
         raise UserError(
-            f"lora.targets {targets!r} matches no linear layer of this backbone; the whole name "
+            f"lora.targets {targets!r} matches no linear layer of this backbone; the full name "
             f"must match, and names here are such as {some}"
         )
 

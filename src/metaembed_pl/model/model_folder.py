@@ -27,7 +27,7 @@ from metaembed_pl.model.lora import (
     save_adapter,
 )
 from metaembed_pl.model.processing import Processing, Prompt
-from metaembed_pl.model.sharded import whole
+from metaembed_pl.model.sharded import unsharded
 from metaembed_pl.model.weights import fingerprint
 
 FORMAT = 1
@@ -141,10 +141,10 @@ def backbone_tensors(backbone: Any) -> dict[str, dict[str, Tensor]]:
     Of weights that are shared out over ranks, every rank must ask.
     """
     if not has_adapter(backbone):
-        return {"weights": whole(backbone.state_dict(keep_vars=True))}
-    found = {"adapter": whole(adapter_tensors(backbone))}
+        return {"weights": unsharded(backbone.state_dict(keep_vars=True))}
+    found = {"adapter": unsharded(adapter_tensors(backbone))}
     if backbone.peft_config["default"].base_model_name_or_path is None:
-        found["weights"] = whole(base_weights(backbone))
+        found["weights"] = unsharded(base_weights(backbone))
     return found
 
 

@@ -32,7 +32,7 @@ def patch_attention(model: "MetaEmbedder", item: Item, side: Side) -> Float[Tens
 
     Returns:
         Shares of the slot's attention. Of a picture cut into tiles (Idefics3, SmolVLM): those on
-        the whole picture that follows them. None where there is no picture, or its tokens are not
+        the full picture that follows them. None where there is no picture, or its tokens are not
         in the row (mllama, which sees pictures by cross-attention).
     """
     batch = model.processor()([item], side)

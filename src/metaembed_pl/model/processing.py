@@ -128,7 +128,7 @@ class Processing:
 
         Args:
             items: at least one.
-            side: as for a whole batch.
+            side: as for a batch.
             num_slots: likewise.
             max_tokens: see `chunked`.
 

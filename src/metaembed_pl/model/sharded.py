@@ -1,4 +1,4 @@
-"""Weights that are shared out over ranks, as ZeRO-3 and FSDP2 hold them, made whole again."""
+"""Weights that are sharded over ranks, as in ZeRO-3 and FSDP2, gathered into complete tensors."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 
-def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def unsharded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors with all their values: copies on the CPU of those that are sharded.
 
     They are gathered one by one, so that no GPU holds more than one of them. Every rank must ask;

@@ -82,7 +82,7 @@ def _from_pretrained(path: str, dtype: str, kwargs: dict[str, Any]) -> tuple[Any
                 with safe_open(file, "pt"):
                     pass
             except (OSError, SafetensorError) as error:
-                raise UserError(f"{file}: not a whole safetensors file: {error}") from error
+                raise UserError(f"{file}: not a complete safetensors file: {error}") from error
     try:
         return AutoModel.from_pretrained(
             path,

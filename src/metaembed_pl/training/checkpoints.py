@@ -1,4 +1,4 @@
-"""What a training checkpoint holds, and how it is written: whole or not at all.
+"""What a training checkpoint holds, and how it is written: atomically.
 
 It holds what training changes: trained weights, buffers, and beside them the optimiser and the
 place in the plan. Frozen weights are left out (15 GB of a 7B model): they are read again from the
