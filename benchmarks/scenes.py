@@ -70,7 +70,7 @@ def encode_queries(model: MetaEmbedder, tiles: np.ndarray, names: list[str], fil
 
 def main() -> None:
     """Encode what is not there yet."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Encode scenes in bulk.")
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--shards", type=Path, default=Path("data/emoji/train/emoji_t2i"))
     parser.add_argument("--count", type=int, default=200_000)
@@ -105,7 +105,7 @@ def load(folder: Path, count: int) -> tuple[torch.Tensor, np.ndarray]:
     """Vectors and tiles of the first scenes."""
     (file,) = folder.glob("vectors-*.f16")
     slots, width = map(int, file.stem.removeprefix("vectors-").split("x"))
-    there = np.memmap(file, np.float16, "r").reshape(-1, slots, width)
+    there = np.memmap(file, np.float16, "c").reshape(-1, slots, width)
     if len(there) < count:
         raise SystemExit(
             f"{file} has {len(there):,} scenes: run benchmarks/scenes.py --count {count}"

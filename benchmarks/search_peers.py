@@ -1,29 +1,34 @@
 """Searching learned vectors with other libraries, beside ours, in one run.
 
-    pip install usearch lancedb fast-plaid maxsim-cpu
-    python benchmarks/search_peers.py --scenes scenes --count 60000 [--only usearch lancedb]
+    pip install usearch lancedb fast-plaid maxsim-cpu pylate voyager
+    python benchmarks/search_peers.py --scenes scenes --count 60000 [--only usearch] [--save]
 
 All are asked for the ten best of the same scenes (benchmarks/scenes.py) with the same queries for
-one and for two things. Recall is against the exact search with all vectors. What is not installed
-is left out.
+one and for two things. Recall is against the exact search with all vectors; times are those of
+benchmarks/search.py. What is not installed is left out. `--only` with `--save` adds to what was
+saved before, so that each can have an environment of its own.
 
 ours        the index, and the plan that calibration chose
 usearch     HNSW over all candidate vectors, asked with the sum of the query's; exact re-ranking
 lancedb     its multivectors, IVF_PQ with refinement
 qdrant edge a named multivector with HNSW, asked with the sum, then with each query vector
 fast-plaid  its own index
+pylate      its HNSW (Voyager) over all candidate vectors, asked with each query vector; re-ranking
 maxsim-cpu  exact scores of all
 """
 
 import argparse
+import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from loss import RESULTS, machine
 from scenes import load
 from search import TOP, Timed, of_scenes, recall, scene_queries
 from torch import Tensor
@@ -44,6 +49,8 @@ def ours(store: Store, _vectors: Tensor, queries: dict[str, Tensor], _folder: Pa
     kinds = calibration.for_several(queries["calibration"], "queries")
     plan = calibration.calibrate_kinds(store, kinds).best(0.98).plan
     yield plan, index.size_bytes, lambda some: store.search(some, cascade=plan).rows
+    every = str(store.groups[-1])
+    yield f"exact, {every}", 0, lambda some: store.search(some, every, top=TOP).rows
 
 
 def usearch(_store: Store, vectors: Tensor, _queries: dict[str, Tensor], folder: Path) -> Any:
@@ -129,6 +136,26 @@ def fast_plaid(_store: Store, vectors: Tensor, _queries: dict[str, Tensor], fold
     yield "defaults", size, search
 
 
+def pylate(_store: Store, vectors: Tensor, _queries: dict[str, Tensor], folder: Path) -> Any:
+    """HNSW of PyLate."""
+    from pylate import indexes, retrieve  # pyright: ignore
+
+    width = vectors.shape[2]
+    index = indexes.Voyager(str(folder / "pylate"), override=True, embedding_size=width)
+    rows = [str(row) for row in range(len(vectors))]
+    index.add_documents(rows, list(vectors.float().numpy()))
+    size = sum(file.stat().st_size for file in (folder / "pylate").rglob("*") if file.is_file())
+    retriever = retrieve.ColBERT(index=index)
+    for hits in (100, 400):
+
+        def search(some: Tensor, hits: int = hits) -> list[list[int]]:
+            asked = list(some.numpy())
+            found = retriever.retrieve(asked, k=TOP, k_token=hits, device="cpu")
+            return [[int(hit["id"]) for hit in of_query] for of_query in found]
+
+        yield f"Voyager, k_token {hits}", size, search
+
+
 def maxsim_cpu(_store: Store, vectors: Tensor, _queries: dict[str, Tensor], _folder: Path) -> Any:
     """Exact scores of all candidates."""
     import maxsim_cpu as library  # pyright: ignore
@@ -142,7 +169,8 @@ def maxsim_cpu(_store: Store, vectors: Tensor, _queries: dict[str, Tensor], _fol
     yield "exact", passages.nbytes, search
 
 
-PEERS = {one.__name__: one for one in (ours, usearch, lancedb, qdrant_edge, fast_plaid, maxsim_cpu)}
+ALL = ours, usearch, lancedb, qdrant_edge, fast_plaid, pylate, maxsim_cpu
+PEERS = {one.__name__: one for one in ALL}
 
 
 def _reranked(queries: Tensor, vectors: Tensor, found: np.ndarray) -> list[list[int]]:
@@ -161,7 +189,7 @@ def measured(name: str, *given: Any) -> Iterator[dict[str, Any]]:
     for what, size, search in PEERS[name](*given):
         built = time.perf_counter() - started, time.process_time() - cpu
         row = {"name": name, "what": what, "built_s": built[0], "built_cpu_s": built[1]}
-        row["bytes"] = size
+        row |= {"bytes": size, "version": _version(name)}
         for kind in ("one thing", "two things"):
             exact = store.search(queries[kind], str(store.groups[-1]), top=TOP).rows
             spent = Timed(search, queries[kind][:20])
@@ -173,6 +201,22 @@ def measured(name: str, *given: Any) -> Iterator[dict[str, Any]]:
         yield row
 
 
+def _version(name: str) -> str:
+    package = {"ours": "metaembed_pl", "qdrant_edge": "qdrant-edge-py"}.get(name, name)
+    return metadata.version(package)
+
+
+def save(rows: list[dict[str, Any]], folder: Path, count: int) -> None:
+    """Put the rows of a peer in place of those of an earlier run."""
+    file = folder / "search-peers.json"
+    kept = json.loads(file.read_text()) if file.exists() else {}
+    others = kept.get("rows", []) if kept.get("items") == count else []
+    others = [row for row in others if row["name"] != rows[0]["name"]]
+    folder.mkdir(parents=True, exist_ok=True)
+    told = {"machine": machine("cpu"), "num_threads": torch.get_num_threads(), "items": count}
+    file.write_text(json.dumps({**told, "rows": others + rows}, indent=1) + "\n")
+
+
 def main() -> None:
     """Measure what is installed."""
     parser = argparse.ArgumentParser(description="Other libraries beside ours.")
@@ -181,6 +225,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=PEERS, default=list(PEERS))
     parser.add_argument("--num_threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--folder", type=Path, help="where stores are made; removed afterwards")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="another folder for --save")
     options = parser.parse_args()
     torch.set_num_threads(options.num_threads)
     queries, _ = scene_queries(options.scenes)
@@ -189,8 +235,10 @@ def main() -> None:
         store = of_scenes(Path(folder) / "store", options.scenes, options.count)
         for name in options.only:
             try:
-                for row in measured(name, store, vectors, queries, Path(folder)):
-                    print(row, flush=True)
+                rows = list(measured(name, store, vectors, queries, Path(folder)))
+                print(*rows, sep="\n", flush=True)
+                if options.save:
+                    save(rows, options.out, options.count)
             except ImportError as error:
                 print(f"{name} is left out: {error}", flush=True)
 

@@ -208,6 +208,7 @@ def test_under_a_filter_more_lists_are_read_or_all_is_scored(made):
     assert for_filter(stages, index, QUERIES, 1) == stages
     assert [str(stage) for stage in for_filter(stages, index, QUERIES, 0.01)] == ["4x8:10"]
     assert [str(s) for s in made.search(QUERIES, cascade=stages, where="n<5").stages] == ["4x8:10"]
+    assert made.search(QUERIES, cascade=stages, where="n<0").ids == [[]] * len(QUERIES)
     asked = QUERIES.sum(dim=1, keepdim=True).numpy()
     few, many = ((index.lists_of(asked, 0.9, by)[0] >= 0).sum(axis=1) for by in (1, 3))
     assert (many == np.minimum(3 * few, index.num_lists)).all()

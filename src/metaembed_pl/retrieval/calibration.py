@@ -55,7 +55,7 @@ CHANGED_AT_MOST = 0.1
 TARGETS = (0.5, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 1)
 """The cheapest plan is kept for each."""
 KEPT = (50, 200, 1000, 4000, 16_000)
-REACH = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.5, 0.4)
+REACH = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.5, 0.4, 0.3, 0.2)
 LISTS_AT_MOST = 0.25
 """Share of an index's lists above which a plan that reads them is not worth measuring."""
 HITS = {True: (50, 100, 200, 400, 800, 1600), False: (25, 50, 100, 200, 400)}
@@ -307,7 +307,7 @@ def for_several(queries: Float[Tensor, "Q Rq D"], said: str) -> Kinds:
     """Queries for one thing, and made of them queries for two and for three."""
     vectors = [queries]
     for count in (2, 3):
-        asked = sum(queries.roll(7 * shift, dims=0) for shift in range(count))
+        asked = torch.stack([queries.roll(7 * shift, dims=0) for shift in range(count)]).sum(dim=0)
         vectors.append(F.normalize(asked, dim=-1))
     words = f"{len(queries)} {said}, alone and averaged by two and by three"
     return Kinds(vectors, words)
@@ -337,14 +337,16 @@ def calibrate_kinds(
     snapshot, last = store.snapshot(), store.groups[-1]
     queries = torch.cat(kinds.vectors)
     a_row = len(queries) * last.r_q * last.r_c * store.width
-    rows = spread(len(store), max(ROWS_AT_LEAST, int(PRODUCTS_AT_MOST / a_row)))
-    sample = Matching(snapshot.places[rows], snapshot.manifest.num_rows)
-    sizes = [len(some) for some in kinds.vectors]
-    plans = _scans(store, queries, sample, sizes, go_on)
     try:
         index = store.index()
     except IndexUnusable:
         index = None
+    # With an index, plans that score every item are what is left if it is lost: a smaller sample.
+    products = PRODUCTS_AT_MOST if index is None else PRODUCTS_AT_MOST / 4
+    rows = spread(len(store), max(ROWS_AT_LEAST, int(products / a_row)))
+    sample = Matching(snapshot.places[rows], snapshot.manifest.num_rows)
+    sizes = [len(some) for some in kinds.vectors]
+    plans = _scans(store, queries, sample, sizes, go_on)
     if index is not None:
         every_nth = math.ceil(a_row * len(store) / PRODUCTS_WITH_INDEX)
         asked = [some[::every_nth] for some in kinds.vectors]

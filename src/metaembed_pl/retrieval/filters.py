@@ -7,6 +7,9 @@ by Arrow, and what came out is kept for the next query, as long as the generatio
 N: items
 """
 
+# pyright: reportAttributeAccessIssue=false
+# (Arrow makes its functions when it is imported.)
+
 import io
 from collections import OrderedDict
 from collections.abc import Sequence
