@@ -6,6 +6,7 @@ Importing is most of what a short run costs.
 import importlib.util
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import time
@@ -102,6 +103,7 @@ def on_two_ranks(function: Callable[[int], Any], folder: Path) -> list[Any]:
 def _run(environment: dict[str, str], file: str, function: Callable, rank: int, *rest: Any) -> None:
     os.environ.clear()
     os.environ.update(environment)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # `nohup make test` would have it ignored
     said = os.open(file, os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(said, stream)
