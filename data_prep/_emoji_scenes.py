@@ -119,10 +119,11 @@ def scene_pairs(drawn: Drawn, split: str, scenes: list[Scene], num_jobs: int) ->
     shown = {id for scene in scenes for layout in scene.layouts() for id in layout}
     num_columns = scenes[0].num_columns if scenes else GRID
     tiles = {id: drawn.shown[id] for id in sorted(shown)}
-    compose = partial(_compose, tiles, drawn.palette, num_columns)
     layouts = (scene.layouts() for scene in scenes)
     size = f"-of-{len(scenes[0].tiles)}" if scenes and len(scenes[0].tiles) < NUM_TILES else ""
-    composed = in_order(compose, layouts, num_jobs)
+    composed = in_order(
+        partial(compose, tiles, drawn.palette, num_columns=num_columns), layouts, num_jobs
+    )
     watched = progress(composed, f"{split} scenes", len(scenes))
     for number, (scene, pngs) in enumerate(zip(scenes, watched, strict=True)):
         name = f"{split}-scene{size}-{number:05d}"
@@ -173,8 +174,11 @@ def _answers(drawn: Drawn, layout: tuple[str, ...]) -> tuple[str, ...]:
     return (*layout, *sorted(twins - set(layout)))
 
 
-def _compose(
-    tiles: dict[str, np.ndarray], palette: bytes, num_columns: int, layouts: list[tuple[str, ...]]
+def compose(
+    tiles: dict[str, np.ndarray],
+    palette: bytes,
+    layouts: list[tuple[str, ...]],
+    num_columns: int = GRID,
 ) -> list[bytes]:
     """Encode each layout's tiles, row by row."""
     grids = []

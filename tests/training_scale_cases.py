@@ -17,7 +17,8 @@ from metaembed_pl.model.backbone import BackboneConfig, ScratchTokenizer
 from metaembed_pl.model.lora import LoraConfig
 from metaembed_pl.model.sharded import unsharded
 from metaembed_pl.training.gradient_cache import GradientCacheConfig
-from metaembed_pl.training.module import LossConfig, MetaEmbedModule
+from metaembed_pl.training.module import MetaEmbedModule
+from metaembed_pl.training.objective import LossConfig
 
 NUM_PAIRS = 8
 NUM_BATCHES = 2

@@ -13,7 +13,7 @@ long query with a short index:
 import itertools
 import re
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from metaembed_pl.errors import UserError
 
@@ -70,6 +70,25 @@ def parse_groups(values: Iterable[str | Budget | Iterable[int]]) -> tuple[Budget
                 "order them so that neither count shrinks and at least one grows"
             )
     return groups
+
+
+def split_width(budget: Any, widths: Iterable[int]) -> tuple[Any, int | None]:
+    """A budget without the width that may stand behind it, as in "4x8x64", and that width.
+
+    Raises:
+        UserError: the model was not trained at this width; names the trained ones.
+
+    >>> split_width("4x8x64", [64, 32]), split_width("4x8", [])
+    (('4x8', 64), ('4x8', None))
+    """
+    match = re.fullmatch(r"\s*(\d+\s*[xX]\s*\d+)\s*[xX]\s*(\d+)\s*", str(budget))
+    if match is None:
+        return budget, None
+    width, trained = int(match[2]), list(widths)
+    if width not in trained:
+        choices = f"choose one of {', '.join(map(str, trained))}" if trained else "leave it out"
+        raise UserError(f"budget {budget}: the model was not trained at width {width}; {choices}")
+    return match[1], width
 
 
 def check_budget(budget: str | Budget | Iterable[int], groups: Iterable[Budget]) -> Budget:

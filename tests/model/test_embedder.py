@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 import tiny
 from metaembed_pl.errors import UserError
 from metaembed_pl.model.embedder import MetaEmbedder
+from metaembed_pl.model.meta_tokens import MetaTokens
 
 ITEMS = [
     {"text": "red apple"},
@@ -43,6 +44,16 @@ def test_meta_embeddings_are_unit_vectors_of_the_sides_count(model):
     assert candidates.shape == (4, 8, 32)
     torch.testing.assert_close(queries.norm(dim=-1), torch.ones(4, 4))
     torch.testing.assert_close(candidates.norm(dim=-1), torch.ones(4, 8))
+
+
+def test_orthogonal_meta_tokens_start_at_right_angles_and_of_the_length_that_was_asked_for():
+    tokens = MetaTokens(4, 8, hidden_size=32, std=0.5, orthogonal=True).embedding.weight
+    torch.testing.assert_close(tokens @ tokens.T, 0.25 * 32 * torch.eye(12), atol=1e-5, rtol=0)
+
+
+def test_refuses_more_orthogonal_meta_tokens_than_there_are_dimensions():
+    with pytest.raises(UserError, match=r"16 \+ 64 meta tokens of width 32 cannot be orthogonal"):
+        MetaTokens(16, 64, hidden_size=32, orthogonal=True)
 
 
 @pytest.mark.parametrize("layout", ["own", "both"])

@@ -8,14 +8,24 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from metaembed_pl.budget import PAPER_GROUPS, parse_groups
+from loss_batches import (
+    GROUPS,
+    TWO_ROWS,
+    a_batch,
+    loss_and_gradients,
+    part_of,
+    questions,
+    score_by_loop,
+    vectors,
+    without,
+)
+from metaembed_pl.budget import PAPER_GROUPS
 from metaembed_pl.errors import UserError
 from metaembed_pl.training import loss as loss_module
 from metaembed_pl.training.loss import MMRLoss
 from ranks import on_two_ranks
 from unchecked import shapes_unchecked
 
-GROUPS = parse_groups(["1x1", "2x3", "3x5"])
 SWITCHES = [
     {"both_directions": both, "mean_over_query": mean, "weights": weights}
     for both, mean, weights in itertools.product(
@@ -24,58 +34,7 @@ SWITCHES = [
 ]
 
 
-def vectors(*shape, seed=0, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(*shape, generator=generator, dtype=dtype), dim=-1)
-
-
-def a_batch():
-    """Vectors of six pairs with two hard negatives each, and who answers what."""
-    size = 6
-    batch = {
-        "queries": vectors(size, 3, 4),
-        "positives": vectors(size, 5, 4, seed=1),
-        "negatives": vectors(2 * size, 5, 4, seed=2),
-        "negatives_of": torch.arange(2 * size).view(size, 2),
-        "asks": torch.stack([torch.arange(size), torch.arange(size) + 200], dim=1),
-        "answers": torch.full((size, 3), -1),
-        "negative_answers": torch.full((2 * size, 2), -1),
-    }
-    batch["answers"][:, 0] = batch["asks"][:, 0]
-    batch["answers"][0, 1:] = torch.tensor([1, 5])  # answers what queries 1 and 5 ask, too
-    batch["answers"][4, 1] = 0
-    batch["answers"][3, 1] = 202  # shows the same as the positive of query 2
-    batch["negative_answers"][7, 0] = 3  # a hard negative of query 3 that is none
-    batch["negative_answers"][4] = torch.tensor([70, 2])  # likewise, of query 2
-    batch["negative_answers"][10, 1] = 0  # answers another's query: still a negative of query 5
-    return batch
-
-
-def questions():
-    """Seven questions to four candidates: three to the first, one, two, one."""
-    return {
-        "queries": vectors(7, 3, 4),
-        "positives": vectors(4, 5, 4, seed=1),
-        "negatives": vectors(5, 5, 4, seed=2),
-        "positive_of": torch.tensor([0, 0, 0, 1, 2, 2, 3]),
-        # Of a query, of a candidate (rows 1 and 2 are compared with by all its queries), and none.
-        "negatives_of": torch.tensor(
-            [[0, 1, 2], [1, 2, -1], [1, 2, -1], [-1, -1, -1], [3, -1, -1], [4, -1, -1], [-1] * 3]
-        ),
-        "asks": torch.stack([torch.arange(7), torch.arange(7) + 200], dim=1),
-        "answers": torch.tensor([[0, 1, 2, 6], [3, -1, -1, -1], [4, 5, -1, -1], [6, 1, -1, -1]]),
-        "negative_answers": torch.tensor([[90, -1], [1, 91], [92, -1], [93, 5], [94, -1]]),
-    }
-
-
-TWO_ROWS = len(GROUPS) * 6 * 2  # elements of a block of scores
 MARGINS = {"no margin": None, "a margin": 0.1}
-
-
-def score_by_loop(query, candidate, group, mean):
-    r_q, r_c = group
-    score = sum(max(q @ c for c in candidate[:r_c]) for q in query[:r_q])
-    return score / r_q if mean else score
 
 
 def info_nce_by_loop(own, others, temperature):
@@ -138,21 +97,6 @@ def loss_by_loop(
                 loss = (loss + info_nce_by_loop(own, wrong, temperature)) / 2
             total = total + weight * loss / size
     return total
-
-
-def loss_and_gradients(function, batch):
-    """The loss, and its gradient in every floating point input."""
-    batch = {
-        name: x.clone().requires_grad_() if x.is_floating_point() else x
-        for name, x in batch.items()
-    }
-    loss = function(batch)
-    loss.backward()
-    return loss.detach(), {name: x.grad for name, x in batch.items() if x.is_floating_point()}
-
-
-def without(batch, *names):
-    return {name: x for name, x in batch.items() if name not in names}
 
 
 INPUTS = {
@@ -269,30 +213,6 @@ def test_bf16_embeddings_have_a_float32_loss(autocast):
     torch.testing.assert_close(output.loss.double(), expected.loss, rtol=1e-5, atol=1e-5)
 
 
-def part_of(batch, rank):
-    """One of two ranks' rows: of each side by itself; its answers only as wide as they must be."""
-    queries, positives, negatives = batch["queries"], batch["positives"], batch.get("negatives")
-    ragged = "positive_of" in batch
-    first = {  # rows of rank 0
-        len(queries): 4 if ragged else 3,
-        len(positives): 2 if ragged else 3,
-        len(negatives) if negatives is not None else 0: 3 if ragged else 6,
-    }
-    part = {}
-    for name, x in batch.items():
-        split = first[len(x)]
-        part[name] = x[:split] if rank == 0 else x[split:]
-    if rank == 1:
-        if ragged:
-            part["positive_of"] = part["positive_of"] - first[len(positives)]
-        if negatives is not None:
-            rows = part["negatives_of"]
-            part["negatives_of"] = torch.where(rows < 0, -1, rows - first[len(negatives)])
-        if "answers" in part:
-            part["answers"] = part["answers"][:, :2]
-    return part
-
-
 def cases():
     for make, both, left_out in itertools.product(
         [a_batch, questions], [False, True], INPUTS.values()
@@ -364,6 +284,48 @@ def test_refuses_a_margin_below_0(margin):
 def test_refuses_a_temperature_that_is_not_above_0(temperature):
     with pytest.raises(UserError, match=f"above 0, got {temperature}"):
         MMRLoss(GROUPS, temperature)
+
+
+@pytest.mark.parametrize(
+    "bounds", [(0.03, 1.0), (0.01, 0.02), (0.0, 1.0), (0.01,), (0.01, math.inf)]
+)
+def test_refuses_bounds_that_the_temperature_is_not_between(bounds):
+    with pytest.raises(UserError, match=r"expected 0 < low < 0.03 < high, got"):
+        MMRLoss(GROUPS, 0.03, temperature_bounds=bounds)
+
+
+def test_a_learned_temperature_starts_where_it_was_set_and_stays_between_its_bounds():
+    batch = a_batch()
+    loss = MMRLoss(GROUPS, 0.3, temperature_bounds=(0.1, 0.5))
+    plain = MMRLoss(GROUPS, 0.3)(**batch)
+    torch.testing.assert_close(loss(**batch).loss, plain.loss, rtol=1e-6, atol=0)
+    # The slope by the temperature, and where a hundred steps far too long end.
+    loss(**batch).loss.backward()
+    low, high = (MMRLoss(GROUPS, t)(**batch).loss for t in (0.2999, 0.3001))
+    slope = (high - low) / 0.0002
+    share = math.log(0.3 / 0.1) / math.log(5)
+    by_place = slope * 0.3 * math.log(5) * share * (1 - share)
+    torch.testing.assert_close(loss.place.grad.double(), by_place, rtol=1e-3, atol=0)
+    for end, bound in ((-100.0, 0.1), (100.0, 0.5)):
+        torch.nn.init.constant_(loss.place, end)
+        assert loss.temperature.item() == pytest.approx(bound)
+
+
+def test_learned_weights_are_those_under_which_each_group_costs_as_much():
+    batch = a_batch()
+    loss = MMRLoss(GROUPS, 0.3, weights=[1.0, 0.5, 2.0], learn_weights=True)
+    per_group = loss(**batch).per_group
+    expected = sum(w * of - math.log(w) for w, of in zip([1, 0.5, 2], per_group, strict=True))
+    torch.testing.assert_close(loss(**batch).loss, expected, rtol=1e-6, atol=0)
+    loss(**batch).loss.backward()
+    weights = loss.log_weights.detach().exp().double()
+    torch.testing.assert_close(loss.log_weights.grad.double(), weights * per_group - 1)
+    assert loss(**batch).also["weight/2x3"] == pytest.approx(0.5)
+
+
+def test_refuses_to_learn_weights_from_0_on():
+    with pytest.raises(UserError, match=r"start above 0, got \[1.0, 0.0, 2.0\]"):
+        MMRLoss(GROUPS, weights=[1, 0, 2], learn_weights=True)
 
 
 @pytest.mark.parametrize("weights", [[1.0], [1.0, 1, -1], [0.0, 0, 0], [1, 1, math.nan], []])

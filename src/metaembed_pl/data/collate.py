@@ -4,6 +4,7 @@ Shape letters: Q queries, K ids that are right for one, C candidates, A ids that
 M hard negatives of all queries, N the most of one query, B rows.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, Self
@@ -11,6 +12,7 @@ from typing import Any, Literal, Protocol, Self
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from metaembed_pl.errors import UserError
 from metaembed_pl.item import Item, Pair, stable_hash
@@ -141,6 +143,9 @@ class TrainBatch(WithTensors):
             itself; padded with NOTHING_ASKED.
         answers: what each positive answers: ids, its content, and the questions it stands with.
         negative_answers: what each hard negative answers; None where there are none.
+        scores: what `mine` or a teacher says of each query with its positive and its hard
+            negatives: NaN where nothing is said, -infinity where there is no such negative. None:
+            nothing is said of any.
         faults: (shard, key, reason) of pairs that could not be used and were replaced.
         cut: of its texts.
     """
@@ -155,6 +160,7 @@ class TrainBatch(WithTensors):
     asks: Int[Tensor, "Q K"]
     answers: Int[Tensor, "C A"]
     negative_answers: Int[Tensor, "M A"] | None
+    scores: Float[Tensor, "Q _"] | None = None
     faults: list[tuple[str, str, str]] = field(default_factory=list)
     cut: Cut = field(default_factory=Cut)
 
@@ -322,7 +328,17 @@ def collate(
         asks=_padded(map(_asks, pairs), NOTHING_ASKED),
         answers=_padded(map(_answers_to, questions)),
         negative_answers=_padded(map(_answers, negatives)) if negatives else None,
+        scores=_scores(pairs),
     )
+
+
+def _scores(pairs: Sequence[Pair]) -> Float[Tensor, "Q _"] | None:
+    """What is said of each pair's positive and of its hard negatives."""
+    rows = [[item.score for item in (pair.positive, *pair.negatives)] for pair in pairs]
+    if all(score is None for row in rows for score in row):
+        return None
+    said = [torch.tensor([math.nan if s is None else s for s in row]) for row in rows]
+    return pad_sequence(said, batch_first=True, padding_value=-math.inf)
 
 
 def _distinct(items: Sequence[Sequence[Item]]) -> tuple[list[Item], list[list[int]]]:

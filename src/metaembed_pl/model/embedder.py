@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from metaembed_pl.budget import Budget, check_budget, parse_groups
+from metaembed_pl.budget import Budget, check_budget, parse_groups, split_width
 from metaembed_pl.data.collate import Chunk, Cut
 from metaembed_pl.environment import versions
 from metaembed_pl.errors import UserError
@@ -109,8 +109,10 @@ class MetaEmbedder(nn.Module):
         projection: width of the meta embeddings; None keeps the backbone's hidden width.
         meta_token_std: of their random start; None: the backbone's `initializer_range`, as the
             paper.
+        meta_tokens_orthogonal: whether they start at right angles to each other.
 
     Attributes:
+        widths: below the full one, at which its first components were trained, largest first.
         shared: what ranks that train the model together wait for: None where there is but one. For
             its sake each must run the modules that the others run, also where there is no picture.
         packs: the rows of a call go through the language model as one, without padding.
@@ -124,15 +126,21 @@ class MetaEmbedder(nn.Module):
         layout: Layout = "both",
         projection: int | None = None,
         meta_token_std: float | None = None,
+        meta_tokens_orthogonal: bool = False,
     ):
         super().__init__()
         self.groups = parse_groups(groups)
+        self.widths: tuple[int, ...] = ()
         self.merged: dict[str, str] = {}  # identity of merged weights -> of the adapter's
         self.processing = processing
         self.backbone = backbone
         text: Any = backbone.config.get_text_config()
         self.meta_tokens = MetaTokens(
-            *self.groups[-1], text.hidden_size, layout, std=meta_token_std or text.initializer_range
+            *self.groups[-1],
+            text.hidden_size,
+            layout,
+            std=meta_token_std or text.initializer_range,
+            orthogonal=meta_tokens_orthogonal,
         )
         self.width = projection or text.hidden_size
         self.projection = (
@@ -299,11 +307,17 @@ class MetaEmbedder(nn.Module):
     ) -> Float[Tensor, "Q C"]:
         """MaxSim scores at a budget; None spends all vectors. Not divided by r_q.
 
+        A width behind the budget, as in "4x8x64", takes the first components alone.
+
         Raises:
             UserError: the model was not trained for this budget.
         """
-        r_q, r_c = check_budget(budget or self.groups[-1], self.groups)
-        return maxsim(queries[:, :r_q], candidates[:, :r_c])
+        budget, width = split_width(budget or self.groups[-1], self.widths)
+        r_q, r_c = check_budget(budget, self.groups)
+        sides = queries[:, :r_q], candidates[:, :r_c]
+        if width is not None:
+            sides = tuple(nn.functional.normalize(side[..., :width], dim=-1) for side in sides)
+        return maxsim(*sides)
 
     def save_pretrained(self, folder: str | Path, overwrite: bool = False) -> None:
         """Writes a model folder, atomically; safetensors only.
@@ -349,6 +363,7 @@ class MetaEmbedder(nn.Module):
             "dtype": str(self.backbone.dtype).removeprefix("torch."),
             "versions": versions(),
             **({"merged": self.merged} if self.merged else {}),
+            **({"widths": list(self.widths)} if self.widths else {}),
         }
 
     def _own_tensors(self) -> dict[str, Tensor]:
@@ -394,6 +409,7 @@ class MetaEmbedder(nn.Module):
             ) from error
         load_into(model._own_tensors(), folder / OWN_FILE)
         model.merged = dict(settings.get("merged") or {})
+        model.widths = tuple(settings.get("widths") or ())
         return model.eval().to(device)
 
 

@@ -34,6 +34,10 @@ class MetaTokens(nn.Module):
             which is shorter. Under the causal mask a query cannot see the candidate tokens behind
             its own, so they are left out of queries in either layout: the result is the same.
         std: standard deviation of the initial values; the backbone's `initializer_range`.
+        orthogonal: whether they start at right angles to each other, all of one length.
+
+    Raises:
+        UserError: there are more of them than H, which cannot all be orthogonal.
     """
 
     def __init__(
@@ -43,13 +47,22 @@ class MetaTokens(nn.Module):
         hidden_size: int,
         layout: Layout = "both",
         std: float = 0.02,
+        orthogonal: bool = False,
     ):
         super().__init__()
         if layout not in ("both", "own"):
             raise UserError(f"layout must be 'both' or 'own', got {layout!r}")
         self.num_query, self.num_candidate, self.layout = num_query, num_candidate, layout
         self.embedding = nn.Embedding(num_query + num_candidate, hidden_size)
-        nn.init.normal_(self.embedding.weight, std=std)
+        if not orthogonal:
+            nn.init.normal_(self.embedding.weight, std=std)
+        elif num_query + num_candidate > hidden_size:
+            raise UserError(
+                f"{num_query} + {num_candidate} meta tokens of width {hidden_size} cannot be "
+                "orthogonal: leave out model.meta_tokens_orthogonal"
+            )
+        else:
+            nn.init.orthogonal_(self.embedding.weight, gain=std * hidden_size**0.5)
 
     def num_slots(self, side: Side) -> int:
         """K: how many slots a row of this side ends in.

@@ -134,7 +134,8 @@ def open_for(
         folder: of the store.
         dtype: of a store that is made; None: bf16.
         width: of the vectors of a store that is made; None: the model's.
-        items: that will be embedded; some of them teach the projection to a smaller width.
+        items: that will be embedded; some of them teach the projection to a smaller width, unless
+            the model was trained at it.
         skip_bad: learn without items that cannot be read, instead of stopping.
 
     Raises:
@@ -146,7 +147,10 @@ def open_for(
         projection = None
         if width not in (None, model.width):
             check_width(width, model.width)
-            projection = Projection.learn(_lesson(model, items, skip_bad), width)
+            if width in model.widths:
+                projection = Projection.first(model.width, width)
+            else:
+                projection = Projection.learn(_lesson(model, items, skip_bad), width)
         identity = identity_of(model)
         Store.create(folder, model.groups, model.width, identity, dtype or "bf16", projection)
     if world > 1:

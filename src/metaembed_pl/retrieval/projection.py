@@ -67,6 +67,16 @@ class Projection:
         largest = rows.gather(1, rows.abs().argmax(dim=1, keepdim=True))
         return cls((rows * largest.sign()).float().contiguous())
 
+    @classmethod
+    def first(cls, model_width: int, width: int) -> "Projection":
+        """The first components alone: of a model that was trained so that these serve.
+
+        >>> Projection.first(3, 2)(torch.tensor([0.3, 0.4, 0.866]))
+        tensor([0.6000, 0.8000])
+        """
+        check_width(width, model_width)
+        return cls(torch.eye(width, model_width))
+
     @property
     def width(self) -> int:
         """Of a projected vector."""

@@ -79,6 +79,11 @@ class GradientCache:
         self._passes: list[_Pass] = []
         self._sees_once = embedder.vision_is_frozen
 
+    @property
+    def num_passes(self) -> int:
+        """Chunks that were encoded, on every rank equally many."""
+        return len(self._passes)
+
     def encode(self, chunks: Sequence[Chunk], side: Side) -> Float[Tensor, "N R D"]:
         """Meta embeddings of all rows of one side: leaves that want a gradient."""
         device = self._embedder.device

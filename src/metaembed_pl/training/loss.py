@@ -10,6 +10,7 @@ candidate    D: width    K: ids of what one query asks for    A, An: ids of what
 answers, one hard negative, padded
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -42,7 +43,7 @@ class MMRLossOutput(NamedTuple):
     """What a training step needs and what it logs.
 
     Args:
-        loss: the weighted sum of `per_group`; what to minimise.
+        loss: the weighted sum of `per_group` and of the terms beside it; what to minimise.
         per_group: InfoNCE of each group, unweighted and detached.
         num_in_batch: candidates of all ranks that a query is compared with, its own apart, before
             masking.
@@ -50,6 +51,7 @@ class MMRLossOutput(NamedTuple):
         num_masked: negatives of both kinds left out as false negatives, on average.
         recall: of each group, the share of this rank's queries whose positive scores above all that
             they are compared with.
+        also: what else is worth a curve, by name.
     """
 
     loss: Float[Tensor, ""]
@@ -58,6 +60,26 @@ class MMRLossOutput(NamedTuple):
     num_hard: float
     num_masked: float
     recall: Float[Tensor, " G"]
+    also: dict[str, Float[Tensor, ""]]
+
+
+class Term(NamedTuple):
+    """What the loss of each group has beside InfoNCE.
+
+    Args:
+        name: for logs.
+        weight: InfoNCE has 1.
+        of: its value for each group and query, from the logits of some queries (-infinity where a
+            candidate is left out; those of all ranks, then the query's own hard negatives), from
+            the column of each one's positive, and from which queries of the batch these are.
+    """
+
+    name: str
+    weight: float
+    of: Callable[
+        [Float[Tensor, "G q C"], Int[Tensor, " q"], slice],
+        Float[Tensor, "G q"],
+    ]
 
 
 class _HardMask(NamedTuple):
@@ -85,6 +107,10 @@ class MMRLoss(nn.Module):
             this, as likely answers that nobody marked. In units of one vector's cosine: scores of
             the largest group over r_q; a smaller group's mistake is no evidence. At least 0; None,
             as the paper: leave out none. Qwen3-Embedding, arXiv 2506.05176, has 0.1.
+        temperature_bounds: learn the temperature between these two, from `temperature` on. None, as
+            the paper: it stays.
+        learn_weights: learn the groups' weights from `weights` on, each by how well its group can
+            be learned (Kendall et al., arXiv 1705.07115). The paper: False.
 
     Raises:
         UserError: a setting out of range.
@@ -100,13 +126,20 @@ class MMRLoss(nn.Module):
         both_directions: bool = False,
         mean_over_query: bool = False,
         false_negative_margin: float | None = None,
+        temperature_bounds: Sequence[float] | None = None,
+        learn_weights: bool = False,
     ):
         super().__init__()
         self.groups = parse_groups(groups)
-        if not 0 < temperature < float("inf"):
-            raise UserError(f"the temperature must be a number above 0, got {temperature}")
-        self.temperature = temperature
+        self._start, self._bounds = _check_temperature(temperature, temperature_bounds)
         self.weights = _check_weights(weights, len(self.groups))
+        if learn_weights and not all(self.weights):
+            raise UserError(f"weights that are learned start above 0, got {self.weights}")
+        # Of what is learned: where the temperature is between its bounds, and the logs of weights.
+        place = torch.tensor(0.0 if self._bounds is None else _place(temperature, *self._bounds))
+        self.place = nn.Parameter(place) if self._bounds else None
+        logs = torch.tensor(self.weights).log()
+        self.log_weights = nn.Parameter(logs) if learn_weights else None
         self.both_directions = both_directions
         self.mean_over_query = mean_over_query
         if false_negative_margin is not None and not 0 <= false_negative_margin < float("inf"):
@@ -114,6 +147,14 @@ class MMRLoss(nn.Module):
                 f"false_negative_margin must be at least 0, got {false_negative_margin}"
             )
         self.false_negative_margin = false_negative_margin
+
+    @property
+    def temperature(self) -> float | Float[Tensor, ""]:
+        """What scores are divided by."""
+        if self.place is None or self._bounds is None:
+            return self._start
+        low, high = self._bounds
+        return low * (high / low) ** self.place.float().sigmoid()
 
     def forward(
         self,
@@ -126,6 +167,7 @@ class MMRLoss(nn.Module):
         asks: Int[Tensor, "Q K"] | None = None,
         answers: Int[Tensor, "C A"] | None = None,
         negative_answers: Int[Tensor, "M An"] | None = None,
+        terms: Sequence[Term] = (),
     ) -> MMRLossOutput:
         """The loss of this rank's queries; its mean over ranks is the loss of the global batch.
 
@@ -143,6 +185,7 @@ class MMRLoss(nn.Module):
                 answers one of them is no negative and is left out.
             answers: ids of all things each positive answers, padded with -1.
             negative_answers: likewise of the hard negatives.
+            terms: what to add to the loss of each group.
 
         Raises:
             UserError: shapes that do not fit together, or scores that are not finite.
@@ -174,7 +217,7 @@ class MMRLoss(nn.Module):
             )
         blocks = self._blocks(len(queries), len(all_positives), queries.is_cuda)
 
-        def of_block(rows: slice) -> tuple[Float[Tensor, " G"], Int[Tensor, " 1+G"]]:
+        def of_block(rows: slice) -> tuple[Float[Tensor, "_ G"], Int[Tensor, " 1+G"]]:
             scores = nested_scores(queries[rows], all_positives, self.groups)
             answered = _is_answered(_at(asks, rows), all_answers)
             hard = hard_mask = None
@@ -182,27 +225,50 @@ class MMRLoss(nn.Module):
                 hard, hard_mask = self._hard(
                     queries[rows], negatives, negatives_of[rows], _at(asks, rows), negative_answers
                 )
-            losses, counts = self._info_nce(scores, own[rows], answered, hard, hard_mask)
-            if others is None:
-                return losses, counts
-            # Where these are all scores there are, the other direction has the same, transposed.
-            reusable = scores if world == 1 and len(blocks) == 1 else None
-            reverse = self._reverse(others, rows, positives, positive_of[rows], answers, reusable)
-            return (losses + reverse) / 2, counts
+            losses, counts, logits = self._info_nce(scores, own[rows], answered, hard, hard_mask)
+            beside = [term.of(logits, own[rows], rows).sum(dim=1) for term in terms]
+            if others is not None:
+                # Where these are all scores there are, the other direction has them, transposed.
+                reusable = scores if world == 1 and len(blocks) == 1 else None
+                of_positives = positives, positive_of[rows], answers
+                losses = (losses + self._reverse(others, rows, *of_positives, reusable)) / 2
+            return torch.stack([losses, *beside]), counts
 
-        per_group, counts = _summed(of_block, blocks)
+        sums, counts = _summed(of_block, blocks)
         # The mean over ranks of what each returns is the mean over all queries.
-        per_group = per_group * (world / sum(num_queries))
+        sums = sums * (world / sum(num_queries))
         num_hard = 0 if negatives_of is None else int((negatives_of >= 0).sum())
         return MMRLossOutput(
-            # Not as a dot product: autocast would round it to bf16.
-            loss=(per_group * per_group.new_tensor(self.weights)).sum(),
-            per_group=per_group.detach(),
+            loss=self._weighted(sums, terms),
+            per_group=sums[0].detach(),
             num_in_batch=len(all_positives) - 1,
             num_hard=num_hard / len(queries),
             num_masked=float(counts[0] / len(queries)),
             recall=counts[1:] / len(queries),
+            also={
+                term.name: value.detach().sum() for term, value in zip(terms, sums[1:], strict=True)
+            }
+            | self._learned(),
         )
+
+    def _weighted(self, sums: Float[Tensor, "_ G"], terms: Sequence[Term]) -> Float[Tensor, ""]:
+        """The terms of each group added up, then the groups."""
+        # Not as a dot product: autocast would round it to bf16.
+        factors = sums.new_tensor([1.0, *(term.weight for term in terms)])[:, None]
+        per_group = (sums * factors).sum(dim=0)
+        if self.log_weights is None:
+            return (per_group * sums.new_tensor(self.weights)).sum()
+        logs = self.log_weights.to(sums.dtype)
+        return (per_group * logs.exp() - logs).sum()
+
+    def _learned(self) -> dict[str, Float[Tensor, ""]]:
+        found = {}
+        if isinstance(self.temperature, Tensor):
+            found["temperature"] = self.temperature.detach()
+        if self.log_weights is not None:
+            weights = self.log_weights.detach().exp()
+            found |= {f"weight/{g}": w for g, w in zip(self.groups, weights, strict=True)}
+        return found
 
     def _hard(
         self,
@@ -262,8 +328,8 @@ class MMRLoss(nn.Module):
         answered: Bool[Tensor, "q P"] | None,
         hard: Float[Tensor, "G q N"] | None = None,
         hard_mask: _HardMask | None = None,
-    ) -> tuple[Float[Tensor, " G"], Int[Tensor, " 1+G"]]:
-        """Summed over some rows: the loss of each group; and counts.
+    ) -> tuple[Float[Tensor, " G"], Int[Tensor, " 1+G"], Float[Tensor, "G q _"]]:
+        """Summed over some rows: the loss of each group; and counts; and the logits.
 
         How many candidates are left out, and of each group how many rows have their own on top.
         """
@@ -277,7 +343,8 @@ class MMRLoss(nn.Module):
             logits = torch.cat([logits, self._logits(hard, mask | ~hard_mask.is_there)], dim=2)
         losses = F.cross_entropy(logits.flatten(0, 1), own.repeat(len(logits)), reduction="none")
         on_top = (logits.detach().argmax(dim=2) == own).sum(dim=1)
-        return losses.view(len(logits), -1).sum(dim=1), torch.cat([num_masked[None], on_top])
+        counts = torch.cat([num_masked[None], on_top])
+        return losses.view(len(logits), -1).sum(dim=1), counts, logits
 
     def _mask(
         self,
@@ -354,6 +421,27 @@ def _pad(ids: Int[Tensor, "B A"], padding: int = PADDING) -> Int[Tensor, "B W"]:
     """As wide as the widest of all ranks."""
     width = maximum_over_ranks(ids.shape[1], ids.device)
     return F.pad(ids, (0, width - ids.shape[1]), value=padding)
+
+
+def _check_temperature(
+    temperature: float, bounds: Sequence[float] | None
+) -> tuple[float, tuple[float, float] | None]:
+    if not 0 < temperature < float("inf"):
+        raise UserError(f"the temperature must be a number above 0, got {temperature}")
+    if bounds is None:
+        return temperature, None
+    if len(bounds) != 2 or not 0 < bounds[0] < temperature < bounds[1] < float("inf"):
+        raise UserError(
+            "temperature_bounds are two numbers with the temperature between them: expected "
+            f"0 < low < {temperature} < high, got {list(bounds)}"
+        )
+    return temperature, (bounds[0], bounds[1])
+
+
+def _place(temperature: float, low: float, high: float) -> float:
+    """Where a temperature is between two others, as what a sigmoid makes its share of the way."""
+    share = math.log(temperature / low) / math.log(high / low)
+    return math.log(share / (1 - share))
 
 
 def _check_weights(weights: Sequence[float] | None, num_groups: int) -> list[float]:

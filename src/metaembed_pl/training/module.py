@@ -6,12 +6,11 @@ All arithmetic is elsewhere; this file says only what happens when.
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from metaembed_pl.budget import PAPER_GROUPS
@@ -31,8 +30,9 @@ from metaembed_pl.training.checkpoints import (
 )
 from metaembed_pl.training.chunks import encode
 from metaembed_pl.training.gradient_cache import GradientCache, GradientCacheConfig
-from metaembed_pl.training.loss import MMRLoss, MMRLossOutput
+from metaembed_pl.training.loss import MMRLossOutput
 from metaembed_pl.training.metrics import RetrievalMetrics, check_headline, headline
+from metaembed_pl.training.objective import LossConfig, Objective
 from metaembed_pl.training.optimizer import (
     OptimizerConfig,
     build_optimizer,
@@ -40,19 +40,9 @@ from metaembed_pl.training.optimizer import (
     settings_of,
 )
 from metaembed_pl.training.strategy import Fsdp2Strategy, ZeroStrategy, backward_by_parts, shared_by
+from metaembed_pl.training.teacher import Teacher
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class LossConfig:
-    """See `MMRLoss`; the defaults are the paper's."""
-
-    temperature: float = 0.03
-    weights: list[float] | None = None
-    both_directions: bool = False
-    mean_over_query: bool = False
-    false_negative_margin: float | None = None
 
 
 def dropout_turn(step: int, rank: int, num_ranks: int) -> int:
@@ -66,6 +56,12 @@ def dropout_turn(step: int, rank: int, num_ranks: int) -> int:
     return step * num_ranks + rank
 
 
+def _surrogate(parameters: list[nn.Parameter], gradients: list[Tensor]) -> Tensor:
+    """A number whose gradient by the parameters is what is given."""
+    pairs = zip(parameters, gradients, strict=True)
+    return torch.stack([(parameter * gradient).sum() for parameter, gradient in pairs]).sum()
+
+
 class MetaEmbedModule(pl.LightningModule):
     """A MetaEmbed retriever in training.
 
@@ -75,8 +71,9 @@ class MetaEmbedModule(pl.LightningModule):
         layout: which meta tokens an input ends in, see `MetaTokens`; `both` by default.
         projection: width of the meta embeddings; None keeps the backbone's.
         meta_token_std: of the meta tokens' random start; None: the backbone's `initializer_range`.
+        meta_tokens_orthogonal: whether the meta tokens start at right angles to each other.
         prompt: the words around an item.
-        loss: the MMR loss.
+        loss: the MMR loss, and what stands beside it.
         optimizer: AdamW and its schedule.
         start_from: a trained model (folder or hub id) that gives backbone, preprocessing, groups,
             layout, projection and meta tokens; an adapter of its own becomes part of its weights.
@@ -94,6 +91,7 @@ class MetaEmbedModule(pl.LightningModule):
         layout: Layout | None = None,
         projection: int | None = None,
         meta_token_std: float | None = None,
+        meta_tokens_orthogonal: bool = False,
         prompt: Prompt | None = None,
         loss: LossConfig | None = None,
         optimizer: OptimizerConfig | None = None,
@@ -112,6 +110,7 @@ class MetaEmbedModule(pl.LightningModule):
         if start_from is not None:
             given = {"groups": groups, "layout": layout, "projection": projection}
             given |= {"meta_token_std": meta_token_std, "prompt": prompt}
+            given |= {"meta_tokens_orthogonal": meta_tokens_orthogonal or None}
             own = settings_to_start_from(start_from, self.backbone_config, given)
             groups, layout, projection = own["groups"], own["layout"], own["projection"]
         if projection is not None and projection < 1:
@@ -121,15 +120,15 @@ class MetaEmbedModule(pl.LightningModule):
         self.layout: Layout = layout or "both"
         self.projection = projection
         self.meta_token_std = meta_token_std
+        self.meta_tokens_orthogonal = meta_tokens_orthogonal
         self.prompt = prompt or Prompt()
         self.optimizer_config = optimizer or OptimizerConfig()
-        self.loss = MMRLoss(
-            PAPER_GROUPS if groups is None else groups, **asdict(loss or LossConfig())
-        )
+        self.loss = Objective(PAPER_GROUPS if groups is None else groups, loss)
         self.groups = self.loss.groups
         self.headline = headline
         self.metrics: dict[str, dict[str, RetrievalMetrics]] = {}
         self._sources_seen: set[str] = set()
+        self._teacher: Teacher | None = None
         self.check_checkpoint: Callable[[dict[str, Any]], None] = lambda checkpoint: None
 
     @property
@@ -145,11 +144,22 @@ class MetaEmbedModule(pl.LightningModule):
         if hasattr(self, "embedder"):
             return
         self.embedder = self._new() if self.start_from is None else self._started()
+        self.embedder.widths = tuple(self.loss.widths)
+        if any(width >= self.embedder.width for width in self.loss.widths):
+            raise UserError(
+                f"model.loss.widths {self.loss.widths} must be below the {self.embedder.width} "
+                "components that the meta embeddings have"
+            )
         family = self.embedder.processing.family
         set_trainable(self.embedder.backbone, family, self.lora, self.train_vision)
         strategy = self._trainer and self._trainer.strategy
         self.embedder.shared = shared_by(self._trainer) if self._trainer else None
         if isinstance(strategy, Fsdp2Strategy):
+            if list(self.loss.parameters()):
+                raise UserError(
+                    "model.loss.temperature_bounds and learn_weights do not work with fsdp2: use "
+                    "ddp or deepspeed"
+                )
             strategy.shard(self.embedder)
 
     def _new(self) -> MetaEmbedder:
@@ -163,6 +173,7 @@ class MetaEmbedModule(pl.LightningModule):
             self.layout,
             self.projection,
             self.meta_token_std,
+            self.meta_tokens_orthogonal,
         )
 
     def _started(self) -> MetaEmbedder:
@@ -227,8 +238,15 @@ class MetaEmbedModule(pl.LightningModule):
         queries = cache.encode(batch.queries, "query")
         candidates = cache.encode(batch.candidates, "candidate")
         loss = self._loss(queries, candidates, batch)
-        of_queries, of_candidates = torch.autograd.grad(loss, (queries, candidates))
+        learned = list(self.loss.parameters())
+        of_queries, of_candidates, *of_learned = torch.autograd.grad(
+            loss, (queries, candidates, *learned)
+        )
         surrogates = cache.surrogates({"query": of_queries, "candidate": of_candidates})
+        if learned:  # by the loss itself: a share in each part, as DDP waits for all in the last
+            surrogates = (
+                part + _surrogate(learned, of_learned) / cache.num_passes for part in surrogates
+            )
         return backward_by_parts(self.trainer, surrogates)
 
     def optimizer_zero_grad(
@@ -239,7 +257,13 @@ class MetaEmbedModule(pl.LightningModule):
             super().optimizer_zero_grad(epoch, batch_idx, optimizer)
 
     def _loss(self, queries: Tensor, candidates: Tensor, batch: TrainBatch) -> Tensor:
-        output = self.loss(queries, **batch.loss_inputs(candidates))
+        output = self.loss(
+            queries,
+            **batch.loss_inputs(candidates),
+            step=batch.step,
+            scores=batch.scores,
+            taught=self._teacher and self._teacher.taught(batch),
+        )
         self._note(output, batch)
         return output.loss
 
@@ -280,6 +304,8 @@ class MetaEmbedModule(pl.LightningModule):
             self.log(f"train/{batch.source}/loss/{group}", value, batch_size=size)
         for group, share in zip(self.groups, output.recall, strict=True):
             self.log(f"train/recall@1/{group}", share, batch_size=size)
+        for name, value in output.also.items():
+            self.log(f"train/{name}", value, batch_size=size)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Refuses gradients that are not finite before they reach the weights."""
@@ -304,7 +330,16 @@ class MetaEmbedModule(pl.LightningModule):
         self.log("train/grad_norm", norm)
 
     def on_fit_start(self) -> None:
-        """Refuses a headline that validation would not find, before any step."""
+        """Loads the teacher; refuses a headline that validation would not find."""
+        teacher = self.loss.config.teacher
+        if teacher and teacher.model:
+            if shared_by(self.trainer) == "weights":
+                raise UserError(
+                    "model.loss.teacher.model works where each rank has all weights: use ddp or "
+                    "deepspeed_stage_2, or let pairs bring the teacher's scores"
+                )
+            self._teacher = Teacher(teacher.model, self.embedder)
+            self._teacher.model.to(self.device)
         data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         if self.headline and data.eval_sets.get("val"):
             check_headline(

@@ -1,0 +1,222 @@
+"""What may stand beside InfoNCE in the loss, and in which form the loss may see vectors.
+
+All of it is off unless a recipe asks for it.
+
+N: inputs    R: meta embeddings of an input    D: width    G: groups    Q: queries
+C: candidates that a query is compared with
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from metaembed_pl.errors import UserError
+
+UNKNOWN = -1e9
+"""A logit that no softmax sees; unlike -infinity it may be subtracted from itself."""
+
+
+@dataclass
+class SpreadConfig:
+    """A penalty on an input's own meta embeddings where they are alike.
+
+    Args:
+        weight: of the penalty beside the loss of a group, which has weight 1.
+        margin: the cosine up to which two of them may be alike, -1 to below 1.
+
+    Raises:
+        UserError: a number out of range.
+    """
+
+    weight: float = 10.0
+    margin: float = 0.3
+
+    def __post_init__(self) -> None:
+        _check_positive("spread", weight=self.weight)
+        if not -1 <= self.margin < 1:
+            raise UserError(f"spread.margin is a cosine, -1 to below 1, got {self.margin}")
+
+
+def likeness(vectors: Float[Tensor, "N R D"], margin: float) -> Float[Tensor, " N"]:
+    """Of each input, how far the cosine of two of its unit vectors is above the margin.
+
+    The mean over all pairs of two; pairs below the margin count 0.
+
+    >>> likeness(torch.tensor([[[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]]), margin=0.7)
+    tensor([0.0333])
+    """
+    first, second = torch.triu_indices(*[vectors.shape[1]] * 2, offset=1, device=vectors.device)
+    with torch.autocast(vectors.device.type, enabled=False):
+        cosines = vectors @ vectors.transpose(1, 2)
+    return (cosines[:, first, second] - margin).clamp(min=0).mean(dim=1)
+
+
+@dataclass
+class SelfDistillationConfig:
+    """The largest group teaches the smaller ones how it ranks the candidates of a batch.
+
+    Args:
+        weight: of the divergence beside a group's loss, which has weight 1.
+        temperature: logits of teacher and student are divided by it; above 1 says more of what
+            ranks below the first.
+        first_step: the step from which it counts: the teacher knows nothing at first.
+        warmup_steps: its weight rises from 0 over so many steps.
+
+    Raises:
+        UserError: a number out of range.
+    """
+
+    weight: float = 1.0
+    temperature: float = 1.0
+    first_step: int = 0
+    warmup_steps: int = 0
+
+    def __post_init__(self) -> None:
+        _check_positive("self_distillation", weight=self.weight, temperature=self.temperature)
+        if min(self.first_step, self.warmup_steps) < 0:
+            raise UserError(
+                "self_distillation: first_step and warmup_steps are at least 0, got "
+                f"{self.first_step} and {self.warmup_steps}"
+            )
+
+    def weight_at(self, step: int) -> float:
+        """Its weight in a step of the plan.
+
+        >>> config = SelfDistillationConfig(weight=2.0, first_step=1, warmup_steps=2)
+        >>> [config.weight_at(step) for step in range(4)]
+        [0.0, 1.0, 2.0, 2.0]
+        """
+        done = step + 1 - self.first_step
+        return self.weight * min(1.0, max(0, done) / max(1, self.warmup_steps))
+
+
+@dataclass
+class TeacherConfig:
+    """A teacher says how well candidates answer a query.
+
+    Args:
+        model: folder of a trained model that scores the batch as the student does. None: the
+            pairs' own `scores`, a reranker's for instance.
+        weight: of this term beside a group's loss, which has weight 1.
+        objective: `kl`: the distribution over candidates. `margin_mse`: how far the positive is
+            above each other candidate, in logits.
+        temperature: the teacher's scores are divided by it; a model's are first divided by r_q.
+
+    Raises:
+        UserError: a number out of range.
+
+    Source: MarginMSE: Hofstätter et al., arXiv 2010.02666.
+    """
+
+    model: str | None = None
+    weight: float = 1.0
+    objective: Literal["kl", "margin_mse"] = "kl"
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_positive("teacher", weight=self.weight, temperature=self.temperature)
+
+
+@dataclass
+class QuantizationConfig:
+    """Candidates as a store with fewer bits has them, in a share of the steps.
+
+    Args:
+        bits: of a component: 8, with a scale for each vector, or 1, its sign.
+        share: of the steps; in the others nothing is rounded.
+
+    Raises:
+        UserError: other numbers.
+    """
+
+    bits: int = 8
+    share: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.bits not in (1, 8):
+            raise UserError(f"quantization.bits is 8 or 1, got {self.bits}")
+        if not 0 < self.share <= 1:
+            raise UserError(f"quantization.share is a share, above 0 to 1, got {self.share}")
+
+    def is_on(self, step: int) -> bool:
+        """Whether a step is one of the share: evenly spread, the same on every rank.
+
+        >>> [QuantizationConfig(share=0.5).is_on(step) for step in range(4)]
+        [False, True, False, True]
+        """
+        return math.floor((step + 1) * self.share) > math.floor(step * self.share)
+
+
+def _check_positive(what: str, **values: float) -> None:
+    for name, value in values.items():
+        if not 0 < value < float("inf"):
+            raise UserError(f"{what}.{name} must be positive, got {value}")
+
+
+def divergence(
+    logits: Float[Tensor, "G Q C"], teacher: Float[Tensor, "Q C"], temperature: float = 1.0
+) -> Float[Tensor, "G Q"]:
+    """KL of the teacher's distribution over candidates from each group's.
+
+    Candidates that either side does not know (-infinity) count for neither. Times the temperature's
+    square, so that gradients keep their size (Hinton et al., arXiv 1503.02531).
+
+    >>> teacher = torch.tensor([[0.0, 0.0]])
+    >>> divergence(torch.tensor([[[0.0, 0.0]], [[0.0, 5.0]]]), teacher)
+    tensor([[0.0000],
+            [1.8136]])
+    """
+    unknown = ~(teacher.isfinite() & logits[0].isfinite())
+    expected = (teacher / temperature).masked_fill(unknown, UNKNOWN).log_softmax(dim=-1)
+    found = (logits / temperature).masked_fill(unknown, UNKNOWN).log_softmax(dim=-1)
+    apart = F.kl_div(found, expected.expand_as(found), log_target=True, reduction="none")
+    return temperature**2 * apart.sum(dim=-1)
+
+
+def margin_error(
+    logits: Float[Tensor, "G Q C"], teacher: Float[Tensor, "Q C"], own: Int[Tensor, " Q"]
+) -> Float[Tensor, "G Q"]:
+    """MarginMSE: the squared error of how far the own candidate is above each other.
+
+    The mean over the candidates that both sides know.
+
+    Args:
+        logits: of the student.
+        teacher: -infinity where it does not know.
+        own: which candidate is the query's positive.
+    """
+    index = own[:, None]
+    known = (teacher.isfinite() & logits[0].isfinite()).scatter(1, index, False)
+    theirs = teacher.gather(1, index) - teacher
+    ours = logits.gather(2, index.expand(len(logits), -1, -1)) - logits
+    error = (ours - theirs).masked_fill(~known, 0.0).square()
+    return error.sum(dim=2) / known.sum(dim=1).clamp(min=1)
+
+
+def narrowed(vectors: Float[Tensor, "N R D"], width: int | None) -> Float[Tensor, "N R _"]:
+    """The first `width` components as unit vectors; None: all, as they are.
+
+    >>> narrowed(torch.tensor([[[0.6, 0.0, 0.8]]]), 2)
+    tensor([[[1., 0.]]])
+    """
+    return vectors if width is None else F.normalize(vectors[..., :width], dim=-1)
+
+
+def rounded(vectors: Float[Tensor, "N R D"], bits: int) -> Float[Tensor, "N R D"]:
+    """What a store with so many bits gives back; the gradient is that of the vectors themselves.
+
+    >>> rounded(torch.tensor([[[0.6, -0.8]]]), 1)
+    tensor([[[ 0.7071, -0.7071]]])
+    """
+    exact = vectors.detach()
+    if bits == 1:
+        kept = torch.where(exact < 0, -1.0, 1.0).to(exact.dtype) / exact.shape[-1] ** 0.5
+    else:
+        scale = exact.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / 127
+        kept = (exact / scale).round() * scale
+    return vectors + (kept - exact)

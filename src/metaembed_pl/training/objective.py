@@ -1,0 +1,282 @@
+"""What training minimises: the MMR loss, and the options of a recipe that go beyond the paper.
+
+Q: queries of this rank    C: candidates of this rank    P: candidates of all ranks    G: groups
+M: hard negatives of this rank    N: the most that a query has    Rq, Rc: vectors of a query, of a
+candidate    D: width
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from metaembed_pl.budget import Budget
+from metaembed_pl.errors import UserError
+from metaembed_pl.late_interaction import mean_cosine, nested_scores, paired_scores
+from metaembed_pl.training.gather import gather, rank_and_world
+from metaembed_pl.training.loss import MMRLoss, MMRLossOutput, Term
+from metaembed_pl.training.loss_terms import (
+    QuantizationConfig,
+    SelfDistillationConfig,
+    SpreadConfig,
+    TeacherConfig,
+    divergence,
+    likeness,
+    margin_error,
+    narrowed,
+    rounded,
+)
+
+
+@dataclass
+class LossConfig:
+    """The loss; the defaults are the paper's.
+
+    Args:
+        temperature: see `MMRLoss`.
+        weights: see `MMRLoss`.
+        both_directions: see `MMRLoss`.
+        mean_over_query: see `MMRLoss`.
+        false_negative_margin: see `MMRLoss`.
+        temperature_bounds: see `MMRLoss`.
+        learn_weights: see `MMRLoss`.
+        query_spread: keep the vectors of a query apart, so that each can ask for something else.
+        candidate_spread: keep the vectors of a candidate apart.
+        self_distillation: the largest group teaches the smaller ones.
+        teacher: a reranker's scores or another model teach all groups.
+        widths: train the first so many components of each vector, too, such as [64, 32]: a store
+            may then keep no more. The loss is the mean over all widths.
+        quantization: round candidates in a share of the steps, as a store of fewer bits does.
+    """
+
+    temperature: float = 0.03
+    weights: list[float] | None = None
+    both_directions: bool = False
+    mean_over_query: bool = False
+    false_negative_margin: float | None = None
+    temperature_bounds: tuple[float, float] | None = None
+    learn_weights: bool = False
+    query_spread: SpreadConfig | None = None
+    candidate_spread: SpreadConfig | None = None
+    self_distillation: SelfDistillationConfig | None = None
+    teacher: TeacherConfig | None = None
+    widths: list[int] | None = None
+    quantization: QuantizationConfig | None = None
+
+
+class Taught(NamedTuple):
+    """What a teaching model makes of a batch.
+
+    Args:
+        group: the vectors that it scores with.
+        queries: of this rank.
+        positives: of this rank.
+        negatives: hard ones of this rank; None: there are none.
+    """
+
+    group: Budget
+    queries: Float[Tensor, "Q Tq Dt"]
+    positives: Float[Tensor, "C Tc Dt"]
+    negatives: Float[Tensor, "M Tc Dt"] | None
+
+
+class Objective(nn.Module):
+    """The MMR loss at every width, with what stands beside it.
+
+    Args:
+        groups: nested budgets, smallest first.
+        config: what a recipe says of the loss.
+
+    Raises:
+        UserError: a setting out of range, or one that the groups have no use for.
+    """
+
+    def __init__(
+        self, groups: Sequence[Budget | str | tuple[int, int]], config: LossConfig | None = None
+    ):
+        super().__init__()
+        self.config = config = config or LossConfig()
+        self.mmr = MMRLoss(
+            groups,
+            config.temperature,
+            config.weights,
+            config.both_directions,
+            config.mean_over_query,
+            config.false_negative_margin,
+            config.temperature_bounds,
+            config.learn_weights,
+        )
+        self.groups = self.mmr.groups
+        self.both_directions = config.both_directions
+        self.widths = _check_widths(config.widths)
+        largest = self.groups[-1]
+        for side, spread, count in (
+            ("query", config.query_spread, largest.r_q),
+            ("candidate", config.candidate_spread, largest.r_c),
+        ):
+            if spread and count < 2:
+                raise UserError(
+                    f"{side}_spread keeps the vectors of a {side} apart: it needs at least 2 of "
+                    f"them, and the largest group is {largest}"
+                )
+        if config.self_distillation and len(self.groups) < 2:
+            raise UserError(
+                "self_distillation lets the largest group teach smaller ones: it needs at least 2 "
+                f"groups, and there is {largest} alone"
+            )
+
+    def forward(
+        self,
+        queries: Float[Tensor, "Q Rq D"],
+        positives: Float[Tensor, "C Rc D"],
+        negatives: Float[Tensor, "M Rc D"] | None = None,
+        *,
+        step: int = 0,
+        scores: Float[Tensor, "Q _"] | None = None,
+        taught: Taught | None = None,
+        **batch: Any,
+    ) -> MMRLossOutput:
+        """The loss of this rank's queries; its mean over ranks is that of the global batch.
+
+        Args:
+            queries: unit vectors.
+            positives: unit vectors.
+            negatives: unit vectors.
+            step: of the plan: some terms come later, some in a share of the steps.
+            scores: a teacher's, of each query with its positive and its hard negatives, in the
+                order of `negatives_of`; NaN: not known.
+            taught: what a teaching model makes of the batch.
+            batch: what else `MMRLoss` takes.
+
+        Raises:
+            UserError: as `MMRLoss`; or the teacher's scores are missing.
+        """
+        r_q, r_c = self.groups[-1]
+        queries, positives = queries[:, :r_q], positives[:, :r_c]
+        terms = list(self._terms(step, scores, taught, batch.get("negatives_of")))
+        found = [
+            self.mmr(
+                narrowed(queries, width),
+                self._stored(positives, width, step),
+                None if negatives is None else self._stored(negatives[:, :r_c], width, step),
+                terms=terms,
+                **batch,
+            )
+            for width in (None, *self.widths)
+        ]
+        output = found[0]
+        also = output.also | {
+            "cosine/query": mean_cosine(queries.detach()),
+            "cosine/candidate": mean_cosine(positives.detach()),
+        }
+        also |= {
+            f"recall@1/{self.groups[-1]}x{width}": one.recall[-1]
+            for width, one in zip(self.widths, found[1:], strict=True)
+        }
+        loss = torch.stack([one.loss for one in found]).mean()
+        if self.config.query_spread:
+            loss = loss + _penalty(self.config.query_spread, queries) * _share(queries)
+        if self.config.candidate_spread:
+            loss = loss + _penalty(self.config.candidate_spread, positives)
+        return output._replace(loss=loss, also=also)
+
+    def _stored(self, vectors: Float[Tensor, "N R D"], width: int | None, step: int) -> Tensor:
+        """Candidates' vectors as a store gives them back."""
+        found, quantization = narrowed(vectors, width), self.config.quantization
+        is_rounded = quantization is not None and quantization.is_on(step)
+        return rounded(found, quantization.bits) if quantization and is_rounded else found
+
+    def _terms(
+        self,
+        step: int,
+        scores: Float[Tensor, "Q _"] | None,
+        taught: Taught | None,
+        negatives_of: Int[Tensor, "Q N"] | None,
+    ) -> Iterator[Term]:
+        own, teacher = self.config.self_distillation, self.config.teacher
+        if own and own.weight_at(step):
+            yield Term(
+                "self_distillation",
+                own.weight_at(step),
+                lambda logits, *_: divergence(logits, logits[-1].detach(), own.temperature),
+            )
+        if teacher is None:
+            return
+        if teacher.model is None:
+            known = _known(scores)
+            yield Term("teacher", teacher.weight, _by_scores(teacher, known))
+        elif taught is not None:
+            yield Term("teacher", teacher.weight, _by_model(teacher, taught, negatives_of))
+
+
+def _by_scores(teacher: TeacherConfig, scores: Float[Tensor, "Q _"]) -> Any:
+    """A term of what is known of each query's positive and of its hard negatives."""
+
+    def of(logits: Tensor, own: Tensor, rows: slice) -> Tensor:
+        theirs = torch.full_like(logits[0], -torch.inf)
+        known = scores[rows].to(theirs.dtype)
+        num_hard = known.shape[1] - 1
+        theirs = theirs.scatter(1, own[:, None], known[:, :1])
+        theirs = torch.cat([theirs[:, : theirs.shape[1] - num_hard], known[:, 1:]], dim=1)
+        return _taught(teacher, logits, theirs, own)
+
+    return of
+
+
+def _by_model(
+    teacher: TeacherConfig, taught: Taught, negatives_of: Int[Tensor, "Q N"] | None
+) -> Any:
+    """A term of what a model says of all candidates that a query is compared with."""
+    positives = gather(taught.positives)
+
+    def of(logits: Tensor, own: Tensor, rows: slice) -> Tensor:
+        queries, groups = taught.queries[rows], [taught.group]
+        theirs = nested_scores(queries, positives, groups)[0]
+        if taught.negatives is not None and negatives_of is not None:
+            index = negatives_of[rows].clamp(min=0)
+            hard = taught.negatives[index.flatten()].unflatten(0, index.shape)
+            theirs = torch.cat([theirs, paired_scores(queries, hard, groups)[0]], dim=1)
+        return _taught(teacher, logits, theirs.to(logits.dtype) / taught.group.r_q, own)
+
+    return of
+
+
+def _taught(teacher: TeacherConfig, logits: Tensor, scores: Tensor, own: Tensor) -> Tensor:
+    if teacher.objective == "kl":
+        return divergence(logits, scores / teacher.temperature)
+    return margin_error(logits, scores / teacher.temperature, own)
+
+
+def _known(scores: Float[Tensor, "Q _"] | None) -> Float[Tensor, "Q _"]:
+    if scores is None or bool(scores.isnan().any()):
+        raise UserError(
+            "model.loss.teacher learns from the `score` of each pair's positive and hard "
+            "negatives, and some have none: let `mine` write them, or name a teacher.model"
+        )
+    if scores.shape[1] < 2:
+        raise UserError(
+            "model.loss.teacher learns how far a positive scores above its hard negatives, and the "
+            "batch has none: raise num_negatives, or mine them"
+        )
+    return scores
+
+
+def _penalty(spread: SpreadConfig, vectors: Float[Tensor, "N R D"]) -> Float[Tensor, ""]:
+    """The mean over some inputs, weighted."""
+    return spread.weight * likeness(vectors, spread.margin).mean()
+
+
+def _share(rows: Float[Tensor, "N R D"]) -> float:
+    """How many rows this rank has beside the mean of all ranks."""
+    total = gather(torch.tensor([len(rows)], device=rows.device)).sum()
+    return len(rows) * rank_and_world()[1] / int(total)
+
+
+def _check_widths(widths: Sequence[int] | None) -> list[int]:
+    found = list(widths or [])
+    if sorted(set(found), reverse=True) != found or (found and found[-1] < 1):
+        raise UserError(f"model.loss.widths are nested, largest first, at least 1; got {found}")
+    return found
