@@ -1,4 +1,5 @@
 import io
+import math
 import os
 from collections import Counter
 from dataclasses import replace
@@ -201,6 +202,20 @@ def test_nothing_is_encoded_twice_and_nothing_that_no_score_uses():
 def collated(pairs):
     found = [[decoded(replace(pair, negatives=pair.negatives[:1]))] for pair in pairs]
     return collate(found, count_items, source="s", step=0)
+
+
+def test_the_scores_that_mining_kept_come_with_the_batch():
+    def pair(id, own, *others):
+        negatives = tuple(Item(f"n{i}", score=score) for i, score in enumerate(others))
+        return Pair(id, Item(id), Item("shared", score=own), negatives)
+
+    asked = [pair("1", 0.9, 0.5, None), pair("2", 0.25)]
+    asked[1] = with_positive_of(asked[1], asked[0])
+    found = collate([asked], tiny.embedder().processor(), source="s", step=0).scores
+    expected = torch.tensor([[0.9, 0.5, math.nan], [0.25, -math.inf, -math.inf]])
+    torch.testing.assert_close(found, expected, equal_nan=True)
+    plain = collate([[pair("1", None, None)]], tiny.embedder().processor(), source="s", step=0)
+    assert plain.scores is None
 
 
 def test_a_candidate_that_shows_the_same_as_the_positive_answers_it_whatever_its_id():

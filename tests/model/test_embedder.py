@@ -46,6 +46,33 @@ def test_meta_embeddings_are_unit_vectors_of_the_sides_count(model):
     torch.testing.assert_close(candidates.norm(dim=-1), torch.ones(4, 8))
 
 
+def test_a_width_behind_the_budget_takes_the_first_components_and_is_kept_by_the_folder(tmp_path):
+    model = tiny.embedder()
+    model.widths = (16, 8)
+    model.save_pretrained(tmp_path / "model")
+    loaded = MetaEmbedder.from_pretrained(tmp_path / "model")
+    assert loaded.widths == (16, 8)
+    queries, candidates = loaded.encode_query(ITEMS), loaded.encode_candidate(ITEMS)
+    found = loaded.score(queries, candidates, "2x4x8")
+    for i, query in enumerate(queries[:, :2, :8]):
+        for j, candidate in enumerate(candidates[:, :4, :8]):
+            cosines = [
+                [float(torch.cosine_similarity(a, b, dim=0)) for b in candidate] for a in query
+            ]
+            assert found[i, j] == pytest.approx(sum(map(max, cosines)), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("widths", "message"),
+    [((16, 8), "not trained at width 4; choose one of 16, 8"), ((), "at width 4; leave it out")],
+)
+def test_refuses_a_width_that_was_not_trained(model, widths, message):
+    other = tiny.embedder()
+    other.widths = widths
+    with pytest.raises(UserError, match=message):
+        other.score(torch.zeros(1, 4, 32), torch.zeros(1, 8, 32), "4x8x4")
+
+
 def test_orthogonal_meta_tokens_start_at_right_angles_and_of_the_length_that_was_asked_for():
     tokens = MetaTokens(4, 8, hidden_size=32, std=0.5, orthogonal=True).embedding.weight
     torch.testing.assert_close(tokens @ tokens.T, 0.25 * 32 * torch.eye(12), atol=1e-5, rtol=0)

@@ -314,6 +314,18 @@ def test_the_models_own_width_is_no_projection(model, items, tmp_path):
     assert Store.build(tmp_path / "s", model, items[:2], width=32).projection is None
 
 
+def test_a_width_that_the_model_was_trained_at_keeps_the_first_components(items, tmp_path):
+    trained = tiny.embedder()
+    trained.widths = (16, NARROW)
+    unsized = iter(items)  # nothing is learned from them
+    store = Store.build(tmp_path / "s", trained, unsized, 16, dtype="fp32", width=NARROW)
+    queries, candidates = trained.encode_query(["a cat"]), trained.encode_candidate(items)
+    expected = trained.score(queries, candidates, f"2x4x{NARROW}")[0].sort(descending=True)
+    (hits,) = store.search(queries, "2x4", top=3)
+    assert [hit.id for hit in hits] == [store.ids[i] for i in expected.indices[:3]]
+    assert [hit.score for hit in hits] == pytest.approx(expected.values[:3].tolist(), abs=1e-5)
+
+
 def test_mines_over_a_projected_store(model, tmp_path):
     pairs = tiny.pairs(8, 0)
     with ShardWriter(tmp_path / "pairs", "pairs") as writer:

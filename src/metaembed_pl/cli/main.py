@@ -22,6 +22,7 @@ TRAINING_VERBS = {
 }
 VERBS = {
     "recipes": "list, print or copy the recipes that come with the package",
+    "tune": "search over settings of a recipe with Optuna: pruned, resumable",
     "check": "check a recipe before training: faults, parameters, steps, memory",
     "data": "inspect shards: counts, distributions, duplicates, leaks, a contact sheet",
     "mine": "mine hard negatives for shards with a trained model",

@@ -3,9 +3,11 @@
 And what it tells the watchdog, which shows it when nothing moves any more.
 """
 
+import json
 import logging
 import time
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -139,6 +141,25 @@ class ProgressLines(pl.Callback):
         value = trainer.callback_metrics.get("val/headline")
         if value is not None and not trainer.sanity_checking and trainer.is_global_zero:
             log.info("validated at step %d: val/headline %.3f", trainer.global_step, float(value))
+
+
+class WritesHeadline(pl.Callback):
+    """Appends the headline of each validation to a file, for whoever waits for it.
+
+    Args:
+        file: gets a JSON object a line: step, headline.
+    """
+
+    def __init__(self, file: str):
+        self._file = Path(file)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Writes a line."""
+        value = trainer.callback_metrics.get("val/headline")
+        if value is not None and not trainer.sanity_checking and trainer.is_global_zero:
+            said = json.dumps({"step": trainer.global_step, "headline": float(value)})
+            with self._file.open("a") as file:
+                file.write(said + "\n")
 
 
 class TellsWatch(pl.Callback):
