@@ -29,9 +29,10 @@ from loss import RESULTS, machine
 from metaembed_pl.data.retrieval_set import RetrievalSet
 from metaembed_pl.data.shards import ShardedPairs
 from metaembed_pl.files import write_text
-from metaembed_pl.late_interaction import maxsim, mean_cosine
+from metaembed_pl.late_interaction import maxsim
 from metaembed_pl.model.embedder import MetaEmbedder
 from metaembed_pl.ranking import ranking_metrics
+from metaembed_pl.training.loss_terms import mean_cosine
 
 STUDY = Path(__file__).with_suffix(".yaml")
 SUMMED = "summed"

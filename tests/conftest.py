@@ -12,7 +12,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 # Files that train, export or start processes; `make test-fast` leaves them out.
 SLOW = {
     "benchmarks": "test_gpu test_gpu_day test_real_shapes",
-    "cli": "test_check test_embed test_evaluate test_export test_mine test_push test_recipes",
+    "cli": "test_check test_embed test_evaluate test_export test_mine test_push test_recipes"
+    " test_tune",
     "data_prep": "test_emoji test_pdf",
     "evaluation": "test_mteb test_run",
     "field": "test_damage test_fuzz test_named test_stopping test_tracking",
@@ -21,7 +22,7 @@ SLOW = {
     " test_store",
     "serving": "test_serve",
     "training": "test_checkpoints test_faults test_fit test_gradient_cache test_memory test_metrics"
-    " test_questions test_scale test_tracking test_watchdog test_zero",
+    " test_options test_questions test_scale test_tracking test_watchdog test_zero",
 }
 
 

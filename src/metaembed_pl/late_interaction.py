@@ -110,20 +110,13 @@ def paired_scores(
         return torch.stack([value.sum(dim=2) for value in best])
 
 
-def mean_cosine(vectors: Float[Tensor, "I R D"]) -> Float[Tensor, ""]:
-    """How alike the unit vectors of an item are: the mean cosine of two of them, over all items.
+def cosines(vectors: Float[Tensor, "I R D"]) -> Float[Tensor, "R R"]:
+    """The mean over items of the cosine of each two of their unit vectors.
 
-    1 where items have only one.
-
-    >>> mean_cosine(torch.tensor([[[1.0, 0.0], [0.6, 0.8]], [[1.0, 0.0], [0.0, 1.0]]]))
-    tensor(0.3000)
+    >>> cosines(torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [1.0, 0.0]]]))
+    tensor([[1.0000, 0.5000], [0.5000, 1.0000]])
     """
-    count = vectors.shape[1]
-    if count == 1:
-        return vectors.new_ones(())
-    # The square of the sum has every pair twice, and each vector with itself.
-    squares = vectors.sum(dim=1).square().sum(dim=1)
-    return ((squares - count) / (count * (count - 1))).mean()
+    return (vectors @ vectors.transpose(1, 2)).mean(dim=0)
 
 
 def _check_vectors(

@@ -16,6 +16,7 @@ import tiny
 from metaembed_pl.cli import train
 from metaembed_pl.cli.main import main
 from metaembed_pl.data.beir import RetrievalSetWriter
+from metaembed_pl.data.shards import ShardedPairs
 from metaembed_pl.item import Item
 from metaembed_pl.model.embedder import MetaEmbedder
 from ranks import Ranks, command_line
@@ -96,7 +97,7 @@ def finished(data, tmp_path_factory) -> tuple[Path, str]:
     return folder, fit_in_a_process(folder, values)
 
 
-def test_a_run_leaves_config_checkpoints_model_and_report(finished):
+def test_a_run_leaves_config_checkpoints_model_and_report(data, finished):
     run = finished[0] / "runs" / "tiny"
     for name in (
         "config.fit.yaml",
@@ -113,6 +114,11 @@ def test_a_run_leaves_config_checkpoints_model_and_report(finished):
     assert {
         f"test/pool/{m}/1x1" for m in ("recall@5", "recall@10", "mrr", "ndcg@5")
     } <= metrics.keys()
+    vectors = MetaEmbedder.from_pretrained(run / "model").encode_query(
+        [pair.query for pair in ShardedPairs(data / "test")]
+    )
+    expected = torch.cosine_similarity(vectors[:, 0], vectors[:, 1], dim=1).mean().item()
+    assert metrics["test/pool/cosine/query"] == pytest.approx(expected, abs=1e-4)
 
 
 def test_the_log_says_how_many_negatives_a_query_sees(finished):

@@ -81,6 +81,7 @@ QUIET = (  # what libraries warn of and a user of this package can do nothing ab
     ".*your dataloader is not resumable.*",  # the data module keeps the place in the plan
     ".*`hidden_state` is deprecated.*",  # transformers 5.17 calls its own mllama layers so
     ".*sync_dist=True.*",  # our metrics have gathered all ranks' rows already
+    ".*WeightAveraging callback with a model that overrides.*",  # sharding: docs/study.md
     ".*torch.distributed.* is deprecated.*",  # their successors came with torch 2.13
 )
 
@@ -408,9 +409,11 @@ class RecipeCLI(LightningCLI):
             TaskOutcome.of(
                 Task(pool.name, "", "recall@1"),
                 pool,
-                self.model.metrics["test"][pool.name].ranked,
+                metrics.ranked,
+                diversity=metrics.cosines,
             )
             for pool in pools
+            for metrics in [self.model.metrics["test"][pool.name]]
         ]
         budgets = [str(group) for group in self.model.groups]
         about = about_model(self.model.embedder)

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from metaembed_pl.late_interaction import cosines
 from metaembed_pl.retrieval.store import Store
 
 NUM_ITEMS = 64
@@ -21,15 +22,6 @@ def alikeness(queries: Float[Tensor, "Q Rq D"], store: Store) -> dict[str, list[
         for side, vectors in sides.items()
         if len(vectors)
     }
-
-
-def cosines(vectors: Float[Tensor, "N R D"]) -> Float[Tensor, "R R"]:
-    """The mean over items of the cosine of each two of their unit vectors.
-
-    >>> cosines(torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [1.0, 0.0]]]))
-    tensor([[1.0000, 0.5000], [0.5000, 1.0000]])
-    """
-    return (vectors @ vectors.transpose(1, 2)).mean(dim=0)
 
 
 def mean_cosine(cosine: list[list[float]], count: int) -> float | None:

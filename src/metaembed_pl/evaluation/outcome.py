@@ -20,6 +20,7 @@ from metaembed_pl.data.retrieval_set import RetrievalSet
 from metaembed_pl.environment import commit, versions
 from metaembed_pl.errors import UserError
 from metaembed_pl.evaluation.benchmarks import OVERALL, Task
+from metaembed_pl.evaluation.diversity import mean_cosine
 from metaembed_pl.evaluation.encoding import digest_of_set
 from metaembed_pl.evaluation.scoring import uids
 from metaembed_pl.evaluation.statistics import Interval, interval_of, resampled_means
@@ -173,12 +174,21 @@ class Outcome:
         return interval_of(means, [self._resampled[i, budget] for i in chosen])
 
     def task_metrics(self, stage: str) -> dict[str, float]:
-        """The means of every task, named as in training: `test/TASK/ndcg@5/4x8`."""
-        return {
+        """The means of every task, named as in training: `test/TASK/ndcg@5/4x8`.
+
+        Also how similar an item's vectors are: `test/TASK/cosine/query`.
+        """
+        found = {
             f"{stage}/{task.name}/{key}": sum(values) / len(values)
             for task in self.tasks
             for key, values in task.values.items()
         }
+        for task in self.tasks:
+            for side, cosine in task.diversity.items():
+                mean = mean_cosine(cosine, len(cosine))
+                if mean is not None:
+                    found[f"{stage}/{task.name}/cosine/{side}"] = mean
+        return found
 
     def metrics(self) -> dict[str, float]:
         """Every mean: `evaluate/TASK/ndcg@5/4x8`, and `evaluate/LABEL/4x8` over tasks."""

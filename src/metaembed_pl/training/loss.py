@@ -246,7 +246,9 @@ class MMRLoss(nn.Module):
             num_masked=float(counts[0] / len(queries)),
             recall=counts[1:] / len(queries),
             also={
-                term.name: value.detach().sum() for term, value in zip(terms, sums[1:], strict=True)
+                f"{term.name}/{group}": value.detach()
+                for term, of_groups in zip(terms, sums[1:], strict=True)
+                for group, value in zip(self.groups, of_groups, strict=True)
             }
             | self._learned(),
         )

@@ -56,6 +56,22 @@ def likeness(vectors: Float[Tensor, "N R D"], margin: float) -> Float[Tensor, " 
     return (cosines[:, first, second] - margin).clamp(min=0).mean(dim=1)
 
 
+def mean_cosine(vectors: Float[Tensor, "N R D"]) -> Float[Tensor, ""]:
+    """How alike the unit vectors of an item are: the mean cosine of two of them, over all items.
+
+    1 where items have only one.
+
+    >>> mean_cosine(torch.tensor([[[1.0, 0.0], [0.6, 0.8]], [[1.0, 0.0], [0.0, 1.0]]]))
+    tensor(0.3000)
+    """
+    count = vectors.shape[1]
+    if count == 1:
+        return vectors.new_ones(())
+    # The square of the sum has every pair twice, and each vector with itself.
+    squares = vectors.sum(dim=1).square().sum(dim=1)
+    return ((squares - count) / (count * (count - 1))).mean()
+
+
 @dataclass
 class SelfDistillationConfig:
     """The largest group teaches the smaller ones how it ranks the candidates of a batch.

@@ -14,7 +14,7 @@ from torchmetrics.utilities import dim_zero_cat
 
 from metaembed_pl.budget import Budget, parse_groups
 from metaembed_pl.errors import UserError
-from metaembed_pl.late_interaction import SCORES_AT_A_TIME, nested_scores
+from metaembed_pl.late_interaction import SCORES_AT_A_TIME, cosines, nested_scores
 from metaembed_pl.ranking import METRICS, NUM_HITS, RECALL_AT, Ranked, rank
 
 
@@ -23,7 +23,8 @@ class RetrievalMetrics(Metric):
 
     Feed it each query and candidate by index, in any order, on any rank; a row that comes twice (a
     sampler that pads its last batch) counts once. `update` keeps the vectors, `compute` scores and
-    leaves the values and hits of each query in `ranked`, by group.
+    leaves the values and hits of each query in `ranked`, by group, and in `cosines` how similar the
+    vectors of an item are, by side.
 
     Args:
         groups: nested budgets, smallest first.
@@ -56,6 +57,7 @@ class RetrievalMetrics(Metric):
         self.num_candidates = num_candidates
         self.ks = tuple(ks)
         self.ranked: dict[Budget, Ranked] = {}
+        self.cosines: dict[str, list[list[float]]] = {}
         for side in ("query", "candidate"):
             self.add_state(f"{side}_index", [], dist_reduce_fx="cat")
             self.add_state(f"{side}_vectors", [], dist_reduce_fx="cat")
@@ -126,6 +128,10 @@ class RetrievalMetrics(Metric):
                     of_group, self.relevant[chunk], gains, lists, itself, self.ks, num_hits
                 )
                 parts[group].append(found)
+        self.cosines = {
+            "query": cosines(queries).tolist(),
+            "candidate": cosines(candidates).tolist(),
+        }
         self.ranked = {group: Ranked.joined(found) for group, found in parts.items()}
         return {
             f"{name}/{group}": values.mean()

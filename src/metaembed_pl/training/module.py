@@ -56,6 +56,10 @@ def dropout_turn(step: int, rank: int, num_ranks: int) -> int:
     return step * num_ranks + rank
 
 
+def _accept(checkpoint: dict[str, Any]) -> None:
+    """Refuses no checkpoint."""
+
+
 def _surrogate(parameters: list[nn.Parameter], gradients: list[Tensor]) -> Tensor:
     """A number whose gradient by the parameters is what is given."""
     pairs = zip(parameters, gradients, strict=True)
@@ -129,7 +133,11 @@ class MetaEmbedModule(pl.LightningModule):
         self.metrics: dict[str, dict[str, RetrievalMetrics]] = {}
         self._sources_seen: set[str] = set()
         self._teacher: Teacher | None = None
-        self.check_checkpoint: Callable[[dict[str, Any]], None] = lambda checkpoint: None
+        self.check_checkpoint: Callable[[dict[str, Any]], None] = _accept
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy, such as Lightning's average of the weights: it loads no checkpoints."""
+        return super().__getstate__() | {"check_checkpoint": _accept}
 
     @property
     def is_pretrained(self) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from metaembed_pl.budget import Budget
 from metaembed_pl.errors import UserError
-from metaembed_pl.late_interaction import mean_cosine, nested_scores, paired_scores
+from metaembed_pl.late_interaction import nested_scores, paired_scores
 from metaembed_pl.training.gather import gather, rank_and_world
 from metaembed_pl.training.loss import MMRLoss, MMRLossOutput, Term
 from metaembed_pl.training.loss_terms import (
@@ -26,6 +26,7 @@ from metaembed_pl.training.loss_terms import (
     divergence,
     likeness,
     margin_error,
+    mean_cosine,
     narrowed,
     rounded,
 )
