@@ -6,8 +6,9 @@
 benchmarks/study.yaml names the settings: each is a part of a recipe that is laid over the first
 one. A run is `fit` in a process of its own, one thread, into runs/study/SETTING-SEED. What is
 finished is kept, and a run that was interrupted goes on: call it again. Recall@1 is measured at the
-groups, with fewer query vectors, and with the query's vectors summed into one. Means over seeds
-with 95 % intervals by Student's t; minutes are of CPU time, all of `fit`.
+groups, with fewer query vectors, with the query's vectors summed into one, and with candidates of
+fewer components or bits. Means over seeds with 95 % intervals by Student's t; minutes are of CPU
+time, all of `fit`.
 
 --save writes benchmarks/results/study-MACHINE.json.
 """
@@ -32,10 +33,18 @@ from metaembed_pl.files import write_text
 from metaembed_pl.late_interaction import maxsim
 from metaembed_pl.model.embedder import MetaEmbedder
 from metaembed_pl.ranking import ranking_metrics
-from metaembed_pl.training.loss_terms import mean_cosine
+from metaembed_pl.training.loss_terms import mean_cosine, narrowed, rounded
 
 STUDY = Path(__file__).with_suffix(".yaml")
 SUMMED = "summed"
+FORMS = (
+    ("x64", 64, None),
+    ("x32", 32, None),
+    (" int8", None, 8),
+    ("x64 int8", 64, 8),
+    (" bits", None, 1),
+)
+"""How a store may keep candidates: first components, bits of each."""
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """95 % quantiles of Student's t for 2, 3, ... 10 seeds."""
 
@@ -120,6 +129,10 @@ def measure(folder: Path, tests: list[str]) -> dict[str, dict[str, float]]:
             for name, (r_q, r_c) in budgets.items()
         }
         scores[SUMMED] = maxsim(queries.sum(dim=1, keepdim=True), candidates)
+        for name, width, bits in FORMS:
+            kept = narrowed(candidates, width)
+            kept = kept if bits is None else rounded(kept, bits)
+            scores[f"{largest}{name}"] = maxsim(narrowed(queries, width), kept)
         values = {
             name: ranking_metrics(of, pool.relevant, [1])["recall@1"].mean().item()
             for name, of in scores.items()

@@ -24,7 +24,7 @@ def data(tmp_path_factory):
 
 
 def tune(folder, recipe, *options, space=SPACE):
-    (folder / "space.yaml").write_text(yaml.safe_dump(space))
+    (folder / "space.yaml").write_text(yaml.safe_dump(space, sort_keys=False))
     command = ["tune", "--config", str(recipe), "--space", str(folder / "space.yaml")]
     return main([*command, "--out", str(folder / "tune"), *options])
 

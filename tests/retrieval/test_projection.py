@@ -321,9 +321,9 @@ def test_a_width_that_the_model_was_trained_at_keeps_the_first_components(items,
     store = Store.build(tmp_path / "s", trained, unsized, 16, dtype="fp32", width=NARROW)
     queries, candidates = trained.encode_query(["a cat"]), trained.encode_candidate(items)
     expected = trained.score(queries, candidates, f"2x4x{NARROW}")[0].sort(descending=True)
-    (hits,) = store.search(queries, "2x4", top=3)
-    assert [hit.id for hit in hits] == [store.ids[i] for i in expected.indices[:3]]
-    assert [hit.score for hit in hits] == pytest.approx(expected.values[:3].tolist(), abs=1e-5)
+    hits = store.search(queries, "2x4", top=3)
+    assert hits.rows == [expected.indices[:3].tolist()]
+    assert hits.scores[0] == pytest.approx(expected.values[:3].tolist(), abs=1e-5)
 
 
 def test_mines_over_a_projected_store(model, tmp_path):
