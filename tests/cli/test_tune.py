@@ -96,7 +96,7 @@ def test_a_setting_that_cannot_be_trained_with_stops_the_search(data, tmp_path, 
         ({"a": [1]}, "a must be a list of at least two choices or a range"),
         ({"a": {"low": 2, "high": 1}}, "a must be a list"),
         ({"a": {"low": 0, "high": 1, "log": True}}, "a must be a list"),
-        ({"a": {"low": 1, "high": 2, "steps": 1}}, "got {'high': 2, 'low': 1, 'steps': 1}"),
+        ({"a": {"low": 1, "high": 2, "steps": 1}}, "got {'low': 1, 'high': 2, 'steps': 1}"),
     ],
 )
 def test_a_space_that_is_none_is_one_line(tmp_path, capsys, space, message):

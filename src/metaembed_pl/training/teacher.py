@@ -6,12 +6,11 @@ It reads the tensors that were made for the student, so both must turn items int
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
-from metaembed_pl.data.collate import Inputs, Side, TrainBatch
+from metaembed_pl.data.collate import TrainBatch
 from metaembed_pl.errors import UserError
 from metaembed_pl.model.embedder import MetaEmbedder
+from metaembed_pl.training.chunks import encode
 from metaembed_pl.training.objective import Taught
 
 
@@ -37,29 +36,17 @@ class Teacher:
                     "same tokenizer, pictures, prompt, layout and largest group"
                 )
 
+    @torch.no_grad()
     def taught(self, batch: TrainBatch) -> Taught:
         """What it makes of a batch."""
-        candidates = self._embed(batch.candidates, "candidate")
+        candidates = encode(self.model, batch.candidates, "candidate")
         negatives = candidates[batch.num_positives :]
         return Taught(
             self.model.groups[-1],
-            self._embed(batch.queries, "query"),
+            encode(self.model, batch.queries, "query"),
             candidates[: batch.num_positives],
             negatives if len(negatives) else None,
         )
-
-    @torch.no_grad()
-    def _embed(self, inputs: Inputs, side: Side) -> Float[Tensor, "N R D"]:
-        if isinstance(inputs, dict):
-            return self.model(self._here(inputs), side)
-        parts = [self.model(self._here(chunk.inputs), side) for chunk in inputs]
-        found = torch.cat(parts)
-        # Chunks hold rows of like length, not those that stand together.
-        order = torch.cat([chunk.rows for chunk in inputs]).to(found.device)
-        return found[order.argsort()]
-
-    def _here(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: part.to(self.model.device) for name, part in inputs.items()}
 
 
 def _what_reads(model: MetaEmbedder) -> dict[str, Any]:
