@@ -1,6 +1,6 @@
 """Options of a recipe side by side: settings x seeds in about equal time, on all test sets.
 
-    python data_prep/emoji.py --out data/emoji
+    python data_prep/openmoji.py --out data/emoji
     python benchmarks/study.py [--settings today two_spread] [--seeds 0 1 2] [--save]
 
 benchmarks/study.yaml names the settings: each is a part of a recipe that is laid over the first
