@@ -140,14 +140,14 @@ def commit_of(path: str, revision: str | None) -> str | None:
 
 def refuse_faults(path: str | Path, faults: dict[str, list[str]]) -> None:
     """Raises one UserError that counts and names the weights that do not fit."""
-    faults = [
+    messages = [
         f"{len(keys)} {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
         for kind, keys in faults.items()
         if keys
     ]
-    if faults:
+    if messages:
         raise UserError(
-            f"{path}: its weights do not fit this model: {'; '.join(faults)}; "
+            f"{path}: its weights do not fit this model: {'; '.join(messages)}; "
             "is it of another architecture or only partly saved?"
         )
 
