@@ -85,7 +85,7 @@ def run(
     """Parse the command line and make the products; return the exit status.
 
     Args:
-        script: file name of the script.
+        script: its name, as `prepare` has it.
         about: its docstring; the first line is the summary.
         products: makes them of the options.
         declare: adds the script's own flags.
@@ -108,8 +108,12 @@ def main_of(
 ) -> int:
     """Parse the command line and build; errors become one line and an exit status."""
     summary, _, details = (about or "").partition("\n\n")
+    called = f"metaembed-pl prepare {script}"
     parser = argparse.ArgumentParser(
-        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=called,
+        description=summary,
+        epilog=details,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     common = parser.add_argument_group("as all scripts here")
     common.add_argument("--limit", type=int, metavar="N", help="use only the first N rows")
@@ -124,18 +128,18 @@ def main_of(
     declare(parser)
     argv = sys.argv[1:] if argv is None else argv
     options = parser.parse_args(argv)
-    options.command = shlex.join(["python", f"data_prep/{script}", *argv])
+    options.command = f"{called} {shlex.join(argv)}".rstrip()
     try:
         _check(options)
         build(options)
     except UserError as error:
-        print(f"{script}: {error}", file=sys.stderr)
+        print(f"{called}: {error}", file=sys.stderr)
         return 2
     except OSError as error:
         message = disk_error(error)
         if message is None:
             raise
-        print(f"{script}: {message}", file=sys.stderr)
+        print(f"{called}: {message}", file=sys.stderr)
         return 2
     except (CutOff, BrokenProcessPool, KeyboardInterrupt) as error:
         reason = {
@@ -143,7 +147,7 @@ def main_of(
             KeyboardInterrupt: "interrupted",
         }.get(type(error), str(error))
         print(
-            f"{script}: {reason}; complete shards are kept: run it again to go on", file=sys.stderr
+            f"{called}: {reason}; complete shards are kept: run it again to go on", file=sys.stderr
         )
         return 130 if isinstance(error, KeyboardInterrupt) else 1
     return 0

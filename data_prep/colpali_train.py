@@ -56,7 +56,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Write the shards; return the exit status."""
-    return run("colpali_train.py", __doc__, products, declare, argv)
+    return run("colpali_train", __doc__, products, declare, argv)
 
 
 if __name__ == "__main__":

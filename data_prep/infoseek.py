@@ -158,7 +158,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Write the shards; return the exit status."""
-    return run("infoseek.py", __doc__, products, declare, argv)
+    return run("infoseek", __doc__, products, declare, argv)
 
 
 if __name__ == "__main__":

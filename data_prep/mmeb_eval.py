@@ -112,7 +112,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Write the sets; return the exit status."""
-    return run("mmeb_eval.py", __doc__, benchmarks, declare, argv)
+    return run("mmeb_eval", __doc__, benchmarks, declare, argv)
 
 
 if __name__ == "__main__":

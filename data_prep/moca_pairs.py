@@ -197,7 +197,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Write the shards; return the exit status."""
-    return run("moca_pairs.py", __doc__, products, declare, argv)
+    return run("moca_pairs", __doc__, products, declare, argv)
 
 
 if __name__ == "__main__":

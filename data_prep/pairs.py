@@ -11,6 +11,14 @@ CSV and Parquet have a column each, of which only a query and a positive are nee
     id, query, query_image, positive, positive_image, positive_id, negatives, negative_images,
     asks, answers
 
+Or take a table as it is, and say which column is what:
+
+    metaembed-pl prepare pairs --from ORG/NAME --columns query=query,positive_image=image --out ...
+
+--from takes a dataset of the hub, Parquet (a file, a folder, an address), JSON Lines, CSV, or tars
+as img2dataset and WebDataset write them, by default a caption (`txt`, or `caption` in the `json`)
+as the query of its picture; --preset knows the columns of some published sets. See _mapped.py.
+
 `negatives`, `negative_images` and `answers` are lists (in CSV a JSON list). Rows of one query are
 all right answers to it. A picture is a path, bytes (as the hub's Parquet has
 them, too), or base64 behind `data:image/png;base64,`; with --base64 every picture is bare base64.
@@ -26,7 +34,7 @@ import binascii
 import csv
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -34,10 +42,12 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from _mapped import PRESETS, Mapped, Preset, open_rows
 from _source import Draft, Product, run
 from pyarrow import ArrowException, parquet
 
 from metaembed_pl.data.shard_index import sha256_of
+from metaembed_pl.data.tables import parse_columns
 from metaembed_pl.errors import UserError
 from metaembed_pl.files import refuse_special_file
 from metaembed_pl.item import Pair, parse_json, read_json_lines
@@ -58,19 +68,20 @@ ROWS_AT_A_TIME = 256  # of Parquet, pictures and all
 CSV_FIELD_BYTES = 2**26  # of a picture as base64; Python's own limit is 128 kB
 
 
-def drafts(path: Path, is_base64: bool) -> Iterator[Draft]:
-    """The pairs of a file.
+def drafts(read: Callable[[], Iterator[Pair]]) -> Iterator[Draft]:
+    """Pairs, with all that is right for a question, and without hard negatives that are.
+
+    Args:
+        read: gives the pairs, the same each time.
 
     Raises:
         UserError: names file and line (or row) of what is no pair.
     """
-    if path.suffix.lower() not in READERS:
-        raise UserError(f"{path}: expected one of {', '.join(READERS)}, not {path.suffix!r}")
     right: dict[str, list[str]] = defaultdict(list)
-    for pair in read(path, is_base64):
+    for pair in read():
         with suppress(UserError):  # a missing picture is reported when its turn comes
             right[pair.question] += [*pair.asked_any, pair.positive.uid]
-    for pair in read(path, is_base64):
+    for pair in read():
         with suppress(UserError):
             asked = tuple(dict.fromkeys((*pair.asked_any, *right[pair.question])))
             if len(asked) > 1:
@@ -81,16 +92,38 @@ def drafts(path: Path, is_base64: bool) -> Iterator[Draft]:
 
 
 def read(path: Path, is_base64: bool) -> Iterator[Pair]:
-    """The pairs of a file, as it has them."""
-    seen: dict[str, int] = {}
-    for number, value in READERS[path.suffix.lower()](path):
+    """The pairs of a file, as it has them.
+
+    Raises:
+        UserError: it is of no kind that is read here, or holds what is no pair.
+    """
+    if path.suffix.lower() not in READERS:
+        raise UserError(f"{path}: expected one of {', '.join(READERS)}, not {path.suffix!r}")
+    rows = READERS[path.suffix.lower()](path)
+    named = ((f"{path}:{number}", f"{path.stem}:{number}", value) for number, value in rows)
+    return _parsed(named, path.parent, is_base64)
+
+
+def read_mapped(rows: Mapped, is_base64: bool) -> Iterator[Pair]:
+    """The pairs of rows whose columns were told."""
+    named = ((where, pair["id"], pair) for where, pair in rows.pairs())
+    return _parsed(named, rows.folder, is_base64)
+
+
+def _parsed(
+    values: Iterable[tuple[str, str, Any]], folder: Path, is_base64: bool
+) -> Iterator[Pair]:
+    """Pairs of JSON values, each with where it is and its name if it has no id."""
+    seen: dict[str, str] = {}
+    for where, name, value in values:
         try:
-            id = f"{path.stem}:{number}"
-            pair = Pair.parse(_with_pictures(value, is_base64), path.parent, default_id=id)
-            if seen.setdefault(pair.id, number) != number:
-                raise UserError(f"id {pair.id!r} was used before, in line {seen[pair.id]}")
+            pair = Pair.parse(_with_pictures(value, is_base64), folder, default_id=name)
+            first = seen.setdefault(pair.id, where)
+            if first != where:
+                line = first.rpartition(":")[2]
+                raise UserError(f"id {pair.id!r} was used before, in line {line}")
         except UserError as error:
-            raise UserError(f"{path}:{number}: {error}") from error
+            raise UserError(f"{where}: {error}") from error
         yield pair
 
 
@@ -216,13 +249,20 @@ def _with_picture(item: dict[str, Any], is_base64: bool) -> dict[str, Any]:
 
 def products(options: argparse.Namespace) -> Iterator[Product]:
     """One product, with the split that is asked for."""
+    if (options.pairs is None) == (options.where is None and options.preset is None):
+        raise UserError("give --pairs FILE, or --from or --preset, one of them")
+    if options.pairs is None:
+        yield _mapped(options)
+        return
+    if options.columns or options.files != "*":
+        raise UserError("--columns and --files are for --from: a file of --pairs has its own names")
     if not options.pairs.exists():
         raise UserError(f"cannot read {options.pairs}: no such file")
     refuse_special_file(options.pairs)
     yield Product(
         name=options.name or options.out.resolve().name,
         folder=options.out,
-        drafts=partial(drafts, options.pairs, options.base64),
+        drafts=partial(drafts, partial(read, options.pairs, options.base64)),
         source=options.pairs.name,
         held_out=options.held_out,
         settings={
@@ -233,10 +273,44 @@ def products(options: argparse.Namespace) -> Iterator[Product]:
     )
 
 
+def _mapped(options: argparse.Namespace) -> Product:
+    preset = PRESETS[options.preset] if options.preset else Preset("", {})
+    where = options.where or preset.where
+    if not where:
+        raise UserError(f"--preset {options.preset} is not on the hub as it is: {preset.note}")
+    files = preset.files if options.files == "*" and not options.where else options.files
+    columns = parse_columns(options.columns) or preset.columns or None
+    rows = open_rows(where, columns, files)
+    return Product(
+        name=options.name or options.out.resolve().name,
+        folder=options.out,
+        drafts=partial(drafts, partial(read_mapped, rows, options.base64)),
+        source=where,
+        held_out=options.held_out,
+        settings={
+            "from": where,
+            "files": files,
+            "columns": ",".join(f"{key}={name}" for key, name in rows.columns.items()),
+            "held_out": options.held_out,
+            **rows.what,
+        },
+        note=preset.note,
+    )
+
+
 def declare(parser: argparse.ArgumentParser) -> None:
     """The flags of this script."""
     add = parser.add_argument
-    add("--pairs", type=Path, required=True, help="JSON Lines, CSV or Parquet of pairs")
+    add("--pairs", type=Path, metavar="FILE", help="JSON Lines, CSV or Parquet of pairs")
+    add(
+        "--from",
+        dest="where",
+        metavar="WHERE",
+        help="or any table or tars: ORG/NAME of the hub, a file, a folder, an address",
+    )
+    add("--columns", metavar="KEY=COLUMN,...", help="of --from: which column is what")
+    add("--files", default="*", metavar="PATTERN", help="of --from: such as data/train-*")
+    add("--preset", choices=tuple(PRESETS), help="a published dataset, whose columns are known")
     add("--out", type=Path, required=True, help="folder to write train/ and test/ to")
     add("--name", help="the source's name in metrics and logs (default: the folder's)")
     add("--held-out", type=float, default=0.1, help="share of the candidates to test on (0.1)")
@@ -245,7 +319,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Write the shards; return the exit status."""
-    return run("pairs.py", __doc__, products, declare, argv)
+    return run("pairs", __doc__, products, declare, argv)
 
 
 if __name__ == "__main__":

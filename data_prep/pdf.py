@@ -383,7 +383,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Write the data; return the exit status."""
-    return main_of("pdf.py", __doc__, build, declare, argv)
+    return main_of("pdf", __doc__, build, declare, argv)
 
 
 if __name__ == "__main__":

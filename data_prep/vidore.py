@@ -223,7 +223,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Write the sets; return the exit status."""
-    return run("vidore.py", __doc__, benchmarks, declare, argv)
+    return run("vidore", __doc__, benchmarks, declare, argv)
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def test_what_cannot_be_is_one_line_and_nothing_is_written(tmp_path, capsys, opt
     assert run(file, tmp_path / "out", *options) == 2
     error = capsys.readouterr().err
     assert message in error
-    assert error.count("pairs.py: ") == 1
+    assert error.count("metaembed-pl prepare pairs: ") == 1
     assert not list(tmp_path.glob("out/*"))
 
 

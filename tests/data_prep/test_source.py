@@ -41,7 +41,7 @@ def make(folder, drafts, *options, **product):
     def products(options: argparse.Namespace):
         yield Product("things", folder, all_of_them, "a test", **product)
 
-    status = run("test.py", "A test.", products, lambda parser: None, ["--num-workers=0", *options])
+    status = run("test", "A test.", products, lambda parser: None, ["--num-workers=0", *options])
     return status, taken
 
 
@@ -132,7 +132,7 @@ def drafts():
     time.sleep(60)
 
 product = Product("things", Path(sys.argv[1]), drafts, "a test")
-run("test.py", "", lambda options: [product], lambda parser: None, ["--num-workers=0"])
+run("test", "", lambda options: [product], lambda parser: None, ["--num-workers=0"])
 """
 
 
@@ -230,7 +230,9 @@ def test_a_card_that_is_not_ours_is_not_overwritten(tmp_path, capsys):
 )
 def test_flags_that_make_no_sense_are_one_line(tmp_path, capsys, options, message):
     assert make(tmp_path / "out", [draft(0)], *options)[0] == 2
-    assert capsys.readouterr().err == f"test.py: {message}\n".replace("not 7", "not 7.0")
+    assert capsys.readouterr().err == f"metaembed-pl prepare test: {message}\n".replace(
+        "not 7", "not 7.0"
+    )
 
 
 def test_the_card_tells_counts_licence_source_checksum_and_command(tmp_path):
@@ -242,7 +244,7 @@ def test_the_card_tells_counts_licence_source_checksum_and_command(tmp_path):
     digest = hashlib.sha256((out / "manifest.json").read_bytes()).hexdigest()
     for words in ("| 3 |", "CC0-1.0", "a test", "Drawn by hand.", digest, "from here"):
         assert words in card
-    assert manifest["record"]["command"] == "python data_prep/test.py --num-workers=0"
+    assert manifest["record"]["command"] == "metaembed-pl prepare test --num-workers=0"
     assert manifest["record"]["command"] in card
     assert make(out, [draft(0)], "--force", "--licence", "MIT", **more)[0] == 0
     assert ShardedPairs(out).manifest["licence"] == "MIT"

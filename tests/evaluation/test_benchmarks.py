@@ -71,7 +71,7 @@ def test_the_scripts_write_where_the_benchmarks_read(monkeypatch):
     assert {f"mmeb_eval/{name}" for name in subsets} == {task.folder for task in MMEB.tasks}
     collections = prepared("vidore", "SETS", monkeypatch)
     for subset, collection in collections.items():
-        command = f"python data_prep/vidore.py --subset {subset}"
+        command = f"metaembed-pl prepare vidore --subset {subset}"
         tasks = [task for one in NAMED.values() for task in one.tasks if task.prepare == command]
         assert {task.folder for task in tasks} == {f"vidore/{name}" for name in collection.names}
         sources = {f"{collection.organisation}/{name}" for name in collection.names}
@@ -169,7 +169,7 @@ def test_missing_files_are_named_with_their_ids_and_the_command(tmp_path):
     assert "3 of 4 sets are not in" in said
     assert "vidore/economics_reports_v2" in said
     assert "vidore/esg_reports_v2" not in said
-    command = f"python data_prep/vidore.py --subset v2 --out {tmp_path}/vidore"
+    command = f"metaembed-pl prepare vidore --subset v2 --out {tmp_path}/vidore"
     assert said.endswith(f"get them with `{command}`")
 
 
@@ -186,9 +186,9 @@ def test_only_the_commands_for_what_is_missing_are_told(tmp_path):
     )
     assert "TIGER-Lab/MMEB-eval, openbmb/VisRAG-Ret-Test-PlotQA, VLM2Vec/ViDoSeek;" in said
     assert [part.split(" --out ")[0] for part in said.split("`")[1].split("; ")] == [
-        "python data_prep/mmeb_eval.py",
-        "python data_prep/vidore.py --subset visrag",
-        "python data_prep/vidore.py --subset visdoc_ood",
+        "metaembed-pl prepare mmeb_eval",
+        "metaembed-pl prepare vidore --subset visrag",
+        "metaembed-pl prepare vidore --subset visdoc_ood",
     ]
 
 

@@ -24,6 +24,7 @@ VERBS = {
     "recipes": "list, print or copy the recipes that come with the package",
     "tune": "search over settings of a recipe with Optuna: pruned, resumable",
     "check": "check a recipe before training: faults, parameters, steps, memory",
+    "prepare": "run a script that makes shards or retrieval sets; without a name, list them",
     "data": "inspect shards: counts, distributions, duplicates, leaks, a contact sheet",
     "mine": "mine hard negatives for shards with a trained model",
     "embed": "embed items into a store: streamed, resumable, on one or many processes",

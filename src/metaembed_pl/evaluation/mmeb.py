@@ -68,7 +68,7 @@ def _image_tasks(extra: tuple[str, ...] = ()) -> tuple[Task, ...]:
             "precision@1",
             (meta, distribution, *extra),
             "TIGER-Lab/MMEB-eval",
-            prepare="python data_prep/mmeb_eval.py",
+            prepare="metaembed-pl prepare mmeb_eval",
         )
         for meta, parts in SETS.items()
         for distribution, names in zip((IN, OUT), parts, strict=True)

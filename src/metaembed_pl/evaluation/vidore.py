@@ -65,7 +65,7 @@ def set_of(name: str, metric: str, labels: tuple[str, ...], english: bool = Fals
 
 def prepare(subset: str) -> str:
     """The command that writes sets of visual documents."""
-    return f"python data_prep/vidore.py --subset {subset}"
+    return f"metaembed-pl prepare vidore --subset {subset}"
 
 
 VIDORE_V1 = Benchmark(
