@@ -1,6 +1,10 @@
 """`python -m metaembed_pl store`: what is done with whole stores.
 
-python -m metaembed_pl store merge parts/* --out shelf
+    python -m metaembed_pl store merge parts/* --out shelf
+    python -m metaembed_pl store export shelf --to shelf.parquet --vectors 8
+    python -m metaembed_pl store import shelf.parquet --out other
+
+What was done is told in one line on standard output.
 """
 
 import argparse
@@ -15,6 +19,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     merge.add_argument("parts", nargs="+", type=Path, metavar="PART", help="all of them")
     merge.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="must be new")
     merge.set_defaults(do=_merge)
+    does = "a store as a table for other programs: id, vectors, first, metadata"
+    export = verbs.add_parser("export", help=does, description=does)
+    add = export.add_argument
+    add("store", type=Path, metavar="STORE", help="a folder made by `embed`")
+    add("--to", type=Path, required=True, metavar="FILE", help="ends in .parquet or .lance")
+    add("--vectors", type=int, metavar="R_C", help="of an item, such as 8 (default: all)")
+    add("--previews", action="store_true", help="with the small pictures")
+    export.set_defaults(do=_export)
+    does = "a store of a table that `store export` wrote"
+    imported = verbs.add_parser("import", help=does, description=does)
+    imported.add_argument("table", type=Path, metavar="FILE", help=".parquet or .lance")
+    imported.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="must be new")
+    imported.set_defaults(do=_import)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -31,3 +48,17 @@ def _merge(args: argparse.Namespace) -> None:
 
     store = merge(args.parts, args.out)
     print(f"{len(store):,} items of {len(args.parts)} parts in {args.out}")
+
+
+def _export(args: argparse.Namespace) -> None:
+    from metaembed_pl.retrieval.exchange import export_store
+    from metaembed_pl.retrieval.store import Store
+
+    count = export_store(Store.open(args.store), args.to, args.vectors, args.previews)
+    print(f"{count:,} items in {args.to}")
+
+
+def _import(args: argparse.Namespace) -> None:
+    from metaembed_pl.retrieval.exchange import import_store
+
+    print(f"{len(import_store(args.table, args.out)):,} items in {args.out}")
