@@ -46,17 +46,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         build(options)
     except UserError as error:
-<<<<<<< HEAD:data_prep/openmoji.py
-        print(f"openmoji.py: {error}", file=sys.stderr)
+        print(f"metaembed-pl prepare openmoji: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("openmoji.py: interrupted; finished folders are kept", file=sys.stderr)
-=======
-        print(f"metaembed-pl prepare emoji: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("metaembed-pl prepare emoji: interrupted; finished folders are kept", file=sys.stderr)
->>>>>>> c0c9344 (prepare: runs the data scripts from anywhere; pairs from any table or captioned tars, by columns or presets):data_prep/emoji.py
+        print(
+            "metaembed-pl prepare openmoji: interrupted; finished folders are kept", file=sys.stderr
+        )
         return 130
     return 0
 

@@ -60,4 +60,4 @@ def test_help_of_a_script_is_the_scripts_own(capsys):
 def test_a_script_that_is_not_there_is_told_with_those_that_are(capsys):
     assert main(["prepare", "pears"]) == 2
     err = capsys.readouterr().err
-    assert "there is no script 'pears': choose one of colpali_train, emoji" in err
+    assert "there is no script 'pears': choose one of colpali_train, folder" in err
