@@ -3,7 +3,12 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForImageTextToText,
+)
+from transformers.masking_utils import flash_attention_mask
 
 import tiny
 from metaembed_pl.errors import UserError
@@ -99,6 +104,38 @@ def test_packed_rows_change_nothing(name, side):
         assert of_ours.keys() == of_plain.keys()
         worst = max(float((of_ours[n] - of_plain[n]).abs().max()) for n in of_plain)
         assert worst <= 1e-5 * largest
+
+
+def varlen_by_hand(module, query, key, value, attention_mask, *, cu_seq_lens_q, scaling, **rest):
+    """What flash attention computes of packed rows, from what transformers hands to it."""
+    assert attention_mask is None
+    assert torch.equal(cu_seq_lens_q, rest["cu_seq_lens_k"])
+    lengths = cu_seq_lens_q.diff()
+    assert rest["max_length_q"] == rest["max_length_k"] == lengths.max()
+    parts = [
+        torch.nn.functional.scaled_dot_product_attention(
+            *row, is_causal=True, scale=scaling, enable_gqa=True
+        )
+        for row in zip(
+            *(t.split(lengths.tolist(), dim=2) for t in (query, key, value)), strict=True
+        )
+    ]
+    return torch.cat(parts, dim=2).transpose(1, 2), None
+
+
+@pytest.mark.parametrize("name", QWEN)
+def test_packed_rows_change_nothing_where_attention_goes_by_lengths(name):
+    AttentionInterface.register("flash_by_hand", varlen_by_hand)
+    AttentionMaskInterface.register("flash_by_hand", flash_attention_mask)
+    model = loud(name)
+    batch = batch_of(model, ITEMS)
+    with torch.no_grad():
+        plain = model(batch, "candidate")
+        model.packs = True
+        text = model.backbone.get_submodule(model.processing.family.text_module)
+        text.config._attn_implementation = "flash_by_hand"
+        ours = model(batch, "candidate")
+    torch.testing.assert_close(ours, plain, atol=1e-5, rtol=0)
 
 
 def test_flash_attention_packs_where_the_family_can():
