@@ -160,15 +160,24 @@ class MetaEmbedder(nn.Module):
         tower: Any = self.backbone.get_submodule(self.processing.family.vision_module)
         return Processor(self.processing, slots, tower.dtype)
 
-    def forward(self, inputs: dict[str, Tensor], side: Side) -> Float[Tensor, "B R D"]:
-        """Meta embeddings of a processed batch: unit vectors, fp32."""
+    def forward(
+        self, inputs: dict[str, Tensor], side: Side, is_first: bool = True
+    ) -> Float[Tensor, "B R D"]:
+        """Meta embeddings of a processed batch: unit vectors, fp32.
+
+        Args:
+            inputs: of one call.
+            side: of its items.
+            is_first: of the calls whose gradients are reduced together: the others need not run
+                modules for the sake of ranks that wait for gradients alone.
+        """
         family = self.processing.family
         pictures, inputs = family.split(inputs)
         slot_index = inputs.pop("slot_index")
         unused: vision.Seen = {}
         if pictures:
             prepared = family.shown(self.backbone, inputs, self.see(pictures))
-        elif self.shared == "weights" or (self.shared and torch.is_grad_enabled()):
+        elif self.shared == "weights" or (self.shared and is_first and torch.is_grad_enabled()):
             unused = self._see_for_others()
             prepared = family.in_step(self.backbone, inputs, unused)
         else:

@@ -20,8 +20,8 @@ def encode(embedder: MetaEmbedder, inputs: Inputs, side: Side) -> Float[Tensor, 
         return embedder(inputs, side)
     parts: list[Tensor] = []
     nothing: Tensor | float = 0.0
-    for chunk, weight in in_step(embedder, inputs):
-        found = embedder(chunk.inputs_on(embedder.device), side)
+    for number, (chunk, weight) in enumerate(in_step(embedder, inputs)):
+        found = embedder(chunk.inputs_on(embedder.device), side, is_first=number == 0)
         if weight:
             parts.append(found)
         else:
