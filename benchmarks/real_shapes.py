@@ -104,7 +104,7 @@ class SizesOnly:
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _one(self, image: Image.Image, options: dict[str, Any]) -> dict[str, Tensor]:
-        key = image.size, *sorted(options.items())
+        key = image.size, repr(sorted(options.items()))
         if key not in self._seen:
             found = self._real(images=[[image]], **options)
             self._seen[key] = {
