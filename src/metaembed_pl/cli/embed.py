@@ -46,17 +46,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--columns",
         metavar="KEY=COLUMN,...",
-        help="of Parquet: which column is an item's text, image, id or instruction (default: those "
-        "of these names); plain columns beside them are metadata",
+        help="columns of a Parquet file for text, image, id and instruction (default: columns of "
+        "these names); other plain columns become metadata",
     )
     add(
         "--fetch-images",
         action="store_true",
-        help="fetch pictures that items name by an http(s) address, which are else refused",
+        help="download images that items name by an http(s) address; refused otherwise",
     )
-    add("--fetch-seconds", type=float, default=10, metavar="S", help="for a picture (default: 10)")
-    add("--fetch-mb", type=float, default=20, metavar="MB", help="of a picture (default: 20)")
-    add("--store-dtype", choices=("bf16", "fp16", "int8"), help="of a new store (default: bf16)")
+    add(
+        "--fetch-seconds",
+        type=float,
+        default=10,
+        metavar="S",
+        help="time limit per image (default: 10)",
+    )
+    add(
+        "--fetch-mb",
+        type=float,
+        default=20,
+        metavar="MB",
+        help="size limit per image (default: 20)",
+    )
+    add(
+        "--store-dtype",
+        choices=("bf16", "fp16", "int8"),
+        help="dtype of a new store (default: bf16)",
+    )
     add(
         "--width",
         type=int,
@@ -68,8 +84,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--part",
         metavar="I/N",
-        help="embed the I-th of N parts of the items, such as 3/8, into a store that `store merge` "
-        "makes one of with the others; parts need not know of each other",
+        help="embed the I-th of N parts of the items, such as 3/8; parts are independent, and "
+        "`store merge` joins their stores",
     )
     add(
         "--again", action="store_true", help="embed all items again, and replace those in the store"

@@ -61,7 +61,7 @@ def add_pace_arguments(parser: argparse.ArgumentParser, workers: bool = True) ->
         type=int,
         default=32,
         metavar="N",
-        help="pictures prepared at a time, of texts eight times as many (default: 32)",
+        help="images prepared at a time; eight times as many texts (default: 32)",
     )
     if not workers:
         return
@@ -69,13 +69,13 @@ def add_pace_arguments(parser: argparse.ArgumentParser, workers: bool = True) ->
         "--chunk-tokens",
         type=int,
         metavar="N",
-        help="that the model is given at once, padding included (default: 4096)",
+        help="tokens per forward pass, padding included (default: 4096)",
     )
     add(
         "--workers",
         type=int,
         metavar="N",
-        help="processes that read and prepare items (default: with a GPU up to 8, else none)",
+        help="processes that read and prepare items (default: up to 8 with a GPU, else none)",
     )
 
 
