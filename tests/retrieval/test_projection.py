@@ -260,7 +260,8 @@ def test_build_learns_from_the_items_and_embeds_each_once(built, model, items, t
 def test_killed_it_goes_on_at_the_next_item_to_the_same_bytes(built, model, items, tmp_path):
     store = open_for(model, tmp_path / "s", "fp16", NARROW, items)
     steps = embed(store, model, items, 16)
-    assert next(steps).embedded == 16
+    first = next(steps).embedded
+    assert 0 < first < 40
     steps.close()
     with (tmp_path / "s" / "data-0000" / "slots-000-000.fp16").open("ab") as file:
         file.write(b"half a row")
@@ -269,8 +270,8 @@ def test_killed_it_goes_on_at_the_next_item_to_the_same_bytes(built, model, item
         Entry(item.id, lambda item=item: loaded.append(item.id) or item, {}) for item in items
     ]
     store = open_for(model, tmp_path / "s", "fp16", NARROW, entries)
-    assert list(embed(store, model, entries, 16))[-1].embedded == 24
-    assert loaded == [item.id for item in items[16:]]
+    assert list(embed(store, model, entries, 16))[-1].embedded == 40 - first
+    assert loaded == [item.id for item in items[first:]]
     for file in [built.folder / "projection.safetensors", *built.folder.rglob("*.fp16")]:
         assert (tmp_path / "s" / file.relative_to(built.folder)).read_bytes() == file.read_bytes()
 
