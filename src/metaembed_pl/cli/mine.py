@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> None:
     # What costs nothing to check comes first: encoding takes hours.
     sources = [ShardedPairs(folder) for folder in args.shards]
     rules = _rules(args, [source.name for source in sources])
-    told = Instructions(args.instruction, args.candidate_instruction)
+    instructions = Instructions(args.instruction, args.candidate_instruction)
     if args.depth < 1:
         raise UserError(f"--depth must be at least 1, got {args.depth}")
     pace_of(args)
@@ -136,7 +136,7 @@ def run(args: argparse.Namespace) -> None:
     for source in sources:
         _check_new(args.out / source.name, args.overwrite)
     with redirect_stdout(sys.stderr):
-        reports = _mine_all(args, sources, rules, extra, told)
+        reports = _mine_all(args, sources, rules, extra, instructions)
     for report in reports:
         print(report.line())
     if reports:
@@ -181,7 +181,7 @@ def _mine_all(
     sources: "list[ShardedPairs]",
     rules: "dict[str, Rules]",
     extra: "list[Sequence[Item] | ShardedPairs]",
-    told: "Instructions",
+    instructions: "Instructions",
 ) -> "list[MiningReport]":
     """Reports of all sources, on rank 0."""
     from metaembed_pl.budget import check_budget
@@ -200,7 +200,7 @@ def _mine_all(
             check_budget(args.budget or model.groups[-1], model.groups)
         reports = []
         for pairs in sources:
-            corpus = Corpus([pairs, *extra], told)
+            corpus = Corpus([pairs, *extra], instructions)
             store = _embedded(model, stores / pairs.name, corpus, pace_of(args))
             miner = Miner(
                 model,
@@ -211,7 +211,7 @@ def _mine_all(
                 budget=args.budget,
                 cascade=args.cascade,
                 depth=args.depth,
-                instructions=told,
+                instructions=instructions,
             )
             if args.target_recall is not None:
                 _rank_cheaply(miner, args)

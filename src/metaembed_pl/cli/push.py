@@ -6,7 +6,7 @@
 
 The first prints what it will cost, and connects to nothing. The same command goes on after an
 interruption, and brings a collection up to date after the store has changed. A server's key is read
-from the environment variable QDRANT_API_KEY. What was done is told in one line on standard output.
+from the environment variable QDRANT_API_KEY. The result is one line on standard output.
 """
 
 import argparse
@@ -82,11 +82,11 @@ def run(args: argparse.Namespace) -> None:
         from metaembed_pl.retrieval.store import Store
 
         if args.plan:
-            told = _plan(args, Store.open(args.store), counts)
+            report = _plan(args, Store.open(args.store), counts)
         else:
             parse_address(args.to)  # before what takes seconds to import
-            told = _push(args, Store.open(args.store), counts)
-    print(json.dumps(told) if args.json else told["text"])
+            report = _push(args, Store.open(args.store), counts)
+    print(json.dumps(report) if args.json else report["text"])
 
 
 def _parse_counts(text: str) -> tuple[int, ...]:
@@ -112,8 +112,8 @@ def _push(args: argparse.Namespace, store: "Store", counts: tuple[int, ...] | No
         collection.close()
     text = f"{len(store):,} items in {collection.address}, {done.sent:,} of them new or changed"
     text += f", {done.deleted:,} deleted" if done.deleted else ""
-    told = {"items": len(store), "sent": done.sent, "deleted": done.deleted}
-    return {**told, "text": text}
+    report = {"items": len(store), "sent": done.sent, "deleted": done.deleted}
+    return {**report, "text": text}
 
 
 def _plan(args: argparse.Namespace, store: "Store", counts: tuple[int, ...] | None) -> Any:
@@ -142,8 +142,8 @@ def _plan(args: argparse.Namespace, store: "Store", counts: tuple[int, ...] | No
         f"an item: {vectors} vectors of width {store.width}, {payload:.0f} bytes of payload; "
         f"{replicas} of each shard"
     )
-    told = {"items": len(store), "disk_bytes": size.disk, "memory_bytes": size.memory}
-    return {**told, "text": "\n".join(lines)}
+    report = {"items": len(store), "disk_bytes": size.disk, "memory_bytes": size.memory}
+    return {**report, "text": "\n".join(lines)}
 
 
 def _payload_bytes(store: "Store") -> float:
