@@ -167,6 +167,11 @@ class Trainee:
         if hasattr(model, "shared"):  # what ranks wait for
             model.shared = "weights" if running.stage == 3 else "gradients"
         weightless.without_weights(model)
+        smallest = model.processing.smallest_picture
+        model.processing.__dict__["smallest_picture"] = {
+            name: weightless.fake(part) if part.is_floating_point() else part
+            for name, part in smallest.items()
+        }
         return cls(recipe, model, running)
 
     def count(self, calls: list[tuple[Any, Any]]) -> weightless.Counted:

@@ -15,8 +15,8 @@ image, in some forty small calls each; a dictionary has it for images of a size 
 `PatchProjection`: the patch embedding is a convolution whose stride is its kernel, that is, one
 matrix product; as a convolution its backward pass alone was a tenth of a training step on a CPU.
 
-Shape letters: S patches of all images, H heads, E width of a head, n chunks of one length L, s
-patches of an image, t tokens of it, w its windows.
+Shape letters: S patches of all images, H heads, E width of a head, n chunks of one length L, M
+tokens that they attend to, s patches of an image, t tokens of it, w its windows.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -24,7 +24,7 @@ from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -56,8 +56,8 @@ def is_short(query: Float[Tensor, "n H L E"]) -> bool:
 
 def _attend(
     query: Float[Tensor, "n H L E"],
-    key: Float[Tensor, "n H L E"],
-    value: Float[Tensor, "n H L E"],
+    key: Float[Tensor, "n H M E"],
+    value: Float[Tensor, "n H M E"],
     scale: float | None,
     dropout: float,
     **given: Any,
@@ -71,8 +71,8 @@ def _attend(
 
 def _attend_in_fp32(
     query: Float[Tensor, "n H L E"],
-    key: Float[Tensor, "n H L E"],
-    value: Float[Tensor, "n H L E"],
+    key: Float[Tensor, "n H M E"],
+    value: Float[Tensor, "n H M E"],
     scale: float | None,
     dropout: float,
     **given: Any,
@@ -88,9 +88,9 @@ def _attend_in_fp32(
 def attention_in_fp32(
     module: nn.Module,
     query: Float[Tensor, "n H L E"],
-    key: Float[Tensor, "n K L E"],
-    value: Float[Tensor, "n K L E"],
-    attention_mask: Bool[Tensor, "n 1 L L"] | None,
+    key: Float[Tensor, "n K M E"],
+    value: Float[Tensor, "n K M E"],
+    attention_mask: Shaped[Tensor, "n 1 L M"] | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
@@ -100,6 +100,8 @@ def attention_in_fp32(
     repeats = query.shape[1] // key.shape[1]
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
+    if attention_mask is not None and attention_mask.is_floating_point():
+        attention_mask = attention_mask.float()
     output = _attend_in_fp32(
         query,
         repeat_kv(key, repeats),
