@@ -88,6 +88,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "`store merge` joins their stores",
     )
     add(
+        "--engine",
+        choices=("here", "ray"),
+        default="here",
+        help="here: this process, or torchrun's; ray: a Ray cluster, in parts (default: here)",
+    )
+    add("--parts", type=int, metavar="N", help="of --engine ray (default: 4 a GPU or CPU)")
+    add(
         "--again", action="store_true", help="embed all items again, and replace those in the store"
     )
     add("--skip-bad", action="store_true", help="skip and report items that cannot be read")
@@ -109,7 +116,7 @@ def run(args: argparse.Namespace) -> None:
     if args.width is not None and args.width < 1:
         raise UserError(f"--width must be at least 1, got {args.width}")
     with redirect_stdout(sys.stderr):
-        told = _embed(args)
+        told = embed_here(args) if args.engine == "here" else _embed_on_ray(args)
     if told is None:
         return
     if args.json:
@@ -128,8 +135,20 @@ def run(args: argparse.Namespace) -> None:
     )
 
 
-def _embed(args: argparse.Namespace) -> dict[str, Any] | None:
-    """Does the work; what was done, or nothing on ranks that do not write."""
+def _embed_on_ray(args: argparse.Namespace) -> dict[str, Any]:
+    from metaembed_pl.cli.embed_ray import embed_on_ray
+    from metaembed_pl.data.tables import parse_columns
+    from metaembed_pl.retrieval.sources import open_source
+
+    for name in ("part", "index", "again"):
+        if getattr(args, name):
+            raise UserError(f"--{name} is not for --engine ray")
+    source = open_source(args.items, parse_columns(args.columns), _fetch(args))
+    return embed_on_ray(args, len(source), embed_here)
+
+
+def embed_here(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Embed in this process, or on torchrun's ranks; what was done, or nothing on other ranks."""
     from metaembed_pl.data.tables import parse_columns
     from metaembed_pl.retrieval.part_of import PartOf
     from metaembed_pl.retrieval.sources import open_source
