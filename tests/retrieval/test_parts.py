@@ -139,7 +139,7 @@ def test_a_whole_store_is_not_taken_for_a_part(model, things, whole, capsys):
     assert embed(model, things, whole.folder, "--part", "1/3") == 2
     assert "holds items and is no part" in capsys.readouterr().err
     assert embed(model, things, "x", "--part", "1/3", "--index") == 2
-    assert "--index is for a complete store" in capsys.readouterr().err
+    assert "--index needs a complete store" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["0/3", "4/3", "3", "1/", "a/b", "-1/3"])
