@@ -321,8 +321,8 @@ class MetaEmbedder(nn.Module):
         Raises:
             UserError: the model was not trained for this budget.
         """
-        budget, width = split_width(budget or self.groups[-1], self.widths)
-        r_q, r_c = check_budget(budget, self.groups)
+        counts, width = split_width(budget or self.groups[-1], self.widths)
+        r_q, r_c = check_budget(counts, self.groups)
         sides = queries[:, :r_q], candidates[:, :r_c]
         if width is not None:
             sides = tuple(nn.functional.normalize(side[..., :width], dim=-1) for side in sides)

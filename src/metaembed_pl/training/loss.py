@@ -63,23 +63,23 @@ class MMRLossOutput(NamedTuple):
     also: dict[str, Float[Tensor, ""]]
 
 
+OfTerm = Callable[[Tensor, Tensor, slice], Tensor]
+
+
 class Term(NamedTuple):
     """What the loss of each group has beside InfoNCE.
 
     Args:
         name: for logs.
         weight: InfoNCE has 1.
-        of: its value for each group and query, from the logits of some queries (-infinity where a
-            candidate is left out; those of all ranks, then the query's own hard negatives), from
-            the column of each one's positive, and from which queries of the batch these are.
+        of: its value (G, q) for each group and query, from the logits (G, q, P + N) of some queries
+            (-infinity where a candidate is left out; those of all ranks, then the query's own hard
+            negatives), from the column of each one's positive, and from which queries these are.
     """
 
     name: str
     weight: float
-    of: Callable[
-        [Float[Tensor, "G q C"], Int[Tensor, " q"], slice],
-        Float[Tensor, "G q"],
-    ]
+    of: OfTerm
 
 
 class _HardMask(NamedTuple):

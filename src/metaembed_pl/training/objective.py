@@ -17,7 +17,7 @@ from metaembed_pl.budget import Budget
 from metaembed_pl.errors import UserError
 from metaembed_pl.late_interaction import nested_scores, paired_scores
 from metaembed_pl.training.gather import gather, rank_and_world
-from metaembed_pl.training.loss import MMRLoss, MMRLossOutput, Term
+from metaembed_pl.training.loss import MMRLoss, MMRLossOutput, OfTerm, Term
 from metaembed_pl.training.loss_terms import (
     QuantizationConfig,
     SelfDistillationConfig,
@@ -213,7 +213,7 @@ class Objective(nn.Module):
             yield Term("teacher", teacher.weight, _by_model(teacher, taught, negatives_of))
 
 
-def _by_scores(teacher: TeacherConfig, scores: Float[Tensor, "Q _"]) -> Any:
+def _by_scores(teacher: TeacherConfig, scores: Float[Tensor, "Q _"]) -> OfTerm:
     """A term of what is known of each query's positive and of its hard negatives."""
 
     def of(logits: Tensor, own: Tensor, rows: slice) -> Tensor:
@@ -229,7 +229,7 @@ def _by_scores(teacher: TeacherConfig, scores: Float[Tensor, "Q _"]) -> Any:
 
 def _by_model(
     teacher: TeacherConfig, taught: Taught, negatives_of: Int[Tensor, "Q N"] | None
-) -> Any:
+) -> OfTerm:
     """A term of what a model says of all candidates that a query is compared with."""
     positives = gather(taught.positives)
 
