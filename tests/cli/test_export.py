@@ -1,6 +1,8 @@
 import json
 import re
 import runpy
+import shutil
+import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -9,11 +11,15 @@ import torch
 import yaml
 from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
+from transformers import AutoModel, AutoTokenizer
 
 import tiny
 from metaembed_pl.cli.main import main
+from metaembed_pl.errors import UserError
+from metaembed_pl.item import Item
 from metaembed_pl.model.embedder import MetaEmbedder
 from metaembed_pl.model.export_sentence_transformers import MetaEmbedderModule
+from metaembed_pl.model.export_vllm import VllmPrompts
 from metaembed_pl.training.module import MetaEmbedModule
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -155,9 +161,30 @@ def test_the_card_tells_quality_by_budget_and_the_recipe(run, tmp_path):
     header, body = card.removeprefix("---\n").split("---\n", 1)
     assert yaml.safe_load(header)["license"] == "mit"
     assert "## Quality by budget" in body
+    assert "## Intended use" in body
+    assert "Texts are cut at 512 tokens" in body
     assert "| pool | recall@1 | 0.250 | 0.500 |" in body
     assert "max_steps: 3" in body
     assert f"torch: {torch.__version__}" in body
+
+
+def test_the_hub_can_read_results_datasets_and_languages_of_the_card(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = Path(shutil.copytree(run, tmp_path / "copy"))
+    for name, source in (("a", "org/pairs"), ("b", "made here")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text(json.dumps({"source": source}))
+    config = yaml.safe_load((run / "config.fit.yaml").read_text())
+    config["data"] = {"train": [{"path": "a"}, "b", {"path": "away"}]}
+    (run / "config.fit.yaml").write_text(yaml.safe_dump(config))
+    assert export("--run", run, "--out", "out", "--language", "en", "--language", "zh") == 0
+    card = huggingface_hub.ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.datasets == ["org/pairs"]
+    assert card.data.language == ["en", "zh"]
+    assert card.data.model_name == "out"
+    found = [(r.dataset_name, r.metric_name, r.metric_value) for r in card.data.eval_results]
+    assert found == [("pool", "recall@1 at 1x1", 0.25), ("pool", "recall@1 at 2x4", 0.5)]
+    assert card.text.count("<details>") == card.text.count("</details>") == 2
 
 
 def test_plain_transformers_gives_the_same_vectors(run, tmp_path, capsys):
@@ -183,6 +210,55 @@ def test_the_code_in_the_docs_gives_the_same_vectors(run, tmp_path, monkeypatch)
     for item in ({"image": Image.open("apple.png")}, both, {"text": "moon"}):
         theirs = found["embed"]("candidate", **item)
         torch.testing.assert_close(theirs, model.encode_candidate([item])[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_the_vllm_form_is_plain_transformers_still(family, tmp_path):
+    """What vLLM makes of it: `make test-vllm`. Here: what is in it, and that others can load it."""
+    model = spare(tiny.embedder(config=tiny.CONFIGS[family]))
+    model.save_pretrained(tmp_path / "m")
+    out = tmp_path / "o"
+    assert export("--run", tmp_path / "m", "--out", out, "--format", "vllm") == 0
+    plain, report = AutoModel.from_pretrained(out, output_loading_info=True)
+    assert not any(report.values())
+    for name, weight in plain.state_dict().items():
+        if "embed_tokens" not in name:
+            assert torch.equal(weight, model.backbone.state_dict()[name])
+    config = json.loads((out / "config.json").read_text())
+    assert config["architectures"][0].startswith("MetaEmbedQwen")
+    told = config["metaembed"]
+    assert (told["num_query"], told["num_candidate"]) == (4, 8)
+    table = plain.get_input_embeddings().weight
+    rows = table[told["first_id"] : told["first_id"] + 12]
+    assert torch.equal(rows, model.meta_tokens.embedding.weight)
+
+
+def test_the_chat_template_and_the_prompts_give_our_tokens(run, tmp_path):
+    out = tmp_path / "out"
+    assert export("--run", run, "--out", out, "--format", "vllm") == 0
+    tokenizer, prompts = AutoTokenizer.from_pretrained(out), VllmPrompts(out)
+    ours = MetaEmbedder.from_pretrained(run / "model")
+    for side, num_slots in (("query", 2), ("candidate", 6)):
+        for item in (Item("red apple"), Item(image=tiny.picture(1)), Item("a", tiny.picture(1))):
+            ids = ours.processor()([item], side)["input_ids"][0, :-num_slots]
+            is_picture = ids == tokenizer.convert_tokens_to_ids("<|image_pad|>")
+            kept = ids[~is_picture | (is_picture.cumsum(0) == 1)].tolist()  # vLLM repeats it
+            parts = [{"type": "image"}] if item.image is not None else []
+            parts += [{"type": "text", "text": item.text}] if item.text else []
+            messages = [{"role": side, "content": parts}]
+            told = tokenizer.apply_chat_template(messages, return_dict=False)
+            assert told[:-num_slots] == kept
+            assert prompts([item], side)[0]["prompt_token_ids"] == told
+            assert tokenizer.decode(told[-1:]).startswith("<|meta_")
+    with pytest.raises(Exception, match="the role must be query or candidate, got user"):
+        tokenizer.apply_chat_template([{"role": "user", "content": []}])
+
+
+def test_the_vllm_form_is_refused_where_vllm_has_no_class(tmp_path, capsys):
+    spare(tiny.embedder(config=tiny.CONFIGS["gemma3"])).save_pretrained(tmp_path / "m")
+    arguments = ["--run", tmp_path / "m", "--out", tmp_path / "o", "--format", "vllm"]
+    assert export(*arguments) == 2
+    assert "is there for qwen2_vl, qwen2_5_vl, qwen3_vl, not for gemma3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("family", sorted(tiny.CONFIGS))
@@ -211,13 +287,16 @@ def test_a_vocabulary_without_spare_rows_is_told(tmp_path, capsys):
     assert not (tmp_path / "o").exists()
 
 
-def test_the_sentence_transformers_module_gives_the_same_vectors(run, tmp_path):
+def test_the_sentence_transformers_module_gives_the_same_vectors(tmp_path):
+    """Of a family whose folder does not carry the code: the module of this package."""
+    expected = tiny.embedder(config=tiny.CONFIGS["gemma3"])
+    expected.save_pretrained(tmp_path / "model")
     out = tmp_path / "out"
-    assert export("--run", run, "--out", out, "--format", "sentence-transformers") == 0
+    arguments = ["--run", tmp_path / "model", "--out", out, "--format", "sentence-transformers"]
+    assert export(*arguments) == 0
     kind = json.loads((out / "modules.json").read_text())[0]["type"]
     assert kind == f"{MetaEmbedderModule.__module__}.MetaEmbedderModule"
     module = MetaEmbedderModule.load(str(out), subfolder="", token=None)
-    expected = MetaEmbedder.from_pretrained(run / "model")
     inputs = ["red apple", {"image": tiny.picture(1)}, tiny.picture(2)]
     items = [inputs[0], inputs[1], {"image": inputs[2]}]
     for task, encode in (("query", expected.encode_query), (None, expected.encode_candidate)):
@@ -227,28 +306,72 @@ def test_the_sentence_transformers_module_gives_the_same_vectors(run, tmp_path):
     prompted = module.preprocess(["apple"], prompt="red ", task="query")
     plain = module.preprocess(["red apple"], task="query")
     assert torch.equal(prompted["input_ids"], plain["input_ids"])
-
-
-def test_sentence_transformers_itself_gives_the_same_vectors(run, tmp_path):
-    library = pytest.importorskip("sentence_transformers", minversion="6")
-    out = tmp_path / "out"
-    assert export("--run", run, "--out", out, "--format", "sentence-transformers", "--merge") == 0
-    theirs = library.MultiVectorEncoder(str(out), trust_remote_code=True, device="cpu")
-    ours = MetaEmbedder.from_pretrained(run / "model")
-    inputs = ["red apple", {"image": tiny.picture(1)}, {"text": "moon", "image": tiny.picture(2)}]
-    for found, expected in (
-        (theirs.encode_query(inputs), ours.encode_query([{"text": "red apple"}, *inputs[1:]])),
-        (
-            theirs.encode_document(inputs),
-            ours.encode_candidate([{"text": "red apple"}, *inputs[1:]]),
-        ),
+    lower = MetaEmbedderModule.load(str(out), model_kwargs={"torch_dtype": torch.bfloat16})
+    assert lower.embedder.backbone.dtype == torch.bfloat16
+    for given, told in (
+        ({"backend": "onnx"}, "backend='torch', not 'onnx'"),
+        ({"model_kwargs": {"device_map": "auto"}}, "got device_map"),
     ):
-        torch.testing.assert_close(torch.stack(found), expected, atol=1e-5, rtol=0)
+        with pytest.raises(UserError, match=told):
+            MetaEmbedderModule.load(str(out), **given)
+
+
+@pytest.fixture(scope="module")
+def lone(run, tmp_path_factory) -> Path:
+    """An export for sentence-transformers, and two pictures beside it."""
+    folder = tmp_path_factory.mktemp("alone")
+    tiny.picture(1).save(folder / "apple.png")
+    tiny.picture(2, (84, 56)).save(folder / "wide.png")
+    out = folder / "out"
+    assert export("--run", run, "--out", out, "--format", "sentence-transformers") == 0
+    return folder
+
+
+def test_sentence_transformers_needs_nothing_of_this_package(run, lone, monkeypatch):
+    library = pytest.importorskip("sentence_transformers", minversion="6")
+    assert not (lone / "out" / "adapter").exists()
+    ours = MetaEmbedder.from_pretrained(run / "model")
+    apple, wide = Path(lone / "apple.png"), Image.open(lone / "wide.png")
+    inputs = ["red apple <|image_pad|>", {"image": apple}, wide, {"text": "moon", "image": wide}]
+    items = [Item("red apple <|image_pad|>"), Item(image=apple), Item(image=wide), inputs[3]]
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "metaembed_pl", None)  # importing it fails
+        theirs = library.MultiVectorEncoder(str(lone / "out"), trust_remote_code=True, device="cpu")
+        queries, candidates = theirs.encode_query(inputs), theirs.encode_document(inputs)
+        theirs.save_pretrained(str(lone / "again"))
+    torch.testing.assert_close(torch.stack(queries), ours.encode_query(items), atol=1e-5, rtol=0)
+    expected = ours.encode_candidate(items)
+    torch.testing.assert_close(torch.stack(candidates), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(vectors(lone / "again"), vectors(lone / "out"), atol=1e-6, rtol=0)
+    assert (lone / "again" / "sentence_transformers_module.py").is_file()
+
+
+def test_sentence_transformers_gets_the_precision_it_asks_for(lone):
+    library = pytest.importorskip("sentence_transformers", minversion="6")
+    ask = {"trust_remote_code": True, "device": "cpu"}
+    given = {"model_kwargs": {"torch_dtype": "bfloat16"}, "token": False, "cache_folder": "."}
+    model = library.MultiVectorEncoder(str(lone / "out"), **ask, **given)
+    assert model[0].backbone.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="backend='torch', not 'onnx'"):
+        library.MultiVectorEncoder(str(lone / "out"), backend="onnx", **ask)
+    with pytest.raises(ValueError, match="expected a text, a picture or text and image"):
+        model.encode_query([{"words": "red"}])
+
+
+@pytest.mark.parametrize("projection", [None, 8])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
+def test_sentence_transformers_scores_as_we_do(family, projection, tmp_path):
+    library = pytest.importorskip("sentence_transformers", minversion="6")
+    layout = "both" if projection else "own"
+    ours = tiny.embedder(config=tiny.CONFIGS[family], projection=projection, layout=layout)
+    ours.save_pretrained(tmp_path / "model")
+    arguments = ["--run", tmp_path / "model", "--out", tmp_path / "out"]
+    assert export(*arguments, "--format", "sentence-transformers") == 0
+    theirs = library.MultiVectorEncoder(str(tmp_path / "out"), trust_remote_code=True, device="cpu")
+    inputs = [{"text": "red apple"}, {"image": tiny.picture(1)}]
     scores = theirs.similarity(theirs.encode_query(inputs), theirs.encode_document(inputs))
     expected = ours.score(ours.encode_query(inputs), ours.encode_candidate(inputs))
     torch.testing.assert_close(scores, expected, atol=1e-5, rtol=0)
-    theirs.save_pretrained(str(tmp_path / "again"))
-    torch.testing.assert_close(vectors(tmp_path / "again"), vectors(out), atol=1e-6, rtol=0)
 
 
 class Hub:
@@ -320,11 +443,32 @@ def test_nothing_is_sent_that_should_not_be(run, monkeypatch, capsys, hub, argum
     assert "upload_folder" not in [name for name, *_ in asked]
 
 
-def test_without_a_network_a_push_is_one_line(run, capsys):
+def test_without_a_network_a_push_is_one_line_that_does_not_blame_the_login(
+    run, monkeypatch, capsys
+):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+
+    def away(*_args, **_kwargs):
+        raise ConnectionError("[Errno -3] Temporary failure in name resolution")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", away)
     assert export("--run", run, "--merge", "--licence", "mit", "--push-to", "org/name") == 2
     err = capsys.readouterr().err
-    assert "upload of org/name failed: " in err
+    assert "org/name: the hub could not be reached ([Errno -3]" in err
+    assert "login" not in err
     assert err.count("\n") == 1
+
+
+def test_a_dry_run_says_what_would_be_sent_and_asks_nobody(run, monkeypatch, capsys):
+    asked = Hub(monkeypatch).asked
+    where = ["--run", run, "--merge", "--licence", "mit", "--push-to", "org/name"]
+    assert export(*where, "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert not asked
+    assert "  backbone/model.safetensors\n" in out
+    assert re.search(r"would be sent to org/name \(private\): \d+ files, [\d,]+ bytes", out)
+    assert export("--run", run, "--licence", "mit", "--push-to", "org/name", "--dry-run") == 2
+    assert "belongs to a base model on this machine" in capsys.readouterr().err
 
 
 def test_a_refusal_of_the_hub_is_one_line(run, monkeypatch, capsys):
@@ -350,6 +494,8 @@ def test_a_refusal_of_the_hub_is_one_line(run, monkeypatch, capsys):
         (["--out", "new", "--run", "nowhere"], "nowhere is neither a run nor a model folder"),
         (["--push-to", "name"], "--push-to must be ORG/NAME, got 'name'"),
         (["--out", "new", "--public"], "give --push-to too"),
+        (["--out", "new", "--dry-run"], "--dry-run is about what --push-to sends"),
+        (["--out", "new", "--language", "English"], "a code such as en or zh, got 'English'"),
         (["--out", "new", "--checkpoint", "worst.ckpt"], "worst.ckpt: not a checkpoint"),
     ],
 )

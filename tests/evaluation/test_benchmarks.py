@@ -15,7 +15,7 @@ from metaembed_pl.errors import UserError
 from metaembed_pl.evaluation.benchmarks import Reference
 from metaembed_pl.evaluation.mmeb import IN, MMEB, MMEB_V2, OUT, VISRAG
 from metaembed_pl.evaluation.outcome import Outcome, TaskOutcome
-from metaembed_pl.evaluation.registry import NAMED, open_benchmark
+from metaembed_pl.evaluation.registry import NAMED, OF_MTEB, open_benchmark
 from metaembed_pl.evaluation.tables import reference_table
 from metaembed_pl.evaluation.vidore import VIDORE_V1, VIDORE_V2, VIDORE_V3
 from metaembed_pl.item import Item
@@ -158,7 +158,7 @@ def small_set(folder, num_queries=2):
 
 
 def test_the_help_names_every_benchmark():
-    assert ", ".join([*NAMED, "beir:DIR", "pairs:DIR"]) == BENCHMARKS
+    assert ", ".join([*NAMED, *OF_MTEB, "beir:DIR", "pairs:DIR", "mteb:NAME"]) == BENCHMARKS
 
 
 def test_missing_files_are_named_with_their_ids_and_the_command(tmp_path):

@@ -1,5 +1,6 @@
 """The model in mteb: its scores on tasks of its own classes are ours on the same data."""
 
+import json
 import logging
 import warnings
 
@@ -13,9 +14,13 @@ datasets = pytest.importorskip("datasets")
 
 from mteb.abstasks.retrieval import AbsTaskRetrieval  # noqa: E402
 from mteb.abstasks.task_metadata import TaskMetadata  # noqa: E402
+from mteb.models import MultiVectorWrapper  # noqa: E402
+from sentence_transformers import MultiVectorEncoder  # noqa: E402
 
+from metaembed_pl.cli.main import main  # noqa: E402
 from metaembed_pl.data.beir import RetrievalSetWriter  # noqa: E402
 from metaembed_pl.errors import UserError  # noqa: E402
+from metaembed_pl.evaluation import mteb_tasks  # noqa: E402
 from metaembed_pl.evaluation.mteb import MtebEncoder  # noqa: E402
 from metaembed_pl.evaluation.registry import open_benchmark  # noqa: E402
 from metaembed_pl.evaluation.run import Settings, evaluate  # noqa: E402
@@ -158,3 +163,55 @@ def test_mteb_loads_a_model_folder_by_its_meta(tmp_path):
     loaded = meta.loader(str(tmp_path / "tiny"), **meta.loader_kwargs)
     assert str(loaded.budget) == "2x4"
     assert torch.equal(loaded.model.encode_query(["a"]), tiny.embedder().encode_query(["a"]))
+
+
+@pytest.mark.parametrize("kind", [LocalPages, LocalLists])
+def test_a_task_that_mteb_reads_is_the_set_that_it_has(kind, tmp_path):
+    parts = list(mteb_tasks._parts(kind()))
+    assert [(part.name, part.metric) for part in parts] == [(kind.metadata.name, "ndcg@5")]
+    found = parts[0].open(tmp_path)
+    assert {item.id: item.text for item in found.queries} == QUERIES
+    pictures = {item.id: item.load_image().tobytes() for item in found.candidates}
+    assert pictures == {id: picture.tobytes() for id, picture in PAGES.items()}
+    ids = list(pictures)
+    for query, right, gains in zip(found.queries, found.relevant, found.gains, strict=True):
+        judged = {ids[place]: gain for place, gain in zip(right, gains, strict=True) if gain}
+        assert judged == {id: score for id, score in QRELS[query.id].items() if score}
+    if kind is LocalLists:
+        for query, places in zip(found.queries, found.lists, strict=True):
+            assert {ids[place] for place in places} == set(LISTS[query.id])
+    parts[0].task.dataset = None  # kept, not loaded again
+    assert parts[0].open(tmp_path).queries[0].text == QUERIES["query-0"]
+
+
+@pytest.mark.parametrize(("name", "at_least"), [("jina_vdr", 40), ("vidore_v3.1", 8)])
+def test_benchmarks_of_mteb_are_known_by_name(name, at_least, tmp_path):
+    found = open_benchmark(name, tmp_path)
+    assert len(found.tasks) >= at_least
+    assert {task.metric for task in found.tasks} <= {"ndcg@5", "ndcg@10"}
+    assert len({task.folder for task in found.tasks}) == len(found.tasks)
+    with pytest.raises(UserError, match="mteb could not load"):
+        found.tasks[0].open(tmp_path)
+    assert not list(tmp_path.rglob("corpus.jsonl"))
+
+
+def test_an_unknown_benchmark_of_mteb_is_told_with_the_nearest(tmp_path):
+    with pytest.raises(UserError, match=r"no benchmark or task 'JinaVDRR'; did you mean mteb:Jina"):
+        open_benchmark("mteb:JinaVDRR", tmp_path)
+
+
+def test_mteb_itself_takes_texts_and_pictures_of_an_export(ours, tmp_path, monkeypatch):
+    """Its own wrapper, with what stands in the folder alone."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    tiny.embedder().save_pretrained(tmp_path / "model")
+    where = ["--run", str(tmp_path / "model"), "--out", str(tmp_path / "out")]
+    assert main(["export", *where, "--format", "sentence-transformers"]) == 0
+    model = MultiVectorEncoder(str(tmp_path / "out"), trust_remote_code=True, device="cpu")
+    settings = json.loads((tmp_path / "out" / "sentence_bert_config.json").read_text())
+    wrapped = MultiVectorWrapper(model)
+    taken = wrapped.mteb_model_meta._detect_modalities_from_sbert_config(settings)
+    assert taken == ["image", "text"]
+    wrapped.mteb_model_meta.modalities = taken
+    found = mteb.evaluate(wrapped, LocalPages(), cache=None, show_progress_bar=False)
+    theirs = found.task_results[0].scores["test"][0]
+    assert theirs["ndcg_at_5"] == pytest.approx(ours["evaluate/LocalPages/ndcg@5/4x8"], abs=1e-4)

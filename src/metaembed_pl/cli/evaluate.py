@@ -10,6 +10,7 @@ The table goes to standard output, all else into the folder of --out: see docs/e
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -31,13 +32,22 @@ if TYPE_CHECKING:
     from metaembed_pl.evaluation.encoding import Tell
     from metaembed_pl.evaluation.outcome import Outcome
 
-BENCHMARKS = "mmeb, mmeb_v2, vidore_v1, vidore_v2, vidore_v3, beir:DIR, pairs:DIR"
+BENCHMARKS = (
+    "mmeb, mmeb_v2, vidore_v1, vidore_v2, vidore_v3, vidore_v3.1, jina_vdr, beir:DIR, pairs:DIR, "
+    "mteb:NAME"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of the verb."""
     add = parser.add_argument
     add_model_arguments(parser, required=False)
+    add(
+        "--vectors",
+        metavar="RQxRC",
+        help="most vectors of a query and of a candidate, for other models that have many "
+        "(default: 64x1024)",
+    )
     add("--benchmark", metavar="NAME", help=f"one of {BENCHMARKS}")
     add(
         "--budgets",
@@ -115,7 +125,7 @@ def _evaluate(args: argparse.Namespace) -> "Outcome | None":
     with ranks() as (rank, _):
         if rank:
             logging.disable(logging.INFO)
-        model = load_model(args)
+        model = _load(args)
         budgets = parse_budgets(args.budgets, model.groups)
         name = benchmark.name.replace(":", "-").replace("/", "-").strip("-.")
         out = args.out or Path("evaluations") / f"{name}-{identity_of(model)[:8]}"
@@ -128,16 +138,33 @@ def _evaluate(args: argparse.Namespace) -> "Outcome | None":
         return outcome
 
 
+def _load(args: argparse.Namespace) -> Any:
+    """Our model, or another in its place."""
+    from metaembed_pl.budget import Budget
+    from metaembed_pl.cli.model import find_device
+    from metaembed_pl.evaluation.baselines import load_baseline
+
+    vectors = Budget.parse(args.vectors) if args.vectors else None
+    other = load_baseline(args.model, find_device(args.device), vectors)
+    if other is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(f"{args.model} is evaluated in one process: start it without torchrun")
+    if other is None and vectors is not None:
+        raise UserError("--vectors is for sentence-transformers:NAME and mteb:NAME: use --budgets")
+    return other or load_model(args)
+
+
 def _report(
     outcome: "Outcome", benchmark: Any, model: Any, args: argparse.Namespace, out: Path
 ) -> None:
     from metaembed_pl.evaluation.outcome import RESULTS
     from metaembed_pl.evaluation.report import write_report
+    from metaembed_pl.model.embedder import MetaEmbedder
 
     if args.bm25:
         benchmark = _with_bm25(benchmark, args.data, out)
     pools = [task.open(args.data) for task in benchmark.tasks]
-    files = [*write_report(outcome, pools, out, benchmark.references, model), out / RESULTS]
+    ours = model if isinstance(model, MetaEmbedder) else None  # no maps of others' attention
+    files = [*write_report(outcome, pools, out, benchmark.references, ours), out / RESULTS]
     logging.getLogger(__name__).info("report: %s", out / "report.html")
     if args.mlflow_uri:
         _log(outcome, files, args.mlflow_uri)

@@ -5,7 +5,8 @@
     python -m metaembed_pl export --run runs/custom --push-to ORG/NAME --merge
 
 Forms (--format): `metaembed` loads with `MetaEmbedder.from_pretrained`; `sentence-transformers`
-also in its `MultiVectorEncoder`; `transformers` needs none of our code (docs/export.md).
+also in its `MultiVectorEncoder`; `transformers` needs none of our code, and `vllm` is that with
+what vLLM looks for (docs/export.md).
 """
 
 import argparse
@@ -23,7 +24,9 @@ from metaembed_pl.files import read_json_object
 if TYPE_CHECKING:
     from metaembed_pl.model.embedder import MetaEmbedder
 
-FORMATS = ("metaembed", "sentence-transformers", "transformers")
+FORMATS = ("metaembed", "sentence-transformers", "transformers", "vllm")
+PLAIN = ("transformers", "vllm")  # meta tokens among the words
+WHOLE = ("sentence-transformers", *PLAIN)  # others would not know what to do with an adapter
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 RUN = "runs/NAME, or a model folder"
 
@@ -47,6 +50,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--public", action="store_true", help="with --push-to: make the model public")
     add("--licence", metavar="ID", help="licence of the weights (default: the base model's)")
+    add(
+        "--language",
+        action="append",
+        default=[],
+        metavar="CODE",
+        help="what the model is for, such as en, for its card; repeatable",
+    )
+    add("--dry-run", action="store_true", help="with --push-to: show what would be sent")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -58,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
     """
     from transformers.utils import logging
 
-    from metaembed_pl.cli.hub import licence_of, push
+    from metaembed_pl.cli.hub import licence_of, push, would_send
     from metaembed_pl.files import new_folder
 
     _check(args)
@@ -73,11 +84,15 @@ def run(args: argparse.Namespace) -> None:
         out = args.out or stack.enter_context(_passing_folder())
         with new_folder(out) as folder:
             settings = _write(args, source, folder, out)
-            card = source.card(args.push_to or out.name, args.format, settings, licence)
+            name = args.push_to or out.name
+            cut_at = _max_text_tokens(folder)
+            card = source.card(name, args.format, settings, licence, args.language, cut_at)
             (folder / "README.md").write_text(card, encoding="utf-8")
         if args.out:
             print(f"written to {args.out}")
-        if args.push_to:
+        if args.dry_run:
+            print(would_send(out, args.push_to, private=not args.public))
+        elif args.push_to:
             print(f"sent to {push(out, args.push_to, private=not args.public)}")
 
 
@@ -88,8 +103,13 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"{args.out} exists already: choose another --out")
     if args.push_to is not None and not HUB_ID.fullmatch(args.push_to):
         raise UserError(f"--push-to must be ORG/NAME, got {args.push_to!r}")
-    if args.public and args.push_to is None:
-        raise UserError("--public says who may see what --push-to sends: give --push-to too")
+    for flag in ("public", "dry_run"):
+        if getattr(args, flag) and args.push_to is None:
+            name = f"--{flag.replace('_', '-')}"
+            raise UserError(f"{name} is about what --push-to sends: give --push-to too")
+    for code in args.language:
+        if not re.fullmatch(r"[a-z]{2,3}(-[A-Za-z0-9]+)*|multilingual|code", code):
+            raise UserError(f"--language takes a code such as en or zh, got {code!r}")
 
 
 @contextmanager
@@ -144,13 +164,37 @@ class Source:
             )
         return MetaEmbedder.from_pretrained(self.model)
 
-    def card(self, name: str, form: str, settings: dict[str, Any], licence: str | None) -> str:
+    @property
+    def datasets(self) -> list[str]:
+        """Hub ids of the training sets, as far as the manifests of their shards tell them."""
+        sources = ((self.recipe or {}).get("data") or {}).get("train") or []
+        paths = [source.get("path") if isinstance(source, dict) else source for source in sources]
+        manifests = [Path(str(path)) / "manifest.json" for path in paths]
+        found = [read_json_object(file).get("source") for file in manifests if file.is_file()]
+        return list(dict.fromkeys(s for s in found if s and HUB_ID.fullmatch(s)))
+
+    def card(
+        self,
+        name: str,
+        form: str,
+        settings: dict[str, Any],
+        licence: str | None,
+        languages: list[str],
+        max_text_tokens: int,
+    ) -> str:
         """The README of what is exported."""
         from metaembed_pl.model.model_card import model_card
 
         parts = ("model", "data", "trainer")  # the rest is about this machine
         recipe = {key: value for key, value in (self.recipe or {}).items() if key in parts}
-        return model_card(name, form, settings, self.metrics, recipe, self.base, licence)
+        told = self.metrics, recipe, self.base, licence, self.datasets, languages
+        return model_card(name, form, settings, *told, max_text_tokens)
+
+
+def _max_text_tokens(folder: Path) -> int:
+    """Where the model of an export cuts texts."""
+    files = [folder / "processing" / "processing.json", folder / "retrieval.json"]
+    return next(read_json_object(file) for file in files if file.is_file())["max_text_tokens"]
 
 
 def _of_checkpoint(run: Path, name: str, recipe: dict[str, Any] | None) -> "MetaEmbedder":
@@ -198,20 +242,23 @@ def _write(args: argparse.Namespace, source: Source, folder: Path, home: Path) -
     from metaembed_pl.model import export
     from metaembed_pl.model.export_sentence_transformers import write_sentence_transformers
     from metaembed_pl.model.export_transformers import write_transformers
+    from metaembed_pl.model.export_vllm import write_vllm
     from metaembed_pl.model.lora import has_adapter
     from metaembed_pl.model.model_folder import read_settings
 
-    as_it_is = not args.merge and args.checkpoint is None and args.format != "transformers"
-    if as_it_is and source.model is not None:
+    is_whole = source.model is not None and not (source.model / "adapter").is_dir()
+    as_it_is = not args.merge and args.checkpoint is None and args.format not in PLAIN
+    if as_it_is and source.model is not None and (args.format == "metaembed" or is_whole):
         export.copy_model(source.model, folder)
         settings = read_settings(folder)
     else:
         model = source.load(args.checkpoint)
         settings = model.settings()
-        if args.merge or (args.format == "transformers" and has_adapter(model.backbone)):
+        if args.merge or (args.format in WHOLE and has_adapter(model.backbone)):
             print(f"merged: {export.merge(model)}")
-        if args.format == "transformers":
-            print(f"read back by plain transformers: {write_transformers(model, folder)}")
+        if args.format in PLAIN:
+            write = write_vllm if args.format == "vllm" else write_transformers
+            print(f"read back by plain transformers: {write(model, folder)}")
         else:
             model.write_into(folder, home)
     if args.format == "sentence-transformers":

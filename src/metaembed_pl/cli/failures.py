@@ -40,6 +40,8 @@ def _message(error: Exception, watch: Watch) -> str | None:
     first = next(iter(str(error).splitlines()), type(error).__name__)
     if isinstance(error, MisconfigurationException):  # of Lightning: no GPU here, say
         return " ".join(str(error).split())
+    if missing := _missing_package(error):
+        return f"{missing}: install it, or leave out of the recipe what needs it"
     if is_out_of_memory(error):
         return f"out of memory: {' '.join([first, *getattr(error, '__notes__', [])])}"
     if isinstance(error, DistError) or (
@@ -50,4 +52,13 @@ def _message(error: Exception, watch: Watch) -> str | None:
             f"{watch.where}: the connection to other ranks failed ({first}): if one has ended or "
             "was killed, what it said last tells why; go on with --ckpt_path last"
         )
+    return None
+
+
+def _missing_package(error: BaseException | None) -> str | None:
+    """What is said of a package that is not installed, by an error or what led to it."""
+    while error is not None:
+        if isinstance(error, ModuleNotFoundError):
+            return str(error).partition(" HINT")[0].rstrip(".")
+        error = error.__cause__
     return None

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from metaembed_pl.errors import UserError
+from metaembed_pl.model.hub_faults import could_not_reach
 
 
 def push(folder: Path, repository: str, private: bool = True) -> str:
@@ -41,6 +42,21 @@ def push(folder: Path, repository: str, private: bool = True) -> str:
         commit_message="Model exported by metaembed-pl",
     )
     return str(address)
+
+
+def would_send(folder: Path, repository: str, private: bool = True) -> str:
+    """What `push` would send, without asking the hub.
+
+    Raises:
+        UserError: the folder needs files that others do not have.
+    """
+    _refuse_local_base(folder)
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    sizes = [(file.stat().st_size, file.relative_to(folder).as_posix()) for file in files]
+    lines = [f"{size:>15,}  {name}" for size, name in sizes]
+    kind = "private" if private else "public"
+    total = f"{len(files)} files, {sum(size for size, _ in sizes):,} bytes"
+    return "\n".join([*lines, f"would be sent to {repository} ({kind}): {total}"])
 
 
 def _refuse_local_base(folder: Path) -> None:
@@ -82,7 +98,13 @@ def _ask(repository: str, do: Callable[..., Any], *args: Any, **kwargs: Any) -> 
         return do(*args, **kwargs)
     except (http_error, OSError, ValueError) as error:
         lines = [line for line in str(error).splitlines() if line.strip()] or [repr(error)]
+        said = lines[0].strip()
+        if could_not_reach(error):
+            raise UserError(
+                f"{repository}: the hub could not be reached ({said}); give the command again "
+                "where there is a network"
+            ) from error
         raise UserError(
-            f"upload of {repository} failed: {lines[0].strip()}; log in with `hf auth login` "
+            f"upload of {repository} failed: {said}; log in with `hf auth login` "
             "and see that the name is yours"
         ) from error

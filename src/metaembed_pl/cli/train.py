@@ -25,7 +25,12 @@ import torch
 import yaml
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    Callback,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -69,6 +74,8 @@ FIXED = (  # of what a checkpoint's weights are, and its optimiser's
     "model.lora",
     "model.train_vision",
     "model.meta_token_std",
+    "model.pooling",
+    "model.bidirectional",
 )
 
 QUIET = (  # what libraries warn of and a user of this package can do nothing about
@@ -98,7 +105,7 @@ class RunConfig:
             never. Above the longest batch, validation and writing of a checkpoint; below the half
             hour after which torch.distributed gives up by itself.
         overwrite: start anew although a run of this name exists.
-        mlflow_uri: where MLflow keeps its records.
+        mlflow_uri: where MLflow keeps its records; null: nothing is logged to MLflow.
         experiment: the MLflow experiment.
     """
 
@@ -107,7 +114,7 @@ class RunConfig:
     checkpoint_every_n_steps: int = 200
     stall_timeout_s: float = 900
     overwrite: bool = False
-    mlflow_uri: str = "sqlite:///mlflow.db"
+    mlflow_uri: str | None = "sqlite:///mlflow.db"
     experiment: str = "metaembed"
 
     def __post_init__(self) -> None:
@@ -331,11 +338,16 @@ class RecipeCLI(LightningCLI):
         config = self._get(self.config_init, "trainer")
         kwargs["default_root_dir"] = str(self.run.path)
         kwargs["precision"] = _precision(config)
-        kwargs["callbacks"] = [*(config.get("callbacks") or []), *self._callbacks(config)]
+        given = config.get("callbacks") or []
+        if any(isinstance(callback, StochasticWeightAveraging) for callback in given):
+            raise UserError(
+                "StochasticWeightAveraging averages over epochs, and a run counts steps: take "
+                "lightning.pytorch.callbacks.EMAWeightAveraging instead"
+            )
+        kwargs["callbacks"] = [*given, *self._callbacks(config)]
         if isinstance(config.get("val_check_interval"), int):
             kwargs["check_val_every_n_epoch"] = None  # count steps of the run, not of an epoch
-        if config.get("logger") is None:
-            kwargs["logger"] = self._logger()
+        kwargs["logger"] = self._loggers(config.get("logger"))
         if not sys.stderr.isatty():
             kwargs["enable_progress_bar"] = False
         kwargs["enable_model_summary"] = False
@@ -369,9 +381,18 @@ class RecipeCLI(LightningCLI):
             callbacks.append(LearningRateMonitor("step"))
         return callbacks
 
-    def _logger(self) -> Logger | bool:
-        if self.subcommand != "fit":
-            return False
+    def _loggers(self, given: Any) -> Any:
+        """Ours first, and those of the recipe beside it; none where it says false."""
+        if given is False or self.subcommand != "fit":
+            return given or False
+        others = [] if given in (None, True) else given if isinstance(given, list) else [given]
+        if self.run.mlflow_uri is None and others:
+            return others
+        return [self._logger(), *others]
+
+    def _logger(self) -> Logger:
+        if self.run.mlflow_uri is None:
+            return CSVLogger(self.run.path, name="csv", version="")
         if mlflow_missing():
             log.info(
                 "MLflow is not installed (pip install metaembed-pl[mlflow]): metrics go to CSV"

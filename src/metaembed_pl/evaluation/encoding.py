@@ -9,7 +9,7 @@ Q: queries    Rq: vectors of a query    D: width
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,10 +21,13 @@ from torch import Tensor
 
 from metaembed_pl.data.beir import StoredItems
 from metaembed_pl.data.retrieval_set import RetrievalSet
+from metaembed_pl.errors import UserError
 from metaembed_pl.evaluation.scoring import uids
 from metaembed_pl.item import Item
 from metaembed_pl.model.embedder import MetaEmbedder
+from metaembed_pl.model.encoder import Encoder
 from metaembed_pl.model.encoding import Pace
+from metaembed_pl.model.identity import identity_of
 from metaembed_pl.retrieval.embedding import Entry, Prepare, embed, open_for, rank_and_world
 from metaembed_pl.retrieval.store import Store
 
@@ -51,7 +54,7 @@ def digest_of_set(task: RetrievalSet) -> str:
 
 
 def encode_candidates(
-    model: MetaEmbedder, task: RetrievalSet, folder: Path, pace: Pace, dtype: str, tell: Tell
+    model: Encoder, task: RetrievalSet, folder: Path, pace: Pace, dtype: str, tell: Tell
 ) -> tuple[Store, list[str]]:
     """A store of the candidates of a task: what is in it already is not encoded again.
 
@@ -68,8 +71,10 @@ def encode_candidates(
     """
     name = re.sub(r"[^\w.-]+", "_", _corpus_name(task))
     folder = folder / f"{name}-{digest_of(task.candidates)[:12]}"
-    store = open_for(model, folder, dtype)
     ids, skipped = uids(task.candidates), []
+    if not isinstance(model, MetaEmbedder):
+        return _encode_simply(model, task.candidates, ids, folder, pace, dtype, tell)
+    store = open_for(model, folder, dtype)
     read = task.candidates.__getitem__
     entries = (Entry.read(id, partial(read, i)) for i, id in enumerate(ids))
     for progress in embed(store, model, entries, pace, skip_bad=True, previews=False):
@@ -82,7 +87,7 @@ def encode_candidates(
 
 
 def encode_queries(
-    model: MetaEmbedder, queries: Sequence[Item], pace: Pace, tell: Tell
+    model: Encoder, queries: Sequence[Item], pace: Pace, tell: Tell
 ) -> tuple[Float[Tensor, "Q Rq D"], dict[int, str]]:
     """Meta embeddings of queries.
 
@@ -91,6 +96,12 @@ def encode_queries(
     """
     found = torch.zeros(len(queries), model.groups[-1].r_q, model.width)
     bad: dict[int, str] = {}
+    if not isinstance(model, MetaEmbedder):
+        for places, items in _readable(queries, range(len(queries)), pace, bad):
+            if items:
+                found[places] = model.encode_query(items)
+            tell("queries", max(places, default=-1) + 1, len(queries))
+        return found, bad
     read = queries.__getitem__
     entries = (Entry.read(str(i), partial(read, i)) for i in range(len(queries)))
     windows = pace.windows(entries, lambda entry: entry.is_text)
@@ -103,6 +114,47 @@ def encode_queries(
         done += window.num_items + len(window.about.skipped)
         tell("queries", done, len(queries))
     return found, bad
+
+
+def _encode_simply(
+    model: Encoder,
+    candidates: Sequence[Item],
+    ids: list[str],
+    folder: Path,
+    pace: Pace,
+    dtype: str,
+    tell: Tell,
+) -> tuple[Store, list[str]]:
+    """A store of another's model: batch after batch, in this process."""
+    if not folder.exists():
+        Store.create(folder, model.groups, model.width, identity_of(model), dtype)
+    store = Store.open(folder)
+    known = set(store.ids)
+    new = [place for place, id in enumerate(ids) if id not in known]
+    bad: dict[int, str] = {}
+    with store.writing():
+        for places, items in _readable(candidates, new, pace, bad):
+            if items:
+                none = [None] * len(items)
+                some = [ids[place] for place in places]
+                store.add(some, model.encode_candidate(items), [{} for _ in some], none)
+            tell("candidates", max(places, default=-1) + 1, len(ids))
+    return store, [f"{ids[place]}: {reason}" for place, reason in bad.items()]
+
+
+def _readable(
+    items: Sequence[Item], places: Sequence[int], pace: Pace, bad: dict[int, str]
+) -> Iterator[tuple[list[int], list[Item]]]:
+    """Batches of those that can be read, their pictures decoded; of the others, why not."""
+    for start in range(0, len(places), pace.batch_size):
+        found: dict[int, Item] = {}
+        for place in places[start : start + pace.batch_size]:
+            try:
+                item = items[place]
+                found[place] = replace(item, image=item.load_image())
+            except UserError as error:
+                bad[place] = str(error)
+        yield list(found), list(found.values())
 
 
 def _corpus_name(task: RetrievalSet) -> str:

@@ -25,7 +25,7 @@ from metaembed_pl.evaluation.encoding import digest_of_set
 from metaembed_pl.evaluation.scoring import uids
 from metaembed_pl.evaluation.statistics import Interval, interval_of, resampled_means
 from metaembed_pl.files import read_json_object, write_text
-from metaembed_pl.model.embedder import MetaEmbedder
+from metaembed_pl.model.encoder import Encoder
 from metaembed_pl.ranking import Hits, Ranked
 
 RESULTS = "results.json"
@@ -239,7 +239,7 @@ class Outcome:
         return cls(kept["benchmark"], kept["title"], kept["budgets"], kept["about"], found)
 
 
-def about_model(model: MetaEmbedder) -> dict[str, Any]:
+def about_model(model: Encoder) -> dict[str, Any]:
     """What an outcome depends on besides the data: the model, versions, the machine."""
     return {
         "width": model.width,

@@ -1,6 +1,7 @@
 """Benchmarks by name: those of mmeb.py and vidore.py, and a user's own folders.
 
-`beir:DIR` and `pairs:DIR` take a folder that is one set, or holds several.
+`beir:DIR` and `pairs:DIR` take a folder that is one set, or holds several; `mteb:NAME` a benchmark
+or task of mteb's.
 """
 
 import difflib
@@ -13,6 +14,8 @@ from metaembed_pl.evaluation.benchmarks import Benchmark, Task
 from metaembed_pl.evaluation.mmeb import MMEB, MMEB_V2
 from metaembed_pl.evaluation.vidore import VIDORE_V1, VIDORE_V2, VIDORE_V3
 
+OF_MTEB = {"vidore_v3.1": "ViDoRe(v3.1)", "jina_vdr": "JinaVDR"}
+"""Benchmarks that mteb reads, by the names that our command line has for them."""
 NAMED = {one.name: one for one in (MMEB, MMEB_V2, VIDORE_V1, VIDORE_V2, VIDORE_V3)}
 
 
@@ -20,7 +23,7 @@ def open_benchmark(name: str, data: Path) -> Benchmark:
     """A benchmark by its name, its files checked.
 
     Args:
-        name: one of `NAMED`, `beir:DIR` or `pairs:DIR`.
+        name: one of `NAMED` or `OF_MTEB`, `beir:DIR`, `pairs:DIR` or `mteb:NAME`.
         data: the folder of all data.
 
     Raises:
@@ -29,12 +32,16 @@ def open_benchmark(name: str, data: Path) -> Benchmark:
     kind, colon, folder = name.partition(":")
     if colon and kind in ("beir", "pairs"):
         return _of_folder(name, kind, Path(folder))
+    if name in OF_MTEB or (colon and kind == "mteb"):
+        from metaembed_pl.evaluation.mteb_tasks import mteb_benchmark
+
+        return mteb_benchmark(OF_MTEB.get(name, folder))
     if name not in NAMED:
         near = difflib.get_close_matches(name, NAMED, n=1, cutoff=0.5)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise UserError(
-            f"there is no benchmark {name!r}{hint}; known are {', '.join(NAMED)}, beir:DIR and "
-            "pairs:DIR"
+            f"there is no benchmark {name!r}{hint}; known are {', '.join((*NAMED, *OF_MTEB))}, "
+            "beir:DIR, pairs:DIR and mteb:NAME"
         )
     NAMED[name].check_files(data)
     return NAMED[name]

@@ -29,7 +29,7 @@ from metaembed_pl.evaluation.encoding import (
 from metaembed_pl.evaluation.outcome import Outcome, TaskOutcome, about_model
 from metaembed_pl.evaluation.scoring import rank_task
 from metaembed_pl.files import read_json_object, write_text
-from metaembed_pl.model.embedder import MetaEmbedder
+from metaembed_pl.model.encoder import Encoder
 from metaembed_pl.model.encoding import Pace
 from metaembed_pl.model.identity import identity_of
 from metaembed_pl.ranking import Ranked
@@ -77,7 +77,7 @@ def parse_budgets(text: str, groups: Sequence[Budget]) -> list[Budget]:
 
 
 def evaluate(
-    model: MetaEmbedder, benchmark: Benchmark, budgets: Sequence[Budget], settings: Settings
+    model: Encoder, benchmark: Benchmark, budgets: Sequence[Budget], settings: Settings
 ) -> Outcome | None:
     """Evaluate a model on a benchmark; what was kept of an earlier run is not done again.
 
@@ -118,7 +118,7 @@ def evaluate(
     return outcome
 
 
-def _begin(model: MetaEmbedder, benchmark: Benchmark, settings: Settings) -> dict[str, Any]:
+def _begin(model: Encoder, benchmark: Benchmark, settings: Settings) -> dict[str, Any]:
     """Refuse to mix two evaluations in one folder; say what this one depends on."""
     key = {
         "benchmark": benchmark.name,
@@ -153,7 +153,7 @@ def _kept(
 
 
 def _evaluate_task(
-    model: MetaEmbedder,
+    model: Encoder,
     task: Task,
     found: RetrievalSet,
     budgets: Sequence[Budget],
@@ -211,7 +211,7 @@ class _Answer:
 
 
 def _ask(
-    model: MetaEmbedder,
+    model: Encoder,
     share: RetrievalSet,
     store: Store,
     budgets: Sequence[Budget],

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -50,6 +50,8 @@ from metaembed_pl.model.weights import load_into, refuse_unlike
 
 OWN_FILE = "meta_tokens.safetensors"
 T = TypeVar("T")
+Pooling = Literal["meta_tokens", "last", "mean"]
+"""Where vectors are read: at meta tokens, at the last token, or as the mean over all tokens."""
 Shared = Literal["gradients", "weights"]
 """What the ranks of a run wait for: DDP for gradients, ZeRO-3 and FSDP2 for weights as well."""
 
@@ -110,6 +112,9 @@ class MetaEmbedder(nn.Module):
         meta_token_std: of their random start; None: the backbone's `initializer_range`, as the
             paper.
         meta_tokens_orthogonal: whether they start at right angles to each other.
+        pooling: `last` and `mean` make a model of one vector, without meta tokens, as mmE5, GME and
+            Qwen3-VL-Embedding (`last`) and MoCa (`mean`) are.
+        bidirectional: every token of the language model sees those after it, too (MoCa).
 
     Attributes:
         widths: below the full one, at which its first components were trained, largest first.
@@ -127,16 +132,23 @@ class MetaEmbedder(nn.Module):
         projection: int | None = None,
         meta_token_std: float | None = None,
         meta_tokens_orthogonal: bool = False,
+        pooling: Pooling = "meta_tokens",
+        bidirectional: bool = False,
     ):
         super().__init__()
         self.groups = parse_groups(groups)
         self.widths: tuple[int, ...] = ()
+        self.pooling: Pooling = _checked_pooling(pooling, self.groups, bidirectional)
+        self.bidirectional = bidirectional
         self.merged: dict[str, str] = {}  # identity of merged weights -> of the adapter's
         self.processing = processing
         self.backbone = backbone
         text: Any = backbone.config.get_text_config()
+        if bidirectional:
+            text.is_causal = False  # what transformers makes attention masks by
+        counts = self.groups[-1] if pooling == "meta_tokens" else (0, 0)
         self.meta_tokens = MetaTokens(
-            *self.groups[-1],
+            *counts,
             text.hidden_size,
             layout,
             std=meta_token_std or text.initializer_range,
@@ -147,8 +159,10 @@ class MetaEmbedder(nn.Module):
             nn.Linear(text.hidden_size, projection, bias=False) if projection else nn.Identity()
         )
         self.shared: Shared | None = None
-        self.packs = processing.family.packs_rows and (
-            backbone.config._attn_implementation == "flash_attention_2"
+        self.packs = (
+            processing.family.packs_rows
+            and pooling == "meta_tokens"
+            and backbone.config._attn_implementation == "flash_attention_2"
         )
 
     def processor(self) -> "Processor":
@@ -188,11 +202,28 @@ class MetaEmbedder(nn.Module):
                 ready, slot_index = packed(ready, slot_index)
             with self.meta_tokens.inserted(table, slot_index, side):
                 hidden = self.backbone(**ready, use_cache=False).last_hidden_state
-        states = self.meta_tokens.read(hidden, slot_index, side)
+        states = self._read(hidden, slot_index, inputs["attention_mask"], side)
         # bf16 would cost three digits of the score: project and normalise in fp32.
         states = states.to(self.meta_tokens.embedding.weight.dtype)
         found = nn.functional.normalize(self.projection(states).float(), dim=-1)
         return found + vision.nothing_of(unused)
+
+    def _read(
+        self,
+        hidden: Float[Tensor, "N L H"],
+        slot_index: Int[Tensor, "B K"],
+        mask: Int[Tensor, "B L"],
+        side: Side,
+    ) -> Float[Tensor, "B R H"]:
+        """The states that become vectors; padding and rows beyond the batch's are left out."""
+        if self.pooling == "meta_tokens":
+            return self.meta_tokens.read(hidden, slot_index, side)
+        hidden = hidden[: len(mask)]
+        if self.pooling == "mean":
+            weights = (mask / mask.sum(1, keepdim=True))[:, :, None]
+            return (hidden.float() * weights).sum(1, keepdim=True)
+        last = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(1)
+        return hidden[torch.arange(len(hidden), device=hidden.device), last][:, None]
 
     def _see_for_others(self) -> vision.Seen:
         """Runs the vision tower on the smallest picture, where other ranks wait for it."""
@@ -366,6 +397,8 @@ class MetaEmbedder(nn.Module):
             "format": FORMAT,
             "groups": [str(group) for group in self.groups],
             "layout": self.meta_tokens.layout,
+            **({"pooling": self.pooling} if self.pooling != "meta_tokens" else {}),
+            **({"bidirectional": True} if self.bidirectional else {}),
             "projection": None if isinstance(self.projection, nn.Identity) else self.width,
             "width": self.width,
             "model_type": self.processing.family.model_type,
@@ -376,7 +409,9 @@ class MetaEmbedder(nn.Module):
         }
 
     def _own_tensors(self) -> dict[str, Tensor]:
-        own: dict[str, Tensor] = {"meta_tokens": self.meta_tokens.embedding.weight}
+        own: dict[str, Tensor] = {}
+        if self.pooling == "meta_tokens":
+            own["meta_tokens"] = self.meta_tokens.embedding.weight
         if not isinstance(self.projection, nn.Identity):
             own["projection"] = self.projection.weight
         return own
@@ -411,6 +446,8 @@ class MetaEmbedder(nn.Module):
                 parse_groups(settings["groups"]),
                 settings["layout"],
                 settings["projection"],
+                pooling=settings.get("pooling", "meta_tokens"),
+                bidirectional=settings.get("bidirectional", False),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(
@@ -420,6 +457,23 @@ class MetaEmbedder(nn.Module):
         model.merged = dict(settings.get("merged") or {})
         model.widths = tuple(settings.get("widths") or ())
         return model.eval().to(device)
+
+
+def _checked_pooling(pooling: Pooling, groups: Sequence[Budget], bidirectional: bool) -> Pooling:
+    """How vectors are read, where it goes with the groups."""
+    if pooling not in get_args(Pooling):
+        raise UserError(f"pooling must be one of {', '.join(get_args(Pooling))}, got {pooling!r}")
+    if pooling != "meta_tokens" and list(groups) != [Budget(1, 1)]:
+        raise UserError(
+            f"pooling {pooling} gives one vector an item: groups must be [1x1], got "
+            f"{', '.join(map(str, groups))}"
+        )
+    if bidirectional and pooling == "meta_tokens":
+        raise UserError(
+            "bidirectional is for pooling last or mean: meta tokens are read under the causal "
+            "mask, where a query does not see the candidate tokens behind its own"
+        )
+    return pooling
 
 
 def _shown(parts: Iterable[Tensor], total: int, side: Side) -> Iterator[Tensor]:

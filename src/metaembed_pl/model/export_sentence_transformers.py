@@ -1,7 +1,9 @@
 """The form that sentence-transformers' `MultiVectorEncoder` reads.
 
-A model folder of ours is one module to it. It imports the class below, so that this package must
-be installed, and asks for `trust_remote_code=True`, as for every class that is not its own.
+A model folder of ours is one module to it, of a class that is not its own: it asks for
+`trust_remote_code=True`. For the Qwen-VL families the folder carries that class along
+(sentence_transformers_module.py) and needs nothing of this package. For other families it is the
+class below, and this package must be installed.
 
     from sentence_transformers import MultiVectorEncoder
     model = MultiVectorEncoder("export", trust_remote_code=True)
@@ -14,6 +16,7 @@ Shape letters: B items, R meta embeddings an item, D their width.
 """
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,21 +27,40 @@ from torch import Tensor, nn
 
 from metaembed_pl.errors import UserError
 from metaembed_pl.item import Item
+from metaembed_pl.model.backbone import BackboneConfig
 from metaembed_pl.model.embedder import MetaEmbedder
+from metaembed_pl.model.model_folder import read_settings
 from metaembed_pl.model.processing import Side
+
+OWN_CODE = "sentence_transformers_module.py"
+OWN_CODE_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+TAKEN = {"method": "forward", "method_output_name": "token_embeddings"}
+BERT_CONFIG = {"modality_config": {"text": TAKEN, "image": TAKEN}}
+"""What tells programs such as mteb that texts and pictures are taken."""
 
 
 def write_sentence_transformers(folder: Path) -> None:
-    """Adds to a model folder what `MultiVectorEncoder` looks for."""
+    """Adds to a model folder what `MultiVectorEncoder` looks for.
+
+    Args:
+        folder: with whole weights.
+    """
     kind = f"{MetaEmbedderModule.__module__}.{MetaEmbedderModule.__qualname__}"
-    module = {"idx": 0, "name": "0", "path": "", "type": kind}
+    about = read_settings(folder)
+    if about["model_type"] in OWN_CODE_FAMILIES and "pooling" not in about:
+        shutil.copy(Path(__file__).with_name(OWN_CODE), folder / OWN_CODE)
+        kind = f"{Path(OWN_CODE).stem}.MetaEmbed"
     settings = {
         "model_type": "MultiVectorEncoder",
         "prompts": {"query": "", "document": ""},
         "default_prompt_name": None,
         "similarity_fn_name": "maxsim",
     }
-    for name, value in (("modules", [module]), ("config_sentence_transformers", settings)):
+    for name, value in (
+        ("modules", [{"idx": 0, "name": "0", "path": "", "type": kind}]),
+        ("config_sentence_transformers", settings),
+        ("sentence_bert_config", BERT_CONFIG),
+    ):
         (folder / f"{name}.json").write_text(json.dumps(value, indent=2) + "\n")
 
 
@@ -85,14 +107,56 @@ class MetaEmbedderModule(nn.Module):
 
     def save(self, output_path: str, *_args: Any, **_kwargs: Any) -> None:
         """Writes the model folder into an existing folder, as `MultiVectorEncoder.save` asks."""
-        self.embedder.write_into(Path(output_path), Path(output_path))
+        folder = Path(output_path)
+        self.embedder.write_into(folder, folder)
+        (folder / "sentence_bert_config.json").write_text(json.dumps(BERT_CONFIG, indent=2) + "\n")
 
     @classmethod
     def load(
-        cls, model_name_or_path: str, *, revision: str | None = None, **_: Any
+        cls,
+        model_name_or_path: str,
+        *,
+        token: bool | str | None = None,
+        cache_folder: str | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        model_kwargs: dict[str, Any] | None = None,
+        backend: str = "torch",
+        **_: Any,
     ) -> "MetaEmbedderModule":
-        """Loads a model folder or a hub repository of one."""
-        return cls(MetaEmbedder.from_pretrained(model_name_or_path, revision=revision))
+        """Loads a model folder or a hub repository of one.
+
+        Raises:
+            UserError: another backend than torch, or a setting of the model that is not known here.
+        """
+        if backend != "torch":
+            raise UserError(f"this model runs with backend='torch', not {backend!r}")
+        options = _options(model_kwargs or {})
+        folder = model_name_or_path
+        if not Path(folder).exists():
+            from huggingface_hub import snapshot_download
+
+            folder = snapshot_download(
+                folder,
+                revision=revision,
+                token=token,
+                cache_dir=cache_folder,
+                local_files_only=local_files_only,
+            )
+        return cls(MetaEmbedder.from_pretrained(folder, options=options))
+
+
+def _options(given: dict[str, Any]) -> BackboneConfig | None:
+    """How a backbone is run, of what sentence-transformers calls `model_kwargs`."""
+    names = {"dtype": "dtype", "torch_dtype": "dtype", "attn_implementation": "attention"}
+    if unknown := given.keys() - names:
+        raise UserError(
+            f"model_kwargs: expected {', '.join(names)}, got {', '.join(sorted(unknown))}"
+        )
+    found: dict[str, Any] = {
+        names[key]: str(value).removeprefix("torch.") for key, value in given.items()
+    }
+    return BackboneConfig(**found) if found else None
 
 
 def _side(task: str | None) -> Side:

@@ -28,20 +28,30 @@ from metaembed_pl.model.embedder import MetaEmbedder
 from metaembed_pl.model.export import Difference, Vectors, compare, sample_items, sample_vectors
 from metaembed_pl.model.processing import Side
 
+FORM, PROJECTION = "retrieval.json", "projection.safetensors"
 RESERVED = re.compile(r"<\|reserved_special_token_\d+\|>|<unused\d+>")
 
 
-def write_transformers(model: MetaEmbedder, folder: Path) -> Difference:
+def write_transformers(
+    model: MetaEmbedder, folder: Path, renamed: tuple[str, str] = ("", "")
+) -> Difference:
     """Writes the form into an existing folder, reads it back and compares the vectors.
 
     Args:
         model: without an adapter; spare rows of its input embedding are overwritten.
         folder: gets weights, tokenizer, image processor, `retrieval.json` (the words around an
             item) and, where the model has one, `projection.safetensors`.
+        renamed: how names of weights begin, and how they begin in the file; `AutoModel` must
+            know both.
 
     Raises:
         UserError: the vocabulary has too few spare rows, or the vectors differ.
     """
+    if model.pooling != "meta_tokens":
+        raise UserError(
+            f"this form is for models with meta tokens; this one pools by {model.pooling}: use "
+            "--format metaembed or sentence-transformers"
+        )
     before = sample_vectors(model)
     tokenizer = copy.deepcopy(model.processing.tokenizer)
     table: Any = model.backbone.get_input_embeddings()
@@ -49,14 +59,19 @@ def write_transformers(model: MetaEmbedder, folder: Path) -> Difference:
     ids = torch.tensor(tokenizer.convert_tokens_to_ids(words), device=table.weight.device)
     with torch.no_grad():
         table.weight[ids] = model.meta_tokens.embedding.weight.to(table.weight.dtype)
-    model.backbone.save_pretrained(folder, safe_serialization=True)
+    old, new = renamed
+    weights = {
+        new + name.removeprefix(old) if name.startswith(old) else name: part
+        for name, part in model.backbone.state_dict().items()
+    }
+    model.backbone.save_pretrained(folder, state_dict=weights, safe_serialization=True)
     tokenizer.save_pretrained(folder)
     model.processing.image_processor.save_pretrained(folder)
     if not isinstance(model.projection, nn.Identity):
         projection = {"projection": model.projection.weight.detach().contiguous()}
-        save_file(projection, folder / "projection.safetensors")
+        save_file(projection, folder / PROJECTION)
     form = _form(model, words)
-    (folder / "retrieval.json").write_text(json.dumps(form, indent=2, ensure_ascii=False) + "\n")
+    (folder / FORM).write_text(json.dumps(form, indent=2, ensure_ascii=False) + "\n")
     after = Vectors(*(_plain_vectors(folder, model, side, form) for side in get_args(Side)))
     return compare(before, after, model.backbone.dtype, "plain transformers")
 
@@ -79,8 +94,8 @@ def spare_words(tokenizer: Any, num_rows: int, count: int) -> list[str]:
     if len(words) < count:
         if free < count:
             raise UserError(
-                f"--format transformers writes {count} meta tokens into spare rows of the "
-                f"vocabulary, and this model has {max(free, len(words))}; use another format"
+                f"this form writes {count} meta tokens into spare rows of the vocabulary, and this "
+                f"model has {max(free, len(words))}; use another format"
             )
         words = [f"<|meta_{i}|>" for i in range(count)]
     tokenizer.add_tokens([AddedToken(word, special=True, normalized=False) for word in words])

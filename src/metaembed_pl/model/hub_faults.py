@@ -37,13 +37,23 @@ def why_not(path: str, error: BaseException) -> str:
             "with `hf auth login`"
         )
     # A missing file of a repository that could be asked is no matter of the network.
-    is_away = has(LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError)
-    if is_away or (any("Connect" in k.__name__ for k in kinds) and not has(EntryNotFoundError)):
+    if has(LocalEntryNotFoundError) or (could_not_reach(error) and not has(EntryNotFoundError)):
         return (
             "it is not on this machine, and the hub could not be reached: run `hf download "
             f"{repository}` where there is a network, or give a folder that holds it"
         )
     return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def could_not_reach(error: BaseException) -> bool:
+    """Whether the network is to blame: no answer came from the hub."""
+    kinds = [type(each) for each in _causes(error)]
+    names = ("Connect", "Timeout", "ProxyError")
+    return any(
+        issubclass(kind, (OfflineModeIsEnabled, ConnectionError, TimeoutError))
+        or any(name in kind.__name__ for name in names)
+        for kind in kinds
+    )
 
 
 def must_be_accepted(repository: str) -> str:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
@@ -12,9 +12,10 @@ from metaembed_pl.model.weights import fingerprint
 
 if TYPE_CHECKING:
     from metaembed_pl.model.embedder import MetaEmbedder
+    from metaembed_pl.model.encoder import Encoder
 
 
-def identity_of(model: "MetaEmbedder") -> str:
+def identity_of(model: "MetaEmbedder | Encoder") -> str:
     """A digest of all that a model's vectors depend on: weights, groups, prompt, picture sizes.
 
     It is the same in fp32 and in bf16, on any device, and for a model that was saved and loaded.
@@ -23,8 +24,12 @@ def identity_of(model: "MetaEmbedder") -> str:
     Raises:
         UserError: the weights have no fingerprint (quantized, fp16, on the meta device).
     """
+    if own := getattr(model, "identity", None):  # of a baseline
+        return own
+    model = cast("MetaEmbedder", model)
     processing = model.processing
-    weights = [fingerprint(part) for part in (model.backbone, model.meta_tokens)]
+    parts = [model.backbone, *[model.meta_tokens] * (model.pooling == "meta_tokens")]
+    weights = [fingerprint(part) for part in parts]
     if isinstance(model.projection, nn.Linear):
         weights.append(fingerprint(model.projection))
     if None in weights:
@@ -40,6 +45,8 @@ def identity_of(model: "MetaEmbedder") -> str:
         "max_text_tokens": processing.max_text_tokens,
         "picture_size": _size(processing.image_processor.size),
     }
+    if model.pooling != "meta_tokens":
+        known |= {"pooling": model.pooling, "bidirectional": model.bidirectional}
     found = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:32]
     return model.merged.get(found, found)
 

@@ -26,7 +26,7 @@ class MetaTokens(nn.Module):
     """R_q query tokens and R_c candidate tokens, in one table.
 
     Args:
-        num_query: R_q.
+        num_query: R_q; 0 of both for a model that has no meta tokens.
         num_candidate: R_c.
         hidden_size: H.
         layout: `both`: every input ends in [query tokens ; candidate tokens], as in the paper's
@@ -63,6 +63,7 @@ class MetaTokens(nn.Module):
             )
         else:
             nn.init.orthogonal_(self.embedding.weight, gain=std * hidden_size**0.5)
+        self.embedding.weight.requires_grad_(num_query + num_candidate > 0)
 
     def num_slots(self, side: Side) -> int:
         """K: how many slots a row of this side ends in.
@@ -91,6 +92,9 @@ class MetaTokens(nn.Module):
         Rows beyond those of `slot_index` stay as they are. Gemma scales its input embeddings; so it
         does the meta tokens, which are then what new rows of the vocabulary would be.
         """
+        if not slot_index.shape[1]:  # a model without meta tokens
+            yield
+            return
         scale = getattr(input_embedding, "embed_scale", 1.0)
 
         def write(_module: nn.Module, _args: tuple, output: Float[Tensor, "B L H"]) -> Tensor:

@@ -115,7 +115,8 @@ def settings_to_start_from(
                 "backbone is run can be given (dtype, attention, gradient_checkpointing, ...)"
             )
     settings = read_settings(folder)
-    own = settings | {"prompt": _words(folder)}
+    plain_head = {"pooling": "meta_tokens", "bidirectional": False}
+    own = plain_head | settings | {"prompt": _words(folder)}
     for key, value in given.items():
         if value is not None and not _agrees(value, own.get(key)):
             raise UserError(

@@ -35,6 +35,8 @@ def patch_attention(model: "MetaEmbedder", item: Item, side: Side) -> Float[Tens
         the full picture that follows them. None where there is no picture, or its tokens are not
         in the row (mllama, which sees pictures by cross-attention).
     """
+    if model.pooling != "meta_tokens":
+        return None
     batch = model.processor()([item], side)
     image_id = model.processing.tokenizer.convert_tokens_to_ids(model.processing.family.image_token)
     places = (batch["input_ids"][0] == image_id).nonzero().flatten()

@@ -270,10 +270,7 @@ class Processing:
         return self.prompt.query if side == "query" else ""
 
     def _words(self, item: Item) -> str:
-        """What is read of an item: its instruction, if any, and its text."""
-        if item.instruction is None:
-            return item.text or self.prompt.image_only
-        return f"{item.instruction} {item.text}" if item.text else item.instruction
+        return item.words or self.prompt.image_only
 
     def _pad(self, rows: list[list[int]], num_slots: int) -> dict[str, Tensor]:
         length = max(map(len, rows)) + num_slots

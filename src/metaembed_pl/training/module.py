@@ -6,18 +6,20 @@ All arithmetic is elsewhere; this file says only what happens when.
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from metaembed_pl.budget import PAPER_GROUPS
 from metaembed_pl.data.collate import EvalBatch, TrainBatch
 from metaembed_pl.errors import UserError
 from metaembed_pl.model.backbone import BackboneConfig, build_backbone, build_processing
-from metaembed_pl.model.embedder import MetaEmbedder
+from metaembed_pl.model.embedder import MetaEmbedder, Pooling
 from metaembed_pl.model.lora import LoraConfig, merge_adapter, set_trainable
 from metaembed_pl.model.meta_tokens import Layout
 from metaembed_pl.model.model_folder import settings_to_start_from
@@ -76,6 +78,8 @@ class MetaEmbedModule(pl.LightningModule):
         projection: width of the meta embeddings; None keeps the backbone's.
         meta_token_std: of the meta tokens' random start; None: the backbone's `initializer_range`.
         meta_tokens_orthogonal: whether the meta tokens start at right angles to each other.
+        pooling: where a model of one vector is read, see `MetaEmbedder`; `meta_tokens` by default.
+        bidirectional: likewise; False by default.
         prompt: the words around an item.
         loss: the MMR loss, and what stands beside it.
         optimizer: AdamW and its schedule.
@@ -96,6 +100,8 @@ class MetaEmbedModule(pl.LightningModule):
         projection: int | None = None,
         meta_token_std: float | None = None,
         meta_tokens_orthogonal: bool = False,
+        pooling: Pooling | None = None,
+        bidirectional: bool | None = None,
         prompt: Prompt | None = None,
         loss: LossConfig | None = None,
         optimizer: OptimizerConfig | None = None,
@@ -115,6 +121,7 @@ class MetaEmbedModule(pl.LightningModule):
             given = {"groups": groups, "layout": layout, "projection": projection}
             given |= {"meta_token_std": meta_token_std, "prompt": prompt}
             given |= {"meta_tokens_orthogonal": meta_tokens_orthogonal or None}
+            given |= {"pooling": pooling, "bidirectional": bidirectional}
             own = settings_to_start_from(start_from, self.backbone_config, given)
             groups, layout, projection = own["groups"], own["layout"], own["projection"]
         if projection is not None and projection < 1:
@@ -125,6 +132,8 @@ class MetaEmbedModule(pl.LightningModule):
         self.projection = projection
         self.meta_token_std = meta_token_std
         self.meta_tokens_orthogonal = meta_tokens_orthogonal
+        self.pooling: Pooling = pooling or "meta_tokens"
+        self.bidirectional = bool(bidirectional)
         self.prompt = prompt or Prompt()
         self.optimizer_config = optimizer or OptimizerConfig()
         self.loss = Objective(PAPER_GROUPS if groups is None else groups, loss)
@@ -182,6 +191,8 @@ class MetaEmbedModule(pl.LightningModule):
             self.projection,
             self.meta_token_std,
             self.meta_tokens_orthogonal,
+            self.pooling,
+            self.bidirectional,
         )
 
     def _started(self) -> MetaEmbedder:
@@ -220,9 +231,23 @@ class MetaEmbedModule(pl.LightningModule):
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
 
+    @property
+    def lr(self) -> float:
+        """The highest learning rate; Lightning's `LearningRateFinder` reads it and sets it."""
+        return self.optimizer_config.lr
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        factor = value / self.optimizer_config.lr
+        self.optimizer_config = replace(self.optimizer_config, lr=value)
+        for group in self._rates:  # the rates of meta tokens and of Muon keep their proportion
+            group["initial_lr"] *= factor
+
     def on_train_start(self) -> None:
         """Trains with the recipe's rates, whatever those of a checkpoint were."""
-        go_on_with(self.trainer.lr_scheduler_configs[0].scheduler, self._rates)
+        scheduler = self.trainer.lr_scheduler_configs[0].scheduler
+        if isinstance(scheduler, LambdaLR):  # LearningRateFinder has one of its own
+            go_on_with(scheduler, self._rates)
 
     def training_step(self, batch: TrainBatch, batch_idx: int) -> Tensor:
         """The MMR loss of this rank's queries."""

@@ -1,7 +1,9 @@
 """The optimiser and its schedule."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib import import_module
+from inspect import signature
 from typing import Any, Literal
 
 import torch
@@ -14,16 +16,18 @@ from metaembed_pl.training.muon import Muon
 
 @dataclass
 class OptimizerConfig:
-    """AdamW, warmed up, then brought down.
+    """AdamW or another optimiser, warmed up, then brought down.
 
     Args:
+        kind: the class, such as `torch.optim.Adafactor` or `bitsandbytes.optim.PagedAdamW8bit`.
+        options: what else it takes, such as `{"eps": 1e-6}`.
         lr: the highest learning rate.
         meta_token_lr: that of the meta tokens; None: the same.
         muon_lr: trains the backbone's matrices with Muon at this rate and only the rest with AdamW:
             for a model from scratch, which then needs about half the steps (docs/log.md). Updates
             are scaled to AdamW's size, so the rate is of AdamW's order. None: AdamW for all.
         weight_decay: of matrices; never of norms, biases, embeddings and meta tokens.
-        betas: AdamW's.
+        betas: AdamW's; left out of a class that has none.
         schedule: how the learning rate falls after the warm-up.
         warmup: share of all steps in which it rises.
     """
@@ -35,6 +39,8 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
     warmup: float = 0.05
+    kind: str = "torch.optim.AdamW"
+    options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not 0 <= self.warmup < 1:
@@ -49,6 +55,32 @@ class OptimizerConfig:
             raise UserError(f"optimizer.weight_decay must be at least 0, got {self.weight_decay}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"optimizer.betas are shares, 0 to below 1, got {self.betas}")
+        optimizer_class(self)
+
+
+def optimizer_class(config: OptimizerConfig) -> type[torch.optim.Optimizer]:
+    """The class that a recipe names.
+
+    Raises:
+        UserError: it cannot be imported, is no optimiser, or does not take the options.
+    """
+    module, _, name = config.kind.rpartition(".")
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"optimizer.kind: expected a class such as torch.optim.AdamW, got {config.kind!r}: "
+            f"{error}"
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
+        raise UserError(f"optimizer.kind: {config.kind} is no torch.optim.Optimizer")
+    takes = signature(found).parameters
+    if unknown := config.options.keys() - takes.keys():
+        raise UserError(
+            f"optimizer.options: {config.kind} does not take {', '.join(sorted(unknown))}; it "
+            f"takes {', '.join(takes.keys() - {'params', 'lr', 'weight_decay', 'betas'})}"
+        )
+    return found
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
@@ -134,9 +166,10 @@ def build_optimizer(
             "lr": config.meta_token_lr or config.lr,
         },
     ]
-    optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=config.lr, betas=config.betas
-    )
+    kind: Any = optimizer_class(config)
+    options = {"betas": config.betas} if "betas" in signature(kind).parameters else {}
+    options |= config.options
+    optimizer = kind([group for group in groups if group["params"]], lr=config.lr, **options)
     if config.muon_lr:
         muon = Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay)
         optimizer = MuonAndAdamW(muon, optimizer)

@@ -1,0 +1,297 @@
+"""Other people's models in the place of ours: same sets, same ranker, same report.
+
+    python -m metaembed_pl evaluate --model sentence-transformers:NAME --benchmark vidore_v2
+    python -m metaembed_pl evaluate --model mteb:NAME --benchmark vidore_v2 --vectors 32x1024
+
+`sentence-transformers:` takes its models of one vector and its `MultiVectorEncoder`, and with it
+ColPali's kin; `mteb:` what mteb has registered, MoCa, mmE5, GME and Qwen3-VL-Embedding among them.
+No weights from the hub have been tried.
+
+A model of one vector has the budget 1x1. One of many has as many as an item has tokens; here each
+gets the numbers of --vectors. What is missing is filled so that no score changes: a candidate's
+vectors come again (the best match stays the best), a query's are zeros (they add nothing).
+
+Shape letters: N items, R vectors of an item after filling, D their width.
+"""
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from metaembed_pl.budget import Budget
+from metaembed_pl.data.collate import Cut
+from metaembed_pl.errors import UserError
+from metaembed_pl.item import Item
+from metaembed_pl.model.processing import Side
+from metaembed_pl.model.weights import fingerprint
+
+log = logging.getLogger(__name__)
+
+KINDS = ("sentence-transformers", "mteb")
+MANY = Budget(64, 1024)
+COMPARES = {"cosine": True, "dot": False, "maxsim": False, "MaxSim": False}
+"""How a library's models compare vectors -> whether these are normalised first."""
+
+
+class Baseline:
+    """What an evaluation asks of a model; a subclass says how items become vectors.
+
+    Args:
+        name: as on the command line.
+        compares: one of `COMPARES`.
+        vectors: of a query and of a candidate, for models of many; None: one each.
+        width: of a vector.
+    """
+
+    def __init__(self, name: str, compares: str, vectors: Budget | None, width: int):
+        if compares not in COMPARES:
+            raise UserError(
+                f"{name} compares vectors by {compares}; expected one of {', '.join(COMPARES)}"
+            )
+        self.name, self.compares, self.width = name, compares, width
+        self.groups = (vectors or Budget(1, 1),)
+        self.is_many = vectors is not None
+        self.processing = SimpleNamespace(cut=Cut())
+
+    @property
+    def device(self) -> torch.device:
+        """Where vectors are compared."""
+        raise NotImplementedError
+
+    @property
+    def identity(self) -> str:
+        """What tells this model from another."""
+        raise NotImplementedError
+
+    def vectors_of(self, items: Sequence[Item], side: Side) -> Any:
+        """One vector, or several, of each item."""
+        raise NotImplementedError
+
+    def settings(self) -> dict[str, Any]:
+        """What a report says of the model."""
+        return {"name": self.name, "compares": self.compares, "groups": [str(self.groups[0])]}
+
+    def encode_query(self, items: Sequence[Item], batch_size: int = 32) -> Float[Tensor, "N R D"]:
+        """Vectors of queries, filled with zeros."""
+        return self._filled(items, "query", self.groups[0].r_q)
+
+    def encode_candidate(
+        self, items: Sequence[Item], batch_size: int = 32
+    ) -> Float[Tensor, "N R D"]:
+        """Vectors of candidates, filled with vectors that are there already."""
+        return self._filled(items, "candidate", self.groups[0].r_c)
+
+    def _filled(self, items: Sequence[Item], side: Side, count: int) -> Float[Tensor, "N R D"]:
+        found = torch.zeros(len(items), count, self.width)
+        try:
+            of_items = self.vectors_of(items, side)
+        except (ValueError, TypeError, KeyError, NotImplementedError) as error:
+            first = next(iter(str(error).splitlines()), type(error).__name__)
+            raise UserError(f"{self.name} could not encode a {side}: {first}") from error
+        for place, vectors in enumerate(of_items):
+            vectors = torch.as_tensor(vectors).float().cpu().reshape(-1, self.width)
+            if COMPARES[self.compares]:
+                vectors = nn.functional.normalize(vectors, dim=-1)
+            if len(vectors) > count:
+                raise UserError(
+                    f"{self.name} gives {len(vectors)} vectors for a {side}, and there is room for "
+                    f"{count}: give a larger --vectors RQxRC, such as --vectors {MANY}"
+                )
+            found[place, : len(vectors)] = vectors
+            if side == "candidate":
+                found[place, len(vectors) :] = vectors[0]
+        return found
+
+
+class SentenceTransformersBaseline(Baseline):
+    """A model that sentence-transformers loads: one vector an item, or many.
+
+    Args:
+        folder: a folder or hub id.
+        device: to run on.
+        vectors: of a query and of a candidate, for models of many; None: `MANY`.
+    """
+
+    def __init__(self, folder: str, device: str, vectors: Budget | None = None):
+        _need("sentence_transformers", "sentence-transformers")
+        from sentence_transformers import MultiVectorEncoder, SentenceTransformer
+
+        many = _sbert_kind(folder) in ("MultiVectorEncoder", "ColBERT")
+        kind: Any = MultiVectorEncoder if many else SentenceTransformer
+        try:
+            self.model: Any = kind(folder, device=device)
+        except (OSError, ValueError, ImportError) as error:
+            first = next(iter(str(error).splitlines()), type(error).__name__)
+            raise UserError(f"sentence-transformers could not load {folder}: {first}") from error
+        compares = "maxsim" if many else str(self.model.similarity_fn_name or "cosine")
+        width = int(self.model.get_embedding_dimension())
+        super().__init__(folder, compares, (vectors or MANY) if many else None, width)
+
+    @property
+    def device(self) -> torch.device:
+        """The model's."""
+        return torch.device(self.model.device)
+
+    @property
+    def identity(self) -> str:
+        """Of the weights, and how many vectors are kept."""
+        known = f"{fingerprint(self.model) or self.name} {self.groups[0]} {self.compares}"
+        return hashlib.sha256(known.encode()).hexdigest()[:32]
+
+    def vectors_of(self, items: Sequence[Item], side: Side) -> Any:
+        """By `encode_query` or `encode_document`, with the prompts that the model brings."""
+        encode = self.model.encode_query if side == "query" else self.model.encode_document
+        inputs = [_sbert_input(item) for item in items]
+        options = {} if self.is_many else {"convert_to_tensor": True}
+        return encode(inputs, batch_size=len(inputs), show_progress_bar=False, **options)
+
+
+class MtebBaseline(Baseline):
+    """A model that mteb has registered, through mteb's own interface.
+
+    Args:
+        model: its name, or a model of mteb's.
+        device: to run on.
+        vectors: of a query and of a candidate, for models of many; None: `MANY`.
+    """
+
+    def __init__(self, model: Any, device: str, vectors: Budget | None = None):
+        _need("mteb", "metaembed-pl[mteb]")
+        self.model = _of_mteb(model, device) if isinstance(model, str) else model
+        about = self.model.mteb_model_meta
+        compares = getattr(about.similarity_fn_name, "value", about.similarity_fn_name) or "cosine"
+        many = compares == "MaxSim"
+        self._device, name = torch.device(device), str(about.name)
+        self._revision = str(about.revision)
+        self.is_many, self.width = many, about.embed_dim
+        if not self.width:
+            first = self._encode([Item("a")], "query")
+            self.width = torch.as_tensor(first[0]).shape[-1]
+        super().__init__(name, compares, (vectors or MANY) if many else None, int(self.width))
+
+    @property
+    def device(self) -> torch.device:
+        """Where vectors are compared."""
+        return self._device
+
+    @property
+    def identity(self) -> str:
+        """Of its name and revision, and how many vectors are kept."""
+        known = f"mteb {self.name} {self._revision} {self.groups[0]}"
+        return hashlib.sha256(known.encode()).hexdigest()[:32]
+
+    def vectors_of(self, items: Sequence[Item], side: Side) -> Any:
+        """Of texts, of pictures, and of both: mteb takes batches of one kind."""
+        kinds = [(item.words is not None, item.image is not None) for item in items]
+        found: list[Any] = [None] * len(items)
+        for kind in dict.fromkeys(kinds):
+            places = [place for place, of_item in enumerate(kinds) if of_item == kind]
+            vectors = self._encode([items[place] for place in places], side)
+            for place, vector in zip(places, vectors, strict=True):
+                found[place] = vector
+        return found
+
+    def _encode(self, items: Sequence[Item], side: Side) -> Sequence[Any]:
+        from datasets import Dataset
+        from mteb import TaskMetadata
+        from mteb.types import PromptType
+        from torch.utils.data import DataLoader
+
+        columns: dict[str, list[Any]] = {"id": [str(place) for place in range(len(items))]}
+        if items[0].words is not None:
+            columns["text"] = [item.words for item in items]
+        if items[0].image is not None:
+            columns["image"] = [item.load_image() for item in items]
+        rows: Any = Dataset.from_dict(columns)
+        loader = DataLoader(rows, batch_size=len(items), collate_fn=_columns)
+        found = self.model.encode(
+            loader,
+            task_metadata=TaskMetadata(**TASK),
+            hf_split="test",
+            hf_subset="default",
+            prompt_type=PromptType.query if side == "query" else PromptType.document,
+        )
+        return list(found)
+
+
+# What mteb wants to know of a task; its models look at the type, for their instructions.
+TASK: dict[str, Any] = {
+    "name": "MetaEmbedEvaluation",
+    "dataset": {"path": "local/evaluation", "revision": "1"},
+    "description": "Any retrieval set.",
+    "reference": None,
+    "type": "Any2AnyRetrieval",
+    "category": "it2it",
+    "modalities": ["text", "image"],
+    "eval_splits": ["test"],
+    "eval_langs": ["eng-Latn"],
+    "main_score": "ndcg_at_5",
+    "date": None,
+    "domains": None,
+    "task_subtypes": None,
+    "license": None,
+    "annotations_creators": None,
+    "dialect": None,
+    "sample_creation": None,
+    "bibtex_citation": "",
+}
+
+
+def load_baseline(name: str, device: str, vectors: Budget | None = None) -> Baseline | None:
+    """The baseline of `KIND:NAME`; None where a name has no such kind.
+
+    Raises:
+        UserError: its library is missing, or cannot load it.
+    """
+    kind, _, rest = name.partition(":")
+    if kind not in KINDS or not rest:
+        return None
+    log.warning(
+        "%s: baselines have been tried on models made here, not on weights from the hub", name
+    )
+    made = SentenceTransformersBaseline if kind == KINDS[0] else MtebBaseline
+    return made(rest, device, vectors)
+
+
+def _columns(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def _need(package: str, install: str) -> None:
+    if find_spec(package) is None:
+        raise UserError(f"this model needs {package}: pip install {install}")
+
+
+def _sbert_kind(folder: str) -> str:
+    """What kind of model a folder says it is."""
+    from sentence_transformers.util import load_file_path
+
+    from metaembed_pl.files import read_json_object
+
+    file = load_file_path(folder, "config_sentence_transformers.json")
+    return read_json_object(Path(file)).get("model_type", "") if file else ""
+
+
+def _sbert_input(item: Item) -> Any:
+    image = item.load_image()
+    if image is None:
+        return item.words
+    return {"text": item.words, "image": image} if item.words else image
+
+
+def _of_mteb(name: str, device: str) -> Any:
+    import mteb
+
+    try:
+        return mteb.get_model(name, device=device)
+    except Exception as error:  # whatever loaders of many authors raise
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"mteb could not load {name}: {first}") from error
