@@ -304,10 +304,11 @@ def for_filter(
     first, last = stages[0], stages[-1]
     if share == 1 or first.reach is None:
         return stages
+    all_of_them = share * index.num_rows * last.products
+    a_list = index.num_rows * index.num_slots / index.num_lists * (PASSED_OVER + share)
+    if all_of_them <= min(1 / share, index.num_lists) * a_list:
+        return (last,)  # a single list, widened, costs more: no need to look which are near
     asked = first.asked(queries).float().cpu().numpy()
     lists, _ = index.lists_of(asked, first.reach, 1 / share)
-    num_vectors = index.num_rows * index.num_slots
-    num_read = (lists >= 0).sum() / len(queries) * num_vectors / index.num_lists
-    cost = num_read * (PASSED_OVER + share)
-    num_matching = share * num_vectors / index.num_slots
-    return (last,) if num_matching * last.products <= cost else stages
+    num_read = (lists >= 0).sum() / len(queries)
+    return (last,) if all_of_them <= num_read * a_list else stages
