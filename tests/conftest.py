@@ -17,8 +17,8 @@ SLOW = {
     "data_prep": "test_emoji test_pdf",
     "evaluation": "test_baselines test_mteb test_run",
     "field": "test_damage test_fuzz test_named test_stopping test_tracking",
-    "model": "test_export test_families test_library_processors test_lora test_patches test_pooling"
-    " test_vision",
+    "model": "test_embedder test_encoding test_export test_families test_library_processors"
+    " test_lora test_patches test_pooling test_vision",
     "retrieval": "test_calibration test_embedding test_index test_projection test_qdrant"
     " test_store",
     "serving": "test_serve",
