@@ -443,10 +443,10 @@ def batches_of(trainee: Trainee, source: Any, num_ranks: int) -> list[list[Any]]
     return found
 
 
-def in_step(calls: list[list[Any]]) -> list[list[Any]]:
-    """Equally many calls on each rank, as where weights are shared out: the last one again."""
+def in_step(calls: list[list[Any]], nothing: Any) -> list[list[Any]]:
+    """Equally many calls on each rank, as where weights are shared out."""
     most = max(map(len, calls))
-    return [[*of_rank, *[of_rank[-1]] * (most - len(of_rank))] for of_rank in calls]
+    return [[*of_rank, *[nothing] * (most - len(of_rank))] for of_rank in calls]
 
 
 def of_source(trainee: Trainee, cost: Costs, source: Any) -> dict[str, float]:
@@ -461,7 +461,8 @@ def of_source(trainee: Trainee, cost: Costs, source: Any) -> dict[str, float]:
         sides = [[pieces(batch.queries), pieces(batch.candidates)] for batch in ranks]
         run = [list(side) for side in zip(*sides, strict=True)]
         if trainee.running.stage == 3:
-            run = [in_step(side) for side in run]
+            nothing = map(trainee.model.processor().smallest_row, ("query", "candidate"))
+            run = [in_step(side, row) for side, row in zip(run, nothing, strict=True)]
         for batch, needs, *calls in zip(ranks, sides, *run, strict=True):
             pairs += len(batch.keys)
             calls = [call for side in calls for call in side]

@@ -148,6 +148,16 @@ def test_flash_attention_packs_where_the_family_can():
 
 
 @every_family
+def test_a_row_that_shows_nothing_is_encoded_and_short(name):
+    model = loud(name)
+    for side in ("query", "candidate"):
+        inputs = model.processor().smallest_row(side)
+        assert inputs["input_ids"].shape == (1, model.meta_tokens.num_slots(side) + 1)
+        with torch.no_grad():
+            assert model(inputs, side).isfinite().all()
+
+
+@every_family
 def test_every_meta_token_sees_image_and_text(name):
     model = loud(name)
     items = [

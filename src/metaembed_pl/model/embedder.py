@@ -79,6 +79,10 @@ class Processor:
         chunks = self.processing.in_chunks(items, side, self.num_slots[side], max_tokens)
         return [replace(chunk, inputs=self._cast(chunk.inputs)) for chunk in chunks]
 
+    def smallest_row(self, side: Side) -> dict[str, Tensor]:
+        """The tensors of a row that shows nothing."""
+        return self.processing.smallest_row(self.num_slots[side])
+
     def rough_length(self, item: Item, side: Side) -> int:
         """About how many tokens an item's row has; see `Processing.rough_length`."""
         return self.processing.rough_length(item, side) + self.num_slots[side]

@@ -189,6 +189,10 @@ class Processing:
             seen = self._see([Image.new("RGB", (1, 1), "gray")], options)
         return {name: seen[name] for name in self.family.picture_inputs}
 
+    def smallest_row(self, num_slots: int) -> dict[str, Tensor]:
+        """Tensors of a row that shows nothing, as short as it can be."""
+        return self._assembled([[self._slot_id]], {}, [], num_slots)
+
     def _rows(self, shown: list[str], texts: list[list[int]]) -> list[list[int]]:
         """Token ids without slots: [prefix ; image ; text ; suffix]."""
         parts = zip(self._ids([self._head(image) for image in shown]), texts, strict=True)

@@ -20,7 +20,7 @@ def encode(embedder: MetaEmbedder, inputs: Inputs, side: Side) -> Float[Tensor, 
         return embedder(inputs, side)
     parts: list[Tensor] = []
     nothing: Tensor | float = 0.0
-    for number, (chunk, weight) in enumerate(in_step(embedder, inputs)):
+    for number, (chunk, weight) in enumerate(in_step(embedder, inputs, side)):
         found = embedder(chunk.inputs_on(embedder.device), side, is_first=number == 0)
         if weight:
             parts.append(found)
@@ -29,17 +29,21 @@ def encode(embedder: MetaEmbedder, inputs: Inputs, side: Side) -> Float[Tensor, 
     return in_order(inputs, parts) + nothing
 
 
-def in_step(embedder: MetaEmbedder, chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, float]]:
+def in_step(
+    embedder: MetaEmbedder, chunks: Sequence[Chunk], side: Side
+) -> Iterator[tuple[Chunk, float]]:
     """The chunks with the weight 1, and the passes that only keep step with weight 0.
 
     Where weights are shared out every rank must make equally many passes, or the others wait for
-    ever: one with fewer chunks encodes its last one, the smallest, again.
+    ever: one with fewer chunks encodes a row that shows nothing.
     """
     missing = 0
     if embedder.shared == "weights":
         missing = maximum_over_ranks(len(chunks), embedder.device) - len(chunks)
     yield from ((chunk, 1.0) for chunk in chunks)
-    yield from ((chunks[-1], 0.0) for _ in range(missing))
+    if missing:
+        nothing = Chunk(torch.arange(0), embedder.processor().smallest_row(side))
+        yield from ((nothing, 0.0) for _ in range(missing))
 
 
 def in_order(chunks: Sequence[Chunk], parts: Sequence[Tensor]) -> Float[Tensor, "N R D"]:

@@ -88,7 +88,7 @@ class GradientCache:
         """Meta embeddings of all rows of one side: leaves that want a gradient."""
         device = self._embedder.device
         parts = []
-        for chunk, weight in in_step(self._embedder, chunks):
+        for chunk, weight in in_step(self._embedder, chunks, side):
             done = _Pass(side, chunk, weight, _random_state(device))
             with torch.no_grad():
                 parts.append(self._embed(done))
