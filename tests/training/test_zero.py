@@ -124,6 +124,18 @@ def test_the_report_is_there(finished):
     assert 0 <= metrics["test/pool/recall@1/2x4"] <= 1
 
 
+def test_a_checkpoint_is_tested_with_the_weights_it_holds(root, finished, tmp_path):
+    report = finished / "report" / "metrics.json"
+    trained = json.loads(report.read_text())
+    arguments = ("test", "--config", str(root / "whole.yaml"), "--ckpt_path", "last")
+    for status, said in command_line(2, tmp_path, *arguments).end():
+        assert status == 0, said
+    found = json.loads(report.read_text())
+    scores = {name for name in trained if name.startswith("test/pool/recall@")}
+    assert scores
+    assert {name: found[name] for name in scores} == {name: trained[name] for name in scores}
+
+
 def test_a_checkpoint_exports_to_the_same_model(finished, tmp_path):
     arguments = ["export", "--run", str(finished), "--checkpoint", "last"]
     assert main([*arguments, "--out", str(tmp_path / "out")]) == 0

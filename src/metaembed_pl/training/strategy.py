@@ -23,6 +23,7 @@ from lightning.pytorch.strategies import (
     ModelParallelStrategy,
     StrategyRegistry,
 )
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -31,6 +32,7 @@ from metaembed_pl.errors import UserError
 from metaembed_pl.model.embedder import Shared
 
 RANK_FILE = "zero_pp_rank_*_optim_states.pt"
+MODEL_FILE = "zero_pp_rank_0_mp_rank_00_model_states.pt"
 TRUSTED = (
     "deepspeed.runtime.fp16.loss_scaler.",
     "deepspeed.runtime.zero.config.",
@@ -190,7 +192,22 @@ class ZeroStrategy(DeepSpeedStrategy):
         _refuse_objects(folder)
         module: Any = self.lightning_module
         module.strict_loading = not module.is_pretrained
+        if self.zero_stage_3 and module.trainer.state.fn != TrainerFn.FITTING:
+            return self._load_weights(folder)
         return super().load_checkpoint(checkpoint_path, weights_only)
+
+    def _load_weights(self, folder: Path) -> dict[str, Any]:
+        """Reads weights alone: without an optimiser, stage 3 of DeepSpeed has no place for them."""
+        module: Any = self.lightning_module
+        state: dict[str, Any] = {"state_dict": {}}
+        if self.is_global_zero:  # which hands each weight on to those that hold a share of it
+            state = consolidated(folder, with_frozen=not module.is_pretrained)
+            wanted = {name for name, weight in module.named_parameters() if weight.requires_grad}
+            if missing := sorted(wanted - state["state_dict"].keys()):
+                raise UserError(f"{folder}: {missing[0]} is not in this checkpoint")
+        self._restore_zero_state(state, strict=False)
+        told = torch.load(folder / "checkpoint" / MODEL_FILE, "cpu", weights_only=False)
+        return {name: value for name, value in told.items() if name != "module"}
 
 
 class Fsdp2Strategy(ModelParallelStrategy):
@@ -242,8 +259,12 @@ def backward_by_parts(trainer: Trainer, parts: Iterator[Tensor]) -> Tensor:
     return last
 
 
-def consolidated(folder: Path) -> dict[str, Any]:
+def consolidated(folder: Path, with_frozen: bool = False) -> dict[str, Any]:
     """The weights of a folder that ZeRO wrote, put together, as another checkpoint has them.
+
+    Args:
+        folder: of `save_checkpoint`.
+        with_frozen: those that were not trained, too; a model from scratch has them there.
 
     Raises:
         UserError: parts are missing or hold what would run code, or deepspeed is not installed.
@@ -255,7 +276,7 @@ def consolidated(folder: Path) -> dict[str, Any]:
 
     try:
         state = get_fp32_state_dict_from_zero_checkpoint(
-            str(folder), tag="checkpoint", exclude_frozen_parameters=True
+            str(folder), tag="checkpoint", exclude_frozen_parameters=not with_frozen
         )
     except (OSError, ValueError, KeyError, AssertionError) as error:
         raise UserError(f"{folder}: not a whole checkpoint of ZeRO: {error}") from error
