@@ -59,13 +59,12 @@ def _summary(file: Path) -> str:
 
 
 def _main_of(file: Path) -> Callable[[list[str]], int]:
-    # Not by its own name: emoji.py would hide the package of that name.
-    name = f"prepare_{file.stem}"
-    spec = importlib.util.spec_from_file_location(name, file)
+    spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # worker processes look functions up there
-    sys.path.append(str(file.parent))  # for what the scripts share
+    # By its own name, and on the path: worker processes import it anew, and what scripts share.
+    sys.modules[file.stem] = module
+    sys.path.append(str(file.parent))
     spec.loader.exec_module(module)
     return module.main

@@ -240,11 +240,11 @@ def embed(
         encoded = model.encoded(share, prepare, "candidate", pace.num_workers, _ranks_here())
         for window, vectors in encoded:
             window.about.embeddings = vectors
-            for part in gathered(window.about):
-                progress.skipped += [f"{id}: {reason}" for id, reason in part.skipped]
-                store.add(part.ids, part.embeddings, part.metadata, part.previews)
-                _sample(progress, part)
-                progress.embedded += len(part.ids)
+            for each in gathered(window.about):
+                progress.skipped += [f"{id}: {reason}" for id, reason in each.skipped]
+                store.add(each.ids, each.embeddings, each.metadata, each.previews)
+                _sample(progress, each)
+                progress.embedded += len(each.ids)
             yield progress
     yield progress
 
