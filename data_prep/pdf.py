@@ -199,7 +199,7 @@ def read_library(options: argparse.Namespace) -> tuple[Library, dict[str, Any]]:
     if not library.queries:
         raise UserError(
             f"{len(documents)} PDFs have neither an outline nor an index: there are no queries. "
-            f"Their pages are in {folder}; bring pairs of your own with pairs.py"
+            f"Their pages are in {folder}; bring pairs of your own with metaembed-pl prepare pairs"
         )
     print(f"{folder}: {len(pages):,} pages of {len(documents)} PDFs{listed(dropped)}")
     return library, settings
