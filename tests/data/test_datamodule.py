@@ -33,7 +33,7 @@ from metaembed_pl.data.datamodule import (
 from metaembed_pl.data.plan import Plan, PlannedSource
 from metaembed_pl.data.retrieval_set import RetrievalSet
 from metaembed_pl.data.shards import ShardedPairs, ShardWriter
-from metaembed_pl.data.workers import explained, workers_for
+from metaembed_pl.data.workers import Loader, explained, workers_for
 from metaembed_pl.errors import UserError
 from metaembed_pl.item import Item, Pair, stable_hash
 
@@ -594,6 +594,17 @@ def test_full_shared_memory_is_told_with_what_to_do(said):
     assert next(found) == 1
     with pytest.raises(UserError, match=r"/dev/shm has \d+\.\d+ GiB.*--shm-size=16g"):
         next(found)
+
+
+def test_a_batch_that_has_no_room_is_told_and_not_waited_for(monkeypatch):
+    def full(*_):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2>")
+
+    monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", full)
+    batch = EvalBatch("pool", "query", torch.arange(2), {"input_ids": torch.ones(2, 3)})
+    loader = Loader([batch], batch_size=None, num_workers=1, timeout=20)
+    with pytest.raises(UserError, match="--shm-size=16g"):
+        next(iter(loader))
 
 
 def test_other_faults_of_workers_stay_what_they_are():

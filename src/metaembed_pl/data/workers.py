@@ -3,10 +3,13 @@
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
+from functools import partial
 from typing import Any
 
-from torch.utils.data import DataLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, get_worker_info
 
 from metaembed_pl.errors import UserError
 
@@ -22,10 +25,35 @@ class Loader(DataLoader):
 
     def __init__(self, *args: Any, setting: str = "data.num_workers: 0", **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self.collate_fn = partial(_in_shared_memory, self.collate_fn)
         self._setting = setting
 
     def __iter__(self) -> Iterator[Any]:
         return explained(super().__iter__(), self._setting)
+
+
+def _in_shared_memory(collate: Callable[[Any], Any], rows: Any) -> Any:
+    """The batch, which a worker moves to shared memory at once.
+
+    The thread that sends it would do so, but drops a batch for which there is no room, and the
+    run would wait for it for ever.
+    """
+    batch = collate(rows)
+    if get_worker_info() is not None:
+        _share(batch)
+    return batch
+
+
+def _share(value: Any) -> None:
+    if isinstance(value, Tensor):
+        value.share_memory_()
+    elif is_dataclass(value):
+        _share([getattr(value, field.name) for field in fields(value)])
+    elif isinstance(value, dict):
+        _share(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for part in value:
+            _share(part)
 
 
 def explained(batches: Iterator[Any], setting: str) -> Iterator[Any]:
