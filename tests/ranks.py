@@ -103,7 +103,9 @@ def on_two_ranks(function: Callable[[int], Any], folder: Path) -> list[Any]:
 def _run(environment: dict[str, str], file: str, function: Callable, rank: int, *rest: Any) -> None:
     os.environ.clear()
     os.environ.update(environment)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # `nohup make test` would have it ignored
+    # `nohup make test` and `make test &` would have them ignored.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     said = os.open(file, os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(said, stream)
