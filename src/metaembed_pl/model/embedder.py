@@ -216,7 +216,7 @@ class MetaEmbedder(nn.Module):
         self,
         hidden: Float[Tensor, "N L H"],
         slot_index: Int[Tensor, "B K"],
-        mask: Int[Tensor, "B L"],
+        mask: Int[Tensor, "B S"],
         side: Side,
     ) -> Float[Tensor, "B R H"]:
         """The states that become vectors; padding and rows beyond the batch's are left out."""

@@ -206,7 +206,7 @@ class ZeroStrategy(DeepSpeedStrategy):
             if missing := sorted(wanted - state["state_dict"].keys()):
                 raise UserError(f"{folder}: {missing[0]} is not in this checkpoint")
         self._restore_zero_state(state, strict=False)
-        told = torch.load(folder / "checkpoint" / MODEL_FILE, "cpu", weights_only=False)
+        told = torch.load(folder / "checkpoint" / MODEL_FILE, "cpu", weights_only=True)
         return {name: value for name, value in told.items() if name != "module"}
 
 
