@@ -90,3 +90,17 @@ def test_under_autocast_the_products_are_in_bf16_and_the_vectors_near():
         after = model.encode_candidate(["red apple", {"image": tiny.picture(1)}])
     assert seen == [torch.bfloat16]
     assert torch.nn.functional.cosine_similarity(after, before, dim=-1).min() > 0.995
+
+
+def test_under_autocast_what_is_promised_in_fp32_is_rounded_once():
+    torch.manual_seed(0)
+    norm, hidden = Qwen2RMSNorm(64), torch.randn(50, 64)
+    query, key, value = (torch.randn(3, 2, 7, 8) for _ in range(3))
+    normal = norm(hidden).bfloat16()
+    attended = scaled_dot_product_attention(query, key, value).bfloat16()
+    norm.__class__ = ShortRMSNorm
+    with torch.autocast("cpu", torch.bfloat16):
+        short_normal, short_attended = norm(hidden), attend_shortly(query, key, value, None)
+    # Sums in another order: a few numbers lie on the edge between two roundings.
+    assert (short_normal == normal).float().mean() > 0.99
+    assert (short_attended == attended).float().mean() > 0.99

@@ -67,8 +67,8 @@ class RootMeanSquare(torch.autograd.Function):
     ) -> Float[Tensor, "... D"]:
         """In `dtype`."""
         hidden = hidden.float()
-        square = torch.linalg.vecdot(hidden, hidden)[..., None]
-        factor = (square / hidden.shape[-1] + eps).rsqrt()
+        # Not `vecdot`: it is a matrix product, which autocast computes in bf16.
+        factor = (hidden.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
         normal = hidden * factor
         ctx.save_for_backward(normal, factor, weight)
         return (normal * weight).to(dtype)
@@ -110,11 +110,12 @@ def attend_shortly(
         # Finite: a row of padding may see nothing at all.
         least = torch.finfo(torch.float32).min
         attn_mask = torch.zeros(attn_mask.shape).masked_fill_(~attn_mask, least)
-    dtype = lower(query)
+    # In fp32 throughout, as `sdpa_fp32` promises.
     with torch.autocast(query.device.type, enabled=False):
-        return ShortAttention.apply(
-            query, key, value, attn_mask, scale or query.shape[-1] ** -0.5, dtype
-        )  # pyright: ignore[reportReturnType]
+        found: Any = ShortAttention.apply(
+            query, key, value, attn_mask, scale or query.shape[-1] ** -0.5, torch.float32
+        )
+    return found.to(lower(query))
 
 
 def lower(tensor: Tensor) -> torch.dtype:
