@@ -6,8 +6,8 @@ thousands of small calls a batch. Chunks of equal length can share one call, wit
 
 `sdpa_fp32`: attention with scores and softmax in fp32 inside a model that otherwise runs in bf16.
 torch's CPU kernel takes 8 times as long for the backward pass in bf16 as in fp32 (docs/log.md).
-Short sequences are computed by plain products, which torch's fused CPU kernel is no match for, and
-as short.py does it; `packed` on the CPU takes plain products as well.
+Short sequences are computed by plain products, which torch's fused CPU kernel is no match for;
+`packed` on the CPU takes plain products as well.
 
 `look_up_grids`: those vision towers find where patches stand and which windows they are in image by
 image, in some forty small calls each; a dictionary has it for images of a size seen before.
@@ -34,7 +34,6 @@ from transformers.masking_utils import sdpa_mask
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 from metaembed_pl.model.family import Family
-from metaembed_pl.model.short import attend_shortly, shorten_norms
 
 FP32 = "sdpa_fp32"
 # transformers hands cumulative lengths only to implementations with "flash" in their name.
@@ -77,9 +76,7 @@ def _attend_in_fp32(
     dropout: float,
     **given: Any,
 ) -> Float[Tensor, "n H L E"]:
-    """Scores and softmax in fp32, whatever the inputs are; short sequences in fewer passes."""
-    if is_short(query) and not dropout:
-        return attend_shortly(query, key, value, scale, **given)
+    """Scores and softmax in fp32, whatever the inputs are."""
     inputs = query.float(), key.float(), value.float()
     with torch.autocast(query.device.type, enabled=False):
         return _attend(*inputs, scale, dropout, **given).to(query.dtype)
@@ -271,7 +268,6 @@ def set_attention(model: PreTrainedModel, name: str, family: Family) -> None:
     """
     if name == FP32:
         model.set_attn_implementation(FP32)
-        shorten_norms(model)
     if family.packs_images:
         visual: Any = model.visual
         visual.config._attn_implementation = PACKED_FP32 if name == FP32 else PACKED
