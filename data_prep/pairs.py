@@ -42,7 +42,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from _mapped import PRESETS, Mapped, Preset, open_rows
+from _mapped import KEYS, PRESETS, Mapped, Preset, open_rows
 from _source import Draft, Product, run
 from pyarrow import ArrowException, parquet
 
@@ -52,18 +52,6 @@ from metaembed_pl.errors import UserError
 from metaembed_pl.files import refuse_special_file
 from metaembed_pl.item import Pair, parse_json, read_json_lines
 
-COLUMNS = (
-    "id",
-    "query",
-    "query_image",
-    "positive",
-    "positive_image",
-    "positive_id",
-    "negatives",
-    "negative_images",
-    "asks",
-    "answers",
-)
 ROWS_AT_A_TIME = 256  # of Parquet, pictures and all
 CSV_FIELD_BYTES = 2**26  # of a picture as base64; Python's own limit is 128 kB
 
@@ -189,12 +177,12 @@ def _side(text: Any, image: Any, id: Any = None, answers: Any = None) -> dict[st
 
 
 def _check_columns(path: Path, found: Any) -> None:
-    unknown = [name for name in found if name not in COLUMNS]
+    unknown = [name for name in found if name not in KEYS]
     twice = [name for name in found if list(found).count(name) > 1]
     if twice:
         raise UserError(f"{path} has two columns {twice[0]!r}: which is meant?")
     if unknown:
-        raise UserError(f"{path} has unknown column {unknown[0]!r}; known are {', '.join(COLUMNS)}")
+        raise UserError(f"{path} has unknown column {unknown[0]!r}; known are {', '.join(KEYS)}")
     for side in ("query", "positive"):
         if not {side, f"{side}_image"} & set(found):
             raise UserError(f"{path} needs a column {side!r} or '{side}_image'")
