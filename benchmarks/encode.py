@@ -6,7 +6,7 @@
 The same backbone (the quickstart's, with its weights) and the same items, mixed as in a folder of
 things people have: paragraphs of this project's documentation, a few words or some hundred tokens
 each, and pictures of emojis, some with a name. Each library goes from items to vectors on the CPU
-as its documentation tells: `MetaEmbedder.encode_candidate`; `SentenceTransformer.encode`, which
+as its documentation describes: `MetaEmbedder.encode_candidate`; `SentenceTransformer.encode`, which
 sorts by length, with the last token's vector; colpali-engine's processor in a DataLoader, texts and
 pictures by turns, with a vector of 128 for each token. Both peers prepare items by transformers'
 processor, as they have it. Ours computes 16 vectors more an item than the first, and fewer than the

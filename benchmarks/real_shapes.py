@@ -524,7 +524,7 @@ def memory(trainee: Trainee, counted: weightless.Counted) -> dict[str, dict[str,
     step = Step(
         num_pairs, data.num_negatives, lengths.longest["query"], lengths.longest["candidate"]
     )
-    told = asdict(estimate(model, step, running))
+    estimated = asdict(estimate(model, step, running))
     alone = asdict(estimate(model, step, replace(running, num_gpus=1, strategy="auto")))
     kept = {part: num_pairs * size for part, size in counted.kept.items()}
     peak = {part: num_pairs * size for part, size in counted.peak.items()}
@@ -538,8 +538,8 @@ def memory(trainee: Trainee, counted: weightless.Counted) -> dict[str, dict[str,
         },
         "peak_by_part": peak,
         "kept_by_part": kept,
-        "check": told,
-        "check_alone": told | {part: alone[part] for part in ("weights", "gradients")},
+        "check": estimated,
+        "check_alone": estimated | {part: alone[part] for part in ("weights", "gradients")},
     }
 
 
@@ -596,12 +596,12 @@ HEAD = (
 def shown(name: str, row: dict[str, Any]) -> str:
     """A line of the table: TFLOPs of a pair, GiB of one row and of a step's activations."""
     kept = {key: sum(parts.values()) / GIB for key, parts in row["kept"].items()}
-    counted, told = row["memory"]["counted"], row["memory"]["check"]
+    counted, estimated = row["memory"]["counted"], row["memory"]["check"]
     return (
         f"{name:12} {row['flops'] / 1e12:7.1f} {row['least'] / 1e12:6.1f} "
         f"{row['redone'] / 1e12:6.1f} {row['ratio']:6.2f} {row['waited'] / row['flops']:6.2f} "
         f"{row['fit_error'] or 0:6.1%} {kept['picture']:8.2f} {kept['text']:6.2f} "
-        f"{counted['activations'] / GIB:6.1f} {told['activations'] / GIB:6.1f} "
+        f"{counted['activations'] / GIB:6.1f} {estimated['activations'] / GIB:6.1f} "
         f"{row['real']:5.0%} {row['busy']:5.0%}  {row['worst_source']} {row['worst_real']:.0%}"
     )
 
@@ -620,10 +620,10 @@ def parts(name: str, row: dict[str, Any]) -> str:
     `check` counts gradients twice under DDP, whose buckets are not seen here, and shares out under
     ZeRO what is whole here: where a strategy does, the two are compared before it.
     """
-    counted, told = row["memory"]["counted"], row["memory"]["check_alone"]
+    counted, estimated = row["memory"]["counted"], row["memory"]["check_alone"]
     found = []
     for part, of_check in PARTS.items():
-        both = counted[part] / GIB, sum(told[each] for each in of_check) / GIB
+        both = counted[part] / GIB, sum(estimated[each] for each in of_check) / GIB
         found.append(f"{part} {both[0]:.2f} / {both[1]:.2f} ({both[1] / both[0] - 1:+.0%})")
     return f"{name:12} {', '.join(found)}"
 
@@ -645,10 +645,10 @@ def markdown(names: list[str], folder: Path) -> str:
 
 def _cells(row: dict[str, Any]) -> str:
     kept = {key: sum(parts.values()) / GIB for key, parts in row["kept"].items()}
-    counted, told = row["memory"]["counted"], row["memory"]["check"]
+    counted, estimated = row["memory"]["counted"], row["memory"]["check"]
     tera = [f"{row[key] / 1e12:.1f}" for key in ("flops", "least", "redone")]
     bytes_ = [f"{kept['picture']:.2f}", f"{kept['text']:.2f}"]
-    peaks = [f"{each['activations'] / GIB:.1f}" for each in (counted, told)]
+    peaks = [f"{each['activations'] / GIB:.1f}" for each in (counted, estimated)]
     return " | ".join([*tera, f"{row['ratio']:.2f}", f"{row['real']:.0%}", *bytes_, *peaks])
 
 
