@@ -8,7 +8,7 @@ import copy
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -22,7 +22,7 @@ from metaembed_pl.model.weights import fingerprint, load_into, refuse_unlike
 
 ADAPTER_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # what peft puts before the names of an adapter's tensors
-STARTS = START_A, START_B = "pissa_start_a", "pissa_start_b"
+INITS = ("gaussian", "default")
 
 
 @dataclass
@@ -33,8 +33,7 @@ class LoraConfig:
         r: rank of the update of each adapted layer.
         alpha: the update is scaled by alpha / r.
         dropout: share of the adapter's inputs that are dropped in training.
-        init: of the adapter: `gaussian` and `default` (Kaiming) start as no update at all; `pissa`
-            starts from the largest singular directions of the weights.
+        init: of the adapter: `gaussian`, or `default` for Kaiming; both start as no update at all.
         dora: learn the length of each weight row apart from its direction (DoRA).
         targets: regular expression that the full name of an adapted module matches; None: the
             linear layers of the language model, and with `train_vision` those of the vision tower.
@@ -43,7 +42,7 @@ class LoraConfig:
     r: int = 32
     alpha: int = 32
     dropout: float = 0.1
-    init: Literal["gaussian", "default", "pissa"] = "gaussian"
+    init: str = "gaussian"
     dora: bool = False
     targets: str | None = None
 
@@ -54,8 +53,9 @@ class LoraConfig:
             )
         if not 0 <= self.dropout < 1:
             raise UserError(f"lora.dropout is a share, 0 to below 1, got {self.dropout}")
-        if self.init == "pissa" and self.dora:
-            raise UserError("lora.init: pissa and lora.dora exclude each other; choose one")
+        if self.init not in INITS:
+            gone = "; pissa was removed" if self.init == "pissa" else ""
+            raise UserError(f"lora.init must be {' or '.join(INITS)}, got {self.init!r}{gone}")
 
 
 def set_trainable(
@@ -94,12 +94,6 @@ def add_lora(backbone: Any, lora: LoraConfig, targets: str) -> None:
     """Puts a new adapter into the backbone and freezes everything else in it."""
     from peft import LoraConfig as PeftConfig
 
-    is_quantized = getattr(backbone, "is_quantized", False)
-    if lora.init == "pissa" and (is_quantized or any(map(is_sharded, backbone.parameters()))):
-        raise UserError(
-            "lora.init: pissa needs weights that are neither quantized nor shared out over ranks "
-            "(ZeRO-3); use gaussian"
-        )
     config = PeftConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
@@ -111,11 +105,6 @@ def add_lora(backbone: Any, lora: LoraConfig, targets: str) -> None:
         revision=getattr(backbone, "base_revision", None),
     )
     _inject(backbone, config)
-    if lora.init == "pissa":
-        for layer in adapted_layers(backbone).values():
-            # What the adapter was when it stood for a part of the weights: see `_without_start`.
-            layer.register_buffer(START_A, layer.lora_A["default"].weight.detach().clone())
-            layer.register_buffer(START_B, layer.lora_B["default"].weight.detach().clone())
 
 
 def _inject(backbone: Any, config: Any) -> None:
@@ -123,7 +112,6 @@ def _inject(backbone: Any, config: Any) -> None:
     from peft.functional import cast_adapter_dtype
 
     _refuse_no_hit(backbone, config.target_modules)
-    # Taken now: pissa is about to change the weights.
     backbone.base_fingerprint = fingerprint(backbone)
     try:
         inject_adapter_in_model(config, backbone)
@@ -176,12 +164,6 @@ def adapted_layers(backbone: nn.Module) -> dict[str, Any]:
     }
 
 
-def changed_weights(module: nn.Module) -> set[str]:
-    """Names of the weights that pissa took a part out of: no longer those of the base model."""
-    layers = adapted_layers(module).items()
-    return {f"{name}.base_layer.weight" for name, layer in layers if hasattr(layer, START_A)}
-
-
 def has_adapter(backbone: nn.Module) -> bool:
     """Whether the backbone holds an adapter that is not merged."""
     return "default" in getattr(backbone, "peft_config", {})
@@ -193,7 +175,7 @@ def adapter_tensors(backbone: Any) -> dict[str, Tensor]:
 
     state = backbone.state_dict(keep_vars=True)
     found = get_peft_model_state_dict(backbone, state_dict=state, save_embedding_layers=False)
-    return {PREFIX + n: tensor for n, tensor in found.items() if not n.endswith(STARTS)}
+    return {PREFIX + name: tensor for name, tensor in found.items()}
 
 
 def save_adapter(backbone: Any, tensors: dict[str, Tensor], folder: Path, base: str | None) -> None:
@@ -206,31 +188,12 @@ def save_adapter(backbone: Any, tensors: dict[str, Tensor], folder: Path, base: 
         base: what the adapter belongs to, for other programs that read it.
     """
     config = copy.copy(backbone.peft_config["default"])
-    layers = adapted_layers(backbone)
-    if any(hasattr(layer, START_A) for layer in layers.values()):
-        tensors = _without_start(tensors, layers)
-        config.r, config.lora_alpha = 2 * config.r, 2 * config.lora_alpha
-        config.init_lora_weights = True
     config.base_model_name_or_path, config.inference_mode = base, True
     folder.mkdir(exist_ok=True)
     tensors = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
     save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
     refuse_unlike(folder / ADAPTER_FILE, tensors)
     config.save_pretrained(str(folder))
-
-
-def _without_start(tensors: dict[str, Tensor], layers: dict[str, Any]) -> dict[str, Tensor]:
-    """A pissa adapter as one of twice the rank that fits the weights as they were before pissa.
-
-    pissa took B0 A0 out of the weights: W = rest + B0 A0, and now serves rest + B A, that is
-    W + [B, -B0] [A ; A0].
-    """
-    found = dict(tensors)
-    for name, layer in layers.items():
-        a, b = (f"{PREFIX}{name}.lora_{part}.weight" for part in "AB")
-        found[a] = torch.cat([tensors[a], getattr(layer, START_A).to(tensors[a])])
-        found[b] = torch.cat([tensors[b], -getattr(layer, START_B).to(tensors[b])], dim=1)
-    return found
 
 
 def load_adapter(backbone: Any, folder: Path) -> None:
@@ -274,13 +237,8 @@ def merge_adapter(backbone: Any) -> None:
 
 def base_weights(backbone: nn.Module) -> dict[str, Tensor]:
     """The weights as they are without the adapter, under the names they have without it."""
-    found = {
+    return {
         name.replace(".base_layer.", "."): tensor
         for name, tensor in backbone.state_dict(keep_vars=True).items()
-        if "lora_" not in name and not name.endswith(STARTS)
+        if "lora_" not in name
     }
-    for name, layer in adapted_layers(backbone).items():
-        if hasattr(layer, START_A):
-            taken = layer.scaling["default"] * (getattr(layer, START_B) @ getattr(layer, START_A))
-            found[f"{name}.weight"] = found[f"{name}.weight"] + taken.to(layer.weight.dtype)
-    return found

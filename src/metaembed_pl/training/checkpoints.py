@@ -2,8 +2,8 @@
 
 It holds what training changes: trained weights, buffers, and beside them the optimiser and the
 place in the plan. Frozen weights are left out (15 GB of a 7B model): they are read again from the
-base model, which is made sure to be the same one. Frozen weights that cannot be read again, because
-they were drawn at random or changed by `lora.init: pissa`, stay in.
+base model, which is made sure to be the same one. Frozen weights that were drawn at random stay in:
+they cannot be read again.
 """
 
 import os
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from metaembed_pl.errors import UserError
 from metaembed_pl.files import new_file, refuse_special_file
-from metaembed_pl.model.lora import changed_weights
 from metaembed_pl.model.weights import refuse_faults
 
 BASE = "base_fingerprint"
@@ -134,4 +133,4 @@ def _kept(module: nn.Module) -> set[str]:
     trained = {name for name, parameter in named if parameter.requires_grad}
     buffers = {name for name, _ in module.named_buffers(remove_duplicate=False)}
     persistent = buffers & module.state_dict().keys()
-    return trained | persistent | changed_weights(module)
+    return trained | persistent
