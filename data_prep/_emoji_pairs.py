@@ -6,9 +6,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from functools import cache
 
-from _openmoji import Kind, is_held_out, shuffled_key
-from _raster import Drawn
-
+from metaembed_pl.data_prep._openmoji import Kind, is_held_out, shuffled_key
+from metaembed_pl.data_prep._raster import Drawn
 from metaembed_pl.item import Item, Pair
 
 NUM_PICTURE_NEGATIVES = 2  # each is a copy of a picture in the shard, some 2 kB

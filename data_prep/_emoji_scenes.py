@@ -12,10 +12,10 @@ from functools import partial
 from itertools import chain, count, islice
 
 import numpy as np
-from _openmoji import Picture
-from _parallel import in_order, progress
-from _raster import GRID, Drawn, encode_shown
 
+from metaembed_pl.data_prep._openmoji import Picture
+from metaembed_pl.data_prep._parallel import in_order, progress
+from metaembed_pl.data_prep._raster import GRID, Drawn, encode_shown
 from metaembed_pl.item import Item, Pair
 
 NUM_TILES = GRID * GRID

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import combinations, count, islice, product
 
-from _emoji_scenes import NUM_TILES, compose
-from _openmoji import Picture
-from _parallel import in_order, progress
-from _raster import Drawn
-
+from metaembed_pl.data_prep._emoji_scenes import NUM_TILES, compose
+from metaembed_pl.data_prep._openmoji import Picture
+from metaembed_pl.data_prep._parallel import in_order, progress
+from metaembed_pl.data_prep._raster import Drawn
 from metaembed_pl.item import Item, Pair
 
 NUM_THINGS = {"emoji_scene_two": 2, "emoji_scene_three": 3}

@@ -18,10 +18,9 @@ from itertools import product, zip_longest
 from pathlib import Path
 from typing import Any
 
-from _rows import CutOff
-
 from metaembed_pl.data.remote import is_remote
 from metaembed_pl.data.tables import CONVERTED, SUFFIX, Table, picture_bytes
+from metaembed_pl.data_prep._rows import CutOff
 from metaembed_pl.errors import UserError
 from metaembed_pl.item import parse_json, read_json_lines
 from metaembed_pl.model.model_folder import HUB_ID

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from _rows import Named, fetch
+from metaembed_pl.data_prep._rows import Named, fetch
 
 PLACEHOLDER = "<|image_1|>"
 """Where the picture stood in a text. Our prompt says itself where pictures stand."""

@@ -6,9 +6,16 @@ from functools import partial
 
 import numpy as np
 import resvg_py
-from _openmoji import Picture, find_twins, is_held_out, same_names, svg_folder
-from _parallel import in_order, progress
 from PIL import Image
+
+from metaembed_pl.data_prep._openmoji import (
+    Picture,
+    find_twins,
+    is_held_out,
+    same_names,
+    svg_folder,
+)
+from metaembed_pl.data_prep._parallel import in_order, progress
 
 GRID = 3  # a scene is GRID x GRID pictures
 

@@ -24,11 +24,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from _parallel import count_cores, in_order, progress
-from _rows import CutOff, Named
-
 from metaembed_pl.data.shard_index import MANIFEST_FILE, sha256_of
 from metaembed_pl.data.shards import ShardedPairs, ShardWriter
+from metaembed_pl.data_prep._parallel import count_cores, in_order, progress
+from metaembed_pl.data_prep._rows import CutOff, Named
 from metaembed_pl.errors import UserError
 from metaembed_pl.files import disk_error, write_text
 from metaembed_pl.item import Item, Pair, stable_hash

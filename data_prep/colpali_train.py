@@ -16,8 +16,8 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 
-from _rows import read_rows
-from _source import Draft, Product, declare_source, run
+from metaembed_pl.data_prep._rows import read_rows
+from metaembed_pl.data_prep._source import Draft, Product, declare_source, run
 
 HUB = "vidore/colpali_train_set"
 SPLITS = ("train", "test")

@@ -26,8 +26,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from _source import Draft, Product, run
-
+from metaembed_pl.data_prep._source import Draft, Product, run
 from metaembed_pl.errors import UserError
 from metaembed_pl.files import as_on_disk
 from metaembed_pl.item import read_json_lines

@@ -23,11 +23,10 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-from _mmeb import item, places
-from _retrieval import Benchmark, Record, run
-from _rows import read_rows
-from _source import declare_source
-
+from metaembed_pl.data_prep._mmeb import item, places
+from metaembed_pl.data_prep._retrieval import Benchmark, Record, run
+from metaembed_pl.data_prep._rows import read_rows
+from metaembed_pl.data_prep._source import declare_source
 from metaembed_pl.errors import UserError
 
 HUB = "TIGER-Lab/MMEB-eval"

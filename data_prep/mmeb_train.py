@@ -20,9 +20,9 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 
-from _mmeb import TRAIN_SUBSETS, item, places
-from _rows import read_rows
-from _source import Draft, Product, declare_source, run
+from metaembed_pl.data_prep._mmeb import TRAIN_SUBSETS, item, places
+from metaembed_pl.data_prep._rows import read_rows
+from metaembed_pl.data_prep._source import Draft, Product, declare_source, run
 
 HUB = "TIGER-Lab/MMEB-train"
 SPLITS = ("original", "diverse_instruction")

@@ -135,18 +135,18 @@ def _is_built(folder: Path, settings: dict) -> bool:
 
 def _makers(options: argparse.Namespace) -> dict[str, Callable[..., Iterable[Pair]]]:
     """Draw the pictures and return what makes each source's pairs of a split."""
-    from _emoji_pairs import edit_pairs, name_pairs, picture_pairs
-    from _emoji_scenes import (
+    from metaembed_pl.data_prep._emoji_pairs import edit_pairs, name_pairs, picture_pairs
+    from metaembed_pl.data_prep._emoji_scenes import (
         SMALL_SCENES,
         make_scenes,
         make_small_scenes,
         scene_pairs,
         scene_pictures,
     )
-    from _emoji_several import NUM_THINGS, make_families, several_pairs
-    from _openmoji import load_pictures
-    from _parallel import count_cores
-    from _raster import draw
+    from metaembed_pl.data_prep._emoji_several import NUM_THINGS, make_families, several_pairs
+    from metaembed_pl.data_prep._openmoji import load_pictures
+    from metaembed_pl.data_prep._parallel import count_cores
+    from metaembed_pl.data_prep._raster import draw
 
     languages = list(dict.fromkeys(options.languages.split(",")))
     jobs = options.jobs or count_cores()

@@ -42,12 +42,12 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from _mapped import KEYS, PRESETS, Mapped, Preset, open_rows
-from _source import Draft, Product, run
 from pyarrow import ArrowException, parquet
 
 from metaembed_pl.data.shard_index import sha256_of
 from metaembed_pl.data.tables import parse_columns
+from metaembed_pl.data_prep._mapped import KEYS, PRESETS, Mapped, Preset, open_rows
+from metaembed_pl.data_prep._source import Draft, Product, run
 from metaembed_pl.errors import UserError
 from metaembed_pl.files import refuse_special_file
 from metaembed_pl.item import Pair, parse_json, read_json_lines

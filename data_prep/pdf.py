@@ -37,13 +37,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from _parallel import in_order, progress
-from _pdf import Document, read_document, render
-from _retrieval import Benchmark, Record
-from _retrieval import make as make_benchmark
-from _source import Draft, Product, is_held_out, kind_of, listed, main_of, make
-
 from metaembed_pl.data.shard_index import sha256_of
+from metaembed_pl.data_prep._parallel import in_order, progress
+from metaembed_pl.data_prep._pdf import Document, read_document, render
+from metaembed_pl.data_prep._retrieval import Benchmark, Record
+from metaembed_pl.data_prep._retrieval import make as make_benchmark
+from metaembed_pl.data_prep._source import (
+    Draft,
+    Product,
+    is_held_out,
+    kind_of,
+    listed,
+    main_of,
+    make,
+)
 from metaembed_pl.errors import UserError
 from metaembed_pl.files import write_text
 from metaembed_pl.picture import files_below

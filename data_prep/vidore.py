@@ -38,9 +38,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from _retrieval import Benchmark, Record, run
-from _rows import read_rows
-
+from metaembed_pl.data_prep._retrieval import Benchmark, Record, run
+from metaembed_pl.data_prep._rows import read_rows
 from metaembed_pl.errors import UserError
 
 

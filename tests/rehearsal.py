@@ -149,9 +149,8 @@ class User:
 def prepare_data(_rank: int, folder: str, copy: str) -> None:
     """Shards of all sources, and of what is held out of them, in a folder."""
     os.chdir(folder)
-    sys.path.insert(0, str(ROOT / "data_prep"))
     flags = ["--from", copy, "--images", f"{copy}/images", "--hold-out", "4", "--num-workers", "0"]
-    sys.exit(importlib.import_module("moca_pairs").main(flags))
+    sys.exit(importlib.import_module("metaembed_pl.data_prep.moca_pairs").main(flags))
 
 
 def overrides(name: str) -> list[str]:
@@ -255,8 +254,7 @@ def write_datasets(copy: Path) -> None:
     """All 27 sources in the layouts of their hub repositories, below one folder."""
     import hub
 
-    sys.path.insert(0, str(ROOT / "data_prep"))
-    moca = importlib.import_module("moca_pairs")
+    moca = importlib.import_module("metaembed_pl.data_prep.moca_pairs")
     archives: dict[tuple[str, ...], dict[str, bytes]] = {}
     for subset in moca.FOLDERS:
         _, files, below = moca.ARCHIVES.get(subset, ("", (), ""))

@@ -78,3 +78,8 @@ def test_it_trains_from_a_recipe_that_it_brings(installed):
     recipe = told(installed, "-m", "metaembed_pl", "fit", "--config", "emoji", "--print_config")
     assert recipe.returncode == 0, recipe.stderr
     assert "groups:" in recipe.stdout
+
+
+def test_its_scripts_can_be_imported(installed):
+    where = told(installed, "-c", "from metaembed_pl.data_prep import pairs; print(pairs.__file__)")
+    assert Path(where.stdout.strip()).is_relative_to(installed), where.stderr

@@ -1,20 +1,12 @@
 import json
-import shutil
-import sys
 from pathlib import Path
 
 import pytest
 
-from metaembed_pl.cli import prepare
 from metaembed_pl.cli.main import main
 from metaembed_pl.data.shards import ShardedPairs
 
 SCRIPTS = Path(__file__).parents[2] / "data_prep"
-
-
-@pytest.fixture(autouse=True)
-def path(monkeypatch):
-    monkeypatch.setattr(sys, "path", [*sys.path])
 
 
 def test_without_a_name_all_scripts_are_listed_in_a_line_each(capsys):
@@ -26,13 +18,10 @@ def test_without_a_name_all_scripts_are_listed_in_a_line_each(capsys):
     assert all(len(line.split(maxsplit=1)[1]) > 20 for line in lines)
 
 
-@pytest.mark.parametrize("place", ["checkout", "installed"])
-def test_a_script_runs_by_its_name_from_a_checkout_and_from_a_wheel(
-    place, tmp_path, monkeypatch, capsys
-):
-    if place == "installed":  # as the wheel has it
-        shutil.copytree(SCRIPTS, tmp_path / "package" / "data_prep")
-        monkeypatch.setattr(prepare, "PACKAGE", tmp_path / "package")
+def test_a_script_runs_by_its_name_and_can_be_imported(tmp_path, capsys):
+    from metaembed_pl.data_prep import pairs as script
+
+    assert callable(script.products)
     pairs = [{"query": f"q {i}", "positive": f"p {i}"} for i in range(40)]
     file = tmp_path / "pairs.jsonl"
     file.write_text("\n".join(map(json.dumps, pairs)))

@@ -11,7 +11,7 @@ from metaembed_pl.evaluation.mmeb import MMEB_V2
 
 
 def run(script, out, *options):
-    module = importlib.import_module(script)
+    module = importlib.import_module(f"metaembed_pl.data_prep.{script}")
     return module.main(["--out", str(out), "--num-workers", "0", *options])
 
 
@@ -162,7 +162,8 @@ def test_vidore_reads_queries_corpus_and_graded_judgements(tmp_path, version, na
 
 
 def test_a_version_of_vidore_is_all_of_its_sets(tmp_path, capsys):
-    vidore = importlib.import_module("vidore")
+    from metaembed_pl.data_prep import vidore
+
     names = vidore.SETS["v2"].names
     for name in names:
         write_vidore(tmp_path / "vidore" / name, "v2")
@@ -179,7 +180,8 @@ def test_a_version_of_vidore_is_all_of_its_sets(tmp_path, capsys):
 
 
 def test_mmeb_v2_evaluates_what_the_script_writes_of_its_other_documents(tmp_path):
-    vidore = importlib.import_module("vidore")
+    from metaembed_pl.data_prep import vidore
+
     # In ViDoSeek and MMLongBench pages of the right document have 2, those with the answer 3 too.
     qrels = [(0, 10, 2), (0, 11, 2), (0, 11, 3), (1, 12, 2)]
     for part in ("visrag", "visdoc_ood"):

@@ -22,12 +22,11 @@ SEVERAL = {"emoji_scene_two": 2, "emoji_scene_three": 3}
 SMALL = ("--pictures", "500", "--scenes", "60", "--jobs", "1")
 
 
-import _openmoji  # noqa: E402
-import _raster  # noqa: E402
-import openmoji as script  # noqa: E402
-from _emoji_pairs import edit_pairs, name_pairs, picture_pairs  # noqa: E402
-from _emoji_scenes import make_scenes, make_small_scenes, scene_pairs  # noqa: E402
-from _emoji_several import make_families, several_pairs  # noqa: E402
+from metaembed_pl.data_prep import _openmoji, _raster  # noqa: E402
+from metaembed_pl.data_prep import openmoji as script  # noqa: E402
+from metaembed_pl.data_prep._emoji_pairs import edit_pairs, name_pairs, picture_pairs  # noqa: E402
+from metaembed_pl.data_prep._emoji_scenes import make_scenes, make_small_scenes, scene_pairs  # noqa: E402
+from metaembed_pl.data_prep._emoji_several import make_families, several_pairs  # noqa: E402
 
 
 def make(folder, *options):

@@ -2,12 +2,12 @@
 
 import json
 
-import folder as script
 import pytest
 
 import hub
 from metaembed_pl.data.retrieval_set import RetrievalSet
 from metaembed_pl.data.shards import ShardedPairs
+from metaembed_pl.data_prep import folder as script
 
 
 def run(where, out, *options):

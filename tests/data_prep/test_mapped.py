@@ -4,12 +4,12 @@ import io
 import json
 import tarfile
 
-import pairs as script
 import pytest
-from _mapped import PRESETS
 
 import hub
 from metaembed_pl.data.shards import ShardedPairs
+from metaembed_pl.data_prep import pairs as script
+from metaembed_pl.data_prep._mapped import PRESETS
 
 
 def run(out, *options):

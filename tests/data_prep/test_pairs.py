@@ -5,12 +5,12 @@ import csv
 import json
 from pathlib import Path
 
-import pairs as script
 import pytest
 
 import hub
 import tiny
 from metaembed_pl.data.shards import ShardedPairs
+from metaembed_pl.data_prep import pairs as script
 
 
 def write_pairs(folder: Path, count: int = 60, bad: int = 0, num_candidates: int = 30) -> Path:

@@ -2,12 +2,12 @@
 
 import json
 
-import pdf as script
 import pytest
-from _pdf import parse_entry, read_document
 
 from metaembed_pl.data.beir import read_retrieval_set
 from metaembed_pl.data.shards import ShardedPairs
+from metaembed_pl.data_prep import pdf as script
+from metaembed_pl.data_prep._pdf import parse_entry, read_document
 from metaembed_pl.item import read_items
 from tiny_pdf import make_pdf
 

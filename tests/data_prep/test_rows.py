@@ -6,9 +6,9 @@ import tarfile
 import zipfile
 
 import pytest
-from _rows import CutOff, Named, fetch, read_rows, unpack
 
 import hub
+from metaembed_pl.data_prep._rows import CutOff, Named, fetch, read_rows, unpack
 from metaembed_pl.errors import UserError
 
 
@@ -53,7 +53,7 @@ def test_broken_zips_and_bombs_in_zips_are_refused(tmp_path, monkeypatch):
         Named("a.png", (tmp_path / "cut.zip",)).read()
     with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as bomb:
         bomb.writestr("a.png", bytes(2_000_000))
-    monkeypatch.setattr("_rows.MAX_BYTES", 1_000_000)
+    monkeypatch.setattr("metaembed_pl.data_prep._rows.MAX_BYTES", 1_000_000)
     with pytest.raises(UserError, match=r"picture is refused: a\.png unpacks to 2,000,000 bytes"):
         Named("a.png", (tmp_path / "bomb.zip",)).read()
 

@@ -10,11 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
-from _parallel import in_order
-from _source import Product, check, is_held_out, run
 
 import hub
 from metaembed_pl.data.shards import ShardedPairs, verify
+from metaembed_pl.data_prep._parallel import in_order
+from metaembed_pl.data_prep._source import Product, check, is_held_out, run
 from metaembed_pl.item import Item
 
 ROOT = Path(__file__).parents[2]
@@ -124,7 +124,7 @@ def test_a_run_of_other_settings_takes_nothing_over(tmp_path):
 SLOW = """
 import sys, time
 from pathlib import Path
-from _source import Product, run
+from metaembed_pl.data_prep._source import Product, run
 
 def drafts():
     for number in range(1300):
@@ -138,7 +138,7 @@ run("test", "", lambda options: [product], lambda parser: None, ["--num-workers=
 
 def test_a_kill_leaves_whole_shards_and_the_same_command_finishes(tmp_path):
     out, progress = tmp_path / "out", tmp_path / ".out.partial" / "progress.json"
-    path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "data_prep"), *sys.path])
+    path = os.pathsep.join([str(ROOT / "src"), *sys.path])
     command = [sys.executable, "-c", SLOW, str(out)]
     process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path})
     while not progress.exists():

@@ -13,7 +13,7 @@ PAPER = "recipes/sources/paper.yaml"
 
 
 def run(script, out, *options):
-    module = importlib.import_module(script)
+    module = importlib.import_module(f"metaembed_pl.data_prep.{script}")
     return module.main(["--out", str(out), "--num-workers", "0", *options])
 
 
@@ -123,7 +123,8 @@ def test_moca_pairs_unpack_an_archive_in_parts_once(tmp_path):
 
 
 def test_moca_pairs_validate_on_queries_that_are_not_trained_on(tmp_path, monkeypatch):
-    moca = importlib.import_module("moca_pairs")
+    from metaembed_pl.data_prep import moca_pairs as moca
+
     folders = {name: moca.FOLDERS[name] for name in ("CIRR", "OK-VQA")}
     monkeypatch.setattr(moca, "FOLDERS", folders)
     monkeypatch.setattr(moca, "NUM_VALIDATION", 5)
@@ -158,10 +159,12 @@ def test_moca_pairs_validate_on_queries_that_are_not_trained_on(tmp_path, monkey
 
 
 def test_the_scripts_write_all_folders_that_the_papers_recipes_read(request):
-    moca = importlib.import_module("moca_pairs")
+    from metaembed_pl.data_prep import moca_pairs as moca
+
     expected = yaml.safe_load((request.config.rootpath / PAPER).read_text())
     assert {source["path"] for source in expected} == {f"data/{f}" for f in moca.FOLDERS.values()}
-    mmeb = importlib.import_module("_mmeb")
+    from metaembed_pl.data_prep import _mmeb as mmeb
+
     assert len(mmeb.TRAIN_SUBSETS) == 20
     assert set(moca.ARCHIVES) == set(moca.FOLDERS) - set(mmeb.TRAIN_SUBSETS)
 

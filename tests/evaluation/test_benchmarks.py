@@ -20,16 +20,10 @@ from metaembed_pl.evaluation.tables import reference_table
 from metaembed_pl.evaluation.vidore import VIDORE_V1, VIDORE_V2, VIDORE_V3
 from metaembed_pl.item import Item
 
-DATA_PREP = Path(__file__).parents[2] / "data_prep"
 
-
-def prepared(name, what, monkeypatch):
+def prepared(name, what):
     """A constant of a script of data_prep."""
-    monkeypatch.syspath_prepend(str(DATA_PREP))
-    spec = importlib.util.spec_from_file_location(f"_{name}_for_names", DATA_PREP / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return getattr(module, what)
+    return getattr(importlib.import_module(f"metaembed_pl.data_prep.{name}"), what)
 
 
 def test_mmeb_has_its_36_sets_in_their_meta_tasks():
@@ -66,10 +60,10 @@ def test_vidore_v2_has_seven_tasks_over_four_sets():
     assert sum(row.tasks.values()) / 7 == pytest.approx(row.score, abs=0.05)
 
 
-def test_the_scripts_write_where_the_benchmarks_read(monkeypatch):
-    subsets = prepared("mmeb_eval", "SUBSETS", monkeypatch)
+def test_the_scripts_write_where_the_benchmarks_read():
+    subsets = prepared("mmeb_eval", "SUBSETS")
     assert {f"mmeb_eval/{name}" for name in subsets} == {task.folder for task in MMEB.tasks}
-    collections = prepared("vidore", "SETS", monkeypatch)
+    collections = prepared("vidore", "SETS")
     for subset, collection in collections.items():
         command = f"metaembed-pl prepare vidore --subset {subset}"
         tasks = [task for one in NAMED.values() for task in one.tasks if task.prepare == command]

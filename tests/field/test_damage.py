@@ -5,7 +5,6 @@ import os
 import shutil
 import time
 
-import pairs as pairs_script
 import pytest
 import torch
 
@@ -13,6 +12,7 @@ import tiny
 import tiny_run
 from metaembed_pl.cli.main import main
 from metaembed_pl.data.datamodule import EvalSource, RetrievalDataModule, TrainSource
+from metaembed_pl.data_prep import pairs as pairs_script
 from metaembed_pl.errors import UserError
 from metaembed_pl.model.embedder import MetaEmbedder
 from metaembed_pl.training.checkpoints import WholeFiles

@@ -9,7 +9,6 @@ import resource
 import time
 from functools import partial
 
-import pairs as pairs_script
 import pytest
 import torch
 
@@ -19,6 +18,7 @@ import tiny_run
 from metaembed_pl.cli.main import one_line
 from metaembed_pl.cli.recipe_faults import read_recipe
 from metaembed_pl.data.shards import ShardedPairs
+from metaembed_pl.data_prep import pairs as pairs_script
 from metaembed_pl.errors import UserError
 from metaembed_pl.item import read_items
 from metaembed_pl.model.embedder import MetaEmbedder

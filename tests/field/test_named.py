@@ -5,14 +5,14 @@ import os
 import unicodedata
 from pathlib import Path
 
-import folder as folder_script
-import pairs as pairs_script
 import pytest
 
 import hub
 import tiny
 from metaembed_pl.cli.main import main
 from metaembed_pl.data.shards import ShardedPairs
+from metaembed_pl.data_prep import folder as folder_script
+from metaembed_pl.data_prep import pairs as pairs_script
 from metaembed_pl.errors import UserError
 from metaembed_pl.item import Item, read_items, read_pairs
 from metaembed_pl.retrieval.store import Store
@@ -89,7 +89,7 @@ def test_a_relative_parquet_file_is_that_one(tmp_path, monkeypatch, name):
 
 
 def test_the_hubs_layout_in_a_folder_called_like_a_format_is_that_folder(tmp_path, monkeypatch):
-    from _rows import read_rows
+    from metaembed_pl.data_prep._rows import read_rows
 
     hub.write_parquet(tmp_path / "parquet" / "a.parquet", [{"x": "right"}])
     hub.write_parquet(tmp_path / "a.parquet", [{"x": "wrong"}])

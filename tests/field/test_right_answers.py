@@ -5,7 +5,6 @@ The numbers are compared with pytrec_eval's, on the model's own scores.
 
 import json
 
-import pairs as pairs_script
 import pytest
 import pytrec_eval
 
@@ -14,6 +13,7 @@ import tiny
 from metaembed_pl.data.beir import read_retrieval_set
 from metaembed_pl.data.retrieval_set import RetrievalSet
 from metaembed_pl.data.shards import ShardedPairs
+from metaembed_pl.data_prep import pairs as pairs_script
 from metaembed_pl.errors import UserError
 from metaembed_pl.evaluation.registry import open_benchmark
 from metaembed_pl.evaluation.run import Settings, evaluate

@@ -9,14 +9,12 @@ They come with the package. In a checkout, `python data_prep/NAME.py` is the sam
 
 import argparse
 import ast
-import importlib.util
-import sys
-from collections.abc import Callable
+import importlib
 from pathlib import Path
 
 from metaembed_pl.errors import UserError
 
-PACKAGE = Path(__file__).parents[1]
+FOLDER = Path(__file__).parents[1] / "data_prep"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
         UserError: there is no script of that name.
         SystemExit: with the script's exit status, where that is not 0.
     """
-    scripts = {file.stem: file for file in sorted(_folder().glob("[!_]*.py"))}
+    scripts = {file.stem: file for file in sorted(FOLDER.glob("[!_]*.py"))}
     if args.name is None:
         width = max(map(len, scripts))
         for name, file in scripts.items():
@@ -43,28 +41,10 @@ def run(args: argparse.Namespace) -> None:
     name = args.name.removesuffix(".py")
     if name not in scripts:
         raise UserError(f"there is no script {args.name!r}: choose one of {', '.join(scripts)}")
-    status = _main_of(scripts[name])(args.arguments)
+    status = importlib.import_module(f"metaembed_pl.data_prep.{name}").main(args.arguments)
     if status:
         raise SystemExit(status)
 
 
-def _folder() -> Path:
-    """Where the scripts are: beside the package where it was installed, or in a checkout."""
-    places = PACKAGE / "data_prep", PACKAGE.parents[1] / "data_prep"
-    return next(place for place in places if (place / "_source.py").is_file())
-
-
 def _summary(file: Path) -> str:
     return (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").split("\n")[0]
-
-
-def _main_of(file: Path) -> Callable[[list[str]], int]:
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # By its own name, and on the path: worker processes import it anew, and what scripts share.
-    sys.modules[file.stem] = module
-    sys.path.append(str(file.parent))
-    spec.loader.exec_module(module)
-    return module.main
