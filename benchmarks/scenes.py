@@ -101,12 +101,12 @@ def main() -> None:
                 print(f"{done:,} of {options.count:,}, {rate:.0f}/s", file=sys.stderr, flush=True)
 
 
-def load(folder: Path, count: int) -> tuple[torch.Tensor, np.ndarray]:
-    """Vectors and tiles of the first scenes."""
+def load(folder: Path, count: int | None = None) -> tuple[torch.Tensor, np.ndarray]:
+    """Vectors and tiles of the first scenes, or of all."""
     (file,) = folder.glob("vectors-*.f16")
     slots, width = map(int, file.stem.removeprefix("vectors-").split("x"))
     there = np.memmap(file, np.float16, "c").reshape(-1, slots, width)
-    if len(there) < count:
+    if count is not None and len(there) < count:
         raise SystemExit(
             f"{file} has {len(there):,} scenes: run benchmarks/scenes.py --count {count}"
         )

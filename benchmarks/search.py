@@ -2,7 +2,8 @@
 
     python benchmarks/scenes.py --model M --count 1000000 --out scenes     # learned vectors, once
     python benchmarks/search.py --scenes scenes --counts 60000 200000 1000000 [--save]
-    python benchmarks/search.py --made 100000x128                           # made ones, diverse
+    python benchmarks/search.py --scenes scenes --halves 10000000 --counts  # four vectors an item
+    python benchmarks/search.py --made 1000000x64                           # made ones, diverse
 
 Learned: scenes of nine training pictures, asked with names of one, two and three pictures. Made: 64
 vectors an item, 16 a query, of 500 topics; a query's vectors see different vectors of an item, so
@@ -14,7 +15,7 @@ were fixed by hand. Recall is the share of the ten best of the exact search with
 searched for by itself, in three rounds of all queries, and its fastest counts: `ms` is the median
 over the queries by the clock, `cpu` by the processor's time, which other jobs disturb less;
 `faster` compares the latter with the exact search's in the same run. The store calibrates itself by
-queries for one thing that are asked nowhere else.
+queries that are asked nowhere else: names alone, and joined by two and by three.
 """
 
 import argparse
@@ -45,6 +46,8 @@ from metaembed_pl.retrieval.store import Store
 
 SCENE_GROUPS = ["1x1", "2x4", "4x8", "8x16"]
 TOP, DEPTH, NUM_ASKED = 10, 100, 64
+HALF = 2
+"""Slots that a scene gives to an item made of two."""
 ROUNDS, SECONDS = 3, 3
 """Of timing: times that a query is searched for, and what a plan may take in all."""
 NUM_TOPICS, BLOCK = 500, 2000
@@ -71,8 +74,29 @@ def of_scenes(folder: Path, scenes: Path, count: int) -> Store:
     return store
 
 
-def of_topics(folder: Path, count: int, width: int) -> tuple[Store, Queries]:
-    """A store of made items, and queries for some of them."""
+def of_halves(folder: Path, scenes: Path, count: int) -> Store:
+    """More items than were encoded, of four learned vectors: two slots each of two scenes."""
+    groups = parse_groups(["1x1", f"8x{2 * HALF}"])
+    vectors, _ = load(scenes)
+    num_scenes, slots, width = vectors.shape
+    store = Store.create(folder, groups, width, "halves of scenes")
+    with store.writing():
+        for start in range(0, count, BLOCK):
+            items = torch.arange(start, min(start + BLOCK, count))
+            round_, first = items // num_scenes, items % num_scenes
+            other = (first + 1 + 7919 * (round_ + 1)) % num_scenes
+            halves = [
+                vectors[
+                    scene[:, None], (HALF * (round_ + at))[:, None] % slots + torch.arange(HALF)
+                ]
+                for at, scene in enumerate((first, other))
+            ]
+            store.add([str(i) for i in items.tolist()], torch.cat(halves, dim=1).float())
+    return store
+
+
+def of_topics(folder: Path, count: int, width: int) -> tuple[Store, Queries, calibration.Kinds]:
+    """A store of made items, queries for some of them, and others to calibrate with."""
     draw = torch.Generator().manual_seed(0)
     normal = partial(torch.randn, generator=draw)
     (r_q, r_c), topics = PAPER_GROUPS[-1], normal(NUM_TOPICS, width)
@@ -90,19 +114,20 @@ def of_topics(folder: Path, count: int, width: int) -> tuple[Store, Queries]:
     order = torch.rand(num_queries, r_c, generator=draw).argsort(dim=1)[:, :r_q, None]
     seen = asked.gather(1, order.expand(-1, -1, width))
     queries = normalize(seen + 0.8 * normalize(normal(*seen.shape), dim=-1), dim=-1)
-    return store, {"asked": queries[:NUM_ASKED], "calibration": queries[NUM_ASKED:]}
+    others = calibration.Kinds([queries[NUM_ASKED:]], f"{calibration.NUM_QUERIES} queries")
+    return store, {"one item": queries[:NUM_ASKED]}, others
 
 
-def scene_queries(scenes: Path) -> tuple[Queries, dict[str, np.ndarray]]:
-    """Queries for one, two and three things, and which pictures each asks for."""
+def scene_queries(scenes: Path) -> tuple[Queries, calibration.Kinds, dict[str, np.ndarray]]:
+    """Queries for one, two and three things, others to calibrate with, the pictures asked for."""
     kept = np.load(scenes / "queries.npz")
-    queries, asked = {}, {}
+    queries, asked, others = {}, {}, []
     for count, name in ((1, "one thing"), (2, "two things"), (3, "three things")):
         vectors = torch.from_numpy(kept[f"vectors_{count}"]).float()
         queries[name], asked[name] = vectors[:NUM_ASKED], kept[f"asked_{count}"][:NUM_ASKED]
-        if count == 1:
-            queries["calibration"] = vectors[-calibration.NUM_QUERIES :]
-    return queries, asked
+        others.append(vectors[-calibration.NUM_QUERIES :])
+    said = f"{calibration.NUM_QUERIES} names, alone and joined by two and by three"
+    return queries, calibration.Kinds(others, said), asked
 
 
 class Timed:
@@ -151,16 +176,21 @@ def right(found: list[list[int]], asked: np.ndarray, tiles: np.ndarray) -> float
     return float(np.mean(shows))
 
 
+def unjudged(_kind: str, _found: list[list[int]]) -> None:
+    """Items of which nobody knows what they show."""
+
+
 def run(
     store: Store,
     queries: Queries,
+    others: calibration.Kinds,
     judge: Callable[[str, list[list[int]]], float | None],
     codes: str,
 ) -> dict[str, Any]:
     """Build, calibrate and search; all rows, printed."""
     head = built(store, codes)
-    measured, told = calibrated(store, queries.pop("calibration"), made="asked" in queries)
-    head |= told
+    measured, spent = calibrated(store, others)
+    head |= spent
     print("\n" + ", ".join(f"{key} {_short(value)}" for key, value in head.items()), flush=True)
     rows = list(searched(store, queries, measured, judge))
     found = {**head, "rows": rows, "filters": filtered(store, queries, measured)}
@@ -191,17 +221,14 @@ def built(store: Store, codes: str) -> dict[str, Any]:
 
 
 def calibrated(
-    store: Store, queries: Tensor, made: bool
+    store: Store, others: calibration.Kinds
 ) -> tuple[calibration.Calibration, dict[str, Any]]:
     """Measure plans on the store: that, and what it takes."""
-    kinds = calibration.for_several(queries, "queries")
-    if made:  # they ask for one item each
-        kinds = calibration.Kinds(kinds.vectors[:1], "queries")
     started, cpu = time.perf_counter(), time.process_time()
-    measured = calibration.calibrate_kinds(store, kinds)
+    measured = calibration.calibrate_kinds(store, others)
     took = time.perf_counter() - started, time.process_time() - cpu
-    told = {"calibrated_s": took[0], "calibrated_cpu_s": took[1], "measured_with": measured.used}
-    return measured, told
+    spent = {"calibrated_s": took[0], "calibrated_cpu_s": took[1], "measured_with": measured.used}
+    return measured, spent
 
 
 def searched(
@@ -334,7 +361,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Measure all shapes, print tables, save them if asked to."""
     parser = argparse.ArgumentParser(description="What searches cost and find.")
     parser.add_argument("--scenes", type=Path, help="folder that benchmarks/scenes.py filled")
-    parser.add_argument("--counts", type=int, nargs="+", default=[60_000], help="scenes of it")
+    parser.add_argument("--counts", type=int, nargs="*", default=[60_000], help="scenes of it")
+    parser.add_argument("--halves", type=int, nargs="+", default=[], help="items of two scenes")
     parser.add_argument("--made", type=_shape, nargs="+", default=[], metavar="ITEMSxWIDTH")
     parser.add_argument("--codes", default="sq8", help="of the index: sq8 or rabitq")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/")
@@ -351,25 +379,31 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     print(f"{name}, {options.num_threads} threads, torch {torch.__version__}", flush=True)
     result: dict[str, Any] = {"machine": name, "num_threads": options.num_threads}
     result |= {"torch": torch.__version__, "faiss": faiss.__version__}
-    result |= {"load": os.getloadavg()[0], "learned": [], "made": []}
+    result |= {"load": os.getloadavg()[0], "learned": [], "halves": [], "made": []}
     of = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     file = options.out / f"{options.name}-{of}.json"
     for count in options.counts if options.scenes else []:
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
             store = of_scenes(Path(folder) / "store", options.scenes, count)
-            queries, asked = scene_queries(options.scenes)
+            queries, others, asked = scene_queries(options.scenes)
             tiles = np.load(options.scenes / "tiles.npy")
             judge = lambda kind, found: right(found, asked[kind], tiles)  # noqa: E731, B023
-            result["learned"].append(run(store, queries, judge, options.codes))
+            result["learned"].append(run(store, queries, others, judge, options.codes))
         _save(result, file if options.save else None)
     if len(result["learned"]) > 1:
         result["growth"] = growth(result["learned"])
         print(f"\ntime of the chosen plan grows with {result['growth']}")
         _save(result, file if options.save else None)
+    for count in options.halves:
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            store = of_halves(Path(folder) / "store", options.scenes, count)
+            queries, others, _ = scene_queries(options.scenes)
+            result["halves"].append(run(store, queries, others, unjudged, options.codes))
+        _save(result, file if options.save else None)
     for count, width in options.made:
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-            store, queries = of_topics(Path(folder) / "store", count, width)
-            result["made"].append(run(store, queries, lambda _kind, _found: None, options.codes))
+            store, queries, others = of_topics(Path(folder) / "store", count, width)
+            result["made"].append(run(store, queries, others, unjudged, options.codes))
         _save(result, file if options.save else None)
     return result
 

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from loss import RESULTS, machine
 from scenes import load
-from search import TOP, Timed, of_scenes, recall, scene_queries
+from search import TOP, Queries, Timed, of_scenes, recall, scene_queries
 from torch import Tensor
 
 from metaembed_pl.late_interaction import maxsim
@@ -43,17 +43,16 @@ HITS = 200
 """Vectors taken from a plain vector index before re-ranking."""
 
 
-def ours(store: Store, _vectors: Tensor, queries: dict[str, Tensor], _folder: Path) -> Any:
+def ours(store: Store, _vectors: Tensor, others: calibration.Kinds, _folder: Path) -> Any:
     """The chosen plan."""
     index = build(store)
-    kinds = calibration.for_several(queries["calibration"], "queries")
-    plan = calibration.calibrate_kinds(store, kinds).best(0.98).plan
+    plan = calibration.calibrate_kinds(store, others).best(0.98).plan
     yield plan, index.size_bytes, lambda some: store.search(some, cascade=plan).rows
     every = str(store.groups[-1])
     yield f"exact, {every}", 0, lambda some: store.search(some, every, top=TOP).rows
 
 
-def usearch(_store: Store, vectors: Tensor, _queries: dict[str, Tensor], folder: Path) -> Any:
+def usearch(_store: Store, vectors: Tensor, _others: calibration.Kinds, folder: Path) -> Any:
     """HNSW over all vectors, in int8."""
     from usearch.index import Index  # pyright: ignore
 
@@ -73,7 +72,7 @@ def usearch(_store: Store, vectors: Tensor, _queries: dict[str, Tensor], folder:
         yield f"HNSW16, i8, expansion {expansion}", size, search
 
 
-def lancedb(_store: Store, vectors: Tensor, _queries: dict[str, Tensor], folder: Path) -> Any:
+def lancedb(_store: Store, vectors: Tensor, _others: calibration.Kinds, folder: Path) -> Any:
     """Multivectors of LanceDB."""
     import lancedb  # pyright: ignore
     import pyarrow as pa
@@ -101,7 +100,7 @@ def lancedb(_store: Store, vectors: Tensor, _queries: dict[str, Tensor], folder:
         yield f"IVF_PQ, nprobes {nprobes}, refine {refine}", size, search
 
 
-def qdrant_edge(store: Store, _vectors: Tensor, _queries: dict[str, Tensor], folder: Path) -> Any:
+def qdrant_edge(store: Store, _vectors: Tensor, _others: calibration.Kinds, folder: Path) -> Any:
     """All vectors of an item as one multivector with HNSW, asked with the sum, then with each."""
     from metaembed_pl.retrieval.qdrant.collection import open_collection
     from metaembed_pl.retrieval.qdrant.push import push
@@ -122,7 +121,7 @@ def qdrant_edge(store: Store, _vectors: Tensor, _queries: dict[str, Tensor], fol
             yield plan, size, search
 
 
-def fast_plaid(_store: Store, vectors: Tensor, _queries: dict[str, Tensor], folder: Path) -> Any:
+def fast_plaid(_store: Store, vectors: Tensor, _others: calibration.Kinds, folder: Path) -> Any:
     """PLAID."""
     from fast_plaid.search import FastPlaid  # pyright: ignore
 
@@ -136,7 +135,7 @@ def fast_plaid(_store: Store, vectors: Tensor, _queries: dict[str, Tensor], fold
     yield "defaults", size, search
 
 
-def pylate(_store: Store, vectors: Tensor, _queries: dict[str, Tensor], folder: Path) -> Any:
+def pylate(_store: Store, vectors: Tensor, _others: calibration.Kinds, folder: Path) -> Any:
     """HNSW of PyLate."""
     from pylate import indexes, retrieve  # pyright: ignore
 
@@ -156,7 +155,7 @@ def pylate(_store: Store, vectors: Tensor, _queries: dict[str, Tensor], folder: 
         yield f"Voyager, k_token {hits}", size, search
 
 
-def maxsim_cpu(_store: Store, vectors: Tensor, _queries: dict[str, Tensor], _folder: Path) -> Any:
+def maxsim_cpu(_store: Store, vectors: Tensor, _others: calibration.Kinds, _folder: Path) -> Any:
     """Exact scores of all candidates."""
     import maxsim_cpu as library  # pyright: ignore
 
@@ -182,11 +181,10 @@ def _reranked(queries: Tensor, vectors: Tensor, found: np.ndarray) -> list[list[
     return rows
 
 
-def measured(name: str, *given: Any) -> Iterator[dict[str, Any]]:
+def measured(name: str, queries: Queries, store: Store, *given: Any) -> Iterator[dict[str, Any]]:
     """Rows of a peer."""
-    store, _, queries, _ = given
     started, cpu = time.perf_counter(), time.process_time()
-    for what, size, search in PEERS[name](*given):
+    for what, size, search in PEERS[name](store, *given):
         built = time.perf_counter() - started, time.process_time() - cpu
         row = {"name": name, "what": what, "built_s": built[0], "built_cpu_s": built[1]}
         row |= {"bytes": size, "version": _version(name)}
@@ -229,13 +227,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="another folder for --save")
     options = parser.parse_args()
     torch.set_num_threads(options.num_threads)
-    queries, _ = scene_queries(options.scenes)
+    queries, others, _ = scene_queries(options.scenes)
     vectors, _ = load(options.scenes, options.count)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         store = of_scenes(Path(folder) / "store", options.scenes, options.count)
         for name in options.only:
             try:
-                rows = list(measured(name, store, vectors, queries, Path(folder)))
+                rows = list(measured(name, queries, store, vectors, others, Path(folder)))
                 print(*rows, sep="\n", flush=True)
                 if options.save:
                     save(rows, options.out, options.count)

@@ -249,7 +249,7 @@ def test_without_a_budget_the_recall_that_was_asked_for_is_reached(
     cheap = json.loads(out)
     assert cheap["bytes_read"] < exact["bytes_read"]
     assert cheap["plan"] == "1x1:10"
-    words = "measured with 32 texts of its items, alone and averaged by two and by three, on 100"
+    words = "measured with 32 texts of its items, alone and joined by two and by three, on 100"
     assert words in cheap["note"]
     assert search(model, tmp_path / "s", *asked, "--exact") == 0
     assert json.loads(capsys.readouterr().out)["plan"] == "4x8:10"

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 
@@ -9,8 +11,9 @@ from metaembed_pl.retrieval import cascade as cascade_module
 from metaembed_pl.retrieval.calibration import (
     CALIBRATION_FILE,
     Calibration,
+    Kinds,
     calibrate,
-    for_several,
+    joined,
     logged_queries,
     measure,
     spread,
@@ -132,11 +135,8 @@ def test_the_first_stages_of_all_kinds_are_measured(store, monkeypatch):
 
 def test_recall_is_that_of_the_hardest_kind(store):
     queries = store.vectors(range(32))[:, :4]
-    kinds = for_several(queries, "names")
-    assert kinds.said == "32 names, alone and averaged by two and by three"
-    assert torch.equal(kinds.vectors[0], queries)
-    expected = torch.nn.functional.normalize(queries[7] + queries[0], dim=-1)
-    assert torch.allclose(kinds.vectors[1][7], expected)
+    several = [torch.nn.functional.normalize(queries + queries.roll(i, 0), dim=-1) for i in (1, 2)]
+    kinds = Kinds([queries, *several], "names")
     together = calibration_module.calibrate_kinds(store, kinds)
     apart = [calibrate(store, some) for some in kinds.vectors]
     for plan in ("1x1", "4x1", "2x4"):
@@ -144,6 +144,17 @@ def test_recall_is_that_of_the_hardest_kind(store):
         hardest = min(rows, key=lambda row: row.recall - row.error)
         measured = next(row for row in together.measured if row.plan == plan)
         assert measured.recall == pytest.approx(hardest.recall, abs=0.004)
+
+
+def test_joined_queries_ask_for_different_things_and_stay_short():
+    texts = [f"{i:02d} " + "x" * 200 for i in range(32)]
+    two, three = joined(texts)
+    assert len(two) == len(three) == 32
+    for some, count in ((two, 2), (three, 3)):
+        for query in some:
+            numbers = set(re.findall(r"\b\d\d\b", query))
+            assert len(numbers) == count
+            assert len(query) <= count * 80 + 10
 
 
 def test_measures_with_the_queries_that_were_logged(store, tmp_path):
@@ -156,12 +167,15 @@ def test_measures_with_the_queries_that_were_logged(store, tmp_path):
         asked.append(list(texts))
         return store.vectors(range(len(texts)))[:, :4]
 
-    assert "texts of its items, alone and averaged" in measure(copy, encode).used
+    used = measure(copy, encode).used
+    assert used.startswith("32 texts of its items, alone and joined by two and by three, on 40")
     assert all(text.startswith("text ") for text in asked[0])
+    assert asked[1:] == list(joined(asked[0]))
+    asked.clear()
     lines = [f'{{"text": "asked {i % 20}"}}' for i in range(60)]
     (copy.folder / "queries.jsonl").write_text("\n".join(["no JSON", *lines, '{"text": 3}']) + "\n")
     assert measure(copy, encode).used.startswith("20 queries that were logged, on 40")
-    assert sorted(asked[1]) == sorted(f"asked {i}" for i in range(20))
+    assert sorted(asked[0]) == sorted(f"asked {i}" for i in range(20))
     (copy.folder / "queries.jsonl").write_text("\n".join(lines[:5]))
     assert len(logged_queries(copy)) == 5
     assert "texts of its items" in measure(copy, encode).used

@@ -7,8 +7,8 @@ a stage keeps a tenth of what it would keep: that asks more of it, not less, as 
 reach ten times as far down. Plans that ask an index are measured on all rows.
 
 Queries for several things are harder than those for one, and texts of items ask for one thing each:
-so pairs and triples of them are asked as well, their vectors averaged. A plan's recall is that of
-the kind of query it does worst at.
+so two and three of them are joined to one query as well. A plan's recall is that of the kind of
+query it does worst at.
 
 Q: queries    Rq: their vectors    A: questions of a query    D: width    T: the first ten
 """
@@ -26,7 +26,6 @@ import numpy as np
 import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
-from torch.nn import functional as F
 
 from metaembed_pl.budget import Budget, check_budget
 from metaembed_pl.errors import UserError
@@ -43,6 +42,8 @@ TARGET = 0.98
 """Recall that a search without a budget is to reach."""
 NUM_QUERIES, LEAST_QUERIES, ASKED_AT_A_TIME = 32, 16, 8
 LOGGED_QUERIES = 96
+JOINED_LENGTH = 80
+"""Characters of each text that is joined with others to one query."""
 PRODUCTS_AT_MOST, PRODUCTS_WITH_INDEX = 2.5e11, 2e12
 """Multiplications that the exact search may take: some seconds on a core or two, or half a minute
 where an index was built, which took minutes."""
@@ -278,7 +279,7 @@ def measure(
 ) -> Calibration:
     """Measure plans with what users asked, where `serve --log-queries` kept it.
 
-    Else with texts that items have, alone and averaged; where few have one, with stored items.
+    Else with texts that items have, alone and joined; where few have one, with stored items.
 
     Args:
         store: not empty.
@@ -298,19 +299,23 @@ def measure(
     texts = list(dict.fromkeys(texts))[:NUM_QUERIES]
     if len(texts) < LEAST_QUERIES:
         return calibrate(store, go_on=go_on)
-    return calibrate_kinds(
-        store, for_several(store.accept(encode(texts)), "texts of its items"), go_on
-    )
+    queries = [store.accept(encode(some)) for some in (texts, *joined(texts))]
+    said = f"{len(texts)} texts of its items, alone and joined by two and by three"
+    return calibrate_kinds(store, Kinds(queries, said), go_on)
 
 
-def for_several(queries: Float[Tensor, "Q Rq D"], said: str) -> Kinds:
-    """Queries for one thing, and made of them queries for two and for three."""
-    vectors = [queries]
-    for count in (2, 3):
-        asked = torch.stack([queries.roll(7 * shift, dims=0) for shift in range(count)]).sum(dim=0)
-        vectors.append(F.normalize(asked, dim=-1))
-    words = f"{len(queries)} {said}, alone and averaged by two and by three"
-    return Kinds(vectors, words)
+def joined(texts: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Queries for two things and for three, made of texts that ask for one each.
+
+    >>> joined(["cat", "dog", "owl"])
+    (['cat and owl', 'dog and cat', 'owl and dog'],
+     ['cat, owl and dog', 'dog, cat and owl', 'owl, dog and cat'])
+    """
+    short = [text[:JOINED_LENGTH] for text in texts]
+    others = [short[-7 * shift :] + short[: -7 * shift] for shift in (1, 2)]
+    two = [f"{one} and {other}" for one, other in zip(short, others[0], strict=True)]
+    three = [f"{one}, {a} and {b}" for one, a, b in zip(short, *others, strict=True)]
+    return two, three
 
 
 def logged_queries(store: Reader) -> list[str]:
