@@ -6,6 +6,7 @@ A hook of mkdocs.yml; `make docs` runs it.
 import argparse
 import importlib
 import inspect
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +43,7 @@ PYTHON = {
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated pages."""
     pages = {
+        "quickstart.md": notebook(ROOT / "docs/quickstart.ipynb"),
         "reference/commands.md": commands(),
         "reference/recipe-keys.md": recipe_keys(),
         "reference/python.md": python(),
@@ -51,6 +53,24 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for name, content in pages.items():
         files.append(File.generated(config, name, content=content))
     return files
+
+
+def notebook(path: Path) -> str:
+    """A notebook as a page: its cells with the outputs that are saved in it."""
+    parts = []
+    for cell in json.loads(path.read_text())["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", []):
+            image = output.get("data", {}).get("image/png")
+            text = "".join(output.get("text", []))
+            parts.append(
+                f'<img alt="output" src="data:image/png;base64,{image.strip()}">'
+                if image
+                else f"```text\n{text}```"
+            )
+    parts.insert(1, f"[Download this page as a notebook]({path.name})")
+    return "\n\n".join(parts) + "\n"
 
 
 def commands() -> str:
