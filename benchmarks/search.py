@@ -23,8 +23,8 @@ import json
 import math
 import os
 import re
-import resource
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -130,6 +130,26 @@ def scene_queries(scenes: Path) -> tuple[Queries, calibration.Kinds, dict[str, n
     return queries, calibration.Kinds(others, said), asked
 
 
+class PeakMemory(threading.Thread):
+    """Most memory of this process meanwhile, without the pages of mapped files, which are lent."""
+
+    def __enter__(self) -> "PeakMemory":
+        self.gigabytes, self.ended = 0.0, threading.Event()
+        self.start()
+        return self
+
+    def run(self) -> None:
+        """Look twenty times a second."""
+        while not self.ended.wait(0.05):
+            for line in Path("/proc/self/status").read_text().splitlines():
+                if line.startswith("RssAnon:"):
+                    self.gigabytes = max(self.gigabytes, int(line.split()[1]) / 2**20)
+
+    def __exit__(self, *_: object) -> None:
+        self.ended.set()
+        self.join()
+
+
 class Timed:
     """Milliseconds of a query by itself, by the clock and by the processor's time."""
 
@@ -192,7 +212,10 @@ def run(
     measured, spent = calibrated(store, others)
     head |= spent
     print("\n" + ", ".join(f"{key} {_short(value)}" for key, value in head.items()), flush=True)
-    rows = list(searched(store, queries, measured, judge))
+    with PeakMemory() as memory:
+        rows = list(searched(store, queries, measured, judge))
+    head["searched_gb"] = memory.gigabytes
+    print(f"  memory while searching: {memory.gigabytes:.2f} GB")
     found = {**head, "rows": rows, "filters": filtered(store, queries, measured)}
     return found | {"mining": mined(store, next(iter(queries.values())))}
 
@@ -200,7 +223,8 @@ def run(
 def built(store: Store, codes: str) -> dict[str, Any]:
     """Make the index: what it takes."""
     started, cpu = time.perf_counter(), time.process_time()
-    index = build(store, codes)
+    with PeakMemory() as memory:
+        index = build(store, codes)
     built_s, built_cpu_s = time.perf_counter() - started, time.process_time() - cpu
     opened = time.perf_counter()
     Store.open(store.folder).index()
@@ -215,7 +239,7 @@ def built(store: Store, codes: str) -> dict[str, Any]:
         "store_bytes": size - index.size_bytes,
         "built_s": built_s,
         "built_cpu_s": built_cpu_s,
-        "built_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "built_gb": memory.gigabytes,
         "opened_ms": opened_ms,
     }
 
