@@ -117,7 +117,7 @@ class _Repeated(torch.autograd.Function):
 _PLAIN_LAYER_NORM = functional.layer_norm
 
 
-def _layer_norm(input: Tensor, shape: Any, weight: Any = None, bias: Any = None, *args: Any) -> Any:
+def _layer_norm(input: Any, shape: Any, weight: Any = None, bias: Any = None, *args: Any) -> Any:
     if torch.is_autocast_enabled("cpu"):
         input, weight, bias = (t if t is None else t.float() for t in (input, weight, bias))
     return _PLAIN_LAYER_NORM(input, shape, weight, bias, *args)

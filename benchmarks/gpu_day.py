@@ -177,7 +177,7 @@ class _SentenceTransformers(nn.Module):
         embedded = [self.model(dict(rows))["sentence_embedding"] for rows in (queries, candidates)]
         count = len(embedded[0])
         parts = [embedded[0], embedded[1][:count], embedded[1][count:]]
-        return self.loss.compute_loss_from_embeddings(parts, None)
+        return self.loss.compute_loss_from_embeddings(parts, torch.empty(0))
 
 
 class _Features(nn.Module):
@@ -225,7 +225,7 @@ def _unpacked(rows: dict[str, Tensor]) -> dict[str, Tensor]:
         return rows
     counts = rows["image_grid_thw"].prod(dim=1).tolist()
     parts = rows["pixel_values"].split(counts)
-    return {**rows, "pixel_values": nn.utils.rnn.pad_sequence(parts, batch_first=True)}
+    return {**rows, "pixel_values": nn.utils.rnn.pad_sequence(list(parts), batch_first=True)}
 
 
 def _colpali(config: Any) -> nn.Module:

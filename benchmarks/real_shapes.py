@@ -189,15 +189,15 @@ class Trainee:
         ]
         plain = [(module, module.forward) for module in frozen]
         for module, forward in plain:
-            module.forward = torch.no_grad()(forward)
+            vars(module)["forward"] = torch.no_grad()(forward)
         was = [m for m in backbone.modules() if getattr(m, "gradient_checkpointing", False)]
         for module in was:
-            module.gradient_checkpointing = False
+            vars(module)["gradient_checkpointing"] = False
         try:
             return self.count(calls)
         finally:
             for module in was:
-                module.gradient_checkpointing = True
+                vars(module)["gradient_checkpointing"] = True
             for module, _ in plain:
                 del module.forward
 
@@ -323,7 +323,7 @@ def costs(trainee: Trainee) -> Costs:
 
     def call(*items: Item) -> tuple[dict[str, Tensor], Work]:
         inputs = process(items, "query")
-        return inputs, Work.of(config, *inputs["input_ids"].shape, num_patches(inputs))
+        return inputs, _work(config, inputs)
 
     text, long = call(Item(text_of(limit))), call(Item(text_of(limit), PICTURE))
     calls = {"text": text, "picture": call(Item("a", PICTURE))}
@@ -338,10 +338,7 @@ def costs(trainee: Trainee) -> Costs:
     flops = Cost([(works[n], c.flops - c.attention, c.attention) for n, c in counted.items()])
     step = _step_calls(trainee)
     found = trainee.count([(inputs, side) for inputs, side in step])
-    expected = sum(
-        flops(Work.of(config, *inputs["input_ids"].shape, num_patches(inputs)))
-        for inputs, _ in step
-    )
+    expected = sum(flops(_work(config, inputs)) for inputs, _ in step)
     return Costs(
         flops,
         Cost(
@@ -489,7 +486,8 @@ def of_source(trainee: Trainee, cost: Costs, source: Any) -> dict[str, float]:
 
 
 def _work(config: Any, inputs: dict[str, Tensor]) -> Work:
-    return Work.of(config, *inputs["input_ids"].shape, num_patches(inputs))
+    rows, length = inputs["input_ids"].shape
+    return Work.of(config, rows, length, num_patches(inputs))
 
 
 def of_mix(trainee: Trainee, cost: Costs) -> dict[str, Any]:

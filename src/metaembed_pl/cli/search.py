@@ -112,7 +112,7 @@ def _check(args: argparse.Namespace) -> None:
                 flag = name.replace("_", "-")
                 raise UserError(f"--{flag} needs a --store: make one with `embed`")
     named = args.budget is not None and (args.store is None or args.budget != "auto")
-    if named:
+    if args.budget is not None and named:
         Budget.parse(args.budget)
     _check_plan(args, named)
     for name in ("top", "batch_size"):
