@@ -144,6 +144,20 @@ def test_grows_by_segments_that_are_merged_when_they_are_small(store, monkeypatc
         assert_all_is_there(store)
 
 
+def test_segments_are_bounded_by_bytes_and_find_the_same(made, store, monkeypatch):
+    row_bytes = 8 * (WIDTH + 8)
+    monkeypatch.setattr(index_build, "SEGMENT_BYTES", 250 * row_bytes)
+    index = build(store)
+    assert [(one.first, one.end) for one in index.manifest.segments] == [
+        (0, 250),
+        (250, 500),
+        (500, COUNT),
+    ]
+    for plan in PLANS:
+        found, expected = store.search(QUERIES, cascade=plan), made.search(QUERIES, cascade=plan)
+        assert found.ids == expected.ids
+
+
 def test_tells_when_it_no_longer_fits(store, monkeypatch):
     monkeypatch.setattr(index_build, "LEFT_OUT_AT_MOST", 10)
     store.add([f"other {i}" for i in range(200)], unit(200, 8, WIDTH, seed=77))

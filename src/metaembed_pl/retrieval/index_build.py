@@ -45,8 +45,8 @@ TRAINED_WITH = 40
 """Vectors a centre."""
 ITERATIONS = 8
 ROWS_AT_A_TIME, VECTORS_AT_A_TIME = 2048, 512
-SEGMENT_ROWS = 2**20
-"""At most: a segment is made in memory."""
+SEGMENT_BYTES = 2**30
+"""About the most: a segment is made in memory, where its lists take up to twice as much."""
 LEFT_OUT_AT_MOST = 4096
 """Items that are not in the index yet: to score them all takes a few milliseconds."""
 
@@ -216,9 +216,11 @@ def _segments(
     """Write the items from a row on; those that were deleted are left out."""
     empty = faiss.read_index(str(folder / trained))
     num_rows = snapshot.manifest.num_rows
+    row_bytes = snapshot.manifest.num_slots * (empty.code_size + 8)
+    step = max(1, SEGMENT_BYTES // row_bytes)
     found = []
-    for begin in range(first, num_rows, SEGMENT_ROWS):
-        end = min(begin + SEGMENT_ROWS, num_rows)
+    for begin in range(first, num_rows, step):
+        end = min(begin + step, num_rows)
         segment = faiss.clone_index(empty)
         sums = 0.0
         for places, vectors in _items(snapshot, begin, end):
