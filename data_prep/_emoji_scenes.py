@@ -13,8 +13,8 @@ from itertools import chain, count, islice
 
 import numpy as np
 
+from metaembed_pl.data.parallel import in_order, progress
 from metaembed_pl.data_prep._openmoji import Picture
-from metaembed_pl.data_prep._parallel import in_order, progress
 from metaembed_pl.data_prep._raster import GRID, Drawn, encode_shown
 from metaembed_pl.item import Item, Pair
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import combinations, count, islice, product
 
+from metaembed_pl.data.parallel import in_order, progress
 from metaembed_pl.data_prep._emoji_scenes import NUM_TILES, compose
 from metaembed_pl.data_prep._openmoji import Picture
-from metaembed_pl.data_prep._parallel import in_order, progress
 from metaembed_pl.data_prep._raster import Drawn
 from metaembed_pl.item import Item, Pair
 

@@ -8,6 +8,7 @@ import numpy as np
 import resvg_py
 from PIL import Image
 
+from metaembed_pl.data.parallel import in_order, progress
 from metaembed_pl.data_prep._openmoji import (
     Picture,
     find_twins,
@@ -15,7 +16,6 @@ from metaembed_pl.data_prep._openmoji import (
     same_names,
     svg_folder,
 )
-from metaembed_pl.data_prep._parallel import in_order, progress
 
 GRID = 3  # a scene is GRID x GRID pictures
 

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from metaembed_pl.data.beir import RetrievalSetWriter
+from metaembed_pl.data.parallel import in_order, progress
+from metaembed_pl.data.product import SHOWN, check_picture, kind_of, listed, loaded
 from metaembed_pl.data.shard_index import sha256_of
-from metaembed_pl.data_prep._parallel import in_order, progress
-from metaembed_pl.data_prep._source import SHOWN, check_picture, kind_of, listed, loaded, main_of
+from metaembed_pl.data_prep._source import main_of
 from metaembed_pl.errors import UserError
 from metaembed_pl.files import write_text
 from metaembed_pl.item import Item

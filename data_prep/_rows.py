@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-from metaembed_pl.errors import UserError
+from metaembed_pl.errors import Unreachable, UserError
 from metaembed_pl.files import new_folder
 
 MAX_BYTES = 200_000_000
@@ -34,7 +34,7 @@ def read_rows(where: str, files: str, columns: Iterable[str] = ()) -> Iterator[d
     Raises:
         UserError: the package `datasets` is missing, no such file, a broken one, or one without a
             column.
-        CutOff: the hub is out of reach.
+        Unreachable: the hub is out of reach.
     """
     try:
         from datasets import load_dataset
@@ -67,7 +67,7 @@ def read_rows(where: str, files: str, columns: Iterable[str] = ()) -> Iterator[d
     except UserError:
         raise
     except (OSError, TimeoutError) as error:
-        raise CutOff(f"cannot read {files} of {where}: {error}") from error
+        raise Unreachable(f"cannot read {files} of {where}: {error}") from error
     except ValueError as error:  # pyarrow's errors of broken files are of this kind
         raise UserError(f"{where}: {files} cannot be read: {error}") from error
 
@@ -80,7 +80,7 @@ def fetch(where: str, file: str) -> Path | None:
         file: its path there.
 
     Raises:
-        CutOff: the hub is out of reach.
+        Unreachable: the hub is out of reach.
     """
     if Path(where).is_dir():
         path = Path(where) / file
@@ -91,15 +91,11 @@ def fetch(where: str, file: str) -> Path | None:
     try:
         return Path(hf_hub_download(where, file, repo_type="dataset"))
     except LocalEntryNotFoundError as error:
-        raise CutOff(f"cannot download {file} of {where}: the hub is out of reach") from error
+        raise Unreachable(f"cannot download {file} of {where}: the hub is out of reach") from error
     except EntryNotFoundError:
         return None
     except (HfHubHTTPError, OSError) as error:
-        raise CutOff(f"cannot download {file} of {where}: {error}") from error
-
-
-class CutOff(Exception):
-    """Reading ended for no fault of the data: complete shards are kept, and a later run goes on."""
+        raise Unreachable(f"cannot download {file} of {where}: {error}") from error
 
 
 @dataclass(frozen=True)

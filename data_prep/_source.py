@@ -1,77 +1,17 @@
-"""What the scripts of this folder share: flags, checking in processes, resume, the data card.
-
-A script yields *drafts*, pairs as JSON says them, whose pictures may be paths, bytes or `Named`:
-
-    {"id": "CIRR:17", "query": {"text": "with a hat", "image": Named(...)}, "positive": {...}}
-
-Processes read and decode them; what cannot be used is dropped and counted, a bad hard negative by
-itself. The rest goes to shards, in order. A run that was killed goes on after its last complete
-shard, and what is finished already is kept.
-"""
+"""What the scripts of this folder share: flags, exit statuses, what is printed."""
 
 import argparse
-import hashlib
-import re
 import shlex
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
-from functools import partial
-from itertools import islice
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
-from metaembed_pl.data.shard_index import MANIFEST_FILE, sha256_of
-from metaembed_pl.data.shards import ShardedPairs, ShardWriter
-from metaembed_pl.data_prep._parallel import count_cores, in_order, progress
-from metaembed_pl.data_prep._rows import CutOff, Named
-from metaembed_pl.errors import UserError
-from metaembed_pl.files import disk_error, write_text
-from metaembed_pl.item import Item, Pair, stable_hash
-
-Draft = dict[str, Any]
-BUCKETS = 1000  # what share can be held out, in steps of a thousandth
-JUDGED_FROM = 1000  # pairs; before that a share of dropped ones says little
-SHOWN = 5  # dropped pairs that are named
-REMEMBERED = 200_000  # pictures that a process knows to decode; a digest each
-_DECODED: set[bytes] = set()
-
-
-@dataclass(frozen=True)
-class Product:
-    """Shards that are written atomically, with one card.
-
-    Args:
-        name: the source's name in metrics and logs.
-        folder: where they stand; the card lies in it.
-        drafts: makes the drafts, from the first one on, every time the same.
-        source: where the data are from.
-        held_out: share of the candidates (or of what drafts say by `held_out_by`) for `test/`
-            beside `train/`; None writes shards into `folder` itself.
-        settings: all that decides the pairs.
-        licence, attribution, note: for manifest and card.
-    """
-
-    name: str
-    folder: Path
-    drafts: Callable[[], Iterable[Draft]]
-    source: str
-    held_out: float | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
-    licence: str = ""
-    attribution: str = ""
-    note: str = ""
-
-    @property
-    def splits(self) -> dict[str, Path]:
-        """Folders of shards by split; the split of shards that are not divided is empty."""
-        if self.held_out is None:
-            return {"": self.folder}
-        names = ("train", "test") if self.held_out else ("train",)
-        return {name: self.folder / name for name in names}
+from metaembed_pl.data.parallel import count_cores
+from metaembed_pl.data.product import Making, Product, listed, make
+from metaembed_pl.errors import Unreachable, UserError
+from metaembed_pl.files import disk_error
 
 
 def run(
@@ -93,7 +33,7 @@ def run(
 
     def build(options: argparse.Namespace) -> None:
         for product in products(options):
-            make(product, options)
+            make_and_print(product, options)
 
     return main_of(script, about, build, declare, argv)
 
@@ -131,6 +71,8 @@ def main_of(
     try:
         _check(options)
         build(options)
+    except Unreachable as error:
+        return _stopped(called, str(error), 1)
     except UserError as error:
         print(f"{called}: {error}", file=sys.stderr)
         return 2
@@ -140,16 +82,17 @@ def main_of(
             raise
         print(f"{called}: {message}", file=sys.stderr)
         return 2
-    except (CutOff, BrokenProcessPool, KeyboardInterrupt) as error:
-        reason = {
-            BrokenProcessPool: "a process died (for want of memory? give fewer --num-workers)",
-            KeyboardInterrupt: "interrupted",
-        }.get(type(error), str(error))
-        print(
-            f"{called}: {reason}; complete shards are kept: run it again to go on", file=sys.stderr
-        )
-        return 130 if isinstance(error, KeyboardInterrupt) else 1
+    except BrokenProcessPool:
+        return _stopped(called, "a process died (for want of memory? give fewer --num-workers)", 1)
+    except KeyboardInterrupt:
+        return _stopped(called, "interrupted", 130)
     return 0
+
+
+def _stopped(called: str, reason: str, status: int) -> int:
+    advice = "complete shards are kept: run it again to go on"
+    print(f"{called}: {reason}; {advice}", file=sys.stderr)
+    return status
 
 
 def declare_source(
@@ -177,106 +120,15 @@ def declare_source(
         )
 
 
-def make(product: Product, options: argparse.Namespace) -> None:
-    """Write a product that is not there yet, and its card; say what there is.
-
-    Raises:
-        UserError: a folder that must not be overwritten, too much that had to be dropped, or a
-            split without any pair.
-    """
-    settings = {**product.settings, "limit": options.limit}
-    state = "kept"
-    if options.force or not all(_is_made(path, settings) for path in product.splits.values()):
-        _write(product, settings, options)
-        state = "written"
-    made = {split: ShardedPairs(path) for split, path in product.splits.items()}
-    write_text(product.folder / "README.md", _card(product, made))
-    for pairs in made.values():
+def make_and_print(product: Product, options: argparse.Namespace) -> None:
+    """Make a product, and say what there is."""
+    how = {field.name: getattr(options, field.name) for field in fields(Making)}
+    made = make(product, Making(**how))
+    for pairs in made.splits.values():
         size = sum(shard["bytes"] for shard in pairs.manifest["shards"]) / 1e6
+        state = "written" if made.is_new else "kept"
         print(f"{pairs.folder}: {len(pairs):,} pairs, {size:.1f} MB, {state}")
-    dropped = _total(made, "dropped")
-    print(f"dropped: {sum(dropped.values()):,}" + listed(dropped))
-
-
-@dataclass(frozen=True)
-class Checked:
-    """What became of a draft.
-
-    Args:
-        id: the draft's.
-        pair: None if it cannot be used, or belongs to another split.
-        dropped: why it cannot be used.
-        left_out: why hard negatives of it cannot be.
-    """
-
-    id: str
-    pair: Pair | None = None
-    dropped: str | None = None
-    left_out: tuple[str, ...] = ()
-
-
-def check(draft: Draft, held_out: float | None = None, split: str = "") -> Checked:
-    """Read and decode all of a draft.
-
-    Args:
-        draft: a pair as JSON says it; pictures may be `Named`, items may be `Item`. What it has as
-            `held_out_by` decides its split, instead of its candidate.
-        held_out: share of the candidates that the test owns; None where nothing is divided.
-        split: `train` or `test`, where it is.
-    """
-    draft, left_out = dict(draft), []
-    id, owner = str(draft["id"]), draft.pop("held_out_by", None)
-    try:
-        if owner is not None and held_out and is_held_out(owner, held_out) != (split == "test"):
-            return Checked(id)
-        positive = loaded(draft["positive"], "positive")
-        if owner is not None:
-            held_out = None
-        elif held_out and is_held_out(positive.uid, held_out) != (split == "test"):
-            return Checked(id)
-        query = loaded(draft["query"], "query")
-        for item in (query, positive):
-            check_picture(item)
-        negatives = []
-        for value in draft.get("negatives") or ():
-            try:
-                negatives.append(_negative(value, positive, held_out if split == "train" else None))
-            except UserError as error:
-                left_out.append(str(error))
-        draft = {**draft, "id": id, "query": query, "positive": positive, "negatives": negatives}
-        return Checked(id, Pair.parse(draft), left_out=tuple(left_out))
-    except UserError as error:
-        return Checked(id, dropped=str(error))
-
-
-def is_held_out(uid: str, share: float) -> bool:
-    """Whether the test owns a candidate, by its uid: its id or, without one, its content."""
-    return stable_hash(uid) % BUCKETS < share * BUCKETS
-
-
-def check_picture(item: Item) -> None:
-    """Decode an item's picture, if it has one that this process has not decoded before.
-
-    Raises:
-        UserError: it does not decode, or is too large.
-    """
-    if item.image is None:
-        return
-    digest = hashlib.sha256(item.image_content()).digest()
-    if digest not in _DECODED:
-        item.load_image()
-        if len(_DECODED) >= REMEMBERED:
-            _DECODED.clear()
-        _DECODED.add(digest)
-
-
-def kind_of(reason: str) -> str:
-    """A reason without its particulars, to count by.
-
-    >>> kind_of("picture not found: a.png"), kind_of("the image does not decode (cut): expected")
-    ('picture not found', 'the image does not decode')
-    """
-    return re.split(r"[:(;]", reason, maxsplit=1)[0].strip()
+    print(f"dropped: {made.dropped.total():,}" + listed(made.dropped))
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -289,171 +141,3 @@ def _check(options: argparse.Namespace) -> None:
     held_out = getattr(options, "held_out", None)
     if held_out is not None and not 0 <= held_out < 1:
         raise UserError(f"--held-out is a share, 0 to below 1, not {held_out}")
-
-
-def _is_made(folder: Path, settings: dict[str, Any]) -> bool:
-    try:
-        manifest = ShardedPairs(folder).manifest
-    except UserError:
-        return False
-    return "record" in manifest and manifest.get("settings") == settings
-
-
-def _write(product: Product, settings: dict[str, Any], options: argparse.Namespace) -> None:
-    card = product.folder / "README.md"
-    if card.exists() and not any(path.is_dir() for path in product.splits.values()):
-        raise UserError(f"{card} is there already and not ours: choose another --out")
-    writers = {
-        split: ShardWriter(
-            path,
-            product.name,
-            licence=product.licence if options.licence is None else options.licence,
-            attribution=product.attribution,
-            source=product.source,
-            note=product.note,
-            settings=settings,
-            overwrite=options.force,
-            resume=not options.force,
-        )
-        for split, path in product.splits.items()
-    }
-    with ExitStack() as stack:
-        for split, writer in writers.items():
-            stack.enter_context(writer)
-            if not writer.record:
-                writer.record = {"command": "", "rows": 0, "dropped": {}, "left_out": {}}
-            writer.record["command"] = options.command
-            _fill(writer, product, split, options)
-        # While nothing has its place yet.
-        _judge(writers.values(), options.max_dropped)
-        for split, writer in writers.items():
-            if not writer.num_pairs:
-                rows = writer.record["rows"]
-                raise UserError(
-                    f"{product.name}: none of {rows:,} rows made a pair: is it the right --from?"
-                    if product.held_out is None
-                    else f"no pair fell to {split} with --held-out {product.held_out} of {rows:,} "
-                    "pairs: change that share, or give more candidates"
-                )
-
-
-def _fill(writer: ShardWriter, product: Product, split: str, options: argparse.Namespace) -> None:
-    record = writer.record
-    done = record["rows"]
-    drafts = islice(product.drafts(), done, options.limit)
-    function = partial(check, held_out=product.held_out, split=split)
-    checked = in_order(function, drafts, options.num_workers)
-    what = f"{product.name} {split}".strip()
-    for result in progress(checked, what, options.limit, done):
-        record["rows"] += 1
-        for reason in result.left_out:
-            _count(record["left_out"], reason)
-        if result.dropped is not None:
-            if sum(record["dropped"].values()) < SHOWN:
-                print(f"dropped {result.id}: {result.dropped}", file=sys.stderr)
-            _count(record["dropped"], result.dropped)
-            _judge([writer], options.max_dropped, at_least=JUDGED_FROM)
-        elif result.pair is not None:
-            writer.write(result.pair)
-
-
-def _count(counts: dict[str, int], reason: str) -> None:
-    kind = kind_of(reason)
-    counts[kind] = counts.get(kind, 0) + 1
-
-
-def _judge(writers: Iterable[ShardWriter], max_dropped: float, at_least: int = 0) -> None:
-    """Stop if too much had to be dropped.
-
-    Raises:
-        UserError: more than `max_dropped` of the pairs, or of `at_least` so many.
-    """
-    writers = list(writers)
-    reasons = Counter()
-    for writer in writers:
-        reasons.update(writer.record["dropped"])
-    total = sum(writer.num_pairs for writer in writers) + reasons.total()
-    if reasons.total() > max_dropped * max(total, at_least):
-        raise UserError(
-            f"{reasons.total()} of {total} pairs cannot be used, more than --max-dropped "
-            f"{max_dropped}{listed(reasons)}"
-        )
-
-
-def loaded(value: Any, side: str) -> Item:
-    """An item of a draft, with its picture read.
-
-    Raises:
-        UserError: neither text nor picture, or a picture that cannot be read.
-    """
-    if isinstance(value, str):
-        value = {"text": value}
-    if isinstance(value, dict):
-        value = {key: given for key, given in value.items() if given}
-        if not value.keys() & {"text", "image"}:
-            raise UserError(f"empty {side}")
-        image = value.get("image")
-        value = Item.parse({**value, "image": image.read() if isinstance(image, Named) else image})
-    if isinstance(value.image, Path):
-        try:
-            return replace(value, image=value.image.read_bytes())
-        except OSError as error:
-            name = value.image.name
-            raise UserError(f"picture cannot be read: {name} ({error.strerror})") from error
-    return value
-
-
-def _negative(value: Any, positive: Item, held_out: float | None) -> Item:
-    item = loaded(value, "hard negative")
-    if item.uid == positive.uid:
-        raise UserError("hard negative is the positive itself")
-    if held_out and is_held_out(item.uid, held_out):
-        raise UserError("hard negative is held out")
-    check_picture(item)
-    return item
-
-
-def _total(made: dict[str, ShardedPairs], what: str) -> Counter[str]:
-    total = Counter()
-    for pairs in made.values():
-        total.update(pairs.manifest["record"][what])
-    return total
-
-
-def listed(reasons: Counter[str]) -> str:
-    """Counted reasons in brackets, most frequent first."""
-    if not reasons:
-        return ""
-    return " (" + "; ".join(f"{kind}: {count:,}" for kind, count in reasons.most_common()) + ")"
-
-
-def _card(product: Product, made: dict[str, ShardedPairs]) -> str:
-    manifest = next(iter(made.values())).manifest
-    rows = "".join(
-        f"| {split or 'train'} | {len(pairs):,} | "
-        f"{sum(shard['bytes'] for shard in pairs.manifest['shards']) / 1e6:,.1f} MB | "
-        f"{sha256_of(Path(pairs.folder) / MANIFEST_FILE)} |\n"
-        for split, pairs in made.items()
-    )
-    about = {
-        "Source": manifest["source"],
-        "Licence": manifest["licence"] or "unknown: look it up before you pass the shards on",
-        "Attribution": manifest["attribution"],
-        "Note": manifest["note"],
-        "Settings": ", ".join(
-            f"{key} {value}" for key, value in manifest["settings"].items() if value is not None
-        ),
-        "Dropped pairs": f"{_total(made, 'dropped').total():,}" + listed(_total(made, "dropped")),
-        "Hard negatives left out": f"{_total(made, 'left_out').total():,}"
-        + listed(_total(made, "left_out")),
-    }
-    lines = "".join(f"- **{key}**: {value}\n" for key, value in about.items() if value)
-    return f"""# {product.name}
-
-| split | pairs | size | SHA-256 of manifest.json |
-|---|---|---|---|
-{rows}
-{lines}- **Made by**: `{manifest["record"]["command"]}`
-
-`manifest.json` holds the checksum of every shard.
-"""

@@ -26,7 +26,8 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from metaembed_pl.data_prep._source import Draft, Product, run
+from metaembed_pl.data.product import Draft, Product
+from metaembed_pl.data_prep._source import run
 from metaembed_pl.errors import UserError
 from metaembed_pl.files import as_on_disk
 from metaembed_pl.item import read_json_lines

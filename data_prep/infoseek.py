@@ -31,8 +31,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from metaembed_pl.data.product import Draft, Product
 from metaembed_pl.data_prep._rows import Named, fetch, unpack
-from metaembed_pl.data_prep._source import Draft, Product, declare_source, run
+from metaembed_pl.data_prep._source import declare_source, run
 from metaembed_pl.errors import UserError
 
 HUB = "TIGER-Lab/M-BEIR"

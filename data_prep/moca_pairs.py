@@ -34,9 +34,10 @@ from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
+from metaembed_pl.data.product import Draft, Product
 from metaembed_pl.data_prep._mmeb import TRAIN_SUBSETS, item, places
 from metaembed_pl.data_prep._rows import fetch, read_rows, unpack
-from metaembed_pl.data_prep._source import Draft, Product, declare_source, run
+from metaembed_pl.data_prep._source import declare_source, run
 from metaembed_pl.errors import UserError
 from metaembed_pl.item import stable_hash
 

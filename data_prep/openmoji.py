@@ -135,6 +135,7 @@ def _is_built(folder: Path, settings: dict) -> bool:
 
 def _makers(options: argparse.Namespace) -> dict[str, Callable[..., Iterable[Pair]]]:
     """Draw the pictures and return what makes each source's pairs of a split."""
+    from metaembed_pl.data.parallel import count_cores
     from metaembed_pl.data_prep._emoji_pairs import edit_pairs, name_pairs, picture_pairs
     from metaembed_pl.data_prep._emoji_scenes import (
         SMALL_SCENES,
@@ -145,7 +146,6 @@ def _makers(options: argparse.Namespace) -> dict[str, Callable[..., Iterable[Pai
     )
     from metaembed_pl.data_prep._emoji_several import NUM_THINGS, make_families, several_pairs
     from metaembed_pl.data_prep._openmoji import load_pictures
-    from metaembed_pl.data_prep._parallel import count_cores
     from metaembed_pl.data_prep._raster import draw
 
     languages = list(dict.fromkeys(options.languages.split(",")))

@@ -37,20 +37,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from metaembed_pl.data.parallel import in_order, progress
+from metaembed_pl.data.product import Draft, Product, is_held_out, kind_of, listed
 from metaembed_pl.data.shard_index import sha256_of
-from metaembed_pl.data_prep._parallel import in_order, progress
 from metaembed_pl.data_prep._pdf import Document, read_document, render
 from metaembed_pl.data_prep._retrieval import Benchmark, Record
 from metaembed_pl.data_prep._retrieval import make as make_benchmark
-from metaembed_pl.data_prep._source import (
-    Draft,
-    Product,
-    is_held_out,
-    kind_of,
-    listed,
-    main_of,
-    make,
-)
+from metaembed_pl.data_prep._source import main_of, make_and_print
 from metaembed_pl.errors import UserError
 from metaembed_pl.files import write_text
 from metaembed_pl.picture import files_below
@@ -355,7 +348,7 @@ def build(options: argparse.Namespace) -> None:
     kinds = Counter(query.kind for query in library.queries.values())
     print(f"queries: {kinds['title']:,} titles, {kinds['term']:,} terms")
     write_items(library, options.out / "items.jsonl")
-    make(
+    make_and_print(
         Product(
             name=name_of(options),
             folder=options.out,

@@ -16,8 +16,9 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 
+from metaembed_pl.data.product import Draft, Product
 from metaembed_pl.data_prep._rows import read_rows
-from metaembed_pl.data_prep._source import Draft, Product, declare_source, run
+from metaembed_pl.data_prep._source import declare_source, run
 from metaembed_pl.errors import UserError
 
 HUBS = {

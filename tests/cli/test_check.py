@@ -427,3 +427,22 @@ def test_a_gated_model_says_where_its_licence_is(recipe, capsys, monkeypatch):
     (note,) = json.loads(capsys.readouterr().out)["notes"]
     page = "https://huggingface.co/meta-llama/Llama-3.2-11B-Vision-Instruct"
     assert f"accept the licence at {page}, then log in" in note
+
+
+def test_a_table_here_becomes_shards_and_one_elsewhere_is_told(
+    recipe, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("METAEMBED_CACHE", str(tmp_path / "cache"))
+    pairs = [{"query": f"q {i}", "positive": f"p {i}"} for i in range(24)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    val = [{"path": "preset:flickr30k"}]
+    file = recipe(data__train=[{"path": str(tmp_path / "mine.jsonl")}], data__val=val)
+    assert check("--config", file, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["steps"]["num_pairs"] == 24
+    told = (
+        f"nlphuji/flickr30k: not looked at; the first fit reads it and makes shards in {tmp_path}"
+    )
+    assert any(told in note for note in found["notes"])
+    assert check("--config", recipe(data__train=[{"path": "preset:coca"}])) == 2
+    assert "fault: data: preset:coca: presets with a place" in capsys.readouterr().err

@@ -7,9 +7,9 @@ import tarfile
 import pytest
 
 import hub
+from metaembed_pl.data.mapping import PRESETS
 from metaembed_pl.data.shards import ShardedPairs
 from metaembed_pl.data_prep import pairs as script
-from metaembed_pl.data_prep._mapped import PRESETS
 
 
 def run(out, *options):
@@ -152,9 +152,10 @@ def test_json_lines_and_csv_have_their_columns_too(tmp_path):
     ("options", "message"),
     [
         (("--columns", "query=words,positive=b"), "has no column 'words'; it has a, b"),
-        (("--columns", "qwery=a"), "--columns has unknown key 'qwery'; known are id, query"),
+        (("--columns", "qwery=a"), "columns has unknown key 'qwery'; known are id, query"),
         (("--columns", "query"), "--columns takes KEY=COLUMN,... such as text=caption"),
-        ((), "has the columns a, b: say which is the query, as in --columns query=question"),
+        ((), "has unknown column 'a'; known are id, query"),
+        (("--columns", "query=a"), "needs a column 'positive' or 'positive_image', or say which"),
         (("--pairs", "x.jsonl"), "give --pairs FILE, or --from or --preset, one of them"),
     ],
 )

@@ -78,7 +78,7 @@ def test_a_bad_picture_is_left_out_named_and_counted(tmp_path, capsys):
     file = write_pairs(tmp_path / "mine", bad=2)
     assert run(file, tmp_path / "out", "--max-dropped", "0.1") == 0
     printed = capsys.readouterr()
-    assert "dropped pairs:1: " in printed.err
+    assert "dropped mine/pairs.jsonl:1: " in printed.err
     assert "dropped: 2" in printed.out
     kept = [len(ShardedPairs(tmp_path / "out" / split)) for split in ("train", "test")]
     assert sum(kept) == 58
@@ -207,6 +207,7 @@ def test_every_form_gives_the_same_pairs(tmp_path, form):
         ("p.csv", "query,id\na,b\n", "p.csv needs a column 'positive' or 'positive_image'"),
         ("p.csv", "query,positive\na,b,c\n", "p.csv:2: not as many fields as columns"),
         ("p.csv", "query,positive,negatives\na,b,no\n", "p.csv:2: negatives: expected a JSON list"),
+        ("p.csv", "query,positive\n,b\n", "p.csv:2: no query"),
         ("p.csv", b"query,positive\n\xff,b\n", "p.csv is not CSV in UTF-8"),
         ("p.jsonl", '{"query": "a", "positive": "b"}\n[1]\n', "p.jsonl:2: a pair must be a JSON"),
         ("p.jsonl", '{"query": "a"', "p.jsonl:1: not a line of JSON"),
@@ -217,7 +218,7 @@ def test_every_form_gives_the_same_pairs(tmp_path, form):
             "p.jsonl:1: a picture is not base64",
         ),
         ("p.jsonl", '{"id": "x", "query": "a", "positive": "b"}\n' * 2, "p.jsonl:2: id 'x' was"),
-        ("p.txt", "a", "expected one of .jsonl, .json, .csv, .parquet, not '.txt'"),
+        ("p.txt", "a", "expected one of .jsonl, .json, .csv, .parquet, .tar, not '.txt'"),
         ("p.parquet", b"PAR1", "p.parquet"),
         (
             "p.jsonl",

@@ -8,8 +8,8 @@ import zipfile
 import pytest
 
 import hub
-from metaembed_pl.data_prep._rows import CutOff, Named, fetch, read_rows, unpack
-from metaembed_pl.errors import UserError
+from metaembed_pl.data_prep._rows import Named, fetch, read_rows, unpack
+from metaembed_pl.errors import Unreachable, UserError
 
 
 @pytest.mark.parametrize("name", ["CIRR/a.png", "images/CIRR/a.png", "image/CIRR/a.png"])
@@ -117,7 +117,9 @@ def test_without_the_hub_a_file_is_cut_off_and_not_missing(monkeypatch):
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(CutOff, match=r"cannot download images\.zip of some/where: the hub is out"):
+    with pytest.raises(
+        Unreachable, match=r"cannot download images\.zip of some/where: the hub is out"
+    ):
         fetch("some/where", "images.zip")
-    with pytest.raises(CutOff, match=r"cannot read data/\*\.parquet of some/where"):
+    with pytest.raises(Unreachable, match=r"cannot read data/\*\.parquet of some/where"):
         next(read_rows("some/where", "data/*.parquet"))

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 import hub
+from metaembed_pl.data.parallel import in_order
+from metaembed_pl.data.product import Product, check, is_held_out
 from metaembed_pl.data.shards import ShardedPairs, verify
-from metaembed_pl.data_prep._parallel import in_order
-from metaembed_pl.data_prep._source import Product, check, is_held_out, run
+from metaembed_pl.data_prep._source import run
 from metaembed_pl.item import Item
 
 ROOT = Path(__file__).parents[2]
@@ -124,7 +125,8 @@ def test_a_run_of_other_settings_takes_nothing_over(tmp_path):
 SLOW = """
 import sys, time
 from pathlib import Path
-from metaembed_pl.data_prep._source import Product, run
+from metaembed_pl.data.product import Product
+from metaembed_pl.data_prep._source import run
 
 def drafts():
     for number in range(1300):

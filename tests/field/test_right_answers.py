@@ -11,6 +11,7 @@ import pytrec_eval
 import hub
 import tiny
 from metaembed_pl.data.beir import read_retrieval_set
+from metaembed_pl.data.mapping import open_rows
 from metaembed_pl.data.retrieval_set import RetrievalSet
 from metaembed_pl.data.shards import ShardedPairs
 from metaembed_pl.data_prep import pairs as pairs_script
@@ -187,7 +188,7 @@ def test_columns_say_what_is_asked_and_answered(tmp_path):
     (tmp_path / "p.csv").write_text(
         'query,positive,positive_id,asks,answers\nred,apple,1,7,"[7, 8]"\nblue,sea,2,2,\n'
     )
-    first, second = pairs_script.read(tmp_path / "p.csv", False)
+    first, second = open_rows(str(tmp_path / "p.csv")).pairs()
     assert (first.asked_any, first.positive.answers) == (("7",), ("7", "8"))
     assert (second.asked_any, second.positive.answered) == (("2",), ("2",))
 

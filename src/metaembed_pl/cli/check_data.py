@@ -13,6 +13,7 @@ from metaembed_pl.data.beir import is_retrieval_set
 from metaembed_pl.data.collate import chosen_negatives
 from metaembed_pl.data.datamodule import RetrievalDataModule, open_eval_set
 from metaembed_pl.data.plan import Plan, PlannedSource
+from metaembed_pl.data.recipe_tables import RecipeTable
 from metaembed_pl.data.remote import is_remote
 from metaembed_pl.data.shards import ShardedPairs
 from metaembed_pl.errors import UserError
@@ -69,10 +70,11 @@ class Lengths:
 def look_at(data: RetrievalDataModule, num_ranks: int) -> Data:
     """Opens everything the recipe names, and plans its steps."""
     faults: list[str] = []
-    train = _open(data.train_sources, "data.train", faults)
+    notes: list[str] = []
+    train = _open(data.train_sources, "data.train", faults, notes)
     for part, sources in data.eval_sources.items():
         sets = [source for source in sources if is_retrieval_set(Path(source.path))]
-        _open((source for source in sources if source not in sets), f"data.{part}", faults)
+        _open((source for source in sources if source not in sets), f"data.{part}", faults, notes)
         for source in sets:
             try:
                 open_eval_set(source)
@@ -95,7 +97,7 @@ def look_at(data: RetrievalDataModule, num_ranks: int) -> Data:
     pairs = [shards for _, shards in train]
     return Data(
         faults,
-        _notes(zip(pairs, counts, strict=True)),
+        [*dict.fromkeys(notes), *_notes(zip(pairs, counts, strict=True))],
         sum(map(len, pairs)) if pairs else None,
         steps,
         sorted(set(counts)) or [data.num_negatives],
@@ -104,14 +106,21 @@ def look_at(data: RetrievalDataModule, num_ranks: int) -> Data:
     )
 
 
-def _open(sources: Iterable[Any], where: str, faults: list[str]) -> list[tuple[Any, ShardedPairs]]:
+def _open(
+    sources: Iterable[Any], where: str, faults: list[str], notes: list[str]
+) -> list[tuple[Any, ShardedPairs]]:
     found, missing = [], []
     for source in sources:
-        if not is_remote(source.path) and not Path(source.path).is_dir():
-            missing.append(source.path)
-            continue
         try:
-            found.append((source, ShardedPairs(source.path)))
+            if source.table is not None:
+                if source.table.is_elsewhere and not source.table.is_made:
+                    notes.append(_told(source.table))
+                    continue
+                source.table.make()
+            elif not is_remote(source.path) and not Path(source.path).is_dir():
+                missing.append(source.path)
+                continue
+            found.append((source, ShardedPairs(source.folder)))
         except UserError as error:
             faults.append(f"{where}: {error}")
     if missing:
@@ -121,6 +130,12 @@ def _open(sources: Iterable[Any], where: str, faults: list[str]) -> list[tuple[A
             f"{', '.join(missing)}; prepare the data first"
         )
     return found
+
+
+def _told(table: RecipeTable) -> str:
+    return (
+        f"{table.where}: not looked at; the first fit reads it and makes shards in {table.folder}"
+    )
 
 
 def _plan(

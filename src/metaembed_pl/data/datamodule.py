@@ -31,6 +31,7 @@ from metaembed_pl.data.collate import (
     with_positive_of,
 )
 from metaembed_pl.data.plan import Plan, PlannedBatch, PlannedSource
+from metaembed_pl.data.recipe_tables import RecipeTable
 from metaembed_pl.data.retrieval_set import RetrievalSet
 from metaembed_pl.data.shards import HEAD_BYTES, ShardedPairs
 from metaembed_pl.data.workers import Loader, workers_for
@@ -45,10 +46,11 @@ Questions = int | Literal["all"]
 
 @dataclass
 class TrainSource:
-    """A folder of shards to train on.
+    """A folder of shards to train on, or a table, of which shards are made at the first `fit`.
 
     Args:
-        path: the folder, or its address, such as `s3://bucket/pets`.
+        path: the folder, or its address, such as `s3://bucket/pets`; of a table a file (Parquet,
+            JSON Lines, CSV), a folder, an address, ORG/NAME of the hub, or `preset:NAME`.
         name: how logs call it; None takes the folder's manifest's.
         weight: share of the batches relative to the other sources; None for all: by size.
         num_negatives: hard negatives a query; None takes the data module's.
@@ -59,6 +61,9 @@ class TrainSource:
         max_pairs: use only so many of its pairs; None for all.
         instruction: the model reads it before each query's text.
         candidate_instruction: likewise before each candidate's.
+        columns: of a table: which column is what, such as `{query: question, positive: answer}`.
+        files: of a table: pattern of its files, such as `data/train-*`.
+        held_out: of a table: share of its candidates that only evaluation uses.
     """
 
     path: str
@@ -71,6 +76,19 @@ class TrainSource:
     max_pairs: int | None = None
     instruction: str | None = None
     candidate_instruction: str | None = None
+    columns: dict[str, str] | None = None
+    files: str = "*"
+    held_out: float = 0.0
+
+    @property
+    def table(self) -> RecipeTable | None:
+        """The table it names; None: shards."""
+        return RecipeTable.of(self.path, self.columns, self.files, self.held_out)
+
+    @property
+    def folder(self) -> str:
+        """Its shards."""
+        return self.path if self.table is None else str(self.table.shards("train"))
 
     def planned(self, shards: ShardedPairs, questions: Questions = 1) -> PlannedSource:
         """The source as the plan sees it, with so many questions where it does not say."""
@@ -108,13 +126,16 @@ class EvalSource:
     corpus, or where it has `candidates/` each its own list.
 
     Args:
-        path: the folder.
+        path: the folder; or a table, as in training.
         name: the DATASET of metric names; None takes the folder's manifest's.
         max_queries: only the first so many; None for all.
         max_candidates: a query searches no more than so many, its right ones included; None: all.
         where: only queries with these metadata, such as `{language: english}`; of retrieval sets.
         instruction: as in training.
         candidate_instruction: likewise.
+        columns: of a table, as in training.
+        files: likewise.
+        held_out: the share that training leaves out, which is evaluated on; 0: everything.
     """
 
     path: str
@@ -124,6 +145,19 @@ class EvalSource:
     where: dict[str, str] | None = None
     instruction: str | None = None
     candidate_instruction: str | None = None
+    columns: dict[str, str] | None = None
+    files: str = "*"
+    held_out: float = 0.0
+
+    @property
+    def table(self) -> RecipeTable | None:
+        """The table it names; None: a folder."""
+        return RecipeTable.of(self.path, self.columns, self.files, self.held_out)
+
+    @property
+    def folder(self) -> str:
+        """Its shards or retrieval set."""
+        return self.path if self.table is None else str(self.table.shards("test"))
 
     @property
     def instructions(self) -> Instructions:
@@ -345,6 +379,7 @@ class RetrievalDataModule(pl.LightningDataModule):
         least = {"num_negatives": 0, "first_step": 0, "last_step": 1}
         least |= {"max_queries": 1, "max_candidates": 1}
         for source in [*(train or []), *(val or []), *(test or [])]:
+            _ = source.table  # refuses what no table has
             for name in least.keys() & vars(source):
                 counts[f"{source.path}: {name}"] = (getattr(source, name), least[name])
         for name, (count, at_least) in counts.items():
@@ -371,6 +406,16 @@ class RetrievalDataModule(pl.LightningDataModule):
         self.num_drawn: Counter[str] = Counter()  # pairs of all ranks, by source
         self.eval_sets: dict[str, list[RetrievalSet]] = {}
 
+    def prepare_data(self) -> None:
+        """Makes shards of tables: one process of each machine does, and the others wait."""
+        for table in self.tables():
+            table.make()
+
+    def tables(self) -> list[RecipeTable]:
+        """The tables among the sources, each once."""
+        sources = chain(self.train_sources, *self.eval_sources.values())
+        return list({table.folder: table for s in sources if (table := s.table)}.values())
+
     def setup(self, stage: str) -> None:
         """Opens what the stage needs; all faults of the data show here, before any training."""
         if stage == "fit":
@@ -381,7 +426,7 @@ class RetrievalDataModule(pl.LightningDataModule):
     def _open_training(self) -> None:
         if not self.train_sources:
             raise UserError("the recipe names no training source: set data.train")
-        self._shards = [ShardedPairs(source.path) for source in self.train_sources]
+        self._shards = [ShardedPairs(source.folder) for source in self.train_sources]
         pairs = zip(self.train_sources, self._shards, strict=True)
         self.plan = self.plan_of(
             [source.planned(shards, self.questions) for source, shards in pairs]
@@ -505,8 +550,8 @@ def open_eval_set(source: EvalSource) -> RetrievalSet:
     Raises:
         UserError: there is neither a shard nor a retrieval set, or it is not valid.
     """
-    if is_retrieval_set(Path(source.path)):
-        found = read_retrieval_set(Path(source.path), source.name, where=source.where)
+    if is_retrieval_set(Path(source.folder)):
+        found = read_retrieval_set(Path(source.folder), source.name, where=source.where)
         found = found.subset(source.max_queries, source.max_candidates)
         told = source.instructions.told
         queries = [told(query, "query") for query in found.queries]
@@ -516,7 +561,7 @@ def open_eval_set(source: EvalSource) -> RetrievalSet:
         return replace(found, queries=queries, candidates=candidates)
     if source.where:
         raise UserError(f"{source.path}: `where` chooses queries of retrieval sets, not of shards")
-    shards = ShardedPairs(source.path)
+    shards = ShardedPairs(source.folder)
     pairs = map(source.instructions.on, shards)
     pool = RetrievalSet.from_pairs(source.name or shards.name, pairs, source.max_queries)
     return pool.subset(max_candidates=source.max_candidates)

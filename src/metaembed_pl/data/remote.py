@@ -26,6 +26,7 @@ ATTEMPTS = 3
 """To read a file: connections break."""
 WAIT_S = 1.0
 """Before the second attempt; then twice as long."""
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _BLOCK_BYTES = 2**24  # of one request, where the server sends parts
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from metaembed_pl.data.remote import HUB_ID
 from metaembed_pl.errors import UserError
 from metaembed_pl.files import read_json_object
 from metaembed_pl.model.backbone import BackboneConfig, build_backbone
@@ -32,7 +33,6 @@ from metaembed_pl.model.weights import fingerprint
 
 FORMAT = 1
 SETTINGS = "metaembed.json"
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 HUB_CACHE = re.compile(r"models--([^/]+)--([^/]+)/snapshots/([0-9a-f]{40})")
 # What a model folder decides itself; the rest of BackboneConfig says how the backbone is run.
 SOURCE = ("path", "revision", "scratch", "tokenizer", "min_pixels", "max_pixels", "max_text_tokens")
