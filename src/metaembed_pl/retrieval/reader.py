@@ -24,8 +24,8 @@ from metaembed_pl.retrieval.scoring import scan
 from metaembed_pl.retrieval.searchable import Searchable
 from metaembed_pl.retrieval.snapshot import ATTEMPTS, Matching, Snapshot
 
-PASSED_OVER = 0.2
-"""What an index spends on a vector that a filter keeps out, of what it spends on others."""
+PASSED_OVER = 1.2
+"""What an index spends on looking whether a filter lets a vector through, in dot products."""
 
 
 class Reader(Searchable):
