@@ -21,6 +21,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def _ours(case: shapes.Case, options: argparse.Namespace, roof_tflops: float) ->
 def _told(case: shapes.Case, options: argparse.Namespace) -> Row:
     """What `check` expects of such a step, rows as long as the longest of the batch."""
     model = shapes.build(case, "meta", options.tiny)
-    batch = _batch(shapes.build(case, "meta", options.tiny), case, options)
+    batch = _batch(case, options.tiny)
     rows = {side: _longest(inputs) for side, inputs in batch.items()}
     step = Step(NUM_PAIRS, 1, rows["query"], rows["candidate"])
     running = Running(precision="bf16-mixed", is_checkpointed=case.is_checkpointed)
@@ -93,11 +94,13 @@ def _longest(inputs: dict[str, Tensor]) -> Rows:
     return Rows(1, inputs["input_ids"].shape[1], most, most * width)
 
 
-def _batch(model: Any, case: shapes.Case, options: argparse.Namespace) -> dict[Any, Any]:
+@cache
+def _batch(case: shapes.Case, is_tiny: bool) -> dict[Any, Any]:
     """The first batch that `train` computes, by side."""
+    model = shapes.build(case, "meta", is_tiny)
     with tempfile.TemporaryDirectory() as folder:
         pairs = Path(folder) / "pairs"
-        shapes.write_pairs(pairs, max(64, 2 * NUM_PAIRS), options.tiny)
+        shapes.write_pairs(pairs, max(64, 2 * NUM_PAIRS), is_tiny)
         made = shapes.batches(pairs, model, case, NUM_PAIRS)
         batch = made.load(0)
     return {"query": batch.queries, "candidate": batch.candidates}
@@ -108,7 +111,7 @@ def _peer(
 ) -> Row:
     """Steps of a peer on the rows that our first batch has, with AdamW and autocast."""
     device = options.device
-    rows = _batch(shapes.build(case, "meta", options.tiny), case, options)
+    rows = _batch(case, options.tiny)
     trainee = make(_config(case, options)).to(device).train()
     trained = [p for p in trainee.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5)

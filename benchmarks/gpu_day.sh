@@ -5,7 +5,24 @@
 #
 # Each part is a process with its own time limit, and writes FOLDER/PART.jsonl row by row: what a part
 # has found stays, whatever ends it. On a machine without a GPU all parts run on tiny stand-ins.
-# The limits add up to nine minutes and a half. Set PYTHON to choose the interpreter.
+# The limits add up to eight minutes and forty seconds. Set PYTHON to choose the interpreter.
+#
+# Python 3.11 or newer, torch >= 2.11 and transformers >= 5.17 must be there, and what pyproject.toml
+# lists as dependencies; deepspeed for `zero`; sentence-transformers and colpali-engine for the peers
+# (without them their rows say so). Where the machine has no network, fetch what it lacks elsewhere,
+# for its Python and processor, and take the folder along (6 MB):
+#
+#     pip download --no-deps --only-binary :all: --python-version 3.12 --dest wheels \
+#         --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
+#         jsonargparse typeshed-client docstring-parser omegaconf webdataset braceexpand \
+#         pydantic pydantic-core annotated-types typing-inspection hjson colpali-engine \
+#         --constraint constraints.txt
+#     pip wheel --no-deps --wheel-dir wheels --constraint constraints.txt deepspeed
+#
+# and there:
+#
+#     python3 -m pip install --no-index --no-deps --no-compile --target site wheels/*.whl
+#     PYTHONPATH=site bash benchmarks/gpu_day.sh
 set -u
 cd "$(dirname "$0")/.."
 out="${1:-${OUT:-gpu_day}}"
@@ -27,6 +44,6 @@ run() { # SECONDS PART [FLAGS...]
 nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv >"$out/machine.txt" 2>/dev/null
 run 30 roof "${@:2}"
 run 240 train "${@:2}"
-run 80 loss "${@:2}"
-run 130 zero "${@:2}"
-run 90 search "${@:2}"
+run 70 loss "${@:2}"
+run 120 zero "${@:2}"
+run 60 search "${@:2}"

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 SLOW = {
     "benchmarks": "test_gpu test_gpu_day test_real_shapes",
     "cli": "test_check test_embed test_evaluate test_export test_mine test_push test_recipes"
-    " test_tune",
+    " test_hub_refusals test_tune",
     "data_prep": "test_emoji test_pdf",
     "evaluation": "test_baselines test_mteb test_run",
     "field": "test_damage test_fuzz test_named test_stopping test_tracking",

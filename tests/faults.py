@@ -33,8 +33,13 @@ class Fault(pl.Callback):
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if self.what == "starve" and trainer.global_step == self.step:
-            held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-            resource.setrlimit(resource.RLIMIT_AS, (held + LEFT_BYTES, held + LEFT_BYTES))
+            starve(LEFT_BYTES)
+
+
+def starve(left: int = 200 * 2**20) -> None:
+    """From now on the process gets only so many more bytes of memory."""
+    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (held + left, held + left))
 
 
 def die_in_checkpoint(part: str) -> None:

@@ -128,7 +128,12 @@ def open_picture(source: Path | bytes | Image.Image) -> Image.Image:
                 return _upright_rgb(image)
     except FileNotFoundError as error:
         raise UserError(f"{name} does not exist") from error
-    except (UserError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:  # at twice a limit that is lower than ours
+        size = str(error).partition(")")[0].partition("(")[2] or "too many pixels"
+        raise UserError(
+            f"{name} is refused: {size}; at most {MAX_PIXELS:,} are read: shrink it"
+        ) from error
+    except UserError as error:
         raise UserError(f"{name} is refused: {error}") from error
     except Exception as error:  # Pillow's decoders raise nearly anything on corrupt data
         reason = str(error).split(" <_io")[0] or type(error).__name__
@@ -139,7 +144,9 @@ def open_picture(source: Path | bytes | Image.Image) -> Image.Image:
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
     if image.width * image.height > MAX_PIXELS:
-        raise UserError(f"{image.width} x {image.height} pixels; at most {MAX_PIXELS:,} are read")
+        raise UserError(
+            f"{image.width} x {image.height} pixels; at most {MAX_PIXELS:,} are read: shrink it"
+        )
     if max(image.size) > MAX_ASPECT * min(image.size):
         raise UserError(
             f"{image.width} x {image.height} pixels: one side is more than {MAX_ASPECT} times the "

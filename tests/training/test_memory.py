@@ -15,7 +15,7 @@ from metaembed_pl.item import Item
 from metaembed_pl.model.lora import LoraConfig, set_trainable
 from metaembed_pl.model.options import checkpoint_activations
 from metaembed_pl.training.activations import Rows
-from metaembed_pl.training.fitting import parse_gib, would_fit
+from metaembed_pl.training.fitting import last_resort, parse_gib, would_fit
 from metaembed_pl.training.loss import MMRLoss
 from metaembed_pl.training.memory import GIB, Running, Step, estimate
 from metaembed_pl.training.muon import computes_in_bf16
@@ -220,6 +220,12 @@ def test_what_would_fit_does_fit_and_is_not_told_when_nothing_does():
         found = estimate(model, replace(step, num_pairs=num_pairs), running).total
         assert (found <= round(0.8 * total)) == fits
     assert would_fit(model, step, running, 10) == []
+    assert "model.backbone.path" in last_resort(estimate(model, step, running), 10)
+    smallest = estimate(model, replace(step, num_pairs=1), replace(running, is_checkpointed=True))
+    of_model = smallest.weights + smallest.gradients + smallest.optimizer + smallest.reserve
+    told = last_resort(smallest, of_model)
+    assert "model.backbone.max_pixels" in told
+    assert "model.backbone.path" not in told
 
 
 def test_settings_that_fit_only_together_are_told_together():

@@ -183,7 +183,7 @@ def _outline(recipe: "Recipe", faults: list[str]) -> "Outline | None":
             return outline_of_folder(module.start_from, settings, kept)
         return outline(settings, kept)
     except UserError as error:
-        faults.append(f"model: {error}")
+        faults.append(str(error) if str(error).startswith("model.") else f"model: {error}")
         return None
 
 
@@ -332,7 +332,7 @@ def _of_memory(
 ) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from metaembed_pl.training.fitting import would_fit
+    from metaembed_pl.training.fitting import last_resort, would_fit
     from metaembed_pl.training.memory import estimate
 
     memory: Memory = estimate(made.model, step, running)
@@ -343,7 +343,7 @@ def _of_memory(
         found["limit"] = limit
         if memory.total > limit:
             settings = would_fit(made.model, step, running, limit)
-            advice = "; or ".join(settings) or "no single setting: more GPUs, or fewer max_pixels"
+            advice = "; or ".join(settings) or last_resort(memory, limit)
             faults.append(
                 f"memory: {memory.total / GIB:.1f} GiB a GPU, more than {limit / GIB:.1f}; "
                 f"what would make it fit: {advice}"

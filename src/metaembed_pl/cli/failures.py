@@ -14,6 +14,13 @@ from metaembed_pl.training.watchdog import Watch
 # How gloo, in a plain RuntimeError, says that the process at the other end is gone.
 PEER_IS_GONE = re.compile(r"Connection (closed|reset) by peer|Broken pipe|Socket closed")
 
+# Of a step, the error itself brings advice with numbers.
+NOT_IN_A_STEP = (
+    "in validation, lower data.eval_batch_size; if the model itself is too large, change "
+    "trainer.precision to bf16-true, share it among GPUs (trainer.strategy: deepspeed_stage_3) or "
+    "give a smaller model.backbone.path; `check --gpu-memory` estimates each part"
+)
+
 
 @contextmanager
 def told_in_one_line(watch: Watch) -> Iterator[None]:
@@ -43,7 +50,8 @@ def _message(error: Exception, watch: Watch) -> str | None:
     if missing := _missing_package(error):
         return f"{missing}: install it, or leave out of the recipe what needs it"
     if is_out_of_memory(error):
-        return f"out of memory: {' '.join([first, *getattr(error, '__notes__', [])])}"
+        advice = getattr(error, "__notes__", None) or [f"({watch.doing}); {NOT_IN_A_STEP}"]
+        return f"out of memory: {' '.join([first, *advice])}"
     if isinstance(error, DistError) or (
         isinstance(error, RuntimeError) and PEER_IS_GONE.search(str(error))
     ):

@@ -467,7 +467,7 @@ def run(argv: list[str]) -> None:
     first = not getattr(rank_zero_only, "rank", 0)  # the others would say the same once more
     level = logging.INFO if first else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
-    for chatty in ("httpx", "alembic", "mlflow", "lightning.pytorch.utilities.rank_zero"):
+    for chatty in ("httpx", "httpx2", "alembic", "mlflow", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     transformers_logging.disable_progress_bar()
     for harmless in QUIET:

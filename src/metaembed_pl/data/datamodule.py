@@ -524,8 +524,8 @@ class RetrievalDataModule(pl.LightningDataModule):
         if len(self.bad_samples) > self.max_bad_samples:
             shard, key, reason = batch.faults[-1]
             raise UserError(
-                f"{len(self.bad_samples)} pairs could not be used, more than max_bad_samples = "
-                f"{self.max_bad_samples}; the last one: {batch.source}/{shard}, {key}: {reason}"
+                f"{len(self.bad_samples)} pairs could not be used, more than data.max_bad_samples "
+                f"({self.max_bad_samples}); the last one: {batch.source}/{shard}, {key}: {reason}"
             )
 
     def state_dict(self) -> dict[str, Any]:

@@ -88,7 +88,10 @@ class BackboneConfig:
 def build_processing(config: BackboneConfig, prompt: Prompt) -> Processing:
     """The preprocessing that goes with a backbone."""
     if config.path is not None:
-        tokenizer, image_processor = load_processors(config.path, config.revision)
+        try:
+            tokenizer, image_processor = load_processors(config.path, config.revision)
+        except UserError as error:
+            raise UserError(f"model.backbone.path: {error}") from error
         settings = AutoConfig.from_pretrained(config.path, revision=config.revision)
         family = family_of(settings.model_type)
         limits = config.min_pixels, config.max_pixels

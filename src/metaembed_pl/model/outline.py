@@ -5,6 +5,7 @@ cache on this machine, the shapes that come with the package (recipes/configs), 
 never read.
 """
 
+import difflib
 import re
 from contextlib import suppress
 from dataclasses import dataclass
@@ -125,7 +126,7 @@ def outline_of_folder(name: str, settings: Settings, kept: Path) -> Outline:
     else:
         path = base["path"]
         path = str((folder / path).resolve()) if path.startswith(".") else path
-        place, _ = _place(path, base.get("revision"), kept)
+        place, _ = _place(path, base.get("revision"), kept, "model.start_from: its base")
     model = _on_meta(AutoConfig.from_pretrained(place), settings.backbone.dtype)
     processing = Processing.load(folder / "processing")
     return Outline(_embedder(model, processing, settings), str(folder), True)
@@ -169,8 +170,14 @@ def _on_meta(config: Any, dtype: str) -> PreTrainedModel:
         ).train()
 
 
-def _place(path: str, revision: str | None, kept: Path) -> tuple[str, str]:
-    """What `from_pretrained` is to read a config from, and that in words."""
+def _place(
+    path: str, revision: str | None, kept: Path, key: str = "model.backbone.path"
+) -> tuple[str, str]:
+    """What `from_pretrained` is to read a config from, and that in words.
+
+    Raises:
+        UserError: neither on this machine nor on the hub; the message begins with the key.
+    """
     if Path(path).is_dir():
         return path, f"the folder {path}"
     with suppress(HFValidationError):
@@ -182,12 +189,10 @@ def _place(path: str, revision: str | None, kept: Path) -> tuple[str, str]:
     try:
         AutoConfig.from_pretrained(path, revision=revision)
     except (OSError, ValueError) as error:
-        ours = ", ".join(
-            sorted(f.parent.relative_to(kept).as_posix() for f in kept.rglob("config.json"))
-        )
-        raise UserError(
-            f"{path}: no such folder; {why_not(path, error)}; known without the hub: {ours}"
-        ) from error
+        known = [f.parent.relative_to(kept).as_posix() for f in kept.rglob("config.json")]
+        near = difflib.get_close_matches(path, known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"{key}: {path}: no such folder; {why_not(path, error)}{hint}") from error
     return path, "the hub"
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from metaembed_pl.errors import UserError
 from metaembed_pl.model.embedder import MetaEmbedder
 from metaembed_pl.training.gradient_cache import GradientCacheConfig
-from metaembed_pl.training.memory import GIB, Running, Step, estimate
+from metaembed_pl.training.memory import GIB, Memory, Running, Step, estimate
 
 CHUNK_TOKENS = GradientCacheConfig().max_tokens
 
@@ -61,6 +61,26 @@ def would_fit(model: MetaEmbedder, step: Step, running: Running, limit: int) -> 
         return [" and ".join(names)]
     batch = _largest_batch(step, num_gpus, lambda smaller: fits(smaller, **changes))
     return [" and ".join([*names, batch])] if batch else []
+
+
+def last_resort(memory: Memory, limit: int) -> str:
+    """What to change where `would_fit` finds nothing: one pair a GPU is too much.
+
+    Args:
+        memory: the estimate; what the model itself takes is the same for every batch.
+        limit: bytes of a GPU.
+    """
+    of_model = memory.weights + memory.gradients + memory.optimizer + memory.reserve
+    if of_model > limit:
+        return (
+            f"no batch, since weights, gradients, optimizer and reserve take {of_model / GIB:.1f}: "
+            "share them among more GPUs (trainer.strategy: deepspeed_stage_3), or give a smaller "
+            "model.backbone.path; with model.lora, model.backbone.quantization: nf4"
+        )
+    return (
+        "not even one pair a GPU fits: lower model.backbone.max_pixels, "
+        "model.backbone.max_text_tokens or data.num_negatives"
+    )
 
 
 def _settings(step: Step, running: Running) -> Iterator[tuple[str, dict[str, Any]]]:
