@@ -90,7 +90,7 @@ def loss_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Rows of the table of the MMR loss."""
     for num_queries, num_candidates, width in [(8, 16, 64)] if options.tiny else LOSS_SHAPES:
         row: dict[str, Any] = {"shape": [num_queries, num_candidates, width]}
-        r_q, r_c = PAPER_GROUPS[-1]
+        r_q, r_c, _ = PAPER_GROUPS[-1]
         for form in ("ours", "einsums", "roof"):
             queries = loss.vectors(num_queries, r_q, width, device=options.device)
             candidates = loss.vectors(num_candidates, r_c, width, device=options.device)

@@ -43,7 +43,8 @@ def ours(queries: Tensor, candidates: Tensor, groups: tuple[Budget, ...]) -> Ten
 def einsums(queries: Tensor, candidates: Tensor, groups: tuple[Budget, ...]) -> Tensor:
     """One product a group, kept whole for autograd."""
     products = (
-        torch.einsum("qid,cjd->qcij", queries[:, :r_q], candidates[:, :r_c]) for r_q, r_c in groups
+        torch.einsum("qid,cjd->qcij", queries[:, :r_q], candidates[:, :r_c])
+        for r_q, r_c, _ in groups
     )
     return torch.stack([product.amax(dim=3).sum(dim=2) for product in products])
 
@@ -92,7 +93,7 @@ def measure(form: str, shape: tuple[int, int, int, int], device: str) -> dict[st
     """Time and memory of a step, in this process."""
     num_queries, num_candidates, width, num_groups = shape
     groups = PAPER_GROUPS[:num_groups]
-    r_q, r_c = groups[-1]
+    r_q, r_c, _ = groups[-1]
     # A tiny step first: libraries are loaded and threads started at first use.
     tiny = vectors(2, r_q, width, device=device), vectors(2, r_c, width, device=device)
     step(form, tiny[0], tiny[1], groups)

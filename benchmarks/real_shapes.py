@@ -547,7 +547,7 @@ def loss_bytes(trainee: Trainee) -> int:
     module, data = recipe.model, recipe.data
     assert module is not None
     assert data is not None
-    own, (r_q, r_c) = data.global_batch_size // trainee.running.num_gpus, model.groups[-1]
+    own, (r_q, r_c, _) = data.global_batch_size // trainee.running.num_gpus, model.groups[-1]
 
     def vectors(rows: int, of_each: int) -> Tensor:
         return torch.zeros(rows, of_each, model.width, requires_grad=True)

@@ -99,7 +99,7 @@ def of_topics(folder: Path, count: int, width: int) -> tuple[Store, Queries, cal
     """A store of made items, queries for some of them, and others to calibrate with."""
     draw = torch.Generator().manual_seed(0)
     normal = partial(torch.randn, generator=draw)
-    (r_q, r_c), topics = PAPER_GROUPS[-1], normal(NUM_TOPICS, width)
+    (r_q, r_c, _), topics = PAPER_GROUPS[-1], normal(NUM_TOPICS, width)
     noise = torch.linspace(0.5, 1.1, r_c)[:, None]
     store = Store.create(folder, PAPER_GROUPS, width, "made")
     with store.writing():

@@ -106,7 +106,7 @@ def qdrant_edge(store: Store, _vectors: Tensor, _others: calibration.Kinds, fold
     from metaembed_pl.retrieval.qdrant.push import push
     from metaembed_pl.retrieval.qdrant.store import QdrantStore
 
-    r_q, r_c = store.groups[-1]
+    r_q, r_c, _ = store.groups[-1]
     collection = open_collection(str(folder / "edge"))
     for _ in push(store, collection, counts=(r_c,)):
         pass

@@ -27,13 +27,14 @@ import torch
 import yaml
 from loss import RESULTS, machine
 
+from metaembed_pl.budget import Budget
 from metaembed_pl.data.retrieval_set import RetrievalSet
 from metaembed_pl.data.shards import ShardedPairs
 from metaembed_pl.files import write_text
-from metaembed_pl.late_interaction import maxsim
+from metaembed_pl.late_interaction import maxsim, narrowed
 from metaembed_pl.model.embedder import MetaEmbedder
 from metaembed_pl.ranking import ranking_metrics
-from metaembed_pl.training.loss_terms import mean_cosine, narrowed, rounded
+from metaembed_pl.training.loss_terms import mean_cosine, rounded
 
 STUDY = Path(__file__).with_suffix(".yaml")
 SUMMED = "summed"
@@ -122,11 +123,11 @@ def measure(folder: Path, tests: list[str]) -> dict[str, dict[str, float]]:
         candidates = model.encode_candidate(pool.candidates, batch_size=256)
         largest = model.groups[-1]
         budgets = {str(group): group for group in model.groups}
-        fewer = [r_q for r_q, _ in model.groups if r_q < largest.r_q]
-        budgets |= {f"{r_q}x{largest.r_c}": (r_q, largest.r_c) for r_q in fewer}
+        fewer = [group.r_q for group in model.groups if group.r_q < largest.r_q]
+        budgets |= {f"{r_q}x{largest.r_c}": Budget(r_q, largest.r_c) for r_q in fewer}
         scores = {
             name: maxsim(queries[:, :r_q], candidates[:, :r_c])
-            for name, (r_q, r_c) in budgets.items()
+            for name, (r_q, r_c, _) in budgets.items()
         }
         scores[SUMMED] = maxsim(queries.sum(dim=1, keepdim=True), candidates)
         for name, width, bits in FORMS:

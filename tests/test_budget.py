@@ -10,9 +10,9 @@ from metaembed_pl.errors import UserError
 counts = st.integers(1, 10_000)
 
 
-@given(counts, counts)
-def test_a_budget_survives_being_printed(r_q, r_c):
-    assert Budget.parse(str(Budget(r_q, r_c))) == (r_q, r_c)
+@given(counts, counts, st.none() | counts)
+def test_a_budget_survives_being_printed(r_q, r_c, width):
+    assert Budget.parse(str(Budget(r_q, r_c, width))) == (r_q, r_c, width)
 
 
 @pytest.mark.parametrize("value", ["4x8", " 4 X 8 ", [4, 8], (4, 8), Budget(4, 8)])
@@ -20,8 +20,20 @@ def test_reads_every_way_to_write_a_budget(value):
     assert Budget.parse(value) == Budget(r_q=4, r_c=8)
 
 
+@pytest.mark.parametrize("value", ["4x8x64", " 4 X 8x64 ", [4, 8, 64], Budget(4, 8, 64)])
+def test_reads_a_width_behind_the_counts(value):
+    assert Budget.parse(value) == Budget(r_q=4, r_c=8, width=64)
+
+
+def test_whole_vectors_are_written_as_ever():
+    """Versions of indexes are made of this text."""
+    assert repr([Budget(4, 8), Budget(4, 8, 64)]) == (
+        "[Budget(r_q=4, r_c=8), Budget(r_q=4, r_c=8, width=64)]"
+    )
+
+
 @pytest.mark.parametrize(
-    "value", "  4 4x x8 4x8x2 -4x8 4x8.5 axb 0x8 4x0 ४x8".split(" ")
+    "value", "  4 4x x8 4x8x 4x8x0 4x8x2x1 -4x8 4x8.5 axb 0x8 4x0 ४x8".split(" ")
 )  # fmt: skip
 def test_refuses_a_text_that_is_no_budget_and_repeats_it(value):
     with pytest.raises(UserError) as error:
@@ -30,7 +42,7 @@ def test_refuses_a_text_that_is_no_budget_and_repeats_it(value):
 
 
 @pytest.mark.parametrize(
-    "value", [[4], [4, 8, 2], [4.0, 8], [0, 1], [True, 1], ["4", "8"], 4, None]
+    "value", [[4], [4, 8, 2, 1], [4, 8, 0], [4.0, 8], [0, 1], [True, 1], ["4", "8"], 4, None]
 )  # fmt: skip
 def test_refuses_what_is_no_budget_and_repeats_it(value):
     with pytest.raises(UserError) as error:
@@ -71,3 +83,21 @@ def test_serves_counts_of_different_groups_together(budget):
 def test_refuses_a_count_that_was_never_trained_and_names_the_trained(budget, message):
     with pytest.raises(UserError, match=message):
         check_budget(budget, PAPER_GROUPS)
+
+
+@pytest.mark.parametrize(
+    ("widths", "message"),
+    [
+        ([64, 32], "4x8x16: the model was not trained at width 16; choose one of 64, 32, or leave"),
+        ([], "4x8x16: the model was not trained at width 16; leave the width out"),
+    ],
+)
+def test_refuses_a_width_that_was_never_trained_and_names_the_trained(widths, message):
+    assert check_budget("4x8", PAPER_GROUPS, widths) == Budget(4, 8)
+    with pytest.raises(UserError, match=message):
+        check_budget("4x8x16", PAPER_GROUPS, widths)
+
+
+def test_groups_have_no_width_and_say_where_widths_are_trained():
+    with pytest.raises(UserError, match=r"4x8x64 .* write 4x8, .* model.loss.widths: \[64\]"):
+        parse_groups(["1x1", "4x8x64"])

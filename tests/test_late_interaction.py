@@ -28,7 +28,7 @@ def maxsim_by_loop(query, candidate):
 def nested_by_loop(queries, candidates, groups):
     rows = [
         [maxsim_by_loop(q[:r_q], c[:r_c]) for q in queries for c in candidates]
-        for r_q, r_c in groups
+        for r_q, r_c, _ in groups
     ]
     return torch.stack([torch.stack(row) for row in rows]).view(-1, len(queries), len(candidates))
 
@@ -149,7 +149,7 @@ def test_permuting_candidates_permutes_scores():
 def test_a_group_is_the_score_of_its_prefixes():
     queries, candidates = vectors(3, 16, 8), vectors(5, 64, 8, seed=1)
     scores = nested_scores(queries, candidates, PAPER_GROUPS)
-    for of_group, (r_q, r_c) in zip(scores, PAPER_GROUPS, strict=True):
+    for of_group, (r_q, r_c, _) in zip(scores, PAPER_GROUPS, strict=True):
         torch.testing.assert_close(of_group, maxsim(queries[:, :r_q], candidates[:, :r_c]))
 
 

@@ -17,6 +17,7 @@ from collections.abc import Iterable
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from metaembed_pl.budget import Budget, parse_groups
 from metaembed_pl.errors import UserError
@@ -106,8 +107,17 @@ def paired_scores(
     with torch.autocast(queries.device.type, enabled=False):
         products = torch.einsum("qid,qnjd->qnij", accurate(queries), accurate(candidates))
         # max, not amax: the gradient goes to one winner, as in nested_scores.
-        best = [products[:, :, :r_q, :r_c].max(dim=3).values for r_q, r_c in groups]
+        best = [products[:, :, :r_q, :r_c].max(dim=3).values for r_q, r_c, _ in groups]
         return torch.stack([value.sum(dim=2) for value in best])
+
+
+def narrowed(vectors: Float[Tensor, "... D"], width: int | None) -> Float[Tensor, "... _"]:
+    """The first `width` components as unit vectors; None: all, as they are.
+
+    >>> narrowed(torch.tensor([[[0.6, 0.0, 0.8]]]), 2)
+    tensor([[[1., 0.]]])
+    """
+    return vectors if width is None else F.normalize(vectors[..., :width], dim=-1)
 
 
 def cosines(vectors: Float[Tensor, "I R D"]) -> Float[Tensor, "R R"]:

@@ -39,7 +39,7 @@ class NestedScores(torch.autograd.Function):
         dtype = torch.uint8 if groups[-1].r_c <= 256 else torch.int32
         shape = len(queries), len(candidates)
         winners = [
-            torch.empty((r_q, *shape), dtype=dtype, device=queries.device) for r_q, _ in groups
+            torch.empty((r_q, *shape), dtype=dtype, device=queries.device) for r_q, *_ in groups
         ]
         ctx.save_for_backward(queries, candidates, *winners)
         ctx.groups, ctx.tile_elements = groups, tile_elements
@@ -62,7 +62,7 @@ def score(
     winners: Sequence[Winner] | None = None,
 ) -> Float[Tensor, "G Q C"]:
     """MaxSim of all pairs at all groups; `winners`, where given, are filled in."""
-    r_q, r_c = groups[-1]
+    r_q, r_c, _ = groups[-1]
     by_slot, candidates = queries[:, :r_q].transpose(0, 1), candidates[:, :r_c]
     dtype = accurate(queries[:0]).dtype
     scores = queries.new_empty((len(groups), len(queries), len(candidates)), dtype=dtype)
@@ -96,7 +96,7 @@ def _running_maximum(
     """For each group the best product of its query vectors and its winner. Overwrites products."""
     best, done = products[:, 0], 1
     winner = torch.zeros_like(best)
-    for r_q, r_c in groups:
+    for r_q, r_c, _ in groups:
         if r_c > done:
             block = products[:, done:r_c]
             best = torch.maximum(best, block.amax(dim=1))
@@ -118,7 +118,7 @@ def _gradients(
     groups: Groups,
     tile_elements: int,
 ) -> tuple[Float[Tensor, "Q _q D"], Float[Tensor, "C _c D"]]:
-    r_q, r_c = groups[-1]
+    r_q, r_c, _ = groups[-1]
     num_winners = sum(group.r_q for group in groups)
     # From a quarter up, the product wins on the CPU too: (1, 1) has no zeros at all.
     few = not grad.is_cuda and 4 * num_winners <= r_q * r_c

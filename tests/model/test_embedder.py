@@ -64,7 +64,10 @@ def test_a_width_behind_the_budget_takes_the_first_components_and_is_kept_by_the
 
 @pytest.mark.parametrize(
     ("widths", "message"),
-    [((16, 8), "not trained at width 4; choose one of 16, 8"), ((), "at width 4; leave it out")],
+    [
+        ((16, 8), "not trained at width 4; choose one of 16, 8"),
+        ((), "at width 4; leave the width out"),
+    ],
 )
 def test_refuses_a_width_that_was_not_trained(model, widths, message):
     other = tiny.embedder()
@@ -201,4 +204,4 @@ def test_does_not_overwrite_a_model_folder_unasked(tmp_path):
     with pytest.raises(UserError, match="exists already"):
         tiny.embedder().save_pretrained(folder)
     tiny.embedder(seed=1).save_pretrained(folder, overwrite=True)
-    assert MetaEmbedder.from_pretrained(folder).groups[-1] == (4, 8)
+    assert MetaEmbedder.from_pretrained(folder).groups[-1] == (4, 8, None)

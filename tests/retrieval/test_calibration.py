@@ -17,6 +17,7 @@ from metaembed_pl.retrieval.calibration import (
     logged_queries,
     measure,
     spread,
+    stages_of,
 )
 from metaembed_pl.retrieval.store import Store
 
@@ -56,7 +57,7 @@ def test_chooses_the_cheapest_that_is_good_enough(store):
 def test_keeps_enough_for_more_results(store):
     found = calibrate(store)
     for target in (0.01, 0.9, 1.0):
-        stages = found.choose(target, top=60)
+        stages = stages_of(found.best(target).plan, store.kind, 60)
         assert min(stage.keep for stage in stages) >= 60
         assert stages[-1].keep == 60
         assert len(store.search(store.vectors([0])[:, :4], cascade=stages).rows[0]) == 60
@@ -202,4 +203,4 @@ def test_refuses_what_cannot_be_measured(store, tmp_path):
     with pytest.raises(UserError, match=r"/s is empty"):
         calibrate(empty)
     with pytest.raises(UserError, match=r"up to 1, got 1.5"):
-        calibrate(store).choose(1.5)
+        calibrate(store).best(1.5)

@@ -54,6 +54,21 @@ def expected_values():
     return values
 
 
+def test_the_largest_group_is_ranked_at_every_width_too():
+    metric = updated(
+        RetrievalMetrics(GROUPS, RELEVANT, NUM_CANDIDATES, (1, 5), widths=(4, 2)), ALL_ROWS
+    )
+    values, sides = metric.compute(), embeddings()
+    assert [str(budget) for budget in metric.ranked] == ["1x1", "2x4x2", "2x4x4", "2x4"]
+    for width in (2, 4):
+        first = {name: F.normalize(of[..., :width], dim=-1) for name, of in sides.items()}
+        products = torch.einsum("qid,cjd->qcij", first["query"][:, :2], first["candidate"][:, :4])
+        scores = products.amax(dim=3).sum(dim=2)
+        for name, per_query in ranking_metrics(scores, RELEVANT, (1, 5)).items():
+            assert values[f"{name}/2x4x{width}"] == pytest.approx(per_query.mean().item())
+    assert headline({"a": values}, "mrr/2x4x2", metric.budgets) == values["mrr/2x4x2"]
+
+
 def test_the_metric_is_the_mean_over_queries_at_every_group():
     values = updated(metrics(), ALL_ROWS).compute()
     names = ["recall@1", "recall@5", "precision@1", "mrr", "ndcg@5", "ndcg@10"]

@@ -1,6 +1,7 @@
 """Options of the loss in whole runs of a tiny recipe: cached or not, on one rank or two."""
 
 import csv
+import json
 
 import pytest
 import torch
@@ -45,6 +46,24 @@ def fit(data, folder, **changes):
 @pytest.fixture(scope="module")
 def plain(data, tmp_path_factory):
     return fit(data, tmp_path_factory.mktemp("plain"), **OPTIONS)
+
+
+def test_a_run_and_an_evaluation_report_the_largest_budget_at_each_width(data, plain, tmp_path):
+    report = plain / "runs/r/report"
+    names = json.loads((report / "results.json").read_text())["budgets"]
+    assert names == ["1x1", "2x4x16", "2x4"]
+    ours = json.loads((report / "metrics.json").read_text())
+    assert "| 2x4x16 |" in (report / "report.md").read_text()
+    model, out = str(plain / "runs/r/model"), tmp_path / "out"
+    flags = ["--model", model, "--benchmark", f"pairs:{data / 'test'}", "--out", str(out)]
+    assert main(["evaluate", *flags, "--store-dtype", "fp32"]) == 0
+    theirs = json.loads((out / "results.json").read_text())
+    assert theirs["budgets"] == names
+    (dataset,) = theirs["tasks"]
+    for metric in ("recall@1", "ndcg@10"):
+        name = f"{dataset}/{metric}/2x4x16"
+        assert theirs["metrics"][f"evaluate/{name}"] == pytest.approx(ours[f"test/{name}"])
+    assert main(["evaluate", *flags, "--budgets", "2x4x8"]) == 2
 
 
 def test_what_the_loss_learns_is_the_same_with_gradient_caching(data, plain, tmp_path):

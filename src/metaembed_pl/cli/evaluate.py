@@ -52,8 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--budgets",
         default="all",
-        metavar="RQxRC,...",
-        help="query x candidate vectors to use (default: all trained budgets)",
+        metavar="RQxRC[xD],...",
+        help="query x candidate vectors to use, x first dimensions of each (default: all trained "
+        "budgets)",
     )
     add("--out", type=Path, metavar="DIR", help="default: evaluations/BENCHMARK-MODEL")
     add("--data", type=Path, default=Path("data"), metavar="DIR", help="default: data")
@@ -82,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--budgets",
-        metavar="RQxRC[,RQxRC]",
+        metavar="BUDGET[,BUDGET]",
         help="budgets of A and B (default: the largest of each)",
     )
     add("--metric", metavar="NAME", help="default: the metric of each task")
@@ -126,7 +127,7 @@ def _evaluate(args: argparse.Namespace) -> "Outcome | None":
         if rank:
             logging.disable(logging.INFO)
         model = _load(args)
-        budgets = parse_budgets(args.budgets, model.groups)
+        budgets = parse_budgets(args.budgets, model.groups, model.widths)
         name = benchmark.name.replace(":", "-").replace("/", "-").strip("-.")
         out = args.out or Path("evaluations") / f"{name}-{identity_of(model)[:8]}"
         with _progress(rank) as tell:

@@ -87,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: 0.95)",
     )
     add("--depth", type=int, default=100, metavar="N", help="candidates ranked (default: 100)")
-    add("--budget", metavar="RQxRC", help="rank all at this budget (default: all vectors)")
+    add("--budget", metavar="RQxRC[xD]", help="rank all at this budget (default: all vectors)")
     add("--cascade", metavar="STAGES", help="or in stages, such as 16x1:2000,4x8:100")
     add(
         "--target-recall",
@@ -195,9 +195,9 @@ def _mine_all(
     with ranks() as (rank, _):
         model = load_model(args)
         if args.cascade:
-            parse_cascade(args.cascade, model.groups)
+            parse_cascade(args.cascade, model.groups, model.widths)
         else:
-            check_budget(args.budget or model.groups[-1], model.groups)
+            check_budget(args.budget or model.groups[-1], model.groups, model.widths)
         reports = []
         for pairs in sources:
             corpus = Corpus([pairs, *extra], instructions)

@@ -51,9 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--image", type=Path, metavar="FILE", help="image to search for; also together with a text")
     add(
         "--budget",
-        metavar="RQxRC",
-        help="query x candidate vectors to use for every item (default: auto for a store in a "
-        "folder, which takes what was measured; all vectors otherwise)",
+        metavar="RQxRC[xD]",
+        help="query x candidate vectors to use for every item, x first dimensions of each "
+        "(default: auto for a store in a folder, which takes what was measured; all vectors "
+        "otherwise)",
     )
     add(
         "--target-recall",

@@ -25,7 +25,7 @@ def search(args: argparse.Namespace, query: "Item") -> Answer:
     from metaembed_pl.retrieval.search import rank
 
     model = load_model(args)
-    budget = check_budget(args.budget or model.groups[-1], model.groups)
+    budget = check_budget(args.budget or model.groups[-1], model.groups, model.widths)
     (hits,) = rank(
         model, [query], items, budget, args.top, args.batch_size, progress=sys.stderr.isatty()
     )

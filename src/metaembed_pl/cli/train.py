@@ -436,7 +436,7 @@ class RecipeCLI(LightningCLI):
             for pool in pools
             for metrics in [self.model.metrics["test"][pool.name]]
         ]
-        budgets = [str(group) for group in self.model.groups]
+        budgets = [str(budget) for budget in self.model.budgets]
         about = about_model(self.model.embedder)
         outcome = Outcome("test", f"{self.run.name}: test sets", budgets, about, tasks)
         write_report(outcome, pools, folder)

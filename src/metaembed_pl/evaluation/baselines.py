@@ -51,6 +51,8 @@ class Baseline:
         width: of a vector.
     """
 
+    widths = ()
+
     def __init__(self, name: str, compares: str, vectors: Budget | None, width: int):
         if compares not in COMPARES:
             raise UserError(

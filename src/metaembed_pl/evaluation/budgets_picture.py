@@ -24,16 +24,18 @@ class Curve(NamedTuple):
 
 def draw_budgets(
     curves: Sequence[Curve],
-    groups: Sequence[Budget],
+    budgets: Sequence[Budget],
     costs: Sequence[Cost],
     metric: str,
 ) -> Figure:
     """One line per curve and one marker per budget, over the budget's costs.
 
+    Budgets with a width have hollow markers, and a dashed line to the same counts at full width.
+
     Args:
         curves: the lines.
-        groups: smallest first.
-        costs: one per group.
+        budgets: smallest first.
+        costs: one per budget.
         metric: name of the values.
     """
     # Inches: the ticks' labels before the first panel, the names behind each.
@@ -46,8 +48,8 @@ def draw_budgets(
     )
     sizes = [cost.candidate_bytes for cost in costs]
     times_ms = [1000 * cost.scoring_s for cost in costs]
-    _draw_panel(panels[0], curves, groups, sizes, [format_bytes(size) for size in sizes])
-    _draw_panel(panels[1], curves, groups, times_ms, [format_ms(time) for time in times_ms])
+    _draw_panel(panels[0], curves, budgets, sizes, [format_bytes(size) for size in sizes])
+    _draw_panel(panels[1], curves, budgets, times_ms, [format_ms(time) for time in times_ms])
     panels[1].tick_params(labelleft=False)  # those of the first panel; names stand in their place
     _title(panels[0], "Quality and index size", f"{metric} against bytes per candidate, in bf16")
     _title(
@@ -61,7 +63,7 @@ def draw_budgets(
 def _draw_panel(
     axes: Axes,
     curves: Sequence[Curve],
-    groups: Sequence[Budget],
+    budgets: Sequence[Budget],
     costs: Sequence[float],
     cost_labels: Sequence[str],
 ) -> None:
@@ -72,13 +74,23 @@ def _draw_panel(
     axes.set_xlim(low / margin, high * margin)
     axes.set_ylim(0, 1)
     _clear(axes)
-    _label_budgets(axes, groups, costs, cost_labels)
+    whole = [i for i, budget in enumerate(budgets) if budget.width is None]
+    narrow = [i for i, budget in enumerate(budgets) if budget.width is not None]
+    _label_budgets(axes, *([of[i] for i in whole] for of in (budgets, costs, cost_labels)))
+    _label_narrow(axes, *([of[i] for i in narrow] for of in (budgets, costs)))
     ends = [curve.values[-1] for curve in curves]
     labels = spread(ends, gap=0.075, highest=1)
     for i, (curve, label_y) in enumerate(zip(curves, labels, strict=True)):
         colour = LINES[i % len(LINES)]
         dots = {"marker": "o", "markersize": 7, "markeredgecolor": "white", "markeredgewidth": 1.2}
-        axes.plot(costs, curve.values, color=colour, linewidth=2, clip_on=False, zorder=3, **dots)
+        line = {"color": colour, "clip_on": False, "zorder": 3, **dots}
+        if narrow:
+            hollow = {"markerfacecolor": "white", "markeredgecolor": colour, "markersize": 6}
+            ending = [*narrow, whole[-1]]
+            drawn = line | hollow | {"linestyle": (0, (3, 3)), "linewidth": 1, "zorder": 2.5}
+            axes.plot([costs[i] for i in ending], [curve.values[i] for i in ending], **drawn)
+        values = [curve.values[i] for i in whole]
+        axes.plot([costs[i] for i in whole], values, linewidth=2, **line)
         label = f"{curve.values[-1]:.2f}  {shortened(curve.name, MAX_NAME)}"
         _write(axes, label, (1, label_y), (8, 0), color=colour, fontweight="bold")
 
@@ -93,15 +105,25 @@ def _clear(axes: Axes) -> None:
 
 
 def _label_budgets(
-    axes: Axes, groups: Sequence[Budget], costs: Sequence[float], cost_labels: Sequence[str]
+    axes: Axes, budgets: Sequence[Budget], costs: Sequence[float], cost_labels: Sequence[str]
 ) -> None:
     """Write each budget and its cost beneath its markers; a thin line leads up to them."""
     axes.vlines(costs, 0, 1, color=FAINT, linewidth=0.8, zorder=1)
-    to_axes = axes.transData + axes.transAxes.inverted()
-    at = [float(to_axes.transform((cost, 0))[0]) for cost in costs]
-    for x, group, label in zip(spread(at, gap=0.17), groups, cost_labels, strict=True):
-        _write(axes, str(group), (x, 0), (0, -11), ha="center", fontweight="bold")
+    for x, budget, label in zip(_places(axes, costs), budgets, cost_labels, strict=True):
+        _write(axes, str(budget), (x, 0), (0, -11), ha="center", fontweight="bold")
         _write(axes, label, (x, 0), (0, -26), ha="center", color=MUTED)
+
+
+def _label_narrow(axes: Axes, budgets: Sequence[Budget], costs: Sequence[float]) -> None:
+    """Write each budget with a width above its markers."""
+    for x, budget in zip(_places(axes, costs), budgets, strict=True):
+        _write(axes, str(budget), (x, 1), (0, 5), ha="center", color=MUTED, fontsize=8)
+
+
+def _places(axes: Axes, costs: Sequence[float]) -> list[float]:
+    """Where labels of costs stand, in fractions of the panel, apart from each other."""
+    to_axes = axes.transData + axes.transAxes.inverted()
+    return spread([float(to_axes.transform((cost, 0))[0]) for cost in costs], gap=0.17)
 
 
 def _title(axes: Axes, title: str, subtitle: str) -> None:

@@ -31,21 +31,25 @@ def measure_costs(width: int, budgets: Sequence[Budget], num_repeats: int = 15) 
     MaxSim is linear in their number. The fastest of several runs counts, because other work on the
     machine only ever adds to it.
     """
-    largest = max(r_c for _, r_c in budgets)
+    largest = max(budget.r_c for budget in budgets)
     num_timed = min(NUM_TIMED_CANDIDATES, max(1, TIMED_POOL_BYTES // (4 * largest * width)))
     generator = torch.Generator().manual_seed(0)
-    query = torch.randn(1, max(r_q for r_q, _ in budgets), width, generator=generator)
+    query = torch.randn(1, max(budget.r_q for budget in budgets), width, generator=generator)
     pool = torch.randn(num_timed, largest, width, generator=generator)
     costs = []
-    for r_q, r_c in budgets:
+    for r_q, r_c, narrow in budgets:
         # Contiguous, as an index that keeps this budget's vectors would be.
-        asked, vectors = query[:, :r_q].contiguous(), pool[:, :r_c].contiguous()
+        asked, vectors = (
+            side[:, :count, :narrow].contiguous() for side, count in ((query, r_q), (pool, r_c))
+        )
         fastest_s = math.inf
         for _ in range(num_repeats):
             start = time.perf_counter()
             maxsim(asked, vectors)
             fastest_s = min(fastest_s, time.perf_counter() - start)
-        costs.append(Cost(2 * r_c * width, fastest_s * NUM_TIMED_CANDIDATES / num_timed))
+        costs.append(
+            Cost(2 * r_c * (narrow or width), fastest_s * NUM_TIMED_CANDIDATES / num_timed)
+        )
     return costs
 
 

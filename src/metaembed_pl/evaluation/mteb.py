@@ -26,7 +26,7 @@ from torch import Tensor
 from metaembed_pl.budget import Budget, check_budget
 from metaembed_pl.errors import UserError
 from metaembed_pl.item import Item
-from metaembed_pl.late_interaction import maxsim
+from metaembed_pl.late_interaction import maxsim, narrowed
 from metaembed_pl.model.embedder import MetaEmbedder
 
 
@@ -56,7 +56,9 @@ class MtebEncoder(AbsEncoder):
             if isinstance(model_name, MetaEmbedder)
             else MetaEmbedder.from_pretrained(model_name, device, revision=revision)
         )
-        self.budget = check_budget(budget or self.model.groups[-1], self.model.groups)
+        self.budget = check_budget(
+            budget or self.model.groups[-1], self.model.groups, self.model.widths
+        )
         known = str(model_name).strip("/") if isinstance(model_name, str) else "model"
         name = name or "/".join(("local", *known.split("/"))[-2:])
         self.mteb_model_meta = meta_of(self.model, self.budget, name, revision)
@@ -96,7 +98,7 @@ class MtebEncoder(AbsEncoder):
         else:
             encode, count = self.model.encode_candidate, self.budget.r_c
         parts = [encode(items, len(items))[:, :count] for items in map(_items, inputs)]
-        return torch.cat([part.contiguous() for part in parts])
+        return torch.cat([narrowed(part, self.budget.width).contiguous() for part in parts])
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> Float[Tensor, "Q C"]:
         """MaxSim of every query with every candidate."""
@@ -121,7 +123,7 @@ def meta_of(model: MetaEmbedder, budget: Budget, name: str, revision: str | None
         n_embedding_parameters=embedding.weight.numel(),
         memory_usage_mb=num_bytes / 2**20,
         max_tokens=model.processing.max_text_tokens,
-        embed_dim=model.width,
+        embed_dim=budget.width or model.width,
         license=None,
         open_weights=None,
         public_training_code=None,

@@ -5,6 +5,7 @@ Finished tasks are kept one by one, so that an interrupted evaluation resumes wh
 
 import json
 import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from metaembed_pl.budget import Budget, check_budget
+from metaembed_pl.budget import Budget, budgets_of, check_budget
 from metaembed_pl.data.retrieval_set import RetrievalSet
 from metaembed_pl.errors import UserError
 from metaembed_pl.evaluation.benchmarks import Benchmark, Task
@@ -61,7 +62,7 @@ class Settings:
     tell: Tell = lambda what, done, total: None
 
 
-def parse_budgets(text: str, groups: Sequence[Budget]) -> list[Budget]:
+def parse_budgets(text: str, groups: Sequence[Budget], widths: Sequence[int] = ()) -> list[Budget]:
     """The budgets of a command line: `all`, or some with commas between; smallest first.
 
     Raises:
@@ -71,9 +72,9 @@ def parse_budgets(text: str, groups: Sequence[Budget]) -> list[Budget]:
     ['16x1', '4x8']
     """
     if text == ALL:
-        return list(groups)
-    budgets = {check_budget(part, groups) for part in text.split(",")}
-    return sorted(budgets, key=lambda budget: (budget.r_c, budget.r_q))
+        return list(budgets_of(groups, widths))
+    budgets = {check_budget(part, groups, widths) for part in text.split(",")}
+    return sorted(budgets, key=lambda of: (of.r_c, of.r_q, of.width or math.inf))
 
 
 def evaluate(

@@ -19,7 +19,7 @@ from metaembed_pl.budget import Budget
 from metaembed_pl.data.beir import StoredItems
 from metaembed_pl.data.retrieval_set import RetrievalSet
 from metaembed_pl.item import Item
-from metaembed_pl.late_interaction import maxsim
+from metaembed_pl.late_interaction import maxsim, narrowed
 from metaembed_pl.ranking import NUM_HITS, Ranked, Ranker, padded
 from metaembed_pl.retrieval.store import Store
 
@@ -118,9 +118,10 @@ def _scored(
         return
     if not len(rows):
         return
-    queries = queries[:, : budget.r_q]
-    for part in rows.split(max(1, GATHERED_BYTES // (4 * budget.r_c * store.width))):
-        vectors = store.vectors(part.tolist(), budget.r_c).to(queries.device)
+    r_q, r_c, width = budget
+    queries = narrowed(store.accept(queries)[:, :r_q], width)
+    for part in rows.split(max(1, GATHERED_BYTES // (4 * r_c * (width or store.width)))):
+        vectors = store.vectors(part.tolist(), r_c, width).to(queries.device)
         yield part.to(queries.device), maxsim(queries, vectors)
 
 

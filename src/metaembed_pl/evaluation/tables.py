@@ -146,7 +146,7 @@ def diversity_table(outcome: Outcome, budgets: Sequence[Budget]) -> Table:
     if not any(task.diversity for task in outcome.tasks):
         return Table([], [])
     rows = []
-    for budget in budgets:
+    for budget in (budget for budget in budgets if budget.width is None):
         row = [str(budget)]
         for side, count in (("query", budget.r_q), ("candidate", budget.r_c)):
             values = [

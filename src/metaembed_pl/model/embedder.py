@@ -23,13 +23,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from metaembed_pl.budget import Budget, check_budget, parse_groups, split_width
+from metaembed_pl.budget import Budget, check_budget, parse_groups
 from metaembed_pl.data.collate import Chunk, Cut
 from metaembed_pl.environment import versions
 from metaembed_pl.errors import UserError
 from metaembed_pl.files import new_folder
 from metaembed_pl.item import Item, several
-from metaembed_pl.late_interaction import maxsim
+from metaembed_pl.late_interaction import maxsim, narrowed
 from metaembed_pl.model import vision
 from metaembed_pl.model.backbone import BackboneConfig
 from metaembed_pl.model.encoding import Pace, Prepared, one_ahead, prepared
@@ -150,7 +150,7 @@ class MetaEmbedder(nn.Module):
         text: Any = backbone.config.get_text_config()
         if bidirectional:
             text.is_causal = False  # what transformers makes attention masks by
-        counts = self.groups[-1] if pooling == "meta_tokens" else (0, 0)
+        counts = self.groups[-1][:2] if pooling == "meta_tokens" else (0, 0)
         self.meta_tokens = MetaTokens(
             *counts,
             text.hidden_size,
@@ -356,12 +356,8 @@ class MetaEmbedder(nn.Module):
         Raises:
             UserError: the model was not trained for this budget.
         """
-        counts, width = split_width(budget or self.groups[-1], self.widths)
-        r_q, r_c = check_budget(counts, self.groups)
-        sides = queries[:, :r_q], candidates[:, :r_c]
-        if width is not None:
-            sides = tuple(nn.functional.normalize(side[..., :width], dim=-1) for side in sides)
-        return maxsim(*sides)
+        r_q, r_c, width = check_budget(budget or self.groups[-1], self.groups, self.widths)
+        return maxsim(narrowed(queries[:, :r_q], width), narrowed(candidates[:, :r_c], width))
 
     def save_pretrained(self, folder: str | Path, overwrite: bool = False) -> None:
         """Writes a model folder, atomically; safetensors only.

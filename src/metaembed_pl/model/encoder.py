@@ -19,6 +19,11 @@ class Encoder(Protocol):
         ...
 
     @property
+    def widths(self) -> Sequence[int]:
+        """Smaller ones, that a budget may name."""
+        ...
+
+    @property
     def width(self) -> int:
         """Of a vector."""
         ...

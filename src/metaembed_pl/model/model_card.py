@@ -7,8 +7,10 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
+from metaembed_pl.budget import budgets_of, parse_groups
+
 SHOWN = ("recall@1", "ndcg@5")
-METRIC = re.compile(r"(?P<part>[^/]+)/(?P<dataset>.+)/(?P<metric>[^/]+)/(?P<budget>\d+x\d+)")
+METRIC = re.compile(r"(?P<part>[^/]+)/(?P<dataset>.+)/(?P<metric>[^/]+)/(?P<budget>\d+x\d+(x\d+)?)")
 
 USE = {
     "metaembed": """from metaembed_pl import MetaEmbedder
@@ -83,7 +85,8 @@ def model_card(
         languages: codes of what it was trained for, such as `en`.
         max_text_tokens: where texts are cut.
     """
-    groups = settings["groups"]
+    groups, widths = settings["groups"], settings.get("widths", [])
+    budgets = [str(budget) for budget in budgets_of(parse_groups(groups), widths)]
     results = list(_results(metrics, groups))
     header = ModelCardData(
         language=list(languages) or None,
@@ -101,10 +104,11 @@ def model_card(
         f"---\n{header.to_yaml()}\n---",
         f"# {name.rpartition('/')[2]}",
         "A multi-vector retriever of texts and images. Choose at search time how many vectors of "
-        f"a query and of a candidate to spend: {', '.join(groups)}.",
+        f"a query and of a candidate to spend: {', '.join(groups)}."
+        + (f" A third number keeps fewer dimensions: {budgets[-2]}." if widths else ""),
         f"```python\n{use}\n```",
         _about(settings, base, licence, datasets, languages),
-        _table(metrics, groups),
+        _table(metrics, budgets),
         INTENDED,
         LIMITS.format(max_text_tokens=max_text_tokens),
     ]
@@ -161,22 +165,22 @@ def _about(
     )
 
 
-def _table(metrics: Mapping[str, float], groups: list[str]) -> str:
+def _table(metrics: Mapping[str, float], budgets: list[str]) -> str:
     """Datasets and metrics down, budgets across."""
     found: dict[tuple[str, str], dict[str, float]] = {}
     for key, value in metrics.items():
         match = METRIC.fullmatch(key)
-        if match and match["metric"] in SHOWN and match["budget"] in groups:
+        if match and match["metric"] in SHOWN and match["budget"] in budgets:
             found.setdefault((match["dataset"], match["metric"]), {})[match["budget"]] = value
     if not found:
         return ""
     lines = [
         "## Quality by budget",
         "",
-        f"| dataset | metric | {' | '.join(groups)} |",
-        "|---|---|" + "---|" * len(groups),
+        f"| dataset | metric | {' | '.join(budgets)} |",
+        "|---|---|" + "---|" * len(budgets),
     ]
     for (dataset, metric), values in sorted(found.items()):
-        cells = [f"{values[group]:.3f}" if group in values else "" for group in groups]
+        cells = [f"{values[name]:.3f}" if name in values else "" for name in budgets]
         lines.append(f"| {dataset} | {metric} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -30,10 +30,12 @@ from torch import Tensor
 from metaembed_pl.budget import Budget, check_budget
 from metaembed_pl.errors import UserError
 from metaembed_pl.files import write_text
+from metaembed_pl.late_interaction import narrowed
 from metaembed_pl.retrieval.cascade import Stage, parse_cascade, run_stages
 from metaembed_pl.retrieval.index import Index, IndexUnusable
 from metaembed_pl.retrieval.planes import read
 from metaembed_pl.retrieval.reader import Reader
+from metaembed_pl.retrieval.searchable import Kind
 from metaembed_pl.retrieval.snapshot import Matching, Snapshot
 
 CALIBRATION_FILE, QUERIES_FILE = "calibration.json", "queries.jsonl"
@@ -73,7 +75,8 @@ class Measured(NamedTuple):
         plan: a budget, or the stages of a cascade.
         recall: share of the first ten of the exact search, over the queries of the hardest kind.
         error: standard error of it.
-        products: dot products a query on the whole store; reading a code of the index counts as 1.
+        products: dot products a query on the whole store; one of half the components counts half,
+            reading a code of the index 1.
         bytes_read: a query, on the whole store.
         milliseconds: a query by itself, on the rows that were searched.
     """
@@ -141,13 +144,6 @@ class Calibration:
             and (with_index or "@" not in row.plan)
         )
 
-    def choose(
-        self, target_recall: float, top: int = TOP, with_index: bool = True
-    ) -> tuple[Stage, ...]:
-        """The stages of `best`, for so many results."""
-        groups = [Budget.parse(group) for group in self.groups]
-        return stages_of(self.best(target_recall, with_index).plan, groups, top)
-
     def save(self, store: Reader) -> None:
         """Keep it beside the store's manifest."""
         write_text(store.folder / CALIBRATION_FILE, json.dumps(asdict(self), indent=1) + "\n")
@@ -185,7 +181,7 @@ def choose(
         target_recall: of the first ten of the exact search.
         top: results.
     """
-    exact = stages_of(str(store.groups[-1]), store.groups, top)
+    exact = stages_of(str(store.groups[-1]), store.kind, top)
     if _is_small(store):
         return Choice(exact, "exact: the store is small")
     if calibration is None:
@@ -203,7 +199,7 @@ def choose(
         note = f"exact: no cheaper plan reached recall {target_recall:g}, by {calibration.used}"
     else:
         note = f"recall {row.recall:.3f} +- {row.error:.3f}, measured with {calibration.used}"
-    return Choice(stages_of(row.plan, store.groups, top), note + why)
+    return Choice(stages_of(row.plan, store.kind, top), note + why)
 
 
 def has_index(store: Reader) -> bool:
@@ -401,7 +397,7 @@ def _scans(
     """Plans that score every item in their first stage."""
     snapshot, last = store.snapshot(), store.groups[-1]
     exact = _exact(snapshot, queries, Stage(last, TOP), sample, go_on)
-    ranks = _ranks(snapshot, queries, sample.places, exact, store.groups, go_on)
+    ranks = _ranks(store, queries, sample.places, exact, go_on)
     share = len(sample.places) / len(store)
     found = []
 
@@ -414,16 +410,18 @@ def _scans(
         found.append(_Plan(stages, *recall, *costs(stages, store)))
 
     end = Stage(last, TOP)
+    price = {stage: _price(stage, store) for stage in (end, *ranks)}
     for first in ranks:
         if not first.pooled:
             add(first._replace(keep=TOP))
-        for keep in KEPT if first.products < end.products else ():
+        for keep in KEPT if price[first] < price[end] else ():
             if keep >= len(store):
                 break
             begun = first._replace(keep=keep)
             add(begun, end)
             for between in ranks if keep >= 10 * KEPT[0] else ():
-                if first.products < between.products < end.products:
+                is_whole = between.budget.width is None
+                if is_whole and price[first] < price[between] < price[end]:
                     add(begun, between._replace(keep=keep // 10), end)
     return found
 
@@ -488,21 +486,31 @@ def _exact(
 
 
 def _ranks(
-    snapshot: Snapshot,
+    store: Reader,
     queries: Float[Tensor, "Q Rq D"],
     places: Integer[Tensor, " N"],
     exact: Integer[Tensor, "Q T"],
-    groups: Sequence[Budget],
     go_on: Callable[[], None],
 ) -> dict[Stage, Integer[Tensor, "Q T"]]:
     """How many of some items each first stage puts before each of the ten best.
 
-    One product of all vectors serves every stage: the maximum runs over the candidate's vectors and
-    the sum over the query's, and stops at each trained count.
+    One product of all vectors, for each width, serves every stage: the maximum runs over the
+    candidate's vectors and the sum over the query's, and stops at each trained count.
     """
-    planes, last = snapshot.planes, groups[-1].r_c
-    columns = torch.cat([queries, queries.sum(dim=1, keepdim=True)], dim=1).float()
-    own = _first_scores(read(planes, last, exact.flatten()), columns, groups)
+    planes, groups = store.snapshot().planes, store.groups
+    last = groups[-1].r_c
+    columns: dict[int | None, Tensor] = {}
+    for width in (None, *store.widths):
+        asked = narrowed(queries, width).float()
+        columns[width] = torch.cat([asked, asked.sum(dim=1, keepdim=True)], dim=1)
+
+    def first_scores(places: Integer[Tensor, " n"]) -> dict[Stage, Float[Tensor, "n Q"]]:
+        vectors, found = read(planes, last, places), {}
+        for width, asked in columns.items():
+            found |= _first_scores(narrowed(vectors, width), asked, groups, width)
+        return found
+
+    own = first_scores(exact.flatten())
     pick = torch.arange(len(queries)).repeat_interleave(exact.shape[1])
     rows = torch.arange(len(pick))
     limits = {
@@ -511,10 +519,10 @@ def _ranks(
         for first, scores in own.items()
     }
     before = {first: torch.zeros(exact.shape, dtype=torch.long) for first in limits}
-    step = max(1, BLOCK // (columns.shape[0] * columns.shape[1] * last))
+    step = max(1, BLOCK // (len(queries) * (queries.shape[1] + 1) * last))
     last_told = time.perf_counter()
     for some in places.split(step):
-        for first, scores in _first_scores(read(planes, last, some), columns, groups).items():
+        for first, scores in first_scores(some).items():
             before[first] += (scores.unsqueeze(2) > limits[first].to(scores)).sum(dim=0).cpu()
         if time.perf_counter() - last_told > 1:
             go_on()
@@ -523,13 +531,16 @@ def _ranks(
 
 
 def _first_scores(
-    vectors: Float[Tensor, "n R D"], columns: Float[Tensor, "Q _ D"], groups: Sequence[Budget]
+    vectors: Float[Tensor, "n R W"],
+    columns: Float[Tensor, "Q _ W"],
+    groups: Sequence[Budget],
+    width: int | None,
 ) -> dict[Stage, Float[Tensor, "n Q"]]:
-    """Scores of every first stage that there is."""
-    num_queries, num_columns, width = columns.shape
+    """Scores of every first stage that there is at a width."""
+    num_queries, num_columns, _ = columns.shape
     r_q = num_columns - 1
     vectors = vectors.to(columns.device)
-    products = vectors.flatten(0, 1) @ columns.view(-1, width).T
+    products = vectors.flatten(0, 1) @ columns.flatten(0, 1).T
     products = products.view(len(vectors), -1, num_queries, num_columns)
     found: dict[Stage, Tensor] = {}
     best, done = products[:, 0], 1
@@ -538,9 +549,9 @@ def _first_scores(
             best, done = torch.maximum(best, products[:, done:r_c].amax(dim=1)), r_c
         sums = best[:, :, :r_q].cumsum(dim=2)
         for some in sorted({group.r_q for group in groups}):
-            found[Stage(Budget(some, r_c), 0)] = sums[:, :, some - 1]
+            found[Stage(Budget(some, r_c, width), 0)] = sums[:, :, some - 1]
         if r_c > 1:
-            found[Stage(Budget(r_q, r_c), 0, pooled=True)] = best[:, :, r_q]
+            found[Stage(Budget(r_q, r_c, width), 0, pooled=True)] = best[:, :, r_q]
     return found
 
 
@@ -572,7 +583,7 @@ def _worth_it(plans: Sequence[_Plan], store: Reader) -> list[_Plan]:
 def costs(
     plan: Sequence[Stage], store: Reader, asks: tuple[Index, float, float] | None = None
 ) -> tuple[float, float]:
-    """What a query costs on a whole store: dot products, and bytes.
+    """What a query costs on a whole store: dot products of whole vectors, and bytes.
 
     Args:
         plan: its stages.
@@ -580,8 +591,7 @@ def costs(
         asks: where its first stage asks an index: that, the lists that a query reads of it, and the
             items that this leaves.
     """
-    vector_bytes = store.snapshot().vector_bytes
-    products = bytes_read = 0.0
+    snapshot, products, bytes_read = store.snapshot(), 0.0, 0.0
     scored, stages = [len(store), *(stage.keep for stage in plan)], list(plan)
     if plan[0].reach is not None:
         assert asks is not None, "its cost depends on the index"
@@ -592,9 +602,14 @@ def costs(
         bytes_read = share * index.size_bytes
         stages, scored = stages[1:], [left, *scored[2:]]
     for stage, num_items in zip(stages, scored, strict=False):
-        products += num_items * stage.products
-        bytes_read += num_items * stage.budget.r_c * vector_bytes
+        products += num_items * _price(stage, store)
+        bytes_read += num_items * snapshot.item_bytes(stage.budget)
     return products, bytes_read
+
+
+def _price(stage: Stage, store: Reader) -> float:
+    """Dot products of whole vectors for an item that is scored."""
+    return stage.products * (stage.budget.width or store.width) / store.width
 
 
 def _scaled(stages: Sequence[Stage], share: float) -> list[Stage]:
@@ -602,19 +617,19 @@ def _scaled(stages: Sequence[Stage], share: float) -> list[Stage]:
     return [stage._replace(keep=max(TOP, math.ceil(share * stage.keep))) for stage in stages]
 
 
-def stages_of(plan: str, groups: Sequence[Budget], top: int) -> tuple[Stage, ...]:
+def stages_of(plan: str, kind: Kind, top: int) -> tuple[Stage, ...]:
     """The stages of a plan that was named, each keeping at least `top`, the last just that.
 
-    >>> groups = [Budget(1, 1), Budget(4, 8)]
-    >>> [",".join(map(str, stages_of(plan, groups, 60))) for plan in ("4x1", "4x1:50,4x8:10")]
+    >>> kind = Kind("some model", (Budget(1, 1), Budget(4, 8)), width=128)
+    >>> [",".join(map(str, stages_of(plan, kind, 60))) for plan in ("4x1", "4x1:50,4x8:10")]
     ['4x1:60', '4x1:60,4x8:60']
 
     Raises:
         UserError: not a plan, or a budget the model was not trained for.
     """
     if ":" not in plan:
-        return (Stage(check_budget(plan, groups), top),)
-    *first, last = parse_cascade(plan, groups)
+        return (Stage(check_budget(plan, kind.groups, kind.widths), top),)
+    *first, last = parse_cascade(plan, kind.groups, kind.widths)
     return (*(_for_top(stage, top) for stage in first), last._replace(keep=top))
 
 

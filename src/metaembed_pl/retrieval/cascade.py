@@ -3,7 +3,9 @@
 A stage scores what the stage before it kept, and keeps the best of it:
 
     4x8:200      MaxSim of 4 query and 8 candidate vectors; the 200 best items
-    poolx16:200  the sum of all query vectors, against 16 candidate vectors; the 200 best items
+    4x8x64:200   the same with the first 64 components of each, where the model was trained so
+    poolx16:200  the sum of all query vectors, against 16 candidate vectors; the 200 best items;
+                 poolx16x64:200 with 64 components
     pool@.7:200  the sum asks the index, which reads the lists whose centres score at least .7 of
                  the best centre's; the items of the 200 best candidate vectors in them
     each@.7:50   every query vector asks the index; the items of the 50 best vectors of each
@@ -32,12 +34,14 @@ from torch import Tensor
 
 from metaembed_pl.budget import Budget, check_budget
 from metaembed_pl.errors import UserError
+from metaembed_pl.late_interaction import narrowed
 from metaembed_pl.retrieval.index import Index
 from metaembed_pl.retrieval.scoring import FEW, best_columns, best_rows, fast_dtype, scan, score_few
+from metaembed_pl.retrieval.searchable import Kind
 from metaembed_pl.retrieval.snapshot import Matching, Snapshot
 
 _STAGE = re.compile(
-    r"\s*(?:poolx(?P<r_c>\d+)|(?P<asks>pool|each)@(?P<reach>\d*\.?\d+)|(?P<budget>[^:@]+))"
+    r"\s*(?:poolx(?P<r_c>\d+)(?:x(?P<width>\d+))?|(?P<asks>pool|each)@(?P<reach>\d*\.?\d+)|(?P<budget>[^:@]+))"
     r"\s*:\s*(?P<keep>\d+)\s*"
 )
 
@@ -46,7 +50,7 @@ class Stage(NamedTuple):
     """One step of a cascade.
 
     Args:
-        budget: query and candidate vectors that are used.
+        budget: query and candidate vectors that are used, and their components.
         keep: items that are kept; where the index is asked, vectors for each question.
         pooled: the query's vectors are summed first.
         reach: which lists of the index are read, see `Index.search`; None: every item is scored.
@@ -60,7 +64,8 @@ class Stage(NamedTuple):
     def __str__(self) -> str:
         if self.reach is not None:
             return f"{'pool' if self.pooled else 'each'}@{self.reach:g}:{self.keep}"
-        return f"{f'poolx{self.budget.r_c}' if self.pooled else self.budget}:{self.keep}"
+        pooled = str(self.budget).partition("x")[2]
+        return f"{f'poolx{pooled}' if self.pooled else self.budget}:{self.keep}"
 
     @property
     def products(self) -> int:
@@ -68,9 +73,9 @@ class Stage(NamedTuple):
         one = self.pooled or self.budget.r_c == 1
         return self.budget.r_c * (1 if one else self.budget.r_q)
 
-    def asked(self, queries: Float[Tensor, "Q Rq D"]) -> Float[Tensor, "Q _ D"]:
+    def asked(self, queries: Float[Tensor, "Q Rq D"]) -> Float[Tensor, "Q _ _"]:
         """The vectors that the stage asks with."""
-        queries = queries[:, : self.budget.r_q]
+        queries = narrowed(queries[:, : self.budget.r_q], self.budget.width)
         return queries.sum(dim=1, keepdim=True) if self.pooled else queries
 
 
@@ -112,7 +117,7 @@ class Found(NamedTuple):
 
 
 def parse_cascade(
-    value: str | Iterable[Stage | str], groups: Sequence[Budget]
+    value: str | Iterable[Stage | str], groups: Sequence[Budget], widths: Iterable[int] = ()
 ) -> tuple[Stage, ...]:
     """Read the stages of a cascade, first to last, as text or a list.
 
@@ -125,7 +130,7 @@ def parse_cascade(
     if not stages:
         raise UserError("a cascade has at least one stage, such as poolx8:200")
     for stage in stages:
-        check_budget(stage.budget, groups)
+        check_budget(stage.budget, groups, widths)
     for before, stage in itertools.pairwise(stages):
         if stage.reach is not None:
             raise UserError(f"only the first stage of a cascade can ask the index, not {stage}")
@@ -151,12 +156,13 @@ def _parse(text: str, every: Budget) -> Stage:
     if match["reach"]:
         return Stage(every, keep, match["asks"] == "pool", float(match["reach"]))
     if match["r_c"]:
-        return Stage(Budget(every.r_q, int(match["r_c"])), keep, pooled=True)
+        width = match["width"] and int(match["width"])
+        return Stage(Budget(every.r_q, int(match["r_c"]), width), keep, pooled=True)
     return Stage(Budget.parse(match["budget"]), keep)
 
 
 def choose_stages(
-    groups: Sequence[Budget],
+    kind: Kind,
     budget: Budget | str | None = None,
     cascade: str | Iterable[Stage | str] | None = None,
     top: int | None = None,
@@ -164,15 +170,16 @@ def choose_stages(
     """The stages of a search that was given a budget or a cascade, or neither: all vectors.
 
     Raises:
-        UserError: a model of these groups cannot serve them.
+        UserError: the model of these vectors cannot serve them.
     """
+    groups, widths = kind.groups, kind.widths
     if top is not None and top < 1:
         raise UserError(f"top must be at least 1, got {top}")
     if cascade is None:
-        return (Stage(check_budget(budget or groups[-1], groups), top or 10),)
+        return (Stage(check_budget(budget or groups[-1], groups, widths), top or 10),)
     if budget is not None:
         raise UserError(f"give a budget ({budget}) or a cascade, not both")
-    stages = parse_cascade(cascade, groups)
+    stages = parse_cascade(cascade, groups, widths)
     if top is not None and top > stages[-1].keep:
         raise UserError(f"the cascade's last stage {stages[-1]} keeps fewer than the top {top}")
     return stages
@@ -213,10 +220,10 @@ def run_stages(
         r_c = first.budget.r_c
         scored = scan(snapshot.planes, first.asked(queries), r_c, matching.places, dtype)
         found = list(zip(*best_rows(scored, first.keep), strict=True))
-        bytes_read = len(matching.places) * r_c * snapshot.vector_bytes
+        bytes_read = len(matching.places) * snapshot.item_bytes(first.budget)
     for stage in later:
-        r_c = stage.budget.r_c
-        bytes_read += sum(len(places) for _, places in found) * r_c * snapshot.vector_bytes
+        a_row = snapshot.item_bytes(stage.budget)
+        bytes_read += sum(len(places) for _, places in found) * a_row
         found = [
             _best_of(snapshot, stage, query, places)
             for query, (_, places) in zip(queries, found, strict=True)
@@ -261,8 +268,7 @@ def _ask(
     )
     tail = matching.places[matching.num_below(index.num_rows) :]
     if len(tail):
-        r_c = stage.budget.r_c
-        _, best = best_rows(scan(snapshot.planes, queries, r_c, tail), stage.keep)
+        _, best = best_rows(scan(snapshot.planes, queries, stage.budget.r_c, tail), stage.keep)
         found = [torch.cat([*both]) for both in zip(found, best.cpu(), strict=True)]
-        bytes_read += len(tail) * r_c * snapshot.vector_bytes
+        bytes_read += len(tail) * snapshot.item_bytes(stage.budget)
     return found, bytes_read

@@ -144,15 +144,16 @@ def open_for(
     """
     rank, world = rank_and_world()
     if rank == 0 and (not Path(folder).exists() or is_empty(Path(folder))):
-        projection = None
+        projection, widths = None, model.widths
         if width not in (None, model.width):
             check_width(width, model.width)
-            if width in model.widths:
+            if width in widths:
                 projection = Projection.first(model.width, width)
             else:
                 projection = Projection.learn(_lesson(model, items, skip_bad), width)
-        identity = identity_of(model)
-        Store.create(folder, model.groups, model.width, identity, dtype or "bf16", projection)
+                widths = ()
+        settings = identity_of(model), dtype or "bf16", projection, widths
+        Store.create(folder, model.groups, model.width, *settings)
     if world > 1:
         dist.barrier()
     store = Store.open(folder)

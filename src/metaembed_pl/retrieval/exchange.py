@@ -21,7 +21,7 @@ from jaxtyping import Float
 from pyarrow import parquet
 from torch import Tensor
 
-from metaembed_pl.budget import check_budget, parse_groups
+from metaembed_pl.budget import Budget, parse_groups
 from metaembed_pl.errors import UserError
 from metaembed_pl.files import new_file, new_folder
 from metaembed_pl.retrieval.manifest import Manifest
@@ -55,8 +55,8 @@ def export_store(
             of no kind that is known, or Lance is missing.
     """
     to = Path(to)
-    r_q, every = store.groups[-1]
-    r_c = check_budget((r_q, every if r_c is None else r_c), store.groups).r_c
+    r_q, every, _ = store.groups[-1]
+    r_c = store.check_budget(Budget(r_q, every if r_c is None else r_c)).r_c
     if to.suffix not in (PARQUET, LANCE):
         raise UserError(f"{to}: expected a name that ends in {PARQUET} or {LANCE}")
     if to.exists():
@@ -84,6 +84,7 @@ def _schema(store: Store, r_c: int, previews: bool) -> pa.Schema:
         "identity": store.identity,
         "groups": [str(group) for group in store.groups if group.r_c <= r_c],
         "width": store.width,
+        "widths": list(store.widths),
         "dtype": store.dtype,
     }
     if store.projection is not None:
@@ -177,7 +178,11 @@ def _manifest(source: Path, about: dict[str, Any]) -> tuple[Manifest, bytes | No
         projection = about.get("projection")
         content = None if projection is None else base64.b64decode(projection, validate=True)
         manifest = Manifest(
-            about["identity"], parse_groups(about["groups"]), about["width"], about["dtype"]
+            about["identity"],
+            parse_groups(about["groups"]),
+            about["width"],
+            about["dtype"],
+            widths=tuple(about.get("widths") or ()),
         )
         digest = None if content is None else digest_of(content)
         return replace(manifest, projection=digest), content

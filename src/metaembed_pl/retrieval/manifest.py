@@ -32,7 +32,8 @@ class Manifest(Kind):
     Args:
         identity: see `Kind`.
         groups: see `Kind`.
-        width: of a stored vector.
+        width: see `Kind`.
+        widths: see `Kind`.
         dtype: of a stored vector's components.
         generation: counts the changes.
         data: the folder that holds the files; compaction begins a new one.
@@ -63,6 +64,9 @@ class Manifest(Kind):
             raise UserError(f"a store's data cannot be {self.data!r}")
         if not isinstance(self.identity, str) or not self.identity:
             raise UserError(f"a store's identity cannot be {self.identity!r}")
+        whole = all(type(width) is int and 0 < width < self.width for width in self.widths)
+        if not (isinstance(self.widths, tuple) and whole):
+            raise UserError(f"a store's widths cannot be {self.widths!r}")
         if not (self.projection is None or isinstance(self.projection, str)):
             raise UserError(f"a store's projection cannot be {self.projection!r}")
 
@@ -87,8 +91,9 @@ class Manifest(Kind):
 
     def _to_json(self) -> dict[str, Any]:
         value = {**asdict(self), "groups": [str(group) for group in self.groups]}
-        if self.projection is None:
-            del value["projection"]  # what is no news to an older version reads as before
+        for name in ("projection", "widths"):
+            if not value[name]:
+                del value[name]  # what is no news to an older version reads as before
         value = {"format": FORMAT if self.projection is None else PROJECTED_FORMAT, **value}
         return value | {"checksum": _checksum(value)}
 
@@ -122,6 +127,7 @@ class Manifest(Kind):
             if projected != (value.get("projection") is not None):
                 raise UserError("its format does not say whether it has a projection")
             value["groups"] = parse_groups(value["groups"])
+            value["widths"] = tuple(value.get("widths") or ())
             return cls(**value)
         except (KeyError, TypeError, UserError) as error:
             raise UserError(f"{file} is malformed: {error}") from error

@@ -21,7 +21,7 @@ from metaembed_pl.data.collate import Instructions, decoded
 from metaembed_pl.data.shards import ShardedPairs
 from metaembed_pl.errors import UserError
 from metaembed_pl.item import Item, Pair, stable_hash
-from metaembed_pl.late_interaction import paired_scores
+from metaembed_pl.late_interaction import narrowed, paired_scores
 from metaembed_pl.model.embedder import MetaEmbedder
 from metaembed_pl.retrieval.calibration import calibrate, stages_of
 from metaembed_pl.retrieval.cascade import Stage
@@ -204,12 +204,12 @@ def ranking_for(
         depth: candidates to rank for each query.
         target_recall: share of them.
     """
-    exact = stages_of(str(store.groups[-1]), store.groups, depth)
+    exact = stages_of(str(store.groups[-1]), store.kind, depth)
     wanted = store.search(queries, cascade=exact).rows
     for row in calibrate(store, queries).measured:
         if row.recall < target_recall:
             continue
-        stages = stages_of(row.plan, store.groups, depth)
+        stages = stages_of(row.plan, store.kind, depth)
         found = store.search(queries, cascade=stages).rows
         shares = [len(set(a) & set(b)) / len(b) for a, b in zip(found, wanted, strict=True)]
         if (recall := sum(shares) / len(shares)) >= target_recall:
@@ -278,14 +278,14 @@ class Miner:
         queries = self.model.encode_query([pair.query for pair in pairs.values()], len(pairs))
         queries = queries.to(self.model.device)
         hits = self.store.search(queries, normalised=True, **self._search)
-        budget = hits.stages[-1].budget
+        r_q, r_c, width = hits.stages[-1].budget
         positives = self.store.rows_of(pair.positive.uid for pair in pairs.values())
-        vectors = self.store.vectors(positives, budget.r_c).to(queries.device)
-        asked = self.store.accept(queries)[:, : budget.r_q]
-        own = paired_scores(asked, vectors[:, None], [budget])[0, :, 0]
+        vectors = self.store.vectors(positives, r_c, width).to(queries.device)
+        asked = narrowed(self.store.accept(queries)[:, :r_q], width)
+        own = paired_scores(asked, vectors[:, None], [Budget(r_q, r_c)])[0, :, 0]
         found: dict[int, Mined | str] = {**reasons}
         for (i, pair), rows, scores, score in zip(
-            pairs.items(), hits.rows, hits.scores, (own / budget.r_q).tolist(), strict=True
+            pairs.items(), hits.rows, hits.scores, (own / r_q).tolist(), strict=True
         ):
             query = stable_hash(pair.query.content)
             wanted = self._wanted[query] | {query}

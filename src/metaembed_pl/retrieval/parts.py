@@ -104,7 +104,7 @@ def merge(folders: Sequence[Path], out: Path) -> Store:
     first = stores[0].kind
     for store in stores[1:]:
         _refuse_unlike(store, stores[0])
-    new = Manifest(first.identity, first.groups, first.width, first.dtype)
+    new = Manifest(first.identity, first.groups, first.width, first.dtype, widths=first.widths)
     new = replace(new, projection=first.projection)
     if (out / PART_FILE).exists() or (out.exists() and any(out.iterdir())):
         raise UserError(f"{out} is not empty: choose another --out")

@@ -38,20 +38,28 @@ class Plane(NamedTuple):
     scales: Float[Tensor, "N S 1"] | None
 
     def read_into(
-        self, block: Float[Tensor, "n S D"], rows: slice | Integer[Tensor, " n"]
-    ) -> Float[Tensor, "n S D"]:
-        """Fill a block, of the dtype and on the device of the arithmetic, with vectors of items."""
-        block.copy_(_some(self.vectors, rows))
-        if self.scales is None:
-            return block
-        return block.mul_(_some(self.scales, rows).to(block.device))
+        self, block: Float[Tensor, "n S _"], rows: slice | Integer[Tensor, " n"]
+    ) -> Float[Tensor, "n S _"]:
+        """Fill a block, of the dtype and on the device of the arithmetic, with vectors of items.
+
+        A block of fewer components is filled with the first ones alone, as unit vectors.
+        """
+        width, stored = block.shape[2], self.vectors
+        is_narrow = width < stored.shape[2]
+        block.copy_(_some(stored[:, :, :width] if is_narrow else stored, rows))
+        if self.scales is not None:
+            block.mul_(_some(self.scales, rows).to(block.device))
+        if is_narrow:
+            norms = torch.linalg.vector_norm(block, dim=2, keepdim=True, dtype=torch.float32)
+            block.div_(norms.clamp_(min=1e-12))
+        return block
 
 
 def read(
-    planes: Sequence[Plane], r_c: int, rows: Integer[Tensor, " n"]
-) -> Float[Tensor, "n r_c D"]:
-    """The first vectors of some items, in float32."""
-    vectors = torch.empty(len(rows), r_c, planes[0].vectors.shape[2])
+    planes: Sequence[Plane], r_c: int, rows: Integer[Tensor, " n"], width: int | None = None
+) -> Float[Tensor, "n r_c _"]:
+    """The first vectors of some items, in float32; `width`: of them the first components."""
+    vectors = torch.empty(len(rows), r_c, width or planes[0].vectors.shape[2])
     for plane in planes:
         if plane.first < r_c:
             end = plane.first + plane.vectors.shape[1]
@@ -70,9 +78,9 @@ def spans(groups: Sequence[Budget]) -> list[tuple[int, int]]:
     return list(itertools.pairwise([0, *counts]))
 
 
-def vector_bytes(manifest: Manifest) -> int:
-    """Bytes of a stored vector, its scale included."""
-    size = TORCH_DTYPES[manifest.dtype].itemsize * manifest.width
+def vector_bytes(manifest: Manifest, width: int | None = None) -> int:
+    """Bytes of a stored vector, or of its first components; its scale included."""
+    size = TORCH_DTYPES[manifest.dtype].itemsize * (width or manifest.width)
     return size + 4 if manifest.dtype == "int8" else size
 
 

@@ -12,8 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from metaembed_pl.budget import Budget, check_budget
+from metaembed_pl.budget import Budget
 from metaembed_pl.errors import UserError
+from metaembed_pl.late_interaction import narrowed
 from metaembed_pl.retrieval.cascade import Hits, Stage, choose_stages, run_stages
 from metaembed_pl.retrieval.filters import Filters
 from metaembed_pl.retrieval.index import Index, IndexUnusable, index_version
@@ -113,17 +114,24 @@ class Reader(Searchable):
         return self.snapshot().column("preview", self._at(rows))
 
     def vectors(
-        self, rows: Sequence[int] | None = None, r_c: int | None = None
-    ) -> Float[Tensor, "N r_c D"]:
+        self,
+        rows: Sequence[int] | None = None,
+        r_c: int | None = None,
+        width: int | None = None,
+    ) -> Float[Tensor, "N r_c _"]:
         """The first `r_c` meta embeddings of items as they are kept, float32; None: all.
 
+        Args:
+            rows: of the items; None: all.
+            r_c: vectors of an item; None: all.
+            width: of them the first components, as unit vectors; None: all.
+
         Raises:
-            UserError: the model was not trained at `r_c`.
+            UserError: the model was not trained at `r_c` or `width`.
         """
-        snapshot = self.snapshot()
-        r_q, every = self.groups[-1]
-        r_c = check_budget((r_q, every if r_c is None else r_c), self.groups).r_c
-        return read(snapshot.planes, r_c, self._at(rows))
+        snapshot, (r_q, every, _) = self.snapshot(), self.groups[-1]
+        budget = self.check_budget(Budget(r_q, every if r_c is None else r_c, width))
+        return read(snapshot.planes, budget.r_c, self._at(rows), width)
 
     def scores(
         self, queries: Float[Tensor, "Q Rq D"], budget: Budget | str | None = None
@@ -141,10 +149,10 @@ class Reader(Searchable):
             UserError: a budget the model was not trained for, or queries that do not fit.
         """
         snapshot = self.snapshot()
-        r_q, r_c = check_budget(budget or self.groups[-1], self.groups)
-        queries = self.accept(queries)
+        r_q, r_c, width = self.check_budget(budget)
+        asked = narrowed(self.accept(queries)[:, :r_q], width)
         done = 0
-        for places, scores in scan(snapshot.planes, queries[:, :r_q], r_c, snapshot.places):
+        for places, scores in scan(snapshot.planes, asked, r_c, snapshot.places):
             yield range(done, done + len(places)), scores
             done += len(places)
 
@@ -162,7 +170,8 @@ class Reader(Searchable):
 
         Args:
             queries: of the store's model, all R_q vectors; where they are is where scores are made.
-            budget: every item is scored at it, exactly; None spends all vectors.
+            budget: every item is scored at it, exactly; None spends all vectors. With a width, such
+                as "4x8x64", no more components of each vector are read.
             cascade: instead of a budget, stages such as "poolx8:200,16x64:10", see cascade.py.
                 Where `where` leaves so few items that scoring them all is cheaper than asking the
                 index, that is done; the hits' `stages` say so.
@@ -176,7 +185,7 @@ class Reader(Searchable):
         Raises:
             UserError: the store is empty, or any of these is not valid.
         """
-        stages = choose_stages(self.groups, budget, cascade, top)
+        stages = choose_stages(self.kind, budget, cascade, top)
         index = self._index_for(stages)
         snapshot = self.snapshot()
         queries = self.accept(queries)
@@ -276,7 +285,7 @@ class Reader(Searchable):
             UserError: the store's model cannot serve them.
             IndexUnusable: they ask the index, and there is none, or it cannot be used.
         """
-        stages = choose_stages(self.groups, budget, cascade, top)
+        stages = choose_stages(self.kind, budget, cascade, top)
         self._index_for(stages)
         return stages
 

@@ -44,7 +44,8 @@ def scan(
 
     Args:
         planes: of the store.
-        queries: all their vectors are spent; where they are is where the arithmetic is done.
+        queries: all their vectors are spent, and of candidates as many components as they have;
+            where they are is where the arithmetic is done.
         r_c: vectors of a candidate to spend; one of the model's counts.
         rows: what to score, ascending.
         dtype: of the arithmetic; scores are summed in float32 whatever it is.
@@ -75,7 +76,7 @@ def score_few(
     rows: Integer[Tensor, " n"],
 ) -> Float[Tensor, " n"]:
     """Scores of some rows for one query, as `scan` gives them, without a scan's preparations."""
-    vectors = read(planes, r_c, rows).to(query.device)
+    vectors = read(planes, r_c, rows, query.shape[1]).to(query.device)
     products = query @ vectors.flatten(0, 1).T
     return products.view(len(query), len(rows), r_c).amax(dim=2).sum(dim=0)
 

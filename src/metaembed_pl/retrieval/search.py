@@ -56,7 +56,7 @@ def rank(
     if not len(candidates):
         raise UserError("there are no candidates to search")
     # Checked before the pool is encoded, which may take hours.
-    budget = check_budget(budget or model.groups[-1], model.groups)
+    budget = check_budget(budget or model.groups[-1], model.groups, model.widths)
     encoded = model.encode_query(queries, batch_size)
     if not isinstance(candidates, Tensor):
         candidates = model.encode_candidate(candidates, batch_size, progress)

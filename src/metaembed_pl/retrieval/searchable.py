@@ -4,13 +4,13 @@ Q: queries    Rq: their vectors    D: width of the model's vectors    W: of the 
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from jaxtyping import Float
 from torch import Tensor
 
-from metaembed_pl.budget import Budget
+from metaembed_pl.budget import Budget, check_budget
 from metaembed_pl.errors import UserError
 from metaembed_pl.retrieval.projection import Projection
 
@@ -23,11 +23,13 @@ class Kind:
         identity: of the model whose meta embeddings these are, as `identity_of` tells it.
         groups: the model's nested groups.
         width: of a stored vector.
+        widths: below that, at which the model was trained: a search may read no more components.
     """
 
     identity: str
     groups: tuple[Budget, ...]
     width: int
+    widths: tuple[int, ...] = field(default=(), kw_only=True)
 
 
 class Searchable(ABC):
@@ -57,6 +59,19 @@ class Searchable(ABC):
     def width(self) -> int:
         """Of a stored vector."""
         return self.kind.width
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Smaller ones, that a budget may name."""
+        return self.kind.widths
+
+    def check_budget(self, budget: Budget | str | None = None) -> Budget:
+        """A budget that can be searched at; None: all vectors.
+
+        Raises:
+            UserError: the model was not trained for it.
+        """
+        return check_budget(budget or self.groups[-1], self.groups, self.widths)
 
     @property
     def model_width(self) -> int:

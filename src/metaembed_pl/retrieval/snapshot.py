@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Integer
 from torch import Tensor
 
+from metaembed_pl.budget import Budget
 from metaembed_pl.errors import UserError
 from metaembed_pl.retrieval.manifest import Manifest
 from metaembed_pl.retrieval.mapped import MappedFiles
@@ -114,6 +115,10 @@ class Snapshot:
     def vector_bytes(self) -> int:
         """Of a stored vector, its scale included."""
         return vector_bytes(self.manifest)
+
+    def item_bytes(self, budget: Budget) -> int:
+        """What a budget reads of an item."""
+        return budget.r_c * vector_bytes(self.manifest, budget.width)
 
     @cached_property
     def every(self) -> Matching:

@@ -76,6 +76,7 @@ class Store(Reader):
         identity: str,
         dtype: str = "bf16",
         projection: Projection | None = None,
+        widths: Sequence[int] = (),
     ) -> "Store":
         """Make an empty store.
 
@@ -86,6 +87,7 @@ class Store(Reader):
             identity: of the model, as `identity_of` tells it.
             dtype: of the stored components: fp32, bf16, fp16, or int8 with a scale a vector.
             projection: of the model's vectors to what is stored; None: all components are.
+            widths: at which the first stored components were trained, see `Kind`.
 
         Raises:
             UserError: the folder exists, or a setting is not valid.
@@ -93,7 +95,9 @@ class Store(Reader):
         folder = Path(folder)
         if (folder / MANIFEST_FILE).exists():
             raise UserError(f"{folder} is a store already: open it, or choose another folder")
-        manifest = Manifest(identity, parse_groups(groups), width, dtype)
+        kept = width if projection is None else projection.width
+        widths = tuple(some for some in widths if some < kept)
+        manifest = Manifest(identity, parse_groups(groups), width, dtype, widths=widths)
         with new_folder(folder, overwrite=is_empty(folder)) as temporary:
             (temporary / manifest.data).mkdir()
             if projection is not None:

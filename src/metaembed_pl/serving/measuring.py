@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from metaembed_pl.budget import Budget
+from metaembed_pl.budget import Budget, budgets_of
 from metaembed_pl.errors import UserError
 from metaembed_pl.retrieval.calibration import Calibration, costs, has_index, plan_name
 from metaembed_pl.retrieval.cascade import Stage
@@ -104,7 +104,8 @@ def choices(store: Store, calibration: Calibration | None) -> list[Plan]:
             if "@" not in row.plan or has_index(store)
         ]
     found = []
-    for budget in dict.fromkeys([*store.groups, _summed(store.groups)]):
+    every = budgets_of(store.groups, store.widths)
+    for budget in dict.fromkeys([*every, _summed(store.groups)]):
         plan = [Stage(budget, 1)]
         products, bytes_read = costs(plan, store)
         found.append((products, bytes_read, plan_name(plan)))

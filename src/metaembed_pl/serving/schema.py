@@ -142,7 +142,7 @@ class Explanation(_Shape):
     item: Result
     """What was found; its score is not divided by r_q."""
     budget: str
-    """r_q x r_c."""
+    """r_q x r_c, and x components where these are not all."""
     products: list[list[float]]
     """Of each query vector with each candidate vector."""
     winners: list[int]

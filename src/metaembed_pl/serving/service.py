@@ -19,9 +19,9 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from metaembed_pl.budget import check_budget
 from metaembed_pl.errors import UserError
 from metaembed_pl.item import Item
+from metaembed_pl.late_interaction import narrowed
 from metaembed_pl.model.embedder import MetaEmbedder
 from metaembed_pl.retrieval.calibration import (
     QUERIES_FILE,
@@ -228,11 +228,12 @@ class Service:
             UserError: the model was not trained for the budget.
         """
         asked, store = self._asked(query), self.store
-        r_q, r_c = spent = check_budget(budget or store.groups[-1], store.groups)
+        r_q, r_c, width = spent = store.check_budget(budget)
         row = _row(store, item)
         (metadata,), (preview,) = store.metadata([row]), store.previews([row])
         vectors = store.vectors([row], r_c)[0]
-        found = match(store.accept(asked.vectors)[0, :r_q].cpu(), vectors)
+        query = store.accept(asked.vectors)[0, :r_q].cpu()
+        found = match(narrowed(query, width), narrowed(vectors, width))
         maps, why = self._maps(store, metadata, preview, vectors)
         return schema.Explanation(
             item=_result(item, found.score, metadata, preview),
@@ -285,7 +286,7 @@ class Service:
     def _choice(self, store: Store, plan: str | None, top: int, target_recall: float) -> Choice:
         if plan in (None, "auto"):
             return choose(store, self.measuring.calibration(store), target_recall, top)
-        stages = stages_of(plan, store.groups, top)
+        stages = stages_of(plan, store.kind, top)
         return Choice(store.stages(cascade=stages), "")
 
     def _maps(

@@ -373,7 +373,7 @@ class MMRLoss(nn.Module):
                 "(bf16 instead of fp16)"
             )
         if self.mean_over_query:
-            scores = scores / scores.new_tensor([r_q for r_q, _ in self.groups]).view(-1, 1, 1)
+            scores = scores / scores.new_tensor([r_q for r_q, *_ in self.groups]).view(-1, 1, 1)
         return (scores / self.temperature).masked_fill(mask, -torch.inf)
 
 

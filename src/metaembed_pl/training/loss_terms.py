@@ -214,15 +214,6 @@ def margin_error(
     return error.sum(dim=2) / known.sum(dim=1).clamp(min=1)
 
 
-def narrowed(vectors: Float[Tensor, "N R D"], width: int | None) -> Float[Tensor, "N R _"]:
-    """The first `width` components as unit vectors; None: all, as they are.
-
-    >>> narrowed(torch.tensor([[[0.6, 0.0, 0.8]]]), 2)
-    tensor([[[1., 0.]]])
-    """
-    return vectors if width is None else F.normalize(vectors[..., :width], dim=-1)
-
-
 def rounded(vectors: Float[Tensor, "N R D"], bits: int) -> Float[Tensor, "N R D"]:
     """What a store with so many bits gives back; the gradient is that of the vectors themselves.
 

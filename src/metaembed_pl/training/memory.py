@@ -242,7 +242,7 @@ def _optimizer_bytes(model: MetaEmbedder, running: Running) -> int:
 
 
 def _gathered_bytes(model: MetaEmbedder, step: Step, running: Running) -> int:
-    r_q, r_c = model.groups[-1]
+    r_q, r_c, _ = model.groups[-1]
     own = step.num_queries * (r_q + r_c * step.num_negatives) + step.num_pairs * r_c
     gathered = step.num_pairs * running.num_gpus * r_c if running.num_gpus > 1 else 0
     if step.both_directions and running.num_gpus > 1:
@@ -251,7 +251,7 @@ def _gathered_bytes(model: MetaEmbedder, step: Step, running: Running) -> int:
 
 
 def _loss_bytes(model: MetaEmbedder, step: Step, running: Running) -> int:
-    r_q, r_c = model.groups[-1]
+    r_q, r_c, _ = model.groups[-1]
     num_positives = step.num_pairs * running.num_gpus
     pairs = step.num_queries * num_positives
     times = 2 if step.both_directions else 1

@@ -1,9 +1,9 @@
-"""Retrieval metrics at every group, gathered over all ranks; ranking.py defines them.
+"""Retrieval metrics at every group and width, gathered over all ranks; ranking.py defines them.
 
 Q: queries    C: candidates    G: groups    B: rows of one update    R: vectors of a row    D: width
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,19 +12,25 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from metaembed_pl.budget import Budget, parse_groups
+from metaembed_pl.budget import Budget, budgets_of, parse_groups
 from metaembed_pl.errors import UserError
-from metaembed_pl.late_interaction import SCORES_AT_A_TIME, cosines, nested_scores
+from metaembed_pl.late_interaction import (
+    SCORES_AT_A_TIME,
+    cosines,
+    maxsim,
+    narrowed,
+    nested_scores,
+)
 from metaembed_pl.ranking import METRICS, NUM_HITS, RECALL_AT, Ranked, rank
 
 
 class RetrievalMetrics(Metric):
-    """Ranks all candidates for all queries at every group, across all ranks.
+    """Ranks all candidates for all queries at every budget, across all ranks.
 
     Feed it each query and candidate by index, in any order, on any rank; a row that comes twice (a
     sampler that pads its last batch) counts once. `update` keeps the vectors, `compute` scores and
-    leaves the values and hits of each query in `ranked`, by group, and in `cosines` how similar the
-    vectors of an item are, by side.
+    leaves the values and hits of each query in `ranked`, by budget, and in `cosines`, by side, how
+    similar the vectors of an item are.
 
     Args:
         groups: nested budgets, smallest first.
@@ -34,6 +40,7 @@ class RetrievalMetrics(Metric):
         gains: how right each right candidate is; None: all 1.
         lists: for each query the candidates it searches; None: all.
         itself: for each query a candidate that it does not search; -1: none. None: of no query.
+        widths: at which the largest group is ranked as well, with the first components alone.
     """
 
     full_state_update = False
@@ -48,10 +55,12 @@ class RetrievalMetrics(Metric):
         gains: Sequence[Sequence[float]] | None = None,
         lists: Sequence[Sequence[int]] | None = None,
         itself: Sequence[int] | None = None,
+        widths: Sequence[int] = (),
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.groups = parse_groups(groups)
+        self.budgets = budgets_of(self.groups, widths)
         self.relevant, self.gains, self.lists = relevant, gains, lists
         self.itself = itself
         self.num_candidates = num_candidates
@@ -116,28 +125,34 @@ class RetrievalMetrics(Metric):
         """
         queries, candidates = self._own_rows("query"), self._own_rows("candidate")
         step = max(1, SCORES_AT_A_TIME // (len(self.groups) * self.num_candidates))
-        parts: dict[Budget, list[Ranked]] = {group: [] for group in self.groups}
+        parts: dict[Budget, list[Ranked]] = {budget: [] for budget in self.budgets}
         for start in range(0, len(queries), step):
             chunk = slice(start, start + step)
             gains, lists = self.gains and self.gains[chunk], self.lists and self.lists[chunk]
             itself = self.itself and self.itself[chunk]
-            scores = nested_scores(queries[chunk], candidates, self.groups)
-            for group, of_group in zip(self.groups, scores, strict=True):
-                num_hits = NUM_HITS if group in (self.groups[0], self.groups[-1]) else 0
-                found = rank(
-                    of_group, self.relevant[chunk], gains, lists, itself, self.ks, num_hits
-                )
-                parts[group].append(found)
+            for budget, scores in self._scores(queries[chunk], candidates):
+                num_hits = NUM_HITS if budget in (self.budgets[0], self.budgets[-1]) else 0
+                found = rank(scores, self.relevant[chunk], gains, lists, itself, self.ks, num_hits)
+                parts[budget].append(found)
         self.cosines = {
             "query": cosines(queries).tolist(),
             "candidate": cosines(candidates).tolist(),
         }
-        self.ranked = {group: Ranked.joined(found) for group, found in parts.items()}
+        self.ranked = {budget: Ranked.joined(found) for budget, found in parts.items()}
         return {
-            f"{name}/{group}": values.mean()
-            for group, found in self.ranked.items()
+            f"{name}/{budget}": values.mean()
+            for budget, found in self.ranked.items()
             for name, values in found.values.items()
         }
+
+    def _scores(
+        self, queries: Float[Tensor, "q Rq D"], candidates: Float[Tensor, "C Rc D"]
+    ) -> Iterator[tuple[Budget, Float[Tensor, "q C"]]]:
+        """Of some queries, at every group and then at every width."""
+        yield from zip(self.groups, nested_scores(queries, candidates, self.groups), strict=True)
+        for budget in self.budgets:
+            if budget.width is not None:
+                yield budget, maxsim(*(narrowed(of, budget.width) for of in (queries, candidates)))
 
     def _sizes(self, side: str) -> tuple[int, int]:
         """How many rows the side has, and vectors a row."""
@@ -164,15 +179,15 @@ class RetrievalMetrics(Metric):
 
 
 def headline(
-    values: Mapping[str, Mapping[str, Tensor]], choice: str | None, groups: Sequence[Budget]
+    values: Mapping[str, Mapping[str, Tensor]], choice: str | None, budgets: Sequence[Budget]
 ) -> Float[Tensor, ""]:
     """The one number that checkpoints go by.
 
     Args:
         values: metrics by dataset.
-        choice: a metric; at a group if it ends in one, else at the largest; of one dataset if it
+        choice: a metric; at a budget if it ends in one, else at the largest; of one dataset if it
             begins with its name, else the mean over all. None: recall@1.
-        groups: of the model.
+        budgets: that are measured, see `budgets_of`.
 
     Raises:
         UserError: there is no such metric.
@@ -182,12 +197,12 @@ def headline(
     >>> headline(values, "mrr", groups), headline(values, "a/mrr", groups)
     (tensor(0.7500), tensor(0.5000))
     """
-    datasets, name = check_headline(choice or "recall@1", list(values), groups)
+    datasets, name = check_headline(choice or "recall@1", list(values), budgets)
     return torch.stack([values[dataset][name] for dataset in datasets]).mean()
 
 
 def check_headline(
-    choice: str, datasets: Sequence[str], groups: Sequence[Budget | str]
+    choice: str, datasets: Sequence[str], budgets: Sequence[Budget | str]
 ) -> tuple[list[str], str]:
     """The datasets and the metric that a headline means.
 
@@ -196,12 +211,12 @@ def check_headline(
     """
     chosen = [name for name in datasets if choice.startswith(f"{name}/")]
     metric = choice.removeprefix(f"{max(chosen, key=len)}/") if chosen else choice
-    at = [f"{name}/{group}" for group in reversed(groups) for name in METRICS]
-    for name in (metric, f"{metric}/{groups[-1]}"):
+    at = [f"{name}/{budget}" for budget in reversed(budgets) for name in METRICS]
+    for name in (metric, f"{metric}/{budgets[-1]}"):
         if name in at:
             return [max(chosen, key=len)] if chosen else list(datasets), name
     raise UserError(
         f"model.headline: there is no metric {choice!r}; expected one of {', '.join(METRICS)}, "
-        f"with /{' or /'.join(map(str, groups))} behind it or one of {', '.join(datasets)} and / "
+        f"with /{' or /'.join(map(str, budgets))} behind it or one of {', '.join(datasets)} and / "
         "before it"
     )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from metaembed_pl.budget import PAPER_GROUPS
+from metaembed_pl.budget import PAPER_GROUPS, Budget, budgets_of
 from metaembed_pl.data.collate import EvalBatch, TrainBatch
 from metaembed_pl.errors import UserError
 from metaembed_pl.model.backbone import BackboneConfig, build_backbone, build_processing
@@ -147,6 +147,11 @@ class MetaEmbedModule(pl.LightningModule):
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy, such as Lightning's average of the weights: it loads no checkpoints."""
         return super().__getstate__() | {"check_checkpoint": _accept}
+
+    @property
+    def budgets(self) -> tuple[Budget, ...]:
+        """What is measured: the groups, and the largest one at each width."""
+        return budgets_of(self.groups, self.loss.widths)
 
     @property
     def is_pretrained(self) -> bool:
@@ -376,7 +381,7 @@ class MetaEmbedModule(pl.LightningModule):
         data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         if self.headline and data.eval_sets.get("val"):
             check_headline(
-                self.headline, [pool.name for pool in data.eval_sets["val"]], self.groups
+                self.headline, [pool.name for pool in data.eval_sets["val"]], self.budgets
             )
 
     def on_validation_epoch_start(self) -> None:
@@ -414,6 +419,7 @@ class MetaEmbedModule(pl.LightningModule):
                 gains=pool.gains,
                 lists=pool.lists,
                 itself=pool.itself,
+                widths=self.loss.widths,
             ).to(self.device)
             for pool in data.eval_sets[part]
         }
@@ -428,5 +434,5 @@ class MetaEmbedModule(pl.LightningModule):
         for dataset, found in values.items():
             self.log_dict({f"{part}/{dataset}/{name}": value for name, value in found.items()})
         if values:
-            best = headline(values, self.headline, self.groups)
+            best = headline(values, self.headline, self.budgets)
             self.log(f"{part}/headline", best, prog_bar=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from metaembed_pl.budget import Budget
 from metaembed_pl.errors import UserError
-from metaembed_pl.late_interaction import nested_scores, paired_scores
+from metaembed_pl.late_interaction import narrowed, nested_scores, paired_scores
 from metaembed_pl.training.gather import gather, rank_and_world
 from metaembed_pl.training.loss import MMRLoss, MMRLossOutput, OfTerm, Term
 from metaembed_pl.training.loss_terms import (
@@ -27,7 +27,6 @@ from metaembed_pl.training.loss_terms import (
     likeness,
     margin_error,
     mean_cosine,
-    narrowed,
     rounded,
 )
 
@@ -155,7 +154,7 @@ class Objective(nn.Module):
         Raises:
             UserError: as `MMRLoss`; or the teacher's scores are missing.
         """
-        r_q, r_c = self.groups[-1]
+        r_q, r_c, _ = self.groups[-1]
         queries, positives = queries[:, :r_q], positives[:, :r_c]
         terms = list(self._terms(step, scores, taught, batch.get("negatives_of")))
         found = [

@@ -49,7 +49,8 @@ class Layout(Kind):
     Args:
         identity: see `Kind`.
         groups: see `Kind`.
-        width: of a vector.
+        width: see `Kind`.
+        widths: see `Kind`; searches here read whole vectors all the same.
         counts: of candidate vectors that can be searched, ascending.
         dtype: of stored components, in Qdrant's words: fp32, fp16, turbo8.
         quantization: of a coarser copy of the smallest count, which is searched first; may be none.
@@ -93,13 +94,15 @@ class Layout(Kind):
         counts = every if counts is None else tuple(counts)
         if store.projection is not None:
             given["projection"] = _as_text(store.projection)
+        given["widths"] = store.widths
         return cls(store.identity, store.groups, store.width, counts, **given)
 
     def to_json(self) -> dict[str, Any]:
         """What a collection keeps."""
         value = {"format": FORMAT, **asdict(self), "groups": [str(group) for group in self.groups]}
-        if self.projection is None:
-            del value["projection"]  # what is no news to an older version reads as before
+        for name in ("projection", "widths"):
+            if not value[name]:
+                del value[name]  # what is no news to an older version reads as before
         return value
 
     @classmethod
@@ -114,7 +117,8 @@ class Layout(Kind):
             if value.pop("format") != FORMAT:
                 raise UserError("made by another version of this package")
             groups = parse_groups(value.pop("groups"))
-            return cls(groups=groups, counts=tuple(value.pop("counts")), **value)
+            counts, widths = (tuple(value.pop(name, ())) for name in ("counts", "widths"))
+            return cls(groups=groups, counts=counts, widths=widths, **value)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"not a collection of a store: {error}") from error
 

@@ -111,8 +111,13 @@ class QdrantStore(Searchable):
         """
         if budget is None and cascade is None:
             budget = Budget(self.groups[-1].r_q, self.layout.counts[-1])
-        stages = choose_stages(self.groups, budget, cascade, top)
+        stages = choose_stages(self.kind, budget, cascade, top)
         for stage in stages:
+            if stage.budget.width is not None:
+                raise UserError(
+                    f"{stage}: Qdrant scores whole vectors; for a collection of narrower ones "
+                    f"`embed --width {stage.budget.width}` into a store, and push that"
+                )
             if stage.reach is not None:
                 raise UserError(
                     f"{stage} asks the index of a store in a folder; Qdrant has its own"

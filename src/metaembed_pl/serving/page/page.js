@@ -136,13 +136,14 @@ function moving(list, change) {
 
 const plan = () => state.shelf.plans[Number($("plan").value)];
 const short = (words) => (words.includes(":") ? words.replaceAll(/:\d+/g, "").split(",").map(times).join(" → ") : times(words));
-const times = (budget) => budget.replace("poolx", "the summed query×").replace("x", "×");
+const times = (budget) => budget.replace("poolx", "the summed query×").replaceAll("x", "×");
 
 function planWords({ plan }) {
   const stages = plan.split(",").map((stage) => stage.split(":"));
   if (stages[0].length === 1) {
-    const [queries, candidates] = plan.split("x");
-    return `${count(queries, "vector")} of the query, ${candidates} of each item`;
+    const [queries, candidates, width] = plan.split("x");
+    const narrow = width ? `, the first ${width} components of each` : "";
+    return `${count(queries, "vector")} of the query, ${candidates} of each item${narrow}`;
   }
   const [[first, keep], ...rest] = stages;
   const [asks, reach] = first.split("@");
