@@ -2,14 +2,18 @@
 
     python data_prep/openmoji.py --out data/emoji
     python benchmarks/study.py [--settings today two_spread] [--seeds 0 1 2] [--save]
+    python benchmarks/study.py --readme --settings today emoji_single emoji_full
 
 benchmarks/study.yaml names the settings: each is a part of a recipe that is laid over the first
-one. A run is `fit` in a process of its own, one thread, into runs/study/SETTING-SEED. What is
-finished is kept, and a run that was interrupted goes on: call it again. Recall@1 is measured at the
-groups, with fewer query vectors, with the query's vectors summed into one, and with candidates of
-fewer components or bits. Means over seeds with 95 % intervals by Student's t; minutes are of CPU
-time, all of `fit`.
+one, or over the `recipe` that it names. A run is `fit` in a process of its own, one thread, into
+runs/study/SETTING-SEED. What is finished is kept, and a run that was interrupted goes on: call it
+again. Recall@1 is measured at the groups, with fewer query vectors, with the query's vectors summed
+into one, and with candidates of fewer components or bits. Means over seeds with 95 % intervals by
+Student's t; minutes are of CPU time, all of `fit`. The last table is of candidates with about a
+quarter of the bytes: the share of the whole ones' recall that they keep.
 
+--readme prints the README's tables instead, from all runs of its settings that are finished; it
+trains what is missing of the --settings that are given with it, and nothing without.
 --save writes benchmarks/results/study-MACHINE.json.
 """
 
@@ -46,8 +50,23 @@ FORMS = (
     (" bits", None, 1),
 )
 """How a store may keep candidates: first components, bits of each."""
+QUARTER = 0.3
+"""Of the bytes of whole candidates in bf16: int8 has a scale for each vector beside its bytes."""
+README = ("today", "emoji_single", "emoji_full")
+IN_WORDS = {
+    "emoji_t2i": "name -> picture",
+    "emoji_i2t": "picture -> name",
+    "emoji_edit": "picture + edit -> picture",
+    "emoji_scene": "scene",
+    "emoji_scene_two": "scene, two things",
+    "emoji_scene_three": "scene, three things",
+}
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """95 % quantiles of Student's t for 2, 3, ... 10 seeds."""
+
+
+Runs = dict[str, list[dict[str, Any]]]
+"""By setting, what each seed found."""
 
 
 def main() -> None:
@@ -55,38 +74,64 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Options of a recipe side by side.")
     study = yaml.safe_load(STUDY.read_text())
     known = list(study["settings"])
-    parser.add_argument("--settings", nargs="+", default=known, choices=known)
+    parser.add_argument("--settings", nargs="+", choices=known, help="default: all but emoji_full")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
+    parser.add_argument("--readme", action="store_true", help="print the README's tables")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/")
     options = parser.parse_args()
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in options.settings}
+    usual = [] if options.readme else [name for name in known if name != "emoji_full"]
+    settings = options.settings or usual
+    refuse_missing_data(study, settings)
+    runs: Runs = {name: [] for name in settings}
     for seed in options.seeds:  # a whole seed first: an early stop leaves a table
-        for name in options.settings:
-            setting = study["settings"][name]
-            runs[name].append(run(study, name, setting or {}, seed, options.out))
-    print(tables(runs))
+        for name in settings:
+            runs[name].append(run(study, name, seed, options.out))
+    if options.readme:
+        print(readme({name: finished(options.out, name) for name in README}))
+    else:
+        print(f"{tables(runs)}\n\n{shares(runs)}")
     if options.save:
         found = {"machine": machine("cpu"), "torch": torch.__version__, "runs": runs}
         file = RESULTS / f"study-{machine('cpu').replace(' ', '_').replace('/', '_')}.json"
         write_text(file, json.dumps(found, indent=2) + "\n")
 
 
-def run(
-    study: dict[str, Any], name: str, setting: dict[str, Any], seed: int, out: Path
-) -> dict[str, Any]:
+def refuse_missing_data(study: dict[str, Any], settings: list[str]) -> None:
+    """Say before any training which data of some settings are not there."""
+    wanted: set[str] = set()
+    for name in settings:
+        setting = study["settings"][name] or {}
+        recipe = yaml.safe_load(Path(setting.get("recipe", study["recipe"])).read_text())
+        train = setting.get("data", {}).get("train") or recipe["data"]["train"]
+        wanted |= {source["path"] for source in train} | set(setting.get("test", study["test"]))
+    missing = sorted(path for path in wanted if not Path(path).is_dir())
+    if missing:
+        raise SystemExit(
+            f"data of the study are not there: {', '.join(missing)}; make them with "
+            "python data_prep/openmoji.py --out data/emoji"
+        )
+
+
+def run(study: dict[str, Any], name: str, seed: int, out: Path) -> dict[str, Any]:
     """Train and measure a setting with a seed, unless that was done."""
     folder = out / f"{name}-{seed}"
     kept, spent = folder / "study.json", folder / "spent.json"
     if kept.exists():
-        return json.loads(kept.read_text())
+        return found_in(folder)
+    setting = dict(study["settings"][name] or {})
+    recipe, tests = setting.pop("recipe", study["recipe"]), setting.pop("test", study["test"])
+    more = []
+    if teacher := setting.pop("taught_by", None):  # another setting, with the same seed
+        run(study, teacher, seed, out)
+        more = [f"--model.loss.teacher.model={out / f'{teacher}-{seed}' / 'model'}"]
     folder.mkdir(parents=True, exist_ok=True)
     changes = folder / "setting.yaml"
     write_text(changes, yaml.safe_dump(setting))
-    command = [sys.executable, "-m", "metaembed_pl", "fit", "--config", study["recipe"]]
+    command = [sys.executable, "-m", "metaembed_pl", "fit", "--config", recipe]
     command += ["--config", str(changes), f"--seed_everything={seed}", f"--data.seed={seed}"]
-    command += [f"--run.folder={out}", f"--run.name={folder.name}"]
-    command += ["--data.test", json.dumps([{"path": path} for path in study["test"]])]
+    command += [f"--run.folder={out}", f"--run.name={folder.name}", *more]
+    command += ["--data.test", json.dumps([{"path": path} for path in tests])]
     if (folder / "checkpoints" / "last.ckpt").exists():
         command += ["--ckpt_path", "last"]
     print(f"{name}, seed {seed} ...", file=sys.stderr)
@@ -100,10 +145,26 @@ def run(
         "setting": name,
         "seed": seed,
         "cpu_min": json.loads(spent.read_text()) / 60,
-        "sets": measure(folder / "model", study["test"]),
+        "sets": measure(folder / "model", tests),
     }
     write_text(kept, json.dumps(found, indent=2) + "\n")
-    return found
+    return found_in(folder)
+
+
+def found_in(folder: Path) -> dict[str, Any]:
+    """What was measured of a run, and the groups and the width of its model."""
+    model = json.loads((folder / "model" / "metaembed.json").read_text())
+    about = {name: model[name] for name in ("groups", "width")}
+    return json.loads((folder / "study.json").read_text()) | about
+
+
+def finished(out: Path, name: str) -> list[dict[str, Any]]:
+    """What was measured of all runs of a setting, by seed."""
+    folders = (file.parent for file in out.glob(f"{name}-*/study.json"))
+    found = [
+        found_in(folder) for folder in folders if folder.name.removeprefix(f"{name}-").isdigit()
+    ]
+    return sorted(found, key=lambda one: one["seed"])
 
 
 def _cpu_s() -> float:
@@ -144,22 +205,81 @@ def measure(folder: Path, tests: list[str]) -> dict[str, dict[str, float]]:
     return found
 
 
-def tables(runs: dict[str, list[dict[str, Any]]]) -> str:
+def tables(runs: Runs) -> str:
     """A table for each test set: settings by budgets."""
-    first = next(iter(runs.values()))[0]
     parts = []
-    for dataset, values in first["sets"].items():
+    for dataset, values in _first(runs)["sets"].items():
         lines = ["| setting | CPU min | " + " | ".join(values) + " |"]
         lines.append("|---|" + "---:|" * (len(values) + 1))
         for name, of_seeds in runs.items():
             cells = [with_interval([one["cpu_min"] for one in of_seeds], ".1f")]
-            for column in values:
-                found = [one["sets"][dataset].get(column) for one in of_seeds]
-                known = [value for value in found if value is not None]
-                cells.append(with_interval(known) if known else "")
+            cells += [_cell(of_seeds, dataset, column) for column in values]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
         parts.append(f"{dataset}\n\n" + "\n".join(lines))
     return "\n\n".join(parts)
+
+
+def shares(runs: Runs) -> str:
+    """Candidates of about a quarter of the bytes: recall, as a share of that of whole ones."""
+    sets = list(_first(runs)["sets"])
+    lines = ["| setting | candidates | bytes | of bf16 | " + " | ".join(sets) + " |"]
+    lines.append("|---|---|---:|---:|" + "---:|" * len(sets))
+    for name, of_seeds in runs.items():
+        whole, width = of_seeds[0]["groups"][-1], of_seeds[0]["width"]
+        for form, first, bits in FORMS:
+            components = first or width
+            vector_bytes = 2 * components if bits is None else components * bits // 8
+            vector_bytes += 4 * (bits == 8)
+            if vector_bytes > QUARTER * 2 * width:
+                continue
+            size = int(whole.partition("x")[2]) * vector_bytes
+            cells = [_cell(of_seeds, dataset, f"{whole}{form}", by=whole) for dataset in sets]
+            share = f"{size:,} | {vector_bytes / (2 * width):.2f}"
+            lines.append(f"| {name} | {whole}{form} | {share} | " + " | ".join(cells) + " |")
+    return "a quarter of the bytes: share of the recall kept\n\n" + "\n".join(lines)
+
+
+def readme(runs: Runs) -> str:
+    """The README's tables: the quickstart's model beside a single vector, and the larger one."""
+    today, single, full = (runs[name] for name in README)
+    if not today:
+        raise SystemExit("no run of `today` is finished: call it with --settings today")
+    parts = [_readme_table(today, single)]
+    parts += [_readme_table(full, [])] if full else []
+    return "\n\n".join(parts)
+
+
+def _readme_table(of_seeds: list[dict[str, Any]], single: list[dict[str, Any]]) -> str:
+    """Test sets by group, and a column for a model of one vector where it was trained."""
+    groups, width = of_seeds[0]["groups"], of_seeds[0]["width"]
+    head = ["recall@1, held out", *groups] + ["one vector"] * bool(single)
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for dataset in of_seeds[0]["sets"]:
+        cells = [_cell(of_seeds, dataset, group) for group in groups]
+        cells += [_cell(single, dataset, "1x1")] if single else []
+        lines.append(f"| {IN_WORDS.get(dataset, dataset)} | {' | '.join(cells)} |")
+    sizes = [f"{2 * width * int(group.partition('x')[2]):,}" for group in groups]
+    sizes += [f"{2 * single[0]['width']:,}"] if single else []
+    lines.append(f"| bytes a candidate, bf16 | {' | '.join(sizes)} |")
+    seeds = f"{len(of_seeds)} seeds" if len(of_seeds) > 1 else "one seed"
+    if single and len(single) != len(of_seeds):
+        seeds += f" (one vector: {len(single)})"
+    return "\n".join(lines) + f"\n\nMean and 95 % interval over {seeds}."
+
+
+def _first(runs: Runs) -> dict[str, Any]:
+    """Of all runs the first one."""
+    return next(iter(runs.values()))[0]
+
+
+def _cell(of_seeds: list[dict[str, Any]], dataset: str, column: str, by: str | None = None) -> str:
+    """A value over seeds, or its share of another one; empty where it was not measured."""
+    found = []
+    for one in of_seeds:
+        values = one["sets"].get(dataset, {})
+        if column in values and (by is None or values[by] > 0):
+            found.append(values[column] / (1 if by is None else values[by]))
+    return with_interval(found) if found else ""
 
 
 def with_interval(values: list[float], form: str = ".3f") -> str:

@@ -54,7 +54,7 @@ def questions():
 
 
 def score_by_loop(query, candidate, group, mean):
-    r_q, r_c, _ = group
+    r_q, r_c, *_ = group
     score = sum(max(q @ c for c in candidate[:r_c]) for q in query[:r_q])
     return score / r_q if mean else score
 

@@ -28,7 +28,7 @@ def maxsim_by_loop(query, candidate):
 def nested_by_loop(queries, candidates, groups):
     rows = [
         [maxsim_by_loop(q[:r_q], c[:r_c]) for q in queries for c in candidates]
-        for r_q, r_c, _ in groups
+        for r_q, r_c, *_ in groups
     ]
     return torch.stack([torch.stack(row) for row in rows]).view(-1, len(queries), len(candidates))
 

@@ -189,6 +189,76 @@ def test_a_fault_is_one_line_and_exit_2(recipe, capsys, changes, message):
     assert out.startswith("recipe")
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"model__loss": {"widths": [8, 16]}},
+            "model.loss.widths are nested, largest first and at least 1, such as [64, 32]; got "
+            "[8, 16]",
+        ),
+        (
+            {"model__loss": {"widths": [32, 8]}},
+            "model.loss.widths [32, 8] must be below the 32 components",
+        ),
+        (
+            {"model__groups": ["1x4"], "model__loss": {"query_spread": {}}},
+            "query_spread keeps the vectors of a query apart: it needs at least 2 of them, and the "
+            "largest group is 1x4",
+        ),
+        (
+            {"model__groups": ["4x1"], "model__loss": {"candidate_spread": {}}},
+            "candidate_spread keeps the vectors of a candidate apart: it needs at least 2",
+        ),
+        (
+            {"model__loss": {"teacher": {}}},
+            "train: model.loss.teacher learns from the `score` of each pair's positive and hard "
+            "negatives, and 8 of 8 pairs looked at have none: let `mine` write them",
+        ),
+        (
+            {"model__loss": {"teacher": {}}, "data__num_negatives": 0},
+            "train: model.loss.teacher learns how far a positive scores above its hard negatives, "
+            "and there are none: raise num_negatives, or mine them",
+        ),
+        (
+            {"model__loss": {"teacher": {"model": "MODEL"}}},
+            "/model has another tokenizer than the model in training: it reads the same tensors",
+        ),
+        (
+            {"data__train": [{"path": "data/emoji/train/emoji_scene_two"}]},
+            "data/emoji/train/emoji_scene_two",
+        ),
+    ],
+    ids=[
+        "widths that are not nested",
+        "widths that are too large",
+        "one query vector kept apart",
+        "one candidate vector kept apart",
+        "no scores",
+        "no negatives",
+        "another vocabulary",
+        "data without queries for two things",
+    ],
+)
+def test_check_and_fit_refuse_options_that_do_not_fit_in_the_same_line(
+    recipe, data, capsys, changes, message
+):
+    file = Path(recipe(**changes))
+    file.write_text(file.read_text().replace("MODEL", str(data / "model")))
+    assert check("--config", file) == 2
+    faults = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fault: ")]
+    assert len(faults) == 1, faults
+    assert message in faults[0]
+    assert main(["fit", "--config", str(file)]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_teacher_that_is_not_here_is_a_fault(recipe, capsys):
+    file = recipe(model__loss={"teacher": {"model": "no/where"}})
+    assert check("--config", file) == 2
+    assert "model.loss.teacher.model: no/where is not on this machine" in capsys.readouterr().err
+
+
 def test_a_run_of_that_name_is_a_fault(recipe, tmp_path, capsys):
     last = tmp_path / "runs" / "tiny" / "checkpoints" / "last.ckpt"
     last.parent.mkdir(parents=True)

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import AutoConfig
 
 import tiny
 from metaembed_pl.cli.main import main
 from metaembed_pl.cli.recipe_faults import read_recipe, recipe_parser
+from metaembed_pl.cli.recipe_keys import made
 from metaembed_pl.cli.recipes import HEAD_KEYS, copy_recipe, read_head, recipe_files
+from metaembed_pl.training.objective import LossConfig, Objective, check_widths
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 # What recipes share lies in these folders and is no recipe by itself.
@@ -229,6 +232,29 @@ def _plain(value):
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items() if key != "__path__"}
     return value
+
+
+OPTION = re.compile(r"^  # (loss: .*)$", re.MULTILINE)
+OFFERING = [path for path in RECIPES if OPTION.search(path.read_text())]
+
+
+@pytest.mark.parametrize("path", OFFERING, ids=by_name)
+def test_options_that_a_recipe_only_offers_are_valid_for_its_model(path):
+    values = yaml.safe_load(path.read_text())["model"]
+    place = FOLDER / "configs" / values["backbone"]["path"]
+    width = AutoConfig.from_pretrained(place).get_text_config().hidden_size
+    for line in OPTION.findall(path.read_text()):
+        config = made(yaml.safe_load(line)["loss"], LossConfig)
+        check_widths(Objective(values["groups"], config).widths, width)
+        for number in re.findall(r"([\d,]+) components", line):
+            assert int(number.replace(",", "")) == width
+
+
+def test_the_papers_recipes_offer_options_and_train_without_them():
+    names = {path.stem for path in OFFERING}
+    assert names >= {"qwen3b", "qwen7b", "qwen32b", "llama11b", "paligemma3b"}
+    for path in OFFERING:
+        assert yaml.safe_load(path.read_text())["model"]["loss"] == {"temperature": 0.03}
 
 
 def test_the_list_is_light():

@@ -127,6 +127,7 @@ def _target(args: argparse.Namespace) -> Target:
 def _checked(recipe: "Recipe", target: Target) -> tuple[dict[str, Any], list[str]]:
     """The report by section, and the faults beyond those of the recipe itself."""
     from metaembed_pl.cli.check_data import look_at, measure
+    from metaembed_pl.cli.check_loss import loss_faults
     from metaembed_pl.cli.check_machine import hardware, run_faults
     from metaembed_pl.model.outline import count_parameters
 
@@ -144,6 +145,8 @@ def _checked(recipe: "Recipe", target: Target) -> tuple[dict[str, Any], list[str
         if not (recipe.data.train_sources or _has_fault(recipe, "data.train")):
             faults.append("data.train: the recipe names no training source")
     made = _outline(recipe, faults)
+    if recipe.model is not None:
+        faults += loss_faults(recipe.model, made, data)
     if made is not None:
         report["backbone"] = made.source
         report["parameters"] = count_parameters(made.model)

@@ -433,6 +433,14 @@ class RetrievalDataModule(pl.LightningDataModule):
         )
         self.epoch_length = self._steps_per_epoch or self.plan.steps_per_epoch
 
+    def shards_and_negatives(self) -> list[tuple[ShardedPairs, int]]:
+        """The training sources, and the hard negatives of a query in each."""
+        counts = [
+            self.num_negatives if source.num_negatives is None else source.num_negatives
+            for source in self.train_sources
+        ]
+        return list(zip(self._shards, counts, strict=True))
+
     def plan_of(self, sources: list[PlannedSource]) -> Plan:
         """The plan of these sources, with this module's settings."""
         return Plan(
@@ -449,10 +457,7 @@ class RetrievalDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Batches from the next step of the plan on."""
-        counts = [
-            self.num_negatives if source.num_negatives is None else source.num_negatives
-            for source in self.train_sources
-        ]
+        counts = [num_negatives for _, num_negatives in self.shards_and_negatives()]
         instructions = [source.instructions for source in self.train_sources]
         dataset = TrainingBatches(self._shards, counts, self.plan, self._process(), instructions)
         trainer = self._attached()

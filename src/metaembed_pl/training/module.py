@@ -34,7 +34,7 @@ from metaembed_pl.training.chunks import encode
 from metaembed_pl.training.gradient_cache import GradientCache, GradientCacheConfig
 from metaembed_pl.training.loss import MMRLossOutput
 from metaembed_pl.training.metrics import RetrievalMetrics, check_headline, headline
-from metaembed_pl.training.objective import LossConfig, Objective
+from metaembed_pl.training.objective import LossConfig, Objective, check_widths
 from metaembed_pl.training.optimizer import (
     OptimizerConfig,
     build_optimizer,
@@ -42,7 +42,7 @@ from metaembed_pl.training.optimizer import (
     settings_of,
 )
 from metaembed_pl.training.strategy import Fsdp2Strategy, ZeroStrategy, backward_by_parts, shared_by
-from metaembed_pl.training.teacher import Teacher
+from metaembed_pl.training.teacher import Teacher, refuse_unscored
 
 log = logging.getLogger(__name__)
 
@@ -167,11 +167,7 @@ class MetaEmbedModule(pl.LightningModule):
             return
         self.embedder = self._new() if self.start_from is None else self._started()
         self.embedder.widths = tuple(self.loss.widths)
-        if any(width >= self.embedder.width for width in self.loss.widths):
-            raise UserError(
-                f"model.loss.widths {self.loss.widths} must be below the {self.embedder.width} "
-                "components that the meta embeddings have"
-            )
+        check_widths(self.loss.widths, self.embedder.width)
         family = self.embedder.processing.family
         set_trainable(self.embedder.backbone, family, self.lora, self.train_vision)
         strategy = self._trainer and self._trainer.strategy
@@ -369,7 +365,11 @@ class MetaEmbedModule(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         """Loads the teacher; refuses a headline that validation would not find."""
+        data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         teacher = self.loss.config.teacher
+        if teacher and not teacher.model:
+            for pairs, num_negatives in data.shards_and_negatives():
+                refuse_unscored(pairs, num_negatives)
         if teacher and teacher.model:
             if shared_by(self.trainer) == "weights":
                 raise UserError(
@@ -378,7 +378,6 @@ class MetaEmbedModule(pl.LightningModule):
                 )
             self._teacher = Teacher(teacher.model, self.embedder)
             self._teacher.model.to(self.device)
-        data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         if self.headline and data.eval_sets.get("val"):
             check_headline(
                 self.headline, [pool.name for pool in data.eval_sets["val"]], self.budgets

@@ -111,7 +111,7 @@ class Objective(nn.Module):
         )
         self.groups = self.mmr.groups
         self.both_directions = config.both_directions
-        self.widths = _check_widths(config.widths)
+        self.widths = check_widths(config.widths)
         largest = self.groups[-1]
         for side, spread, count in (
             ("query", config.query_spread, largest.r_q),
@@ -275,8 +275,21 @@ def _share(rows: Float[Tensor, "N R D"]) -> float:
     return len(rows) * rank_and_world()[1] / int(total)
 
 
-def _check_widths(widths: Sequence[int] | None) -> list[int]:
+def check_widths(widths: Sequence[int] | None, width: int | None = None) -> list[int]:
+    """The widths, if they are nested, and below that of the meta embeddings where it is known.
+
+    Raises:
+        UserError: they are not.
+    """
     found = list(widths or [])
     if sorted(set(found), reverse=True) != found or (found and found[-1] < 1):
-        raise UserError(f"model.loss.widths are nested, largest first, at least 1; got {found}")
+        raise UserError(
+            f"model.loss.widths are nested, largest first and at least 1, such as [64, 32]; got "
+            f"{found}"
+        )
+    if width is not None and found and found[0] >= width:
+        raise UserError(
+            f"model.loss.widths {found} must be below the {width} components that the meta "
+            "embeddings have"
+        )
     return found
