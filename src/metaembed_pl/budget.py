@@ -15,7 +15,7 @@ long query with a short index. One that was trained at smaller widths serves the
 import itertools
 import re
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from metaembed_pl.errors import UserError
 
@@ -50,6 +50,7 @@ class Budget(NamedTuple):
         Raises:
             UserError: not two or three integers of at least 1.
         """
+        counts: list[Any]
         if isinstance(value, str):
             is_valid = re.fullmatch(r"\s*\d+(\s*[xX]\s*\d+){1,2}\s*", value, re.ASCII)
             counts = [int(count) for count in re.split("[xX]", value)] if is_valid else []

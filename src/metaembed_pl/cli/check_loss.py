@@ -23,16 +23,16 @@ def loss_faults(module: MetaEmbedModule, made: Outline | None, data: Data | None
     teacher, checks = module.loss.config.teacher, []
     if made is not None:
         checks.append(partial(check_widths, module.loss.widths, made.model.width))
-    if teacher and not teacher.model:
+    folder = teacher and teacher.model
+    if teacher and not folder:
         checks += [partial(refuse_unscored, *source) for source in (data.sources if data else [])]
-    elif teacher and not Path(str(teacher.model)).exists():  # a hub id would be downloaded
+    elif folder and not Path(folder).exists():  # a hub id would be downloaded
         yield (
-            f"model.loss.teacher.model: {teacher.model} is not on this machine: train or download "
-            "it first"
+            f"model.loss.teacher.model: {folder} is not on this machine: train or download it first"
         )
-    elif teacher and made is not None:
+    elif folder and made is not None:
         unknown = () if made.counts_tokens else ("tokenizer",)
-        checks.append(partial(refuse_other_inputs, teacher.model, made.model, unknown))
+        checks.append(partial(refuse_other_inputs, folder, made.model, unknown))
     for check in checks:
         try:
             check()

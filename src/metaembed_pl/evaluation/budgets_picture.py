@@ -76,8 +76,9 @@ def _draw_panel(
     _clear(axes)
     whole = [i for i, budget in enumerate(budgets) if budget.width is None]
     narrow = [i for i, budget in enumerate(budgets) if budget.width is not None]
-    _label_budgets(axes, *([of[i] for i in whole] for of in (budgets, costs, cost_labels)))
-    _label_narrow(axes, *([of[i] for i in narrow] for of in (budgets, costs)))
+    labels = [cost_labels[i] for i in whole]
+    _label_budgets(axes, [budgets[i] for i in whole], [costs[i] for i in whole], labels)
+    _label_narrow(axes, [budgets[i] for i in narrow], [costs[i] for i in narrow])
     ends = [curve.values[-1] for curve in curves]
     labels = spread(ends, gap=0.075, highest=1)
     for i, (curve, label_y) in enumerate(zip(curves, labels, strict=True)):

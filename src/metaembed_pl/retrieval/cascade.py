@@ -156,7 +156,7 @@ def _parse(text: str, every: Budget) -> Stage:
     if match["reach"]:
         return Stage(every, keep, match["asks"] == "pool", float(match["reach"]))
     if match["r_c"]:
-        width = match["width"] and int(match["width"])
+        width = int(match["width"]) if match["width"] else None
         return Stage(Budget(every.r_q, int(match["r_c"]), width), keep, pooled=True)
     return Stage(Budget.parse(match["budget"]), keep)
 

@@ -232,8 +232,8 @@ class Service:
         row = _row(store, item)
         (metadata,), (preview,) = store.metadata([row]), store.previews([row])
         vectors = store.vectors([row], r_c)[0]
-        query = store.accept(asked.vectors)[0, :r_q].cpu()
-        found = match(narrowed(query, width), narrowed(vectors, width))
+        own = store.accept(asked.vectors)[0, :r_q].cpu()
+        found = match(narrowed(own, width), narrowed(vectors, width))
         maps, why = self._maps(store, metadata, preview, vectors)
         return schema.Explanation(
             item=_result(item, found.score, metadata, preview),
