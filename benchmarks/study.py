@@ -24,6 +24,7 @@ import resource
 import statistics
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from metaembed_pl.files import write_text
 from metaembed_pl.late_interaction import maxsim, narrowed
 from metaembed_pl.model.embedder import MetaEmbedder
 from metaembed_pl.ranking import ranking_metrics
+from metaembed_pl.retrieval.projection import Projection
 from metaembed_pl.training.loss_terms import mean_cosine, rounded
 
 STUDY = Path(__file__).with_suffix(".yaml")
@@ -48,8 +50,10 @@ FORMS = (
     (" int8", None, 8),
     ("x64 int8", 64, 8),
     (" bits", None, 1),
+    (" projected to 32", 32, None),
+    (" projected to 64, int8", 64, 8),
 )
-"""How a store may keep candidates: first components, bits of each."""
+"""How a store may keep candidates: components, the first or projected ones, and bits of each."""
 QUARTER = 0.3
 """Of the bytes of whole candidates in bf16: int8 has a scale for each vector beside its bytes."""
 README = ("today", "emoji_single", "emoji_full")
@@ -77,12 +81,18 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", choices=known, help="default: all but emoji_full")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
+    parser.add_argument("--measure", action="store_true", help="measure finished runs again")
     parser.add_argument("--readme", action="store_true", help="print the README's tables")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/")
     options = parser.parse_args()
     usual = [] if options.readme else [name for name in known if name != "emoji_full"]
     settings = options.settings or usual
     refuse_missing_data(study, settings)
+    if options.measure:
+        for folder in {
+            options.out / f"{name}-{seed}" for name in settings for seed in options.seeds
+        }:
+            (folder / "study.json").unlink(missing_ok=True)
     runs: Runs = {name: [] for name in settings}
     for seed in options.seeds:  # a whole seed first: an early stop leaves a table
         for name in settings:
@@ -137,7 +147,8 @@ def run(study: dict[str, Any], name: str, seed: int, out: Path) -> dict[str, Any
     print(f"{name}, seed {seed} ...", file=sys.stderr)
     before = _cpu_s()
     try:
-        subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        if not (folder / "report" / "metrics.json").exists():  # what `fit` writes last
+            subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     finally:
         so_far = json.loads(spent.read_text()) if spent.exists() else 0.0
         write_text(spent, json.dumps(so_far + _cpu_s() - before))
@@ -192,9 +203,14 @@ def measure(folder: Path, tests: list[str]) -> dict[str, dict[str, float]]:
         }
         scores[SUMMED] = maxsim(queries.sum(dim=1, keepdim=True), candidates)
         for name, width, bits in FORMS:
-            kept = narrowed(candidates, width)
-            kept = kept if bits is None else rounded(kept, bits)
-            scores[f"{largest}{name}"] = maxsim(narrowed(queries, width), kept)
+            is_learned = "projected" in name
+            if is_learned and width >= model.width:
+                continue
+            fewer = partial(narrowed, width=width)
+            if is_learned:  # from what is stored, as `embed --width` does
+                fewer = Projection.learn([candidates], width)
+            kept = fewer(candidates) if bits is None else rounded(fewer(candidates), bits)
+            scores[f"{largest}{name}"] = maxsim(fewer(queries), kept)
         values = {
             name: ranking_metrics(of, pool.relevant, [1])["recall@1"].mean().item()
             for name, of in scores.items()
@@ -235,7 +251,8 @@ def shares(runs: Runs) -> str:
             size = int(whole.partition("x")[2]) * vector_bytes
             cells = [_cell(of_seeds, dataset, f"{whole}{form}", by=whole) for dataset in sets]
             share = f"{size:,} | {vector_bytes / (2 * width):.2f}"
-            lines.append(f"| {name} | {whole}{form} | {share} | " + " | ".join(cells) + " |")
+            if any(cells):
+                lines.append(f"| {name} | {whole}{form} | {share} | " + " | ".join(cells) + " |")
     return "a quarter of the bytes: share of the recall kept\n\n" + "\n".join(lines)
 
 
