@@ -1,4 +1,4 @@
-"""Where the time of a step goes, on the device's own clock."""
+"""Profile a step by the device's own clock."""
 
 import time
 from collections import defaultdict

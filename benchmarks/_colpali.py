@@ -1,4 +1,4 @@
-"""colpali-engine where torchvision is not installed."""
+"""Import colpali-engine without torchvision."""
 
 import sys
 import types

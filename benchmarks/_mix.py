@@ -1,8 +1,8 @@
-"""Stand-ins for the 27 sources of the paper's mix: blank pictures and words of like sizes.
+"""Synthetic data shaped like the 27 sources of the paper's mix: blank pictures and random words.
 
-As long and as large as those of the source, as far as its papers tell.
+Their sizes and lengths follow the papers of the datasets, as far as these report them.
 
-No picture is drawn or decoded more than once a size: lengths are what is counted, not contents.
+Each picture size is drawn and decoded only once: lengths are counted, contents do not matter.
 """
 
 import random

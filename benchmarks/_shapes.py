@@ -1,4 +1,4 @@
-"""Models of the real shapes with random weights, and pairs as mixed as real ones: no hub needed."""
+"""Models of real shapes with random weights, and pairs with a realistic mix: no hub needed."""
 
 import io
 import json

@@ -1,9 +1,8 @@
-"""A model of its real shape without weights: what a GPU would compute and keep, counted on a CPU.
+"""Count on a CPU what a GPU would compute and keep, for a model of real shape without weights.
 
-Numbers with a fraction are fake tensors, which have a shape and a type and no content; whole
-numbers (token ids, masks, sizes of pictures) are real, so every branch that the model takes is the
-one that it takes in training. Layers, autograd, autocast and gradient checkpointing are the real
-ones.
+Floating-point tensors are fake: they have a shape and a dtype but no content. Integers (token ids,
+masks, picture sizes) are real, so the model takes the same branches as in training. Layers,
+autograd, autocast and gradient checkpointing are the real ones.
 
 Where a GPU does something else than a CPU, the GPU's way is counted: attention in torch's fused
 kernels, which keep no scores; dropout that keeps a mark of one byte; layer norms in fp32.

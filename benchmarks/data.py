@@ -1,4 +1,4 @@
-"""Training data ready for a model: pairs a second, against colpali-engine's way; and flat memory.
+"""Training data: pairs prepared per second, compared with colpali-engine, and memory over time.
 
     python benchmarks/data.py [--save]                    # some minutes
     python benchmarks/data.py --memory 1000000 [--save]   # a million synthetic pairs, some minutes

@@ -1,4 +1,4 @@
-"""Items encoded a second, against sentence-transformers and colpali-engine.
+"""Items encoded per second, compared with sentence-transformers and colpali-engine.
 
     python data_prep/openmoji.py --out data/emoji && python -m metaembed_pl fit --config emoji
     python benchmarks/encode.py --model runs/emoji/model [--save] [--rounds 5] [--num_threads 1]

@@ -1,4 +1,4 @@
-"""What training and search cost on a GPU: real shapes, random weights, no hub. Not yet run on one.
+"""The cost of training and search on a GPU: real shapes, random weights. Not yet run on one.
 
     python benchmarks/gpu.py --save                       # all of it, on the first GPU
     python benchmarks/gpu.py --parts train --sizes 7B     # only some

@@ -1,4 +1,4 @@
-"""Gradient caching against the plain step: time where both fit, memory as the batch grows.
+"""Gradient caching compared with the plain step: time, and memory as the batch grows.
 
     python benchmarks/gradient_cache.py [--save] [--num_threads 1]
 

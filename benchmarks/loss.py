@@ -1,4 +1,4 @@
-"""The MMR loss against one einsum per group, the form that other retrievers train with.
+"""The MMR loss compared with one einsum per group, as other libraries compute it.
 
     python benchmarks/loss.py [--save] [--device cuda] [--num_threads 1]
 

@@ -1,4 +1,4 @@
-"""What it costs to ask a candidate several things in one batch: time, FLOPs and memory by K.
+"""The cost of several questions per candidate in a batch: time, FLOPs and memory by K.
 
     python data_prep/openmoji.py --out data/emoji
     python benchmarks/questions.py [--save] [--candidates 64] [--num_threads 1]

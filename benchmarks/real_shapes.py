@@ -1,4 +1,4 @@
-"""What the paper's recipes cost at their real size, counted on a CPU without a weight.
+"""The cost of the paper's recipes at their real size, counted on a CPU without weights.
 
     python benchmarks/real_shapes.py                           # all recipes: a quarter of an hour
     python benchmarks/real_shapes.py --recipes qwen3b          # one: a minute or two

@@ -3,8 +3,8 @@
     python benchmarks/scenes.py --model runs/emoji/model --count 200000 --out scenes
 
 OUT is a folder with `vectors.npy` (float16), `tiles.npy` (which picture is where), `names.json` (of
-the pictures) and `queries.npz`: queries for one, two and three things. What is there already is not
-encoded again, so the same command with a larger --count goes on. Scenes are encoded in bf16 where
+the pictures) and `queries.npz`: queries for one, two and three things. Existing scenes are not
+encoded again, so the same command with a larger --count continues. Scenes are encoded in bf16 where
 the processor is faster at it (the mean cosine to float32 is .9999), queries in float32.
 
 N: scenes    Q: queries    R: vectors of a scene    D: width

@@ -1,4 +1,4 @@
-"""What a search costs and finds: on vectors that a model learned, and on made ones.
+"""Time and recall of searches, on vectors learned by a model and on synthetic ones.
 
     python benchmarks/scenes.py --model M --count 1000000 --out scenes     # learned vectors, once
     python benchmarks/search.py --scenes scenes --counts 60000 200000 1000000 [--save]

@@ -1,4 +1,4 @@
-"""Searching learned vectors with other libraries, beside ours, in one run.
+"""Search learned vectors with other libraries and with ours, in one run.
 
     pip install usearch lancedb fast-plaid maxsim-cpu pylate voyager
     python benchmarks/search_peers.py --scenes scenes --count 60000 [--only usearch] [--save]

@@ -1,4 +1,4 @@
-"""A training step on a CPU, against sentence-transformers' and colpali-engine's: CPU-seconds.
+"""A training step on a CPU, compared with sentence-transformers and colpali-engine: CPU seconds.
 
     python benchmarks/train_step.py [--save] [--steps 9]      # a minute or two, one thread
 

@@ -1,4 +1,4 @@
-"""The scripts that turn datasets into shards and retrieval sets, and what they share.
+"""Scripts that turn datasets into shards and retrieval sets, and their shared code.
 
-In a checkout this folder stands at the top; the package has a link to it, and the wheel a copy.
+In a checkout, the package has a link to this folder; the wheel has a copy.
 """

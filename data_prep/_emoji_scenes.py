@@ -1,7 +1,6 @@
-"""Scenes: pictures in a grid, of which a query names one. The layout is made, by chance.
+"""Scenes: pictures in a grid with a random layout. A query names one of them.
 
-Tests have scenes of nine. Training has smaller ones too: what a scene of nine asks of a model is
-learned sooner on two and four.
+Tests use scenes of nine. Training also uses two and four, which teach the same task sooner.
 """
 
 import random

@@ -1,4 +1,4 @@
-"""Scenes of which a query names two or three things: right are the scenes that hold all of them.
+"""Queries that name two or three things: the right scenes are those that show all of them.
 
 Nine pictures and nine others are cut into as many parts as a query names things. Taking each part
 from the one or from the other makes a family of scenes: four for two things, eight for three. A

@@ -1,4 +1,4 @@
-"""What the layouts of MMEB have in common: names of subsets, texts with a placeholder, pictures."""
+"""Common parts of MMEB's layouts: names of subsets, texts with a placeholder, pictures."""
 
 from pathlib import Path
 from typing import Any

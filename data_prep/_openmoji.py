@@ -1,4 +1,4 @@
-"""OpenMoji's pictures and names, and what `openmoji.py` needs of each: families, twins, split.
+"""OpenMoji's pictures and names, with the families, twins and split that `openmoji.py` needs.
 
 A picture's id is its hexcode: OpenMoji's file name, as in "1F44D-1F3FF" (thumbs up, dark skin).
 """

@@ -1,4 +1,4 @@
-"""What a PDF says of its own pages: text layer, outline, printed numbers, back-of-book index."""
+"""A PDF's own information about its pages: text layer, outline, page numbers, index."""
 
 import io
 import re

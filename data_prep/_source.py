@@ -57,13 +57,13 @@ def main_of(
     common = parser.add_argument_group("as all scripts here")
     common.add_argument("--limit", type=int, metavar="N", help="use only the first N rows")
     common.add_argument(
-        "--num-workers", type=int, default=count_cores(), metavar="N", help="processes that decode"
+        "--num-workers", type=int, default=count_cores(), metavar="N", help="decoding processes"
     )
     common.add_argument(
-        "--max-dropped", type=float, default=0.01, metavar="SHARE", help="that may be bad"
+        "--max-dropped", type=float, default=0.01, metavar="SHARE", help="limit for bad rows"
     )
-    common.add_argument("--licence", help="for manifest and card, instead of the source's own")
-    common.add_argument("--force", action="store_true", help="make anew what is there already")
+    common.add_argument("--licence", help="licence to record instead of the source's")
+    common.add_argument("--force", action="store_true", help="replace existing output")
     declare(parser)
     argv = sys.argv[1:] if argv is None else argv
     options = parser.parse_args(argv)
@@ -116,7 +116,7 @@ def declare_source(
             action="append",
             choices=names,
             metavar="NAME",
-            help=f"only this one; may be given several times: {', '.join(names)}",
+            help=f"only this one; repeatable: {', '.join(names)}",
         )
 
 

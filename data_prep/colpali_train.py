@@ -7,8 +7,8 @@ data/train-*.parquet with the columns image, image_filename, query, answer, sour
 model, prompt, answer_type; 118,195 rows, beside 500 rows of data/test-*. A pair is query -> image.
 It has no hard negatives: the paper takes them from MoCa's version (moca_pairs.py).
 
-A page answers several questions, so it is named by its content: in a batch it is nobody's negative
-that it answers.
+A page answers several questions, so its id is a hash of its content: in a batch it is never a
+negative of a question that it answers.
 """
 
 import argparse

@@ -1,18 +1,18 @@
-"""A folder of pictures and what is written beside them -> shards of text -> picture.
+"""A folder of pictures with their texts -> shards of text -> picture.
 
     python data_prep/folder.py --from ~/pictures --out data/pictures
 
-| --text | a picture's texts are |
+| --text | texts of a picture |
 |---|---|
-| sidecar | the lines of `cat.txt` beside `cat.jpg`; a line a query |
-| metadata | the `text` beside its `file_name` in a `metadata.jsonl` or `metadata.csv` |
-| name | its file name: `red_apple-03.jpg` is asked for as "red apple" |
-| folder | the folder that it is in, as in `cats/0001.jpg` |
-| auto | the first of side-car, metadata and name that there is (the default) |
+| sidecar | the lines of `cat.txt` next to `cat.jpg`; one query per line |
+| metadata | the `text` for its `file_name` in a `metadata.jsonl` or `metadata.csv` |
+| name | its file name: the query for `red_apple-03.jpg` is "red apple" |
+| folder | the name of its folder, as in `cats/0001.jpg` |
+| auto | the first of sidecar, metadata and name that exists (the default) |
 
-Pictures with the same text are all right answers for it. One candidate in ten is held out, by a
-hash of its path (--held-out). Linked folders are followed, each once. Files that are not taken are
-counted, hidden ones among them.
+All pictures with the same text are right answers for it. One candidate in ten is held out, by a
+hash of its path (--held-out). Linked folders are followed, each once. Skipped files, including
+hidden ones, are counted.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def list_pictures(root: Path) -> list[Path]:
         raise UserError(f"no folder {root}: give --from a folder of pictures")
     found = files_below(root, beside=(".txt", ".jsonl", ".csv"))
     if not found:
-        raise UserError(f"{root} holds no pictures ({', '.join(sorted(PICTURE_SUFFIXES))})")
+        raise UserError(f"{root} contains no pictures ({', '.join(sorted(PICTURE_SUFFIXES))})")
     return found
 
 
@@ -178,7 +178,12 @@ def declare(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, required=True, help="folder to write train/ and test/ to")
     add("--text", choices=TEXTS, default="auto", help="where texts come from (default: auto)")
     add("--name", help="the source's name in metrics and logs (default: the folder's)")
-    add("--held-out", type=float, default=0.1, help="share of the pictures to test on (0.1)")
+    add(
+        "--held-out",
+        type=float,
+        default=0.1,
+        help="share of the pictures held out for testing (0.1)",
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

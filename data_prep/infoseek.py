@@ -1,4 +1,4 @@
-"""InfoSeek's training questions, as M-BEIR has them -> shards of picture + question -> article.
+"""InfoSeek's training questions from M-BEIR -> shards of picture + question -> article.
 
     python data_prep/infoseek.py                     # to data/infoseek_it2t and data/infoseek_it2it
     python data_prep/infoseek.py --from ~/M-BEIR --subset infoseek_it2t
@@ -19,8 +19,8 @@ negatives are mined.
 Pictures are in mbeir_images.tar.gz, in four parts of 48 GB, of which oven_images/ is unpacked once
 to OUT/.images; with --from, unpacked pictures are found there.
 
-Not yet verified on the hub's files: that the ids of the lists are strings; objects with a `did`,
-as the card draws them, are read as well.
+Not yet verified on the hub's files: whether the ids in the lists are strings; objects with a `did`,
+as shown on the card, are read as well.
 """
 
 import argparse
@@ -152,7 +152,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     """The flags of this script."""
     declare_source(parser, "data", HUB, MODALITIES)
     parser.add_argument(
-        "--num-negatives", type=int, default=2, metavar="N", help="hard negatives a pair (2)"
+        "--num-negatives", type=int, default=2, metavar="N", help="hard negatives per pair (2)"
     )
 
 

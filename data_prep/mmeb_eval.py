@@ -1,16 +1,15 @@
-"""MMEB's 36 test sets -> retrieval sets, in which each query has candidates of its own.
+"""MMEB's 36 test sets -> retrieval sets in which each query has its own list of candidates.
 
     python data_prep/mmeb_eval.py                          # all, to data/mmeb_eval/NAME
     python data_prep/mmeb_eval.py --subset CIRR --limit 100 --from ~/MMEB-eval
 
-Layout (paper.md's facts of TIGER-Lab/MMEB-eval; MoCa's prepare_images.sh for the zip):
+Layout (the paper's description of TIGER-Lab/MMEB-eval; MoCa's prepare_images.sh for the zip):
 NAME/test-*.parquet with qry_text and qry_img_path, and tgt_text and tgt_img_path as lists of equal
 length: the candidates of this query, at most 1,000, of which the first is the right one; the
-pictures in images.zip. Texts hold `<|image_1|>` where the picture stands; it is taken out.
+pictures in images.zip. Texts have `<|image_1|>` in place of the picture; it is removed.
 
-A candidate that comes in many lists is stored once, under a hash of its text and its picture's
-path. A list that names a candidate twice keeps it once: else copies of the right one could be
-counted as wrong.
+A candidate that occurs in many lists is stored once, under a hash of its text and its picture's
+path. A list keeps duplicate candidates once, or copies of the right one would count as wrong.
 
 Not yet verified on the hub's files: the names of the Parquet files.
 """

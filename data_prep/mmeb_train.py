@@ -1,4 +1,4 @@
-"""MMEB-train, the 20 training sets of VLM2Vec -> shards, one folder a set.
+"""MMEB-train, the 20 training sets of VLM2Vec -> shards, one folder per set.
 
     python data_prep/mmeb_train.py                                  # all, to data/mmeb_train/NAME
     python data_prep/mmeb_train.py --subset CIRR --limit 1000       # a look at one
@@ -7,12 +7,11 @@
 Layout (the hub's file listing of TIGER-Lab/MMEB-train and VLM2Vec's loader):
 NAME/original-*.parquet and NAME/diverse_instruction-*.parquet with the columns qry, qry_image_path,
 pos_text, pos_image_path and, where there are any, neg_text and neg_image_path; the pictures in
-images_zip/NAME.zip. Texts hold `<|image_1|>` where the picture stands; it is taken out, as the
-model's own prompt says where pictures stand. Zips are read in place, or their files where you
-have unpacked them. The hard negatives of the paper are in MoCa's version: moca_pairs.py.
+images_zip/NAME.zip. Texts have `<|image_1|>` in place of the picture; it is removed, because the
+model's prompt places pictures itself. Zips are read in place; unpacked files are read, too. The
+hard negatives of the paper are in MoCa's version: moca_pairs.py.
 
-Not yet verified on the hub's files: whether paths in the rows begin with images/. Both ways are
-tried.
+Not yet verified on the hub's files: whether paths in the rows begin with images/. Both are tried.
 """
 
 import argparse

@@ -10,16 +10,15 @@ NAME/train-*.parquet, with neg_text and neg_image_path as lists of equal meaning
 MoCa's loader takes them as strings that hold a Python list. Both are read (never with eval). An
 empty hard negative is left out.
 
-Pictures are elsewhere: of the 20 MMEB sets in TIGER-Lab/MMEB-train (images_zip/NAME.zip, read in
-place); of TAT-DQA, ArxivQA, colpali and VisRAG in moca-embed/MoCa-CL-Pairs
-(supplement_images_zip/NAME.tar.gz, one of them in parts); of InfoSeek in TIGER-Lab/M-BEIR
+Pictures are elsewhere: for the 20 MMEB sets in TIGER-Lab/MMEB-train (images_zip/NAME.zip, read in
+place); for TAT-DQA, ArxivQA, colpali and VisRAG in moca-embed/MoCa-CL-Pairs
+(supplement_images_zip/NAME.tar.gz, one of them in parts); for InfoSeek in TIGER-Lab/M-BEIR
 (mbeir_images.tar.gz in four parts of 48 GB, of which oven_images/ is unpacked). Gzipped tars are
-unpacked once, to OUT/.images; delete it when the shards are there. `--images` names a folder that
-has the archives, or what came out of them, and then nothing is downloaded for pictures.
+unpacked once, to OUT/.images; delete it when the shards are finished. `--images` names a folder
+with the archives or their contents; no pictures are downloaded then.
 
-One query in 200 (--hold-out; all pairs of a query's picture share its fate) is kept from training.
-Once all subsets are there, the first 40 of each make data/paper_val, which the paper's recipes
-validate on: what they have not been trained on, of every source.
+One query in 200 is held out (--hold-out), with all pairs of its picture. Once all subsets are done,
+the first 40 of each form data/paper_val, the validation set of the paper's recipes.
 
 Not yet verified on the hub's files: the names of the Parquet files, and the first folder of the
 pictures' paths, of which several are tried.
@@ -191,7 +190,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=200,
         metavar="N",
-        help="keep one query in N from training, for validation (200); 0: none",
+        help="hold out one query in N for validation (200); 0: none",
     )
 
 

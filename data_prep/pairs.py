@@ -1,17 +1,17 @@
-"""Pairs of your own, in JSON Lines, CSV or Parquet -> shards to train on and shards to test on.
+"""Your own pairs in JSON Lines, CSV or Parquet -> training and test shards.
 
     python data_prep/pairs.py --pairs mine/pairs.jsonl --out data/mine
 
-One object a line, image paths relative to the file (docs/data.md has the complete format):
+One object per line, image paths relative to the file (docs/data.md has the complete format):
 
     {"query": "ein roter Apfel", "positive": {"image": "pictures/apple.png", "id": "apple"}}
 
-CSV and Parquet have a column each, of which only a query and a positive are needed:
+CSV and Parquet have these columns; only a query and a positive are required:
 
     id, query, query_image, positive, positive_image, positive_id, negatives, negative_images,
     asks, answers
 
-Or take a table as it is, and say which column is what:
+Other tables work with a mapping of columns:
 
     metaembed-pl prepare pairs --from ORG/NAME --columns query=query,positive_image=image --out ...
 
@@ -20,13 +20,14 @@ as img2dataset and WebDataset write them, by default a caption (`txt`, or `capti
 as the query of its picture; --preset knows the columns of some published sets. docs/data.md has
 the keys. A recipe can name such a table, too.
 
-`negatives`, `negative_images` and `answers` are lists (in CSV a JSON list). Rows of one query are
-all right answers to it. A picture is a path, bytes (as the hub's Parquet has
-them, too), or base64 behind `data:image/png;base64,`; with --base64 every picture is bare base64.
+`negatives`, `negative_images` and `answers` are lists (in CSV a JSON list). If a query occurs in
+several rows, all their positives are right answers. A picture is a path, bytes (as the hub's
+Parquet has them, too), or base64 behind `data:image/png;base64,`; with --base64 every picture is
+bare base64.
 
-What is held out follows from a hash of the positive's id, so pairs of one candidate stay on one
-side and adding pairs later moves none. A held-out candidate is no hard negative in training either.
-Pairs whose pictures do not decode are left out, named, and counted; too many stop the script.
+The split is a hash of the positive's id: all pairs of a candidate are on the same side, and adding
+pairs later moves none. Held-out candidates are not used as hard negatives in training either. Pairs
+whose pictures do not decode are dropped, logged and counted; too many stop the script.
 """
 
 import argparse
@@ -83,14 +84,16 @@ def declare(parser: argparse.ArgumentParser) -> None:
         "--from",
         dest="where",
         metavar="WHERE",
-        help="or any table or tars: ORG/NAME of the hub, a file, a folder, an address",
+        help="any table or tars: ORG/NAME on the hub, a file, folder or address",
     )
-    add("--columns", metavar="KEY=COLUMN,...", help="of --from: which column is what")
-    add("--files", default="*", metavar="PATTERN", help="of --from: such as data/train-*")
-    add("--preset", choices=tuple(PRESETS), help="a published dataset, whose columns are known")
+    add("--columns", metavar="KEY=COLUMN,...", help="with --from: maps the columns")
+    add("--files", default="*", metavar="PATTERN", help="with --from: such as data/train-*")
+    add("--preset", choices=tuple(PRESETS), help="a published dataset with known columns")
     add("--out", type=Path, required=True, help="folder to write train/ and test/ to")
     add("--name", help="the source's name in metrics and logs (default: the folder's)")
-    add("--held-out", type=float, default=0.1, help="share of the candidates to test on (0.1)")
+    add(
+        "--held-out", type=float, default=0.1, help="share of candidates held out for testing (0.1)"
+    )
     add("--base64", action="store_true", help="pictures are base64, not paths")
 
 

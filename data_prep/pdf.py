@@ -2,26 +2,25 @@
 
     python data_prep/pdf.py --from manuals --out data/manuals
 
-| below OUT | is |
+| below OUT | content |
 |---|---|
-| pages/DOC/0062.png | each page drawn, but those of contents and index |
-| items.jsonl | the pages as items: what is searched |
-| train/, test/ | shards: a query and a page that answers it, with pages that look as if |
-| retrieval/ | the test's queries over all pages, with their text layer for BM25 |
+| pages/DOC/0062.png | rendered pages, except table of contents and index |
+| items.jsonl | the pages as items, to search |
+| train/, test/ | shards: a query, a page that answers it, and misleading pages |
+| retrieval/ | the test queries over all pages, with their text layer for BM25 |
 
-Queries are what the author says of the pages: the titles of the outline, and the terms of the
-back-of-book index, which names their pages (several, often). An index is found by its look: most
-lines end in page numbers; which page a printed number means follows from the numbers at the top
-and bottom of the pages. Nothing is sent anywhere, and no model is asked.
+Queries are the author's own words: the titles of the outline, and the terms of the index at the
+back with their pages. An index is recognised by its lines, most of which end in page numbers; the
+numbers printed at the top and bottom of the pages map them to pages. No model is used, and nothing
+is sent over the network.
 
-A page is its picture. With --words N it is also the N words of its text layer that are most its
-own (tf-idf), where it has one, and queries are in lower case, as these words are: for a model too
-small to read and too young to know that Plot and plot are one word.
+A page is a picture. With --words N, it also gets the N most characteristic words of its text layer
+(tf-idf), and queries are in lower case like these words: for models too small to read.
 
 Hard negatives are neighbours and pages of the same section that lack the query's words. Queries are
 held out, not pages: one in ten by a hash of its words (--held-out), so the test asks new questions
-of the pages that you have. A PDF that does not open and a page that cannot be drawn are left out,
-named and counted; one that comes twice is read once.
+about the same pages. PDFs that do not open and pages that cannot be rendered are dropped, logged
+and counted; duplicates are read once.
 """
 
 import argparse
@@ -375,10 +374,10 @@ def declare(parser: argparse.ArgumentParser) -> None:
     add("--from", dest="where", type=Path, required=True, help="folder of PDFs")
     add("--out", type=Path, required=True, help="folder to write to")
     add("--side", type=int, default=1024, help="longer side of a page in pixels (1024)")
-    add("--words", type=int, default=0, metavar="N", help="of a page, for the model to read (0)")
-    add("--num-negatives", type=int, default=2, metavar="N", help="hard negatives a pair (2)")
+    add("--words", type=int, default=0, metavar="N", help="words per page shown to the model (0)")
+    add("--num-negatives", type=int, default=2, metavar="N", help="hard negatives per pair (2)")
     add("--name", help="the source's name in metrics and logs (default: the folder's)")
-    add("--held-out", type=float, default=0.1, help="share of the queries to test on (0.1)")
+    add("--held-out", type=float, default=0.1, help="share of queries held out for testing (0.1)")
 
 
 def main(argv: list[str] | None = None) -> int:

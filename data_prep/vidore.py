@@ -1,7 +1,7 @@
 """ViDoRe v1, v2, v3 and MMEB-V2's other visual documents -> retrieval sets of questions and pages.
 
     python data_prep/vidore.py --subset v2                    # four sets, to data/vidore/NAME
-    python data_prep/vidore.py --subset visrag --subset visdoc_ood    # what else MMEB-V2 has
+    python data_prep/vidore.py --subset visrag --subset visdoc_ood    # the rest of MMEB-V2
     python data_prep/vidore.py --subset vidore_v3_hr
     python data_prep/vidore.py --subset v1 --from ~/vidore    # copies in ~/vidore/NAME
 
@@ -15,14 +15,14 @@ with its features; of the two `page-fixed` that VLM2Vec's loader reads them like
 | corpus/SPLIT-*.parquet | corpus-id, image | corpus_id, image, doc_id, markdown, ... |
 | qrels/SPLIT-*.parquet | query-id, corpus-id, score | query_id, corpus_id, score, ... |
 
-Queries of v2 have a language as well, those of visdoc_ood a corpus_range: the pages of the document
-that is asked about, though all pages are searched. Scores are graded, and all are kept: where
-visdoc_ood looks for documents, all pages of the right one have 2, those with the answer 3. Where it
-looks for pages, the sets are those with `page-fixed` in their names: the ones before them had the
-page beside the right one as right (VLM2Vec's issue 167), and scores on those do not compare.
+Queries of v2 also have a language, those of visdoc_ood a corpus_range (the pages of the document in
+question), but all pages are searched. All graded scores are kept: for document retrieval in
+visdoc_ood, all pages of the right document have 2, those with the answer 3. For page retrieval the
+sets are those with `page-fixed` in their names: earlier versions marked the page next to the right
+one (VLM2Vec's issue 167), so their scores are not comparable.
 
-Other columns become metadata; a page's `markdown` becomes its `text_layer`, for BM25 and not for
-the model. English or multilingual is then a choice of queries by language.
+Other columns become metadata; a page's `markdown` becomes its `text_layer`, used by BM25 but not by
+the model. English and multilingual tasks select queries by language.
 
 Not yet verified on the hub's files: visrag and visdoc_ood, and of v3 all columns beside ids, query,
 language, image and score.
@@ -206,7 +206,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
         "--from",
         dest="where",
         metavar="ORGANISATION_OR_FOLDER",
-        help="what holds the datasets, on the hub or on disk (default: who published each: "
+        help="organisation or folder of the datasets (default: the publishers: "
         + ", ".join(f"{name} {collection.organisation}" for name, collection in SETS.items())
         + ")",
     )
@@ -215,8 +215,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
         action="append",
         choices=(*SETS, *COLLECTION_OF),
         metavar="NAME",
-        help=f"a collection ({', '.join(SETS)}) or one set; may be given several times "
-        "(default: all)",
+        help=f"a collection ({', '.join(SETS)}) or one set; repeatable (default: all)",
     )
 
 

@@ -268,7 +268,7 @@ def test_reads_items_from_json_lines(tmp_path):
 def test_refuses_no_items_and_repeated_ids(tmp_path):
     path = tmp_path / "items.jsonl"
     path.write_text("\n")
-    with pytest.raises(UserError, match="holds no items"):
+    with pytest.raises(UserError, match="contains no items"):
         read_items(path)
     path.write_text('{"text": "a", "id": "1"}\n' * 2)
     with pytest.raises(UserError, match=r"items\.jsonl:2: id '1' was used before, in line 1"):

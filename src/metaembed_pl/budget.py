@@ -1,4 +1,4 @@
-"""How many vectors each side spends: the groups of training and the budget of search.
+"""The number of vectors per side: groups in training, budgets in search.
 
 r_q: vectors of a query    r_c: vectors of a candidate    width: components of a vector
 

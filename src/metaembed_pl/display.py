@@ -1,4 +1,4 @@
-"""Text as people see it, in a terminal or a picture."""
+"""Text for display in terminals and pictures."""
 
 
 def plain(text: str) -> str:

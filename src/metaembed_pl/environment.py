@@ -1,4 +1,4 @@
-"""What a result depends on besides the recipe: package versions, the commit, the machine."""
+"""The environment of a result: package versions, commit, machine."""
 
 import platform
 import subprocess

@@ -10,7 +10,7 @@ class Unreachable(UserError):
 
 
 class BadSample(UserError):
-    """One pair of a shard that cannot be used; training replaces and counts it.
+    """An unusable pair of a shard; training replaces and counts it.
 
     Args:
         shard: file name of the shard.

@@ -1,4 +1,4 @@
-"""Files: read as they are named, written atomically, with rights that the umask gives."""
+"""Files: checked when read, written atomically, with permissions from the umask."""
 
 import errno
 import fcntl
@@ -131,7 +131,7 @@ def read_json_object(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file} cannot be read: {error}: copy or make it again") from error
+        raise UserError(f"{file} cannot be read: {error}: restore or rebuild it") from error
     if not isinstance(value, dict):
         raise UserError(f"{file} must hold a JSON object, not {type(value).__name__}")
     return value
@@ -170,7 +170,7 @@ def disk_error(error: BaseException | None) -> str | None:
     Looked for in the error, and in those that it was raised from.
 
     >>> disk_error(OSError(errno.EROFS, "Read-only file system", "shelf/a"))
-    'shelf/a: Read-only file system: choose a place that you may write to, or change its rights'
+    'shelf/a: Read-only file system: choose a writable place, or change its permissions'
     """
     while error is not None:
         number = error.errno if isinstance(error, OSError) else None
@@ -179,8 +179,8 @@ def disk_error(error: BaseException | None) -> str | None:
             file = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
             said = os.strerror(number) if number else said[0] if said else ""
             if number in _FORBIDDEN or said in map(os.strerror, _FORBIDDEN):
-                return f"{file}{said}: choose a place that you may write to, or change its rights"
-            return f"{file}{said}: make room, then run it again"
+                return f"{file}{said}: choose a writable place, or change its permissions"
+            return f"{file}{said}: free some space, then run it again"
         if isinstance(error, OSError) and error.filename and error.strerror:
             return f"{error.filename}: {error.strerror}"
         error = error.__cause__ or error.__context__

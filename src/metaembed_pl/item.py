@@ -1,10 +1,10 @@
-"""What a user brings: items (text, image or both) and pairs (query, positive, hard negatives).
+"""User data: items (text, image or both) and pairs (query, positive, hard negatives).
 
     >>> pair = Pair.parse({"id": "1", "query": "a red apple", "positive": {"text": "fruit"}})
     >>> pair.query.text, pair.asked == pair.positive.uid
     ('a red apple', True)
 
-Everything that makes one valid is checked here, once; the rest of the package trusts it.
+They are validated here, once; the rest of the package relies on it.
 """
 
 import hashlib
@@ -283,7 +283,7 @@ def read_items(path: Path) -> list[Item]:
             Item(image=file, id=file.relative_to(path).as_posix()) for file in files_below(path)
         ]
         if not items:
-            raise UserError(f"{path} holds no pictures ({', '.join(sorted(PICTURE_SUFFIXES))})")
+            raise UserError(f"{path} contains no pictures ({', '.join(sorted(PICTURE_SUFFIXES))})")
         return items
     items, lines = [], {}
     for number, value in read_json_lines(path):
@@ -294,7 +294,7 @@ def read_items(path: Path) -> list[Item]:
         except UserError as error:
             raise UserError(f"{path}:{number}: {error}") from error
     if not items:
-        raise UserError(f"{path} holds no items: expected one JSON object or string a line")
+        raise UserError(f"{path} contains no items: expected one JSON object or string per line")
     return items
 
 
@@ -341,12 +341,12 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(value) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} is there twice")
+        raise ValueError(f"the key {twice!r} occurs twice")
     return value
 
 
 def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def as_id(value: Any) -> Any:
@@ -365,7 +365,7 @@ def several(values: Iterable, what: str) -> Iterable:
         UserError: it is a text or an object.
     """
     if isinstance(values, (str, bytes, dict, Item)):
-        raise UserError(f"{what} must be a list, not one of them: give [{values!r:.80}]")
+        raise UserError(f"{what} must be a list: write [{values!r:.80}]")
     return values
 
 
@@ -404,8 +404,8 @@ def _path_below(image: str, folder: Path) -> Path:
     where = "give a path relative to the data file and below its folder"
     if "://" in image:
         raise UserError(
-            f"image {image!r} is an address, which is not fetched: {where}, or embed with "
-            "--fetch-images"
+            f"image {image!r} is an address, which is not fetched: {where}, or use "
+            "`embed --fetch-images`"
         )
     if Path(image).is_absolute() or ".." in Path(image).parts or "\0" in image:
         raise UserError(f"image {image!r} leaves the data folder: {where}")

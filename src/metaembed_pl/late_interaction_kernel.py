@@ -1,12 +1,13 @@
 """The arithmetic of nested MaxSim, forward and backward, in tiles.
 
-Forward: the groups are nested, so one product holds the dot products of all of them, and a running
-maximum over the candidate's vectors passes through the maximum of every group. Kept for the
-backward pass is the winner, the candidate vector of each maximum, in a byte.
+Forward: the groups are nested, so one matrix product contains the dot products of all of them, and
+a running maximum over the candidate's vectors passes through the maximum of every group. The argmax
+of each maximum, one byte, is kept for the backward pass.
 
-Backward: a score moves only the dot products that won. On a GPU their gradients are laid out
-densely, and two matrix products give both sides. On the CPU most of those products would be with
-zeros: the winning rows are picked instead, 2 times faster at (8, 16), 6 times at (16, 64).
+Backward: only the winning dot products get a gradient. On a GPU the gradients are scattered into a
+dense tensor, and two matrix products compute both sides. On the CPU most of these products would be
+with zeros, so the winning rows are gathered instead: 2 times faster at (8, 16), 6 times at
+(16, 64).
 
 Q: queries    C: candidates    G: groups    D: width    Rq, Rc: vectors of the largest group
 q, c: queries and candidates of a tile    g: the groups that hold a query vector

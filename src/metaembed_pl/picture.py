@@ -1,4 +1,4 @@
-"""Finding pictures, and decoding one, whatever a user brings, to upright 8-bit RGB over white."""
+"""Find pictures, and decode them from any format to upright 8-bit RGB over white."""
 
 import io
 import logging

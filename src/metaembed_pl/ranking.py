@@ -1,10 +1,10 @@
 """The one ranker: scores become ranks, ranks become metrics, and the first hits are kept.
 
 Ties count against the model: a wrong candidate with the score of a right one ranks before it, so a
-model that gives every candidate the same vector scores 0, not 1. Scores that differ by no more than
-rounding are ties too: the same picture may stand in a pool twice, and its two scores then differ in
-the last digit, depending on where in a batch each was computed. Metrics must not depend on batch
-sizes. Metrics and hits come from the same ranks, so a picture of the hits cannot contradict them.
+model that gives every candidate the same vector scores 0, not 1. Scores that differ only by
+rounding are ties too: if a picture is in a pool twice, its two scores may differ in the last digit,
+depending on the position in the batch. Metrics must not depend on batch sizes. Metrics and hits
+come from the same ranks, so a picture of the hits cannot contradict them.
 
 Q: queries    C: candidates    n: some candidates    P: right candidates of a query, padded
 K: hits

@@ -121,7 +121,7 @@ def test_questions_are_counted_and_planned(recipe, tmp_path, capsys):
     assert found["questions"] == 1.5  # three questions come as two and one
     assert found["steps"]["steps_an_epoch"] == 3  # 24 candidates in batches of 8
     assert check("--config", recipe(data__train=[source])) == 0
-    assert "1.5 to a candidate of a batch, on average" in capsys.readouterr().out
+    assert "1.5 per candidate in a batch, on average" in capsys.readouterr().out
     for wrong in (0, -1, "some"):
         assert check("--config", recipe(data__train=[source | {"questions": wrong}])) == 2
         assert "questions" in capsys.readouterr().out
@@ -146,7 +146,7 @@ def test_all_faults_are_told_at_once_with_the_nearest_key(recipe, capsys):
         "model.loss.temperature: expected a number, got 'hot'",
         "data.train[0].first_step: expected an integer, got 'soon'",
         "data.train[0].wieght: no such key; did you mean 'weight'?",
-        "data.train: 1 of 1 folders of shards are not there: nowhere",
+        "data.train: 1 of 1 folders of shards are missing: nowhere",
         "data.global_batch_size: 7 cannot be divided evenly over 2 GPUs",
         "trainer.strategy: no strategy 'dpp'; did you mean 'ddp'?",
         "trainer.max_step: no such key; did you mean 'max_steps'?",
@@ -264,7 +264,7 @@ def test_a_run_of_that_name_is_a_fault(recipe, tmp_path, capsys):
     last.parent.mkdir(parents=True)
     last.touch()
     assert check("--config", recipe()) == 2
-    assert "holds a run already" in capsys.readouterr().err
+    assert "contains a run already" in capsys.readouterr().err
     assert check("--config", recipe(run__overwrite=True)) == 0
 
 
@@ -412,7 +412,7 @@ def test_keys_are_changed_by_the_flags_of_fit(recipe, tmp_path, capsys):
     assert check("--config", recipe(), *flags, "--trainer.max_steps=9", "--json") == 2
     found = json.loads(capsys.readouterr().out)
     assert found["faults"] == [
-        "data.train: 1 of 1 folders of shards are not there: nowhere; prepare the data first"
+        "data.train: 1 of 1 folders of shards are missing: nowhere; prepare the data first"
     ]
     assert found["steps"]["max_steps"] == 9
     assert found["parameters"]["adapters"]["trained"] > 0
@@ -470,7 +470,7 @@ def test_the_rate_of_the_data_is_that_of_the_shards_and_workers_follow_from_it(
     assert slower["pairs_a_worker"] < min(10, path["pairs_a_worker"])
     assert check("--config", on_gpu, "--gpu", "A100", "--data.num_workers=2") == 0
     out = capsys.readouterr().out
-    assert "and it has 2: set data.num_workers, or it waits for data" in out
+    assert "and it has 2: set data.num_workers, or the GPU waits for data" in out
 
 
 def test_without_data_nothing_is_said_of_their_rate(capsys, monkeypatch):

@@ -241,7 +241,7 @@ def test_without_a_budget_the_recall_that_was_asked_for_is_reached(
     monkeypatch.setattr("metaembed_pl.retrieval.calibration.SMALL", 0)
     assert search(model, tmp_path / "s", *asked, "--target-recall", "1") == 0
     out, err = capsys.readouterr()
-    assert "measuring what this store needs" in err
+    assert "measuring search plans on this store" in err
     exact = json.loads(out)
     assert search(model, tmp_path / "s", *asked, "--budget", "auto", "--target-recall", ".01") == 0
     out, err = capsys.readouterr()
@@ -302,12 +302,15 @@ def test_an_index_is_made_kept_up_and_searched(model, many, tmp_path, capsys, mo
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"--store": None}, "--store FOLDER or --items PATH, one of them"),
-        ({"--items": "x.jsonl"}, "--store FOLDER or --items PATH, one of them"),
+        ({"--store": None}, "either --store FOLDER or --items PATH"),
+        ({"--items": "x.jsonl"}, "either --store FOLDER or --items PATH"),
         ({"--budget": "3x4"}, "not trained at 3 query vectors; choose one of 1, 2, 4"),
         ({"--budget": "4x64"}, "not trained at 64 candidate vectors; choose one of 1, 4, 8"),
-        ({"--budget": "auto", "--target-recall": "2"}, "above 0 and up to 1, got 2.0"),
-        ({"--budget": "4x8", "--target-recall": "0.9"}, "leave --budget, --cascade and --exact"),
+        ({"--budget": "auto", "--target-recall": "2"}, "above 0 and at most 1, got 2.0"),
+        (
+            {"--budget": "4x8", "--target-recall": "0.9"},
+            "leave out --budget, --cascade and --exact",
+        ),
         ({"--cascade": "4x1:9,4x8"}, "or each@.7:50; got '4x8'"),
         ({"--cascade": "pool@.7:9,4x8:9"}, "has no index for pool@0.7:9: make one with `index"),
         ({"--where": "lang"}, "such as lang=de; got 'lang'"),
@@ -355,7 +358,7 @@ def test_refuses_a_file_in_the_place_of_a_store_and_leaves_it(model, things, tmp
         (["x", {"text": "y", "metadata": 3}], ":2: an item's metadata must be an object, not int"),
         (["x", {"text": "y", "colour": "red"}], ":2: an item has unknown key 'colour'"),
         ([{"image": "gone.png"}], "gone.png"),
-        ([], "holds no items"),
+        ([], "contains no items"),
     ],
 )
 def test_items_that_are_not_valid_are_one_line_and_exit_2(model, tmp_path, capsys, lines, message):

@@ -45,7 +45,7 @@ def test_without_ray_it_says_what_to_install(model, things, tmp_path, capsys):
     assert "--engine ray needs Ray: pip install 'metaembed-pl[ray]'" in err
     assert err.count("\n") == 1
     assert embed(model, things, tmp_path / "s", "--engine", "ray", "--part", "1/2") == 2
-    assert "--part is not for --engine ray" in capsys.readouterr().err
+    assert "--part does not work with --engine ray" in capsys.readouterr().err
 
 
 def workers():
@@ -82,5 +82,5 @@ def test_a_worker_that_dies_is_replaced_and_the_store_is_what_one_process_makes(
     assert torch.equal(ray.vectors(), one.vectors())
     assert not (tmp_path / "ray.parts").exists()
     assert embed(model, things, tmp_path / "ray", "--engine", "ray") == 2
-    assert "exists already: --engine ray makes new stores" in capsys.readouterr().err
+    assert "exists already: --engine ray only creates new stores" in capsys.readouterr().err
     assert sys.modules["ray"].is_initialized()

@@ -71,7 +71,7 @@ def test_evaluations_of_other_data_are_not_compared(home, tmp_path, capsys):
         (tmp_path / name).write_bytes((home / "a" / name).read_bytes())
     (tmp_path / "tasks/one.json").write_text(json.dumps(kept | {"data": "other"}))
     assert main(["evaluate", "compare", str(home / "a"), str(tmp_path)]) == 2
-    assert "one: the two evaluations asked other data" in capsys.readouterr().err
+    assert "one: the two evaluations used different data" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -431,7 +431,7 @@ def test_the_licence_of_a_base_model_on_the_hub_is_looked_up(run, tmp_path, monk
 @pytest.mark.parametrize(
     ("hub", "arguments", "message"),
     [
-        ({"private": False}, ["--merge", "--licence", "mit"], "there already, and public"),
+        ({"private": False}, ["--merge", "--licence", "mit"], "exists and is public"),
         ({}, ["--licence", "mit"], "belongs to a base model on this machine"),
         ({}, ["--merge"], "licence of the base model (not on the hub) is not known"),
     ],
@@ -466,7 +466,7 @@ def test_a_dry_run_says_what_would_be_sent_and_asks_nobody(run, monkeypatch, cap
     out = capsys.readouterr().out
     assert not asked
     assert "  backbone/model.safetensors\n" in out
-    assert re.search(r"would be sent to org/name \(private\): \d+ files, [\d,]+ bytes", out)
+    assert re.search(r"would be uploaded to org/name \(private\): \d+ files, [\d,]+ bytes", out)
     assert export("--run", run, "--licence", "mit", "--push-to", "org/name", "--dry-run") == 2
     assert "belongs to a base model on this machine" in capsys.readouterr().err
 
@@ -493,7 +493,7 @@ def test_a_refusal_of_the_hub_is_one_line(run, monkeypatch, capsys):
         (["--out", "."], ". exists already"),
         (["--out", "new", "--run", "nowhere"], "nowhere is neither a run nor a model folder"),
         (["--push-to", "name"], "--push-to must be ORG/NAME, got 'name'"),
-        (["--out", "new", "--public"], "give --push-to too"),
+        (["--out", "new", "--public"], "only works with --push-to"),
         (["--out", "new", "--dry-run"], "--dry-run is about what --push-to sends"),
         (["--out", "new", "--language", "English"], "a code such as en or zh, got 'English'"),
         (["--out", "new", "--checkpoint", "worst.ckpt"], "worst.ckpt: not a checkpoint"),

@@ -98,8 +98,8 @@ def test_a_plan_tells_the_cost_and_connects_to_nothing(store, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"--to": None}, "give where to push to, --to ADDRESS, or --plan"),
-        ({"--plan": ""}, "give where to push to, --to ADDRESS, or --plan"),
+        ({"--to": None}, "give the destination with --to ADDRESS, or --plan"),
+        ({"--plan": ""}, "give the destination with --to ADDRESS, or --plan"),
         ({"--to": "http://localhost:6333"}, "is http://HOST:6333/NAME"),
         ({"--shards": "0"}, "--shards must be at least 1, got 0"),
         ({"--batch-size": "-1"}, "--batch-size must be at least 1, got -1"),
@@ -124,7 +124,7 @@ def test_a_push_that_cannot_be_is_one_line_and_exit_2(store, tmp_path, capsys, f
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--budget", "auto"], "--budget auto is measured on a store in a folder"),
+        (["--budget", "auto"], "--budget auto only works on a store in a folder"),
         (["--budget", "1x4"], "pushed with 1, 8 candidate vectors, not 4"),
         (["--where", "lang<de"], "lang<de: Qdrant orders numbers and dates"),
     ],
@@ -148,7 +148,7 @@ def test_another_model_is_refused(store, tmp_path, capsys):
 
 def test_exact_excludes_a_budget(model, store, capsys):
     assert search(model, store, "--exact", "--budget", "4x8") == 2
-    assert "--exact spends all vectors on all items" in capsys.readouterr().err
+    assert "--exact uses all vectors of all items" in capsys.readouterr().err
 
 
 def test_help_is_light():

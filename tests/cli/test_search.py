@@ -132,7 +132,7 @@ def test_a_terminal_gets_a_table_with_names_as_they_are(model, things):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"--query": None}, "nothing to look for"),
+        ({"--query": None}, "no query: give --query"),
         ({"--budget": "3x4"}, "not trained at 3 query vectors; choose one of 1, 2, 4"),
         ({"--budget": "lots"}, "got 'lots'"),
         ({"--top": "0"}, "--top must be at least 1, got 0"),

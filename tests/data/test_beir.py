@@ -152,7 +152,7 @@ LISTS = '{"query-id": "1", "corpus-ids": ["a"]}\n{"query-id": "2", "corpus-ids":
         ({"qrels": QRELS[:25] + "1\ta\t0\n"}, "not one of 2 queries has a candidate with a score"),
         ({"lists": LISTS.replace('"a"', '"b"')}, "list of query '1' does not hold 'a'"),
         ({"lists": LISTS.splitlines()[0]}, "no list for query '2'"),
-        ({"lists": LISTS + LISTS}, ":3: query '1' has a list already"),
+        ({"lists": LISTS + LISTS}, ":3: query '1' has two lists"),
         ({"lists": LISTS.replace('"c"', '"z"')}, "list of query '2' does not hold 'c'"),
         ({"lists": LISTS.replace("corpus-ids", "ids")}, ':1: expected {"query-id": "...", "corpus'),
     ],

@@ -367,7 +367,7 @@ def test_too_many_bad_samples_stop_the_run(tmp_path):
 
 def test_a_source_of_broken_pairs_alone_is_an_error(tmp_path):
     folder = _with_broken_pictures(tmp_path / "s", 8, broken=set(range(8)))
-    with pytest.raises(UserError, match="not one of its 8 pairs"):
+    with pytest.raises(UserError, match="none of its 8 pairs"):
         batches_of([folder]).load(0)
 
 
@@ -569,7 +569,7 @@ def test_a_source_without_several_questions_says_so_and_trains_as_before(folders
     caplog.set_level("INFO")
     shards = ShardedPairs(folders[0])
     planned = TrainSource(str(folders[0]), name="a", questions=3).planned(shards)
-    assert "each of its candidates has one question only" in caplog.text
+    assert "each of its candidates has only one question" in caplog.text
     batches = TrainingBatches([shards], [1], Plan([planned], 8), count_items)
     plain = batches_of(folders[:1])
     for step in range(5):

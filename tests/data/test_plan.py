@@ -162,12 +162,12 @@ def test_the_mixing_temperature_sees_sizes_after_the_caps():
 
 @pytest.mark.parametrize("temperature", [0.5, float("nan")])
 def test_refuses_a_mixing_temperature_below_1(temperature):
-    with pytest.raises(UserError, match=f"at least 1, where .* got {temperature}"):
+    with pytest.raises(UserError, match=f"at least 1 .* got {temperature}"):
         Plan([PlannedSource("a", (9,))], 8, mixing_temperature=temperature)
 
 
 def test_refuses_weights_beside_a_mixing_temperature():
-    with pytest.raises(UserError, match="mixing_temperature 2 makes weights of sizes"):
+    with pytest.raises(UserError, match="mixing_temperature 2 computes weights from sizes"):
         Plan(SOURCES, 8, mixing_temperature=2)
 
 
@@ -179,12 +179,12 @@ def test_refuses_weights_beside_a_mixing_temperature():
         ([PlannedSource("a", (9,)), PlannedSource("a", (9,))], 8, "names must differ"),
         ([PlannedSource("a", (9,), 1.0), PlannedSource("b", (9,))], 8, "to every .* or to none"),
         ([PlannedSource("a", (9,), -1.0)], 8, "positive, got -1"),
-        ([PlannedSource("a", (9,), first_step=1)], 8, "no training source is there at step 0"),
-        ([PlannedSource("a", (9,), last_step=7)], 8, "no training source is there at step 7"),
+        ([PlannedSource("a", (9,), first_step=1)], 8, "no training source is active at step 0"),
+        ([PlannedSource("a", (9,), last_step=7)], 8, "no training source is active at step 7"),
         (
             [PlannedSource("a", (9,), 1, last_step=7), PlannedSource("b", (9,), 1, first_step=8)],
             8,
-            "no training source is there at step 7",
+            "no training source is active at step 7",
         ),
         ([PlannedSource("a", (9,), first_step=3, last_step=3)], 8, "3 must come after first_step"),
         ([PlannedSource("a", (9,))], 1, "at least 2, got 1"),

@@ -249,8 +249,8 @@ def test_a_killed_process_leaves_nothing_that_counts(root, server, cache):
         ({"sha256": "../../etc/passwd"}, r"sha256 '\.\./\.\./etc/passwd'"),
         ({"sha256": None}, "sha256 None: prepare the data again"),
         ({"file": "a b.tar"}, r"names 'a b\.tar'"),
-        ({"file": "../x.tar"}, "is not the name of a shard"),
-        ({"bytes": "1"}, "has '1' where a number should be"),
+        ({"file": "../x.tar"}, "is not a valid shard name"),
+        ({"bytes": "1"}, "has '1' instead of a number"),
     ],
 )
 def test_refuses_a_manifest_that_would_lead_elsewhere(root, tmp_path, change, message):

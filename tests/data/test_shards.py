@@ -138,7 +138,7 @@ def test_overwrites_shards_only_and_only_when_asked(tmp_path):
     assert len(ShardedPairs(write(folder, count=3, overwrite=True))) == 3
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "dear.txt").touch()
-    with pytest.raises(UserError, match="not shards to overwrite"):
+    with pytest.raises(UserError, match="not a folder of shards"):
         write(tmp_path / "letters", overwrite=True)
 
 
@@ -226,7 +226,7 @@ def test_a_shard_cut_off_after_opening_is_a_bad_sample(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"garbage" * 500, b"\0" * 5000])
 def test_refuses_a_shard_that_is_no_tar(tmp_path, content):
     (tmp_path / "x.tar").write_bytes(content)
-    with pytest.raises(UserError, match=r"not a complete, uncompressed tar|hold no pairs"):
+    with pytest.raises(UserError, match=r"not a complete, uncompressed tar|contain no pairs"):
         ShardedPairs(tmp_path)
 
 
@@ -254,7 +254,9 @@ def test_refuses_members_that_are_not_plain_files(tmp_path, name, kind):
     member.type, member.linkname = kind, "/etc/passwd"
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         tar.addfile(member)
-    with pytest.raises(UserError, match=r"x\.tar: member .* is a link, a device or a path"):
+    with pytest.raises(
+        UserError, match=r"x\.tar: member .* is a link, a device or an escaping path"
+    ):
         ShardedPairs(tmp_path)
 
 
@@ -313,7 +315,7 @@ def test_verify_finds_a_flipped_byte(tmp_path):
     (folder / "00001.tar").write_bytes(content)
     with pytest.raises(UserError, match=r"00001\.tar does not have the checksum"):
         verify(folder)
-    with pytest.raises(UserError, match="nothing to check against"):
+    with pytest.raises(UserError, match="cannot be verified"):
         verify(write_tar(tmp_path / "theirs" / "x.tar", {"k.json": b"{}"}))
 
 

@@ -395,7 +395,7 @@ def test_does_not_overwrite_a_folder_that_is_not_ours(tmp_path, capsys):
     (tmp_path / "train" / "emoji_t2i").mkdir(parents=True)
     (tmp_path / "train" / "emoji_t2i" / "thesis.txt").touch()
     assert script.main(["--out", str(tmp_path), *SMALL]) == 2
-    assert "not shards to overwrite" in capsys.readouterr().err
+    assert "not a folder of shards" in capsys.readouterr().err
 
 
 def test_the_script_does_not_take_itself_for_the_package(tmp_path):

@@ -89,7 +89,7 @@ def test_the_hubs_image_folder_with_json_lines(tmp_path):
     ("prepare", "options", "message"),
     [
         (lambda root: None, (), "no folder"),
-        (lambda root: root.mkdir(), (), "holds no pictures (."),
+        (lambda root: root.mkdir(), (), "contains no pictures (."),
         (lambda root: write(root, "a.png"), ("--text", "sidecar"), "none of 1 pictures has a text"),
         (
             lambda root: (write(root, "a.png"), (root / "a.txt").write_bytes(b"\xff")),

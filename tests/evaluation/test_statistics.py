@@ -62,7 +62,7 @@ def test_a_comparison_tells_means_counts_and_direction():
     assert (found.first, found.second) == (1.0, 0.5)
     assert (found.num_better, found.num_worse, found.num_queries) == (0, 30, 32)
     assert found.verdict() == "the second is worse"
-    assert compare(first, first).verdict().startswith("no difference")
+    assert compare(first, first).verdict().startswith("no significant difference")
     assert compare(first, first).p_value == 1
 
 

@@ -99,10 +99,10 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     ("content", "message"),
     [
         (BOMB, "more than 10,000 values"),
-        ("a: &a\n  b: *a\n", "an alias stands in itself"),
+        ("a: &a\n  b: *a\n", "an alias contains itself"),
         (b"run: {name: \xff}\n", "not UTF-8: invalid start byte at byte 12"),
-        ("run: {name: a}\nmodel: {}\nrun: {name: b}\n", ":3: the key 'run' is there twice"),
-        ("model: {groups: [1x1], groups: [2x4]}\n", ":1: the key 'groups' is there twice"),
+        ("run: {name: a}\nmodel: {}\nrun: {name: b}\n", ":3: the key 'run' occurs twice"),
+        ("model: {groups: [1x1], groups: [2x4]}\n", ":1: the key 'groups' occurs twice"),
         ("[" * 5000, "not a readable YAML file"),
         ("#" * 1_100_000, "larger than 1,000,000 bytes"),
     ],

@@ -206,7 +206,7 @@ def test_a_tar_from_elsewhere_is_read_and_what_is_left_out_of_it_is_told(tmp_pat
     pairs = ShardedPairs(tmp_path)
     assert [pairs.locate(i)[1] for i in range(len(pairs))] == ["photo-a", "caf\\xe9"]
     assert pairs[1].positive.id == "7"
-    assert "2 members are of no pair, such as '._x.json'" in caplog.text
+    assert "2 members belong to no pair, such as '._x.json'" in caplog.text
 
 
 def test_two_members_of_one_name_are_refused(tmp_path):

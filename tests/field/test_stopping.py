@@ -143,7 +143,7 @@ def test_nothing_to_train_is_said_and_nothing_written(root, tmp_path, finished, 
     file = tiny_run.recipe(root, tmp_path, trainer__max_steps=max_steps)
     assert main(["fit", "--config", str(file), "--ckpt_path", "last"]) == 2
     said = capsys.readouterr().err
-    assert f"the run is at step 6 already; trainer.max_steps is {max_steps}: nothing" in said
+    assert f"the run is already at step 6; trainer.max_steps is {max_steps}: nothing" in said
     now = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("*")}
     assert {f: t for f, t in now.items() if f.is_file() and f.name != ".lock"} == {
         f: t for f, t in kept.items() if f.is_file() and f.name != ".lock"

@@ -89,12 +89,16 @@ def test_what_was_measured_of_a_read_only_store_is_used_and_not_kept(
     from metaembed_pl.model.embedder import MetaEmbedder
 
     assert measured(Store.open(shelf), MetaEmbedder.from_pretrained(model), 8).measured
-    assert "what was measured is not kept: Read-only file system" in capsys.readouterr().err
+    assert "the measurement could not be saved: Read-only file system" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("number", "hint"),
-    [(errno.ENOSPC, "make room"), (errno.EDQUOT, "make room"), (errno.EROFS, "choose a place")],
+    [
+        (errno.ENOSPC, "free some space"),
+        (errno.EDQUOT, "free some space"),
+        (errno.EROFS, "choose a writable place"),
+    ],
 )
 def test_a_full_or_read_only_disk_is_one_line(model, shelf, capsys, monkeypatch, number, hint):
     def refused(self, *_):

@@ -153,7 +153,7 @@ def test_every_verb_takes_the_same_flags_for_its_model(verb, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--dtype", "int8"], "int8 is for stored vectors: give it as --store-dtype int8"),
+        (["--dtype", "int8"], "int8 is a dtype for stored vectors: use --store-dtype int8"),
         (["--dtype", "half"], "expected bf16 or fp32, got 'half'"),
         (["--attention", "fast"], "invalid choice: 'fast'"),
     ],

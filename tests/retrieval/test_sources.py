@@ -197,7 +197,7 @@ def test_pictures_by_address_are_fetched_only_where_that_was_asked_for(server, t
     command += ["--device", "cpu", "--skip-bad"]
     assert main(command) == 2
     assert "is an address, which is not fetched" in (err := capsys.readouterr().err)
-    assert "or embed with --fetch-images" in err
+    assert "or use `embed --fetch-images`" in err
     assert main([*command, "--fetch-images", "--fetch-mb", "0.04"]) == 0
     assert "large.png has more than 40,000 bytes" in capsys.readouterr().err
     store = Store.open(tmp_path / "s")
@@ -215,7 +215,7 @@ def test_pictures_by_address_are_fetched_only_where_that_was_asked_for(server, t
     ("path", "message"),
     [
         ("/gone.png", "the server says 404"),
-        ("/slow.png", "not there after 0.3 s|timed out"),
+        ("/slow.png", "timed out"),
         ("/large.png", "has more than 40,000 bytes"),
         ("/file.png", "redirect.* is not allowed|the server says 302"),
     ],
@@ -226,7 +226,7 @@ def test_a_picture_that_is_gone_slow_large_or_no_address_is_told(server, path, m
     with pytest.raises(UserError, match=message):
         fetch(server.url + path)
     assert time.monotonic() - started < 10
-    with pytest.raises(UserError, match="from http:// and https:// alone"):
+    with pytest.raises(UserError, match="only fetched from http:// and https://"):
         fetch("file:///etc/hostname")
     with pytest.raises(UserError, match="cannot be fetched"):
         fetch("http://127.0.0.1:9/x.png")

@@ -77,7 +77,7 @@ def test_a_profiler_writes_what_took_time(fit, tmp_path):
         ),
         (
             {"trainer__logger": part("loggers.WandbLogger")},
-            "'wandb.* not met: install it, or leave out of the recipe what needs it$",
+            "'wandb.* not met: install it, or remove it from the recipe$",
         ),
     ],
 )

@@ -3,7 +3,7 @@
     python -m metaembed_pl check --config recipes/qwen7b.yaml --gpus 8 --gpu H100
     python -m metaembed_pl check --config qwen7b --gpus 2 --data.global_batch_size=16
 
-No weights are read and nothing is computed: the model is built on the meta device. The report goes
+No weights are loaded: the model is built on the meta device. The report goes
 to standard output, faults to standard error; the status is 0 only if the recipe would run.
 """
 

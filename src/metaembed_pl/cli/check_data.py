@@ -1,4 +1,4 @@
-"""What a recipe's data say before training: faults, steps, negatives, how long items are."""
+"""Checks of a recipe's data before training: faults, steps, negatives, lengths of items."""
 
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -126,7 +126,7 @@ def _open(
     if missing:
         count = len(missing) + len(found)
         faults.append(
-            f"{where}: {len(missing)} of {count} folders of shards are not there: "
+            f"{where}: {len(missing)} of {count} folders of shards are missing: "
             f"{', '.join(missing)}; prepare the data first"
         )
     return found
@@ -169,7 +169,7 @@ def _notes(sources: Iterable[tuple[ShardedPairs, int]]) -> list[str]:
         short = sum(number < count for number in found)
         if short:
             notes.append(
-                f"{shards.name}: {short} of {len(found)} pairs looked at have fewer than {count} "
+                f"{shards.name}: {short} of {len(found)} sampled pairs have fewer than {count} "
                 "hard negatives; they are trained with those they have"
             )
     return notes

@@ -1,4 +1,4 @@
-"""What a recipe asks of the machine, and of the folder it will run in."""
+"""Checks of the machine and of the folder that a recipe runs in."""
 
 import difflib
 from importlib.util import find_spec
@@ -17,8 +17,8 @@ def run_faults(recipe: Recipe) -> list[str]:
     starts = run is not None and not run.overwrite and not recipe.config.ckpt_path
     if run is not None and starts and run.last_checkpoint.exists():
         faults.append(
-            f"run: {run.path} holds a run already: give another run.name, continue it with "
-            "--ckpt_path last, or start anew with --run.overwrite=true"
+            f"run: {run.path} contains a run already: choose another run.name, continue it with "
+            "--ckpt_path last, or start over with --run.overwrite=true"
         )
     strategy = recipe.config.trainer.strategy
     if isinstance(strategy, str):

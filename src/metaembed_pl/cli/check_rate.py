@@ -1,4 +1,4 @@
-"""How fast one worker makes batches, measured on the recipe's own shards."""
+"""The speed of one data worker, measured on the recipe's own shards."""
 
 import time
 from collections.abc import Iterator

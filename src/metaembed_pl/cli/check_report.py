@@ -1,4 +1,4 @@
-"""The report of `check` in words."""
+"""The text report of `check`."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ def print_report(path: str, report: dict[str, Any]) -> None:
         hard = " or ".join(map(str, report["negatives"]["hard"]))
         lines.append(("negatives", f"{report['negatives']['in_batch']} of the batch, {hard} hard"))
     if report.get("questions", 1) > 1:
-        lines.append(("questions", f"{report['questions']} to a candidate of a batch, on average"))
+        lines.append(("questions", f"{report['questions']} per candidate in a batch, on average"))
     if "steps" in report:
         lines.append(("steps", _steps_in_words(report["steps"])))
     if "memory" in report:
@@ -32,7 +32,7 @@ def print_report(path: str, report: dict[str, Any]) -> None:
 
 
 def _token_lines(tokens: dict[str, Any]) -> list[tuple[str, str]]:
-    lines = [("tokens an item", f"longest {tokens['longest_is']}")]
+    lines = [("tokens per item", f"longest {tokens['longest_is']}")]
     for side in ("query", "candidate"):
         found = tokens[side]
         average = "" if found["average"] is None else f"average {found['average']:,}, "
@@ -51,9 +51,9 @@ def _steps_in_words(steps: dict[str, Any]) -> str:
 
 def _compute_in_words(compute: dict[str, Any], num_gpus: int) -> str:
     """Operations of a step, and how long the run takes."""
-    line = f"{compute['flops_a_step'] / 1e15:.3g} PFLOP a step"
+    line = f"{compute['flops_a_step'] / 1e15:.3g} PFLOP per step"
     if compute["is_longest"]:
-        line += ", every row as long as the limits allow"
+        line += ", if every row has the maximum length"
     if "hours" in compute:
         most = "at most " if compute["is_longest"] else "about "
         assumed = " (assumed)" if compute["is_assumed"] else ""
@@ -82,7 +82,7 @@ def _data_path_in_words(found: dict[str, Any]) -> str:
     told += f"; a GPU takes {found['pairs_a_gpu']:.3g}: {_workers(needed)} a rank"
     if needed <= workers:
         return f"{told}, and it has {workers}"
-    return f"{told}, and it has {workers}: set data.num_workers, or it waits for data"
+    return f"{told}, and it has {workers}: set data.num_workers, or the GPU waits for data"
 
 
 def _workers(count: int) -> str:
@@ -94,7 +94,7 @@ def _memory_lines(memory: dict[str, Any]) -> list[tuple[str, str]]:
     where = f"{memory['gpus']} x {memory['pairs_a_gpu']} pairs, {memory['strategy']}"
     lines = [
         (
-            "memory a GPU",
+            "memory per GPU",
             f"{memory['total'] / GIB:8.2f}{limit} GiB, estimated: {where}, {memory['precision']}",
         )
     ]

@@ -1,9 +1,9 @@
-"""`python -m metaembed_pl data show`: what is in shards, before a model learns it.
+"""`python -m metaembed_pl data show`: the contents of shards, before training.
 
     python -m metaembed_pl data show data/emoji/train data/emoji/test --sheet pairs.png
 
-Counts, lengths, sizes, negatives, repeated and broken pairs of each folder of shards, what any two
-folders share (train and test must not), and a contact sheet of real pairs.
+Counts, lengths, sizes, negatives, duplicate and broken pairs of each folder of shards, overlaps
+between folders (such as train and test), and a contact sheet of pairs.
 """
 
 import argparse
@@ -102,7 +102,7 @@ def _print_sources(summaries: list[dict[str, Any]]) -> None:
         licence = f", {summary['licence']}" if summary["licence"] else ""
         print(plain(f"{summary['folder']}: {summary['name']}{licence}"))
         counts = f"{summary['num_pairs']:,} in {summary['num_shards']:,} shards"
-        print(f"  {'pairs':<12}{counts}, {summary['num_bad']:,} that cannot be used")
+        print(f"  {'pairs':<12}{counts}, {summary['num_bad']:,} unusable")
         for fault in summary["bad"]:
             print(f"  {'':<12}{shortened(fault, 140)}")
         for side in ("queries", "candidates"):
@@ -174,7 +174,7 @@ def _draw(surveys: "list[Survey]", path: Path, count: int) -> None:
             shown += [Shown(negative, is_right=False) for negative in pair.negatives[:6]]
             rows.append((pair.query, shown))
     if not rows:
-        raise UserError("not one pair could be drawn: their pictures do not decode")
+        raise UserError("no pair could be drawn: none of their pictures decodes")
     with report_style():
         explanation = "Evenly spread over each folder; a green frame marks the positive."
         save_picture(draw_pairs("Pairs and their negatives", explanation, rows[:count]), path)

@@ -1,11 +1,11 @@
-"""`python -m metaembed_pl embed`: items into a store of meta embeddings, to be searched.
+"""`python -m metaembed_pl embed`: embed items into a store that can be searched.
 
     python -m metaembed_pl embed --model runs/emoji/model --items things.jsonl --store shelf
     torchrun --nproc-per-node 8 -m metaembed_pl embed --model M --items manuals/ --store shelf
     python -m metaembed_pl embed --model M --items s3://bucket/pages --part 3/64 --store parts/3
 
-Items that the store has already are left as they are, so the same command goes on after an
-interruption, and adds what is new. What was done is told in one line on standard output.
+Items that are already in the store are skipped, so the same command resumes after an interruption
+and adds new items. The result is one line on standard output.
 """
 
 import argparse
@@ -59,14 +59,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=10,
         metavar="S",
-        help="time limit per image (default: 10)",
+        help="time limit per image, in seconds (default: 10)",
     )
     add(
         "--fetch-mb",
         type=float,
         default=20,
         metavar="MB",
-        help="size limit per image (default: 20)",
+        help="size limit per image, in MB (default: 20)",
     )
     add(
         "--store-dtype",
@@ -93,7 +93,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="here",
         help="here: this process, or torchrun's; ray: a Ray cluster, in parts (default: here)",
     )
-    add("--parts", type=int, metavar="N", help="of --engine ray (default: 4 a GPU or CPU)")
+    add(
+        "--parts",
+        type=int,
+        metavar="N",
+        help="number of parts for --engine ray (default: 4 per GPU or CPU)",
+    )
     add(
         "--again", action="store_true", help="embed all items again, and replace those in the store"
     )
@@ -142,7 +147,7 @@ def _embed_on_ray(args: argparse.Namespace) -> dict[str, Any]:
 
     for name in ("part", "index", "again"):
         if getattr(args, name):
-            raise UserError(f"--{name} is not for --engine ray")
+            raise UserError(f"--{name} does not work with --engine ray")
     source = open_source(args.items, parse_columns(args.columns), _fetch(args))
     return embed_on_ray(args, len(source), embed_here)
 
@@ -202,7 +207,7 @@ def embed_here(args: argparse.Namespace) -> dict[str, Any] | None:
         if done.changed:
             print(
                 f"{len(done.changed):,} ids stand for other items in {args.store}, which are kept, "
-                f"such as {done.changed[0]!r}: embed them with --again, or give other ids",
+                f"such as {done.changed[0]!r}: replace them with --again, or use other ids",
                 file=sys.stderr,
             )
         told = _told(store, done)
@@ -230,7 +235,7 @@ def _index(store: Any, model: Any, args: argparse.Namespace) -> dict[str, Any] |
     try:
         known = store.index()
     except IndexUnusable as error:
-        print(f"the index was left as it is: {error}", file=sys.stderr)
+        print(f"the index was not changed: {error}", file=sys.stderr)
         known = None
     if known is None and not args.index:
         return None

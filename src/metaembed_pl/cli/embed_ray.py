@@ -1,8 +1,7 @@
 """`embed --engine ray`: the parts of the items as tasks of a Ray cluster, then merged.
 
-A task is what `embed --part` does, so a worker that dies costs what it had in flight: Ray runs the
-part again, elsewhere, and it goes on where it was. The folder of the store must be one that all
-machines see.
+A task does the same as `embed --part`. If a worker dies, Ray runs its part again, and the part
+resumes. All machines must share the folder of the store.
 """
 
 import argparse
@@ -43,8 +42,8 @@ def embed_on_ray(args: argparse.Namespace, total: int, embed: Embed) -> dict[str
     ray = _ray()
     if args.store.exists():
         raise UserError(
-            f"{args.store} exists already: --engine ray makes new stores; to add to it, leave that "
-            "out"
+            f"{args.store} exists already: --engine ray only creates new stores; leave it out to "
+            "add to this one"
         )
     folder = args.store.resolve().with_name(f"{args.store.name}.parts")
     if not ray.is_initialized():

@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 8 -m metaembed_pl evaluate --model M --benchmark mmeb --out results/m
     python -m metaembed_pl evaluate compare results/a results/b --budgets 4x8,16x64
 
-The table goes to standard output, all else into the folder of --out: see docs/evaluation.md.
+The table goes to standard output, everything else into the folder of --out: docs/evaluation.md.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--vectors",
         metavar="RQxRC",
-        help="most vectors of a query and of a candidate, for other models that have many "
+        help="maximum number of vectors per query and candidate, for models of other libraries "
         "(default: 64x1024)",
     )
     add("--benchmark", metavar="NAME", help=f"one of {BENCHMARKS}")
@@ -56,8 +56,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="query x candidate vectors to use, x first dimensions of each (default: all trained "
         "budgets)",
     )
-    add("--out", type=Path, metavar="DIR", help="default: evaluations/BENCHMARK-MODEL")
-    add("--data", type=Path, default=Path("data"), metavar="DIR", help="default: data")
+    add("--out", type=Path, metavar="DIR", help="(default: evaluations/BENCHMARK-MODEL)")
+    add(
+        "--data",
+        type=Path,
+        default=Path("data"),
+        metavar="DIR",
+        help="benchmark files (default: data)",
+    )
     add_pace_arguments(parser)
     add(
         "--store-dtype",
@@ -74,19 +80,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         description="Compare two evaluations of the same benchmark, query by query.",
     )
     add = compare.add_argument
-    add("first", type=Path, metavar="A", help="the folder of an evaluation")
+    add("first", type=Path, metavar="A", help="folder of an evaluation")
     add(
         "second",
         type=Path,
         metavar="B",
-        help="the folder of another, or the same folder for another budget",
+        help="folder of another, or the same one for another budget",
     )
     add(
         "--budgets",
         metavar="BUDGET[,BUDGET]",
         help="budgets of A and B (default: the largest of each)",
     )
-    add("--metric", metavar="NAME", help="default: the metric of each task")
+    add("--metric", metavar="NAME", help="(default: the metric of each task)")
     # The verb's own `run` is set for the parser above: it asks for this one.
     compare.set_defaults(compare=True)
 
@@ -148,7 +154,9 @@ def _load(args: argparse.Namespace) -> Any:
     vectors = Budget.parse(args.vectors) if args.vectors else None
     other = load_baseline(args.model, find_device(args.device), vectors)
     if other is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(f"{args.model} is evaluated in one process: start it without torchrun")
+        raise UserError(
+            f"{args.model} can only be evaluated in one process: start it without torchrun"
+        )
     if other is None and vectors is not None:
         raise UserError("--vectors is for sentence-transformers:NAME and mteb:NAME: use --budgets")
     return other or load_model(args)
@@ -206,8 +214,11 @@ def _log(outcome: "Outcome", files: list[Path], uri: str) -> None:
                 mlflow.log_artifact(str(file))
     except Exception as error:  # whatever a server or a network may do
         said = str(error).strip().splitlines() or [type(error).__name__]
-        told = "MLflow at %s cannot be reached (%s): the report is kept; run it again to send it"
-        logging.getLogger(__name__).warning(told, uri, said[0][:200])
+        logging.getLogger(__name__).warning(
+            "MLflow at %s cannot be reached (%s): the report is saved; run it again to log it",
+            uri,
+            said[0][:200],
+        )
 
 
 @contextmanager
@@ -237,7 +248,7 @@ def _compare(args: argparse.Namespace) -> None:
     budgets = [given[0], given[-1]]
     for task, other in zip(*(side.tasks for side in sides), strict=False):
         if task.name == other.name and task.data != other.data:
-            raise UserError(f"{task.name}: the two evaluations asked other data")
+            raise UserError(f"{task.name}: the two evaluations used different data")
     first, second = (
         by_task(side, budget, args.metric) for side, budget in zip(sides, budgets, strict=True)
     )

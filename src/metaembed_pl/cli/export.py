@@ -1,12 +1,12 @@
-"""`python -m metaembed_pl export`: a run as a folder, or a hub repository, that loads anywhere.
+"""`python -m metaembed_pl export`: convert a run to a folder or hub repository.
 
-    python -m metaembed_pl export --run runs/custom --out custom            # the adapter, as it is
+    python -m metaembed_pl export --run runs/custom --out custom            # the adapter, unchanged
     python -m metaembed_pl export --run runs/custom --out custom --merge    # complete weights
     python -m metaembed_pl export --run runs/custom --push-to ORG/NAME --merge
 
-Forms (--format): `metaembed` loads with `MetaEmbedder.from_pretrained`; `sentence-transformers`
-also in its `MultiVectorEncoder`; `transformers` needs none of our code, and `vllm` is that with
-what vLLM looks for (docs/export.md).
+Formats: `metaembed` loads with `MetaEmbedder.from_pretrained`; `sentence-transformers` also with
+its `MultiVectorEncoder`; `transformers` needs none of our code, and `vllm` adds the files that vLLM
+needs (docs/export.md).
 """
 
 import argparse
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="CODE",
-        help="what the model is for, such as en, for its card; repeatable",
+        help="language for the model card, such as en; repeatable",
     )
     add("--dry-run", action="store_true", help="with --push-to: show what would be sent")
 
@@ -93,12 +93,12 @@ def run(args: argparse.Namespace) -> None:
         if args.dry_run:
             print(would_send(out, args.push_to, private=not args.public))
         elif args.push_to:
-            print(f"sent to {push(out, args.push_to, private=not args.public)}")
+            print(f"uploaded to {push(out, args.push_to, private=not args.public)}")
 
 
 def _check(args: argparse.Namespace) -> None:
     if args.out is None and args.push_to is None:
-        raise UserError("nowhere to write: give --out FOLDER, --push-to ORG/NAME or both")
+        raise UserError("nowhere to write to: give --out FOLDER, --push-to ORG/NAME or both")
     if args.out is not None and args.out.exists():
         raise UserError(f"{args.out} exists already: choose another --out")
     if args.push_to is not None and not HUB_ID.fullmatch(args.push_to):
@@ -106,7 +106,7 @@ def _check(args: argparse.Namespace) -> None:
     for flag in ("public", "dry_run"):
         if getattr(args, flag) and args.push_to is None:
             name = f"--{flag.replace('_', '-')}"
-            raise UserError(f"{name} is about what --push-to sends: give --push-to too")
+            raise UserError(f"{name} only works with --push-to")
     for code in args.language:
         if not re.fullmatch(r"[a-z]{2,3}(-[A-Za-z0-9]+)*|multilingual|code", code):
             raise UserError(f"--language takes a code such as en or zh, got {code!r}")

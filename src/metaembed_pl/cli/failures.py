@@ -1,4 +1,4 @@
-"""One-line messages for failures that are no fault of the recipe: memory, disks, other ranks."""
+"""One-line messages for failures outside the recipe: memory, disks, other ranks."""
 
 import re
 from collections.abc import Iterator
@@ -48,7 +48,7 @@ def _message(error: Exception, watch: Watch) -> str | None:
     if isinstance(error, MisconfigurationException):  # of Lightning: no GPU here, say
         return " ".join(str(error).split())
     if missing := _missing_package(error):
-        return f"{missing}: install it, or leave out of the recipe what needs it"
+        return f"{missing}: install it, or remove it from the recipe"
     if is_out_of_memory(error):
         advice = getattr(error, "__notes__", None) or [f"({watch.doing}); {NOT_IN_A_STEP}"]
         return f"out of memory: {' '.join([first, *advice])}"
@@ -58,7 +58,7 @@ def _message(error: Exception, watch: Watch) -> str | None:
         first = first.partition(". This is typically")[0]  # gloo goes on to wish good luck
         return (
             f"{watch.where}: the connection to other ranks failed ({first}): if one has ended or "
-            "was killed, what it said last tells why; go on with --ckpt_path last"
+            "was killed, its last output says why; resume with --ckpt_path last"
         )
     return None
 

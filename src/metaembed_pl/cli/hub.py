@@ -31,8 +31,8 @@ def push(folder: Path, repository: str, private: bool = True) -> str:
     address = _ask(repository, api.create_repo, repository, private=private, exist_ok=True)
     if private and not _ask(repository, api.model_info, repository).private:
         raise UserError(
-            f"{repository} is there already, and public: give --public to send this to it all the "
-            "same, or choose another name; nothing was sent"
+            f"{repository} exists and is public: add --public to upload to it anyway, or choose "
+            "another name; nothing was uploaded"
         )
     _ask(
         repository,
@@ -56,7 +56,7 @@ def would_send(folder: Path, repository: str, private: bool = True) -> str:
     lines = [f"{size:>15,}  {name}" for size, name in sizes]
     kind = "private" if private else "public"
     total = f"{len(files)} files, {sum(size for size, _ in sizes):,} bytes"
-    return "\n".join([*lines, f"would be sent to {repository} ({kind}): {total}"])
+    return "\n".join([*lines, f"would be uploaded to {repository} ({kind}): {total}"])
 
 
 def _refuse_local_base(folder: Path) -> None:
@@ -101,10 +101,10 @@ def _ask(repository: str, do: Callable[..., Any], *args: Any, **kwargs: Any) -> 
         said = lines[0].strip()
         if could_not_reach(error):
             raise UserError(
-                f"{repository}: the hub could not be reached ({said}); give the command again "
-                "where there is a network"
+                f"{repository}: the hub could not be reached ({said}); run the command again "
+                "with network access"
             ) from error
         raise UserError(
-            f"upload of {repository} failed: {said}; log in with `hf auth login` "
-            "and see that the name is yours"
+            f"upload of {repository} failed: {said}; log in with `hf auth login`, "
+            "and check that you may write to this name"
         ) from error

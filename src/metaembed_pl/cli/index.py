@@ -1,10 +1,10 @@
-"""`python -m metaembed_pl index`: makes a large store fast to search, and measures what that finds.
+"""`python -m metaembed_pl index`: index a large store, and measure the recall of its search plans.
 
     python -m metaembed_pl index --model runs/emoji/model --store shelf
 
-Builds an index over the store's vectors where there is none, adds to it what was embedded since,
-and builds it anew with --again. Then it measures which plan a search without a budget takes. Who is
-searching meanwhile goes on with what they opened. Done is told in one line on standard output.
+Builds an index over the store's vectors, or adds new items to an existing one; --again rebuilds it.
+Then it measures search plans, from which a search without a budget chooses. Running searches are
+not disturbed. The result is one line on standard output.
 """
 
 import argparse
@@ -122,12 +122,12 @@ def measured(store: "Store", model: "MetaEmbedder", batch_size: int) -> "Calibra
     """Measure what plans find on a store, and keep that beside it."""
     from metaembed_pl.retrieval.calibration import measure
 
-    print("measuring what this store needs ...", file=sys.stderr)
+    print("measuring search plans on this store ...", file=sys.stderr)
     found = measure(store, lambda texts: model.encode_query(texts, batch_size).to(model.device))
     try:
         found.save(store)
     except OSError as error:  # on a disk that is for reading alone it serves this once
-        print(f"what was measured is not kept: {error.strerror}", file=sys.stderr)
+        print(f"the measurement could not be saved: {error.strerror}", file=sys.stderr)
     return found
 
 
@@ -146,4 +146,4 @@ def in_words(told: dict[str, Any]) -> str:
         f"{told['index_bytes'] / 1e6:,.0f} MB, {told['seconds']:.0f} s; a search takes "
         f"{told['plan']} ({told['note']})"
     )
-    return line + (f"; rebuild it with --again: {told['drift']}" if told["drift"] else "")
+    return line + (f"; rebuild it with --again, because {told['drift']}" if told["drift"] else "")

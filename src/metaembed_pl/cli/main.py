@@ -1,6 +1,6 @@
-"""`python -m metaembed_pl VERB`: finds the verb and leaves the rest to it.
+"""`python -m metaembed_pl VERB`: dispatch to the verb.
 
-Nothing heavy is imported here: help and the light verbs answer at once.
+Nothing heavy is imported here, so that help and light verbs are fast.
 """
 
 import argparse
@@ -28,7 +28,7 @@ VERBS = {
     "data": "inspect shards: counts, distributions, duplicates, leaks, a contact sheet",
     "mine": "mine hard negatives for shards with a trained model",
     "embed": "embed items into a store: streamed, resumable, on one or many processes",
-    "store": "merge the parts of a store; export it to Parquet or Lance, import it from there",
+    "store": "merge the parts of a store; export it to Parquet or Lance; import it from there",
     "index": "build an index for a large store, and measure which search plan it needs",
     "push": "push a store into Qdrant: a server, a cluster or a folder; resumable",
     "evaluate": "evaluate a model on a benchmark at every budget; compare two evaluations",

@@ -3,8 +3,8 @@
     python -m metaembed_pl mine --model runs/emoji/model --shards data/emoji/train/emoji_t2i \
         --out data/emoji_mined --num-negatives 4 --ratio 0.95
 
-New shards with scores, OUT/NAME for each folder of shards, and OUT/report: what was found and left
-out (mined.json), and examples to look at (mined.png). Several processes share the work:
+Writes new shards with scores to OUT/NAME, and OUT/report: counts of found and skipped candidates
+(mined.json) and examples (mined.png). Several processes share the work:
 
     torchrun --nproc-per-node 8 -m metaembed_pl mine ...
 """
@@ -93,17 +93,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--target-recall",
         type=float,
         metavar="R",
-        help="or use an index that finds this share of the exact ranking's first --depth "
+        help="rank with an index that finds this share of the exact ranking's first --depth "
         "candidates; for corpora of 100,000 candidates and more",
     )
-    add("--keep", action="store_true", help="keep the old hard negatives, before the new ones")
+    add("--keep", action="store_true", help="keep existing hard negatives, before the new ones")
     add(
         "--instruction",
         metavar="TEXT",
         help="instruction that the model was trained with, for queries",
     )
     add("--candidate-instruction", metavar="TEXT", help="the same for candidates")
-    add("--store", type=Path, metavar="FOLDER", help="keep the embedded corpora here, to use again")
+    add("--store", type=Path, metavar="FOLDER", help="keep the embedded corpora here, for reuse")
     add_pace_arguments(parser)
     add("--overwrite", action="store_true", help="replace existing mined shards")
 
@@ -125,10 +125,12 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--depth must be at least 1, got {args.depth}")
     pace_of(args)
     if sum(given is not None for given in (args.budget, args.cascade, args.target_recall)) > 1:
-        raise UserError("give one of --budget, --cascade and --target-recall")
+        raise UserError("give only one of --budget, --cascade and --target-recall")
     if args.target_recall is not None:
         if not 0 < args.target_recall <= 1:
-            raise UserError(f"--target-recall lies above 0 and up to 1, got {args.target_recall}")
+            raise UserError(
+                f"--target-recall must be above 0 and at most 1, got {args.target_recall}"
+            )
         from metaembed_pl.retrieval.index import faiss_module
 
         faiss_module()

@@ -1,4 +1,4 @@
-"""The report of `mine`: numbers for each source, and examples to look at."""
+"""The report of `mine`: numbers for each source, and pictures of examples."""
 
 import json
 from array import array
@@ -75,8 +75,8 @@ class MiningReport:
         num_pairs = self._numbers.total()
         mean = len(self._negatives) / max(1, num_pairs)
         return plain(
-            f"{self.pairs.name}: {mean:.2f} hard negatives a query, {num_pairs:,} pairs, "
-            f"{len(self._bad):,} that cannot be used; passed over: {passed or 'nothing'}"
+            f"{self.pairs.name}: {mean:.2f} hard negatives per query, {num_pairs:,} pairs, "
+            f"{len(self._bad):,} unusable; skipped: {passed or 'nothing'}"
         )
 
     def examples(self) -> list[Example]:

@@ -1,4 +1,4 @@
-"""The model of a verb: where it runs, and whether it is the one of a store."""
+"""The model of a verb: its flags, loading it, and checking it against a store."""
 
 import argparse
 import os
@@ -23,7 +23,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) 
         "--model",
         required=required,
         metavar="FOLDER",
-        help="such as runs/NAME/model, or the id of a model on the hub",
+        help="a model folder such as runs/NAME/model, or a hub id",
     )
     add("--revision", metavar="NAME", help="branch, tag or commit of a model on the hub")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: cuda if available)")
@@ -31,8 +31,8 @@ def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) 
         "--dtype",
         type=_dtype,
         metavar="{bf16,fp32}",
-        help="that the model computes in (default: bf16 on a GPU that has it; else as it was "
-        "saved); an adapter is merged into the weights first",
+        help="compute dtype (default: bf16 on a GPU that supports it, else the saved "
+        "dtype); adapters are merged into the weights first",
     )
     add(
         "--attention",
@@ -46,7 +46,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) 
 def _dtype(name: str) -> str:
     if name in STORED:
         raise argparse.ArgumentTypeError(
-            f"{name} is for stored vectors: give it as --store-dtype {name}"
+            f"{name} is a dtype for stored vectors: use --store-dtype {name}"
         )
     if name not in DTYPES:
         raise argparse.ArgumentTypeError(f"expected bf16 or fp32, got {name!r}")

@@ -1,6 +1,6 @@
-"""`python -m metaembed_pl prepare`: runs the scripts that make shards and retrieval sets.
+"""`python -m metaembed_pl prepare`: run the scripts that make shards and retrieval sets.
 
-    python -m metaembed_pl prepare                     # which there are
+    python -m metaembed_pl prepare                     # list them
     python -m metaembed_pl prepare pairs --pairs mine/pairs.jsonl --out data/mine
     python -m metaembed_pl prepare vidore --help
 
@@ -19,9 +19,11 @@ FOLDER = Path(__file__).parents[1] / "data_prep"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of the verb."""
-    parser.add_argument("name", nargs="?", metavar="NAME", help="without it, all are listed")
     parser.add_argument(
-        "arguments", nargs=argparse.REMAINDER, metavar="...", help="of the script; NAME --help"
+        "name", nargs="?", metavar="NAME", help="script; without it, all are listed"
+    )
+    parser.add_argument(
+        "arguments", nargs=argparse.REMAINDER, metavar="...", help="its arguments; see NAME --help"
     )
 
 

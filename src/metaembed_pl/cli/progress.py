@@ -1,4 +1,4 @@
-"""How far a long job is: a bar with rate and time left in a terminal, lines in a pipe."""
+"""Progress of long jobs: a bar with rate and time left in a terminal, lines in a pipe."""
 
 import os
 import sys

@@ -1,11 +1,11 @@
-"""`python -m metaembed_pl push`: a store into Qdrant, for more than one machine can hold or serve.
+"""`python -m metaembed_pl push`: copy a store into Qdrant, when one machine is not enough.
 
     python -m metaembed_pl push --store shelf --plan
     python -m metaembed_pl push --store shelf --to http://localhost:6333/shelf --shards 6
     python -m metaembed_pl push --store shelf --to shelf.edge
 
-The first prints what it will cost, and connects to nothing. The same command goes on after an
-interruption, and brings a collection up to date after the store has changed. A server's key is read
+The first command prints the cost and needs no server. The same command resumes after an
+interruption, and updates a collection after the store has changed. A server's key is read
 from the environment variable QDRANT_API_KEY. The result is one line on standard output.
 """
 
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY",
         help="metadata key to index for fast filtering; repeatable",
     )
-    add("--batch-size", type=int, metavar="N", help="items sent at a time (default: what fits)")
+    add("--batch-size", type=int, metavar="N", help="items per request (default: as many as fit)")
     add("--json", action="store_true", help="one JSON object instead of a line of text")
 
 
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     if (args.to is None) != args.plan:
-        raise UserError("give where to push to, --to ADDRESS, or --plan to see what it costs")
+        raise UserError("give the destination with --to ADDRESS, or --plan to see the cost")
     counts = None if args.counts is None else _parse_counts(args.counts)
     with redirect_stdout(sys.stderr):
         from metaembed_pl.retrieval.store import Store

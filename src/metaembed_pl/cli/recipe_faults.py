@@ -1,8 +1,8 @@
-"""Reads a recipe and finds all that is wrong in it; training would stop at the first fault.
+"""Find all faults of a recipe at once; training would stop at the first.
 
-Unknown keys and wrong types are found by walking the recipe beside the signatures it fills; what
-only Lightning's parser knows, by parsing again without the key that was refused last; values out of
-range by making each part by itself.
+Unknown keys and wrong types are found by comparing the recipe with the signatures of its classes.
+Faults that only Lightning's parser finds: parse repeatedly, each time without the key that was
+refused last. Values out of range: construct each part separately.
 """
 
 import copy
@@ -100,7 +100,7 @@ def recipe_parser() -> RecipeParser:
 def _load(path: Path) -> dict[str, Any]:
     values = read_yaml(path)
     if not isinstance(values, dict):
-        raise UserError(f"{path}: a recipe holds keys such as run, model, data and trainer")
+        raise UserError(f"{path}: expected a recipe with keys such as run, model, data and trainer")
     return values
 
 
@@ -122,7 +122,7 @@ def _set(values: dict[str, Any], override: str, folder: Path) -> None:
             place[parent] = {}
         place = place[parent]
         if not isinstance(place, dict):
-            raise UserError(f"--set {override}: {parent} holds no keys in this recipe")
+            raise UserError(f"--set {override}: {parent} has no keys in this recipe")
     try:
         value = yaml.safe_load(as_sources(name, text))
     except yaml.YAMLError as error:
@@ -219,7 +219,7 @@ def _make_parts(found: Recipe) -> None:
     is_there = start_from is None or Path(start_from).exists()
     if not is_there:  # a hub id would be downloaded, weights and all
         found.faults.append(
-            f"model.start_from: {start_from} is not on this machine: train or download it first"
+            f"model.start_from: {start_from} does not exist: train or download it first"
         )
     for key in ("run", "data", *(["model"] if is_there else [])):
         try:

@@ -1,4 +1,4 @@
-"""The keys a recipe may have, and what they may hold: read from the signatures it fills."""
+"""The keys of a recipe and their types, read from the signatures of its classes."""
 
 import copy
 import dataclasses

@@ -94,7 +94,7 @@ def read_yaml(path: Path) -> Any:
     refuse_special_file(path)
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise UserError(f"{path}: larger than {MAX_BYTES:,} bytes, so it is no recipe")
+            raise UserError(f"{path}: larger than {MAX_BYTES:,} bytes, so it is not a recipe")
         text = path.read_text(encoding="utf-8")
         _count_nodes(path, yaml.compose(text, yaml.SafeLoader), {})
         return yaml.safe_load(text)
@@ -118,15 +118,15 @@ def _count_nodes(path: Path, node: Any, counted: dict[int, int | None]) -> int:
         for key, _ in mapping:
             if isinstance(key, yaml.ScalarNode) and key.value in keys and key.value != "<<":
                 line = key.start_mark.line + 1
-                raise UserError(f"{path}:{line}: the key {key.value!r} is there twice")
+                raise UserError(f"{path}:{line}: the key {key.value!r} occurs twice")
             keys.add(str(key.value))
         below = [part for pair in mapping for part in pair]
         below += node.value if isinstance(node, yaml.SequenceNode) else []
         counted[id(node)] = 1 + sum(_count_nodes(path, part, counted) for part in below)
     count = counted[id(node)]
     if count is None or count > MAX_NODES:
-        why = "an alias stands in itself" if count is None else f"more than {MAX_NODES:,} values"
-        raise UserError(f"{path}: {why}, so it is no recipe")
+        why = "an alias contains itself" if count is None else f"more than {MAX_NODES:,} values"
+        raise UserError(f"{path}: {why}, so it is not a recipe")
     return count
 
 

@@ -1,8 +1,8 @@
 """`python -m metaembed_pl recipes`: the recipes that come with the package.
 
-    python -m metaembed_pl recipes                            # what there is, from their heads
+    python -m metaembed_pl recipes                            # list them
     python -m metaembed_pl recipes qwen7b                     # prints one
-    python -m metaembed_pl recipes qwen7b --copy mine.yaml    # starts one's own
+    python -m metaembed_pl recipes qwen7b --copy mine.yaml    # start your own
 
 A recipe's head is the comment it opens with: its title, then lines `# key: value`.
 """
@@ -95,7 +95,7 @@ def copy_recipe(source: Path, target: Path) -> list[Path]:
     target = target / source.name if target.is_dir() else target
     target = target if target.suffix in (".yaml", ".yml") else target.with_suffix(".yaml")
     if target.exists():
-        raise UserError(f"{target} exists already: give another path, or remove it first")
+        raise UserError(f"{target} exists already: choose another path, or remove it first")
     text = source.read_text(encoding="utf-8")
     parts = {
         target.parent / name: (source.parent / name).read_text(encoding="utf-8")
@@ -104,7 +104,7 @@ def copy_recipe(source: Path, target: Path) -> list[Path]:
     }
     for path, content in parts.items():
         if path.exists() and path.read_text(encoding="utf-8") != content:
-            raise UserError(f"{path} is in the way: the recipe brings a file of that name")
+            raise UserError(f"{path} exists already: the recipe needs a file of that name")
     text = text.replace(f"recipes/{source.name}", target.as_posix())
     text = re.sub(r"(?m)^(run:\n  name: )\S+", rf"\g<1>{target.stem}", text)
     for path, content in {target: text, **parts}.items():

@@ -1,4 +1,4 @@
-"""`python -m metaembed_pl search`: ranks items for a text, a picture or both.
+"""`python -m metaembed_pl search`: rank items for a text, a picture or both.
 
     python -m metaembed_pl search --model runs/emoji/model --store shelf --query "flag of Japan" \
         --where lang=de
@@ -7,10 +7,10 @@
     python -m metaembed_pl search --model runs/emoji/model --items data/emoji/test/emoji_t2i \
         --query "flag of Japan" --budget 2x4 --top 5
 
-A store (`embed` makes one, `push` puts it into Qdrant) is searched in milliseconds; items without
-one are encoded each time. A store in a folder is searched by the cheapest plan that was measured to
-find 98 % of the exact search's first ten on this very store; how exact, and why, is told.
-Ranks on standard output: a table in a terminal, aligned text in a pipe, JSON with --json.
+A store (written by `embed`, or pushed into Qdrant) is searched in milliseconds; items without a
+store are encoded each time. A store in a folder is searched with the cheapest plan that finds 98 %
+of the exact search's top ten, measured on this store; the plan and its recall are printed.
+Output on standard output: a table in a terminal, aligned text in a pipe, JSON with --json.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--items",
         type=Path,
         metavar="PATH",
-        help="or JSON Lines of items, a folder of images, or a folder of shards",
+        help="items to search without a store: JSON Lines, a folder of images or of shards",
     )
     add("--query", metavar="TEXT", help="text to search for")
     add("--image", type=Path, metavar="FILE", help="image to search for; also together with a text")
@@ -106,12 +106,12 @@ def _check(args: argparse.Namespace) -> None:
     from metaembed_pl.budget import Budget
 
     if (args.store is None) == (args.items is None):
-        raise UserError("give what to search: --store FOLDER or --items PATH, one of them")
+        raise UserError("give either --store FOLDER or --items PATH to search")
     if args.store is None:
         for name in OF_STORES:
             if getattr(args, name):
                 flag = name.replace("_", "-")
-                raise UserError(f"--{flag} needs a --store: make one with `embed`")
+                raise UserError(f"--{flag} needs a --store: build one with `embed`")
     named = args.budget is not None and (args.store is None or args.budget != "auto")
     if args.budget is not None and named:
         Budget.parse(args.budget)
@@ -125,25 +125,25 @@ def _check(args: argparse.Namespace) -> None:
 def _check_plan(args: argparse.Namespace, named: bool) -> None:
     """Flags that exclude each other; `named`: --budget names one."""
     if args.exact and args.store is None:
-        raise UserError("--exact is for a --store: items without one are always searched exactly")
+        raise UserError("--exact only works with --store: --items are always searched exactly")
     if args.exact and not is_qdrant(args.store) and (named or args.cascade):
-        raise UserError("--exact spends all vectors on all items: leave --budget and --cascade out")
+        raise UserError("--exact uses all vectors of all items: leave out --budget and --cascade")
     if args.target_recall is None:
         return
     if named or args.cascade or args.exact:
         raise UserError(
-            "--target-recall is for the plan that is chosen by itself: leave --budget, --cascade "
-            "and --exact out"
+            "--target-recall only works with automatic plans: leave out --budget, --cascade "
+            "and --exact"
         )
     if not 0 < args.target_recall <= 1:
-        raise UserError(f"--target-recall lies above 0 and up to 1, got {args.target_recall}")
+        raise UserError(f"--target-recall must be above 0 and at most 1, got {args.target_recall}")
 
 
 def _read_query(text: str | None, image: Path | None) -> "Item":
     from metaembed_pl.item import Item
 
     if text is None and image is None:
-        raise UserError('nothing to look for: give --query "TEXT", --image FILE or both')
+        raise UserError('no query: give --query "TEXT", --image FILE or both')
     query = Item(text=text, image=image)
     query.load_image()
     return query

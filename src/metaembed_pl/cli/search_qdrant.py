@@ -20,8 +20,8 @@ def search(args: argparse.Namespace, query: "Item") -> Answer:
     """
     if args.budget == "auto":
         raise UserError(
-            "--budget auto is measured on a store in a folder: see there what it chooses without "
-            "an index, and give that as --cascade"
+            "--budget auto only works on a store in a folder: search there without an index, and "
+            "pass the plan that it chooses as --cascade"
         )
     from metaembed_pl.retrieval.qdrant.store import QdrantStore
 

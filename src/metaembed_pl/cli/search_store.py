@@ -1,4 +1,4 @@
-"""`search --store`: at a budget, in a cascade, or at what the store was found to need."""
+"""`search --store`: at a budget, in a cascade, or with the measured plan."""
 
 import argparse
 from typing import TYPE_CHECKING, Any

@@ -2,8 +2,8 @@
 
     python -m metaembed_pl serve --model runs/emoji/model --store shelf
 
-Needs nothing from the internet, and listens only on this machine by default. Where it
-is reached stands on standard output; Ctrl-C ends it.
+Needs no internet access, and listens only on this machine by default. It prints its address;
+Ctrl-C stops it.
 """
 
 import argparse
@@ -29,8 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add_model_arguments(parser)
     add("--store", type=Path, required=True, metavar="FOLDER", help="a store made by `embed`")
-    add("--host", default="127.0.0.1", metavar="ADDRESS", help="default: 127.0.0.1, this machine")
-    add("--port", type=int, default=8000, metavar="N", help="default: 8000; 0: any free port")
+    add(
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="(default: 127.0.0.1, this machine only)",
+    )
+    add("--port", type=int, default=8000, metavar="N", help="(default: 8000; 0: any free port)")
     add(
         "--pictures",
         type=Path,
@@ -139,11 +144,11 @@ def _tell(args: argparse.Namespace, host: str, port: int, num_items: int) -> Non
     shown = f"[{host}]" if ":" in host else host
     if not _is_loopback(host):
         print(
-            f"warning: whoever reaches {shown}:{port} can search {args.store} and see its "
+            f"warning: anyone who can reach {shown}:{port} can search {args.store} and see its "
             "pictures; there is no password",
             file=sys.stderr,
         )
     print(
-        f"serving {args.store} ({num_items:,} items) at http://{shown}:{port} - Ctrl-C ends",
+        f"serving {args.store} ({num_items:,} items) at http://{shown}:{port} - Ctrl-C to stop",
         flush=True,
     )

@@ -1,10 +1,10 @@
-"""`python -m metaembed_pl store`: what is done with whole stores.
+"""`python -m metaembed_pl store`: merge, export and import stores.
 
     python -m metaembed_pl store merge parts/* --out shelf
     python -m metaembed_pl store export shelf --to shelf.parquet --vectors 8
     python -m metaembed_pl store import shelf.parquet --out other
 
-What was done is told in one line on standard output.
+The result is one line on standard output.
 """
 
 import argparse
@@ -14,23 +14,25 @@ from pathlib import Path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verbs and their flags."""
     verbs = parser.add_subparsers(metavar="DO", required=True)
-    does = "one store of the parts that `embed --part` made"
+    does = "merge the parts written by `embed --part` into one store"
     merge = verbs.add_parser("merge", help=does, description=does)
-    merge.add_argument("parts", nargs="+", type=Path, metavar="PART", help="all of them")
-    merge.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="must be new")
+    merge.add_argument("parts", nargs="+", type=Path, metavar="PART", help="stores of all parts")
+    merge.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder to create")
     merge.set_defaults(do=_merge)
-    does = "a store as a table for other programs: id, vectors, first, metadata"
+    does = "write a store as a table for other programs: id, vectors, first, metadata"
     export = verbs.add_parser("export", help=does, description=does)
     add = export.add_argument
     add("store", type=Path, metavar="STORE", help="a folder made by `embed`")
-    add("--to", type=Path, required=True, metavar="FILE", help="ends in .parquet or .lance")
-    add("--vectors", type=int, metavar="R_C", help="of an item, such as 8 (default: all)")
-    add("--previews", action="store_true", help="with the small pictures")
+    add("--to", type=Path, required=True, metavar="FILE", help="output file, .parquet or .lance")
+    add("--vectors", type=int, metavar="R_C", help="vectors per item, such as 8 (default: all)")
+    add("--previews", action="store_true", help="include the small pictures")
     export.set_defaults(do=_export)
-    does = "a store of a table that `store export` wrote"
+    does = "make a store from a table written by `store export`"
     imported = verbs.add_parser("import", help=does, description=does)
     imported.add_argument("table", type=Path, metavar="FILE", help=".parquet or .lance")
-    imported.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="must be new")
+    imported.add_argument(
+        "--out", type=Path, required=True, metavar="FOLDER", help="folder to create"
+    )
     imported.set_defaults(do=_import)
 
 

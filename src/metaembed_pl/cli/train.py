@@ -207,8 +207,8 @@ class KeepConfig(SaveConfigCallback):
             muon_or_not = key.endswith("muon_lr") and None in (was, becomes)
             if key.startswith(FIXED) or muon_or_not:
                 raise UserError(
-                    f"{key} cannot change when a run goes on: it was {was}, and is {becomes} now; "
-                    "give the old value, or start a run of another name"
+                    f"{key} cannot change when a run resumes: it was {was}, and is {becomes} now; "
+                    "restore the old value, or start a run with another name"
                 )
             self.changed[f"from_step_{step + 1}/{key.replace('.', '/')}"] = becomes
             told = "%s was %.200s; from step %d on it is %.200s"
@@ -229,7 +229,7 @@ def _interpolated() -> Iterator[None]:
         yield
     except (OmegaConfBaseException, RecursionError) as error:
         said = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"a key of the recipe takes its value from another: {said}") from error
+        raise UserError(f"interpolation of a recipe key failed: {said}") from error
 
 
 def _flat(recipe: dict[str, Any], before: str = "") -> dict[str, Any]:
@@ -298,12 +298,14 @@ class RecipeCLI(LightningCLI):
         last = self.run.last_checkpoint
         if self.subcommand == "fit" and last.exists() and not (resuming or self.run.overwrite):
             raise UserError(
-                f"{self.run.path} holds a run already: continue it with --ckpt_path last, start "
+                f"{self.run.path} contains a run already: continue it with --ckpt_path last, start "
                 "anew with --run.overwrite=true, or give another --run.name"
             )
         file = last if resuming == "last" else Path(resuming) if resuming else None
         if file is not None and not file.exists() and resuming not in ("best", "hpc", "registry"):
-            raise UserError(f"there is no {file} to continue from; leave --ckpt_path out to start")
+            raise UserError(
+                f"there is no {file} to continue from; leave out --ckpt_path to start a new run"
+            )
 
     def before_fit(self) -> None:
         """Lets no other process train into the run's folder, and looks into its checkpoint."""
@@ -315,11 +317,11 @@ class RecipeCLI(LightningCLI):
     def _check_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         step, last = checkpoint["global_step"], self.trainer.max_steps
         if 0 <= last <= step:
-            said = f"the run is at step {step} already; trainer.max_steps is {last}"
+            said = f"the run is already at step {step}; trainer.max_steps is {last}"
             if step > last or self._is_complete():
                 if isinstance(self.trainer.logger, MLflowRun):
                     self.trainer.logger.flush()  # what could not be sent before
-                raise UserError(f"{said}: nothing to train; raise it to go on")
+                raise UserError(f"{said}: nothing to train; raise it to continue")
             log.info("%s: what comes after training is made", said)
         keep = [c for c in self.trainer.callbacks if isinstance(c, KeepConfig)]  # pyright: ignore
         for callback in keep:
@@ -341,7 +343,7 @@ class RecipeCLI(LightningCLI):
         given = config.get("callbacks") or []
         if any(isinstance(callback, StochasticWeightAveraging) for callback in given):
             raise UserError(
-                "StochasticWeightAveraging averages over epochs, and a run counts steps: take "
+                "StochasticWeightAveraging averages over epochs, but runs count steps: use "
                 "lightning.pytorch.callbacks.EMAWeightAveraging instead"
             )
         kwargs["callbacks"] = [*given, *self._callbacks(config)]

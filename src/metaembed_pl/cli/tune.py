@@ -1,12 +1,12 @@
-"""`python -m metaembed_pl tune`: searches over settings of a recipe with Optuna.
+"""`python -m metaembed_pl tune`: search over settings of a recipe with Optuna.
 
     python -m metaembed_pl tune --config recipes/emoji.yaml --space space.yaml --trials 20
 
-A trial is a `fit` in a process of its own, judged by the recipe's headline on its validation sets.
-One that is worse than half of the others at the same step is stopped. All that is known lies in one
-SQLite file beside the runs: the same command goes on where it was, also within a trial.
+A trial runs `fit` in its own process and is scored by the recipe's headline metric on its
+validation sets. A trial that is worse than half of the others at the same step is stopped. The
+study is one SQLite file next to the runs: the same command resumes it, also within a trial.
 
-space.yaml gives each key that is searched its values:
+space.yaml lists the keys to search and their values:
 
     model.optimizer.lr: {low: 3.0e-4, high: 3.0e-3, log: true}
     model.loss.query_spread: [null, {weight: 3.0}, {weight: 10.0}]
@@ -36,12 +36,17 @@ RANGE_KEYS = {"low", "high", "log", "step"}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of the verb."""
     add = parser.add_argument
-    add("--config", required=True, metavar="RECIPE", help="the recipe that is changed")
-    add("--space", type=Path, required=True, help="YAML: the keys that are searched, their values")
-    add("--trials", type=int, default=20, help="how many in all, those of before included (20)")
-    add("--out", type=Path, default=Path("runs/tune"), help="study.db and the runs (runs/tune)")
-    add("--seed", type=int, default=0, help="decides what is tried (0)")
-    add("--no-pruning", action="store_true", help="let every trial run to its end")
+    add("--config", required=True, metavar="RECIPE", help="recipe to tune")
+    add("--space", type=Path, required=True, help="YAML of keys and values to search")
+    add("--trials", type=int, default=20, help="number of trials, earlier ones included (20)")
+    add(
+        "--out",
+        type=Path,
+        default=Path("runs/tune"),
+        help="folder of study.db and runs (runs/tune)",
+    )
+    add("--seed", type=int, default=0, help="random seed (0)")
+    add("--no-pruning", action="store_true", help="run every trial to the end")
 
 
 def run(args: argparse.Namespace) -> None:

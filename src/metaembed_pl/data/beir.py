@@ -1,11 +1,11 @@
-"""Retrieval sets on disk, in BEIR's layout with images: the one reader and the one writer.
+"""Retrieval sets on disk, in BEIR's layout with images: reader and writer.
 
     corpus.jsonl           {"_id": "page-3", "image": "images/1f/1f83.png", "language": "en"}
     queries.jsonl          {"_id": "q-1", "text": "line styles", "language": "en"}
     qrels/test.tsv         query-id, corpus-id and score under a header, with tabs between
     candidates/test.jsonl  {"query-id": "q-1", "corpus-ids": ["page-3", "page-9"]}: only where each
                            query has candidates of its own; without the file it searches them all
-    manifest.json          name, licence, counts: written here, read where it is there
+    manifest.json          name, licence, counts; optional when reading
 
 A model reads `text` (after `instruction` and `title`, where there are any) and `image`. All other
 keys are metadata: a `language` to choose queries by, the `text_layer` of a page, which is for BM25

@@ -1,4 +1,4 @@
-"""Reading a retrieval set from disk; the layout stands in beir.py."""
+"""Read a retrieval set from disk; beir.py describes the layout."""
 
 import json
 import logging
@@ -48,7 +48,7 @@ class StoredItems(Sequence[Item]):
             self.ids.append(item.uid)
             self._starts.append(start)
         if not self.ids:
-            raise UserError(f"{self.path} is empty: expected one JSON object a line")
+            raise UserError(f"{self.path} is empty: expected one JSON object per line")
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -119,7 +119,7 @@ def read_retrieval_set(
         )
     num_left_out = len(wanted) - len(asked)
     if num_left_out:
-        log.info("%s: %d queries have no right candidate and are left out", name, num_left_out)
+        log.info("%s: %d queries have no right candidate and are excluded", name, num_left_out)
     if lists is not None:
         _check_lists(
             folder, split, queries.ids, candidates.ids, {q: gains[q] for q in asked}, lists
@@ -162,11 +162,15 @@ def _itself(
         found.append(same)
     count = sum(same >= 0 for same in found)
     if count:
-        log.warning("%s: %d queries stand in the corpus, and do not search themselves", name, count)
+        log.warning(
+            "%s: %d queries are also in the corpus, and are excluded from their own results",
+            name,
+            count,
+        )
     if others:
         log.warning(
-            "%s: %d queries have the id of a candidate that says something else, and search it: "
-            'put "ignore_identical_ids": true into manifest.json if they should not',
+            "%s: %d queries share an id with a different candidate, which stays in their "
+            'results: put "ignore_identical_ids": true into manifest.json if they should not',
             name,
             others,
         )
@@ -258,7 +262,7 @@ def _read_lists(
         if query < 0:
             continue
         if query in lists:
-            raise UserError(f"{where}: query {record['query-id']!r} has a list already")
+            raise UserError(f"{where}: query {record['query-id']!r} has two lists")
         searched = dict.fromkeys(unknown.place(candidates, str(id), CORPUS, where) for id in ids)
         lists[query] = [index for index in searched if index >= 0]
     return lists
@@ -280,8 +284,8 @@ def _check_lists(
         missing = {index for index in right if index >= 0} - set(lists[query])
         if missing:
             raise UserError(
-                f"{path}: the list of query {id!r} does not hold {candidate_ids[min(missing)]!r}, "
-                f"which qrels/{split}.tsv says is right"
+                f"{path}: the list of query {id!r} does not contain "
+                f"{candidate_ids[min(missing)]!r}, a right answer in qrels/{split}.tsv"
             )
 
 
@@ -321,7 +325,7 @@ class _Unknown:
             found = [(id, where) for (of, id), (_, where) in self._found.items() if of == file]
             if found:
                 log.warning(
-                    "%s: %d ids are not in %s, such as %r: nobody can find them",
+                    "%s: %d ids are not in %s, such as %r: no search can find them",
                     found[0][1],
                     len(found),
                     file,

@@ -1,4 +1,4 @@
-"""Writing a retrieval set to disk; the layout stands in beir.py."""
+"""Write a retrieval set to disk; beir.py describes the layout."""
 
 import hashlib
 import json
@@ -68,7 +68,9 @@ class RetrievalSetWriter:
         self.candidate_ids: set[str] = set()
         # Overwriting removes the folder, so it must be one of ours.
         if overwrite and self.folder.exists() and not (self.folder / MANIFEST).exists():
-            raise UserError(f"{self.folder} holds no {MANIFEST}: not a retrieval set to overwrite")
+            raise UserError(
+                f"{self.folder} has no {MANIFEST}: not a retrieval set, so not overwritten"
+            )
 
     def __enter__(self) -> "RetrievalSetWriter":
         self._partial = self._stack.enter_context(new_folder(self.folder, self._overwrite))
@@ -127,13 +129,13 @@ class RetrievalSetWriter:
     def _add(self, item: Item, file: str, ids: set[str], metadata: dict[str, Any]) -> None:
         uid = item.uid
         if uid in ids:
-            raise UserError(f"{file} holds {uid!r} already: each item is added once")
+            raise UserError(f"{file} contains {uid!r} already: add each item once")
         # Judgements are tab-separated lines.
         if any(mark in uid for mark in "\t\r\n"):
-            raise UserError(f"id {uid!r} holds a tab or a line break")
+            raise UserError(f"id {uid!r} contains a tab or a line break")
         taken = [key for key in metadata if key in _OURS]
         if taken:
-            raise UserError(f"metadata {taken[0]!r} has a meaning of its own: name it otherwise")
+            raise UserError(f"metadata {taken[0]!r} is a reserved name: choose another")
         record: dict[str, Any] = {"_id": uid}
         for name in ("instruction", "text"):
             if getattr(item, name) is not None:

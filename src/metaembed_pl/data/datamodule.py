@@ -1,7 +1,7 @@
-"""Streams training batches by the plan, and evaluation sets, into Lightning.
+"""Lightning's data module: training batches by the plan, and evaluation sets.
 
-The loaders know nothing of Lightning's samplers: the plan says which pairs make up the batch of
-each step, workers take turns by step, and the checkpoint remembers the next step.
+The loaders do not use Lightning's samplers: the plan determines the pairs of each step, workers
+take turns by step, and the checkpoint stores the next step.
 """
 
 import logging
@@ -107,7 +107,7 @@ class TrainSource:
         candidates = shards.candidate_numbers()
         if candidates.max() + 1 == len(candidates):
             log.info(
-                "%s: each of its candidates has one question only, so `questions` changes nothing",
+                "%s: each of its candidates has only one question, so `questions` has no effect",
                 found.name,
             )
         return replace(found, candidates=candidates)
@@ -256,9 +256,7 @@ class TrainingBatches(IterableDataset):
             with self._noting_faults(source, position % total, faults):
                 found.append(decoded(pair))
         if not found:
-            raise UserError(
-                f"{self.sources[source].folder}: not one of its {total} pairs can be used"
-            )
+            raise UserError(f"{self.sources[source].folder}: none of its {total} pairs can be used")
         return found
 
     @contextmanager
@@ -344,7 +342,7 @@ class RetrievalDataModule(pl.LightningDataModule):
         global_batch_size: candidates of a step over all ranks, each with one or more queries; a
             query's in-batch negatives are the candidates of the others.
         eval_batch_size: items at a time in validation; changes speed and memory only.
-        num_negatives: hard negatives a query, where a source does not say.
+        num_negatives: hard negatives per query, where a source does not say.
         questions: queries that come with a candidate, where a source does not say; see
             `TrainSource`.
         num_workers: processes that prepare batches on each rank; changes speed only. None: on GPUs

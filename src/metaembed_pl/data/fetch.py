@@ -1,4 +1,4 @@
-"""Pictures that items name by an address: fetched only where that was asked for, within limits."""
+"""Download pictures that items give by address: only on request, within limits."""
 
 import time
 import urllib.error
@@ -34,14 +34,14 @@ class Fetch:
             UserError: it is not http or https, is not there, too large or too slow.
         """
         if not url.startswith(SCHEMES):
-            raise UserError(f"{url}: pictures are fetched from http:// and https:// alone")
+            raise UserError(f"{url}: pictures are only fetched from http:// and https://")
         for attempt in range(self.attempts):
             try:
                 return self._content(url)
             except UserError:
                 raise
             except urllib.error.HTTPError as error:
-                reason = f"the server says {error.code} {error.reason}"
+                reason = f"the server returned {error.code} {error.reason}"
                 if error.code < 500 and error.code != 429:
                     break
             except (OSError, HTTPException, ValueError) as error:
@@ -59,8 +59,8 @@ class Fetch:
             while chunk := answer.read1(CHUNK_BYTES):
                 size += len(chunk)
                 if size > self.max_bytes:
-                    raise UserError(f"{url} has more than {self.max_bytes:,} bytes: left there")
+                    raise UserError(f"{url} has more than {self.max_bytes:,} bytes: not downloaded")
                 if time.monotonic() > ends:
-                    raise TimeoutError(f"not there after {self.timeout_s:g} s")
+                    raise TimeoutError(f"timed out after {self.timeout_s:g} s")
                 parts.append(chunk)
         return b"".join(parts)

@@ -1,4 +1,4 @@
-"""Work in as many processes as there are cores: in order, a bounded amount ahead, with progress."""
+"""Parallel work on all cores: in order, with a bounded queue and progress."""
 
 import os
 import sys

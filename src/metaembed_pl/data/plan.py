@@ -1,6 +1,6 @@
-"""The plan: which pairs make up the global batch of step t, any t, computed from the seed alone.
+"""The plan: the pairs of the global batch of any step t, computed from the seed alone.
 
-A source is passed over again and again; in each pass every pair comes exactly once, in an order
+Training makes repeated passes over a source; each pass uses every pair exactly once, in an order
 drawn from (seed, source, pass). A batch holds pairs of one source. Which source a step belongs to
 follows the mixing weights, evenly spaced; without weights, the sources' sizes and a temperature.
 Nothing depends on the number of workers or ranks: the ranks share the candidates of a global batch,
@@ -371,13 +371,13 @@ def _check_weights(sources: Sequence[PlannedSource], mixing_temperature: float) 
         raise UserError("give a weight to every training source or to none")
     if not mixing_temperature >= 1:
         raise UserError(
-            f"mixing_temperature must be at least 1, where sources mix by size; got "
+            f"mixing_temperature must be at least 1 (1: in proportion to the sizes); got "
             f"{mixing_temperature}"
         )
     if mixing_temperature != 1 and sources[0].weight is not None:
         raise UserError(
-            f"mixing_temperature {mixing_temperature} makes weights of sizes, and the sources have "
-            "weights of their own: leave out the one or the other"
+            f"mixing_temperature {mixing_temperature} computes weights from sizes, but the sources "
+            "have their own weights: leave out one of them"
         )
 
 
@@ -397,6 +397,7 @@ def _check_presence(sources: Sequence[PlannedSource]) -> None:
             return
         covered = max(covered, source.last_step)
     raise UserError(
-        f"no training source is there at step {covered}: set first_step to 0 for at least one, and "
+        f"no training source is active at step {covered}: set first_step to 0 for at least one, "
+        "and "
         "leave last_step out of one that stays"
     )

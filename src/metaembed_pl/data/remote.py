@@ -1,12 +1,12 @@
-"""Shards that lie elsewhere: http(s), s3, gs, hf and whatever else fsspec reads, kept on disk.
+"""Remote shards: http(s), s3, gs, hf and everything else that fsspec reads, cached on disk.
 
     pairs = ShardedPairs("s3://bucket/shards/pets")
 
-Manifest and index are read first, a shard when a pair of it is first asked for. Shards stay in a
-folder that many processes may share, up to a number of bytes; what was not used for the longest
-time makes room. Every file is compared with the checksum in its manifest, and stands under it.
+Manifest and index are read first, a shard when one of its pairs is first needed. Shards are cached
+in a folder that many processes may share, up to a size limit; the least recently used are removed
+first. Files are verified against the checksum in the manifest, which is also their name.
 
-The environment says where and how much: METAEMBED_CACHE (a folder, ~/.cache/metaembed_pl) and
+Environment variables: METAEMBED_CACHE (a folder, ~/.cache/metaembed_pl) and
 METAEMBED_CACHE_GB (50).
 """
 
@@ -152,7 +152,7 @@ class ShardCache:
                     reason = str(error) or type(error).__name__
                 if attempt + 1 < ATTEMPTS:
                     time.sleep(WAIT_S * 2**attempt)
-            raise Unreachable(f"{file.url} cannot be read, in {ATTEMPTS} attempts: {reason}")
+            raise Unreachable(f"{file.url} could not be read in {ATTEMPTS} attempts: {reason}")
         finally:
             partial.unlink(missing_ok=True)
 
@@ -206,7 +206,7 @@ class RemoteFolder:
         if not checks or type(num_bytes) is not int or not re.fullmatch(r"[\w.-]+", str(name)):
             raise UserError(
                 f"{self.url}: its manifest names {name!r} with bytes {num_bytes!r} and sha256 "
-                f"{sha256!r}: prepare the data again, by this version"
+                f"{sha256!r}: prepare the data again with this version"
             )
         self._files[name] = RemoteFile(f"{self.url}/{name}", num_bytes, sha256)
 
@@ -304,8 +304,8 @@ def _copy(file: RemoteFile, target: Path) -> None:
         os.fsync(local.fileno())  # its name must not outlive its bytes
     if num_bytes != file.num_bytes or digest.hexdigest() != file.sha256:
         raise _Differs(
-            f"what came is not the {file.num_bytes:,} bytes that its manifest describes: it was "
-            "changed, or cut off on its way"
+            f"the download is not the {file.num_bytes:,} bytes that its manifest describes: it was "
+            "changed or truncated"
         )
 
 
@@ -321,8 +321,7 @@ def filesystem_of(url: str) -> tuple[Any, str]:
         return fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
         raise UserError(
-            f"{url}: {error}; what reads s3://, gs:// and https:// comes with "
-            "pip install metaembed-pl[remote]"
+            f"{url}: {error}; to read s3://, gs:// and https://: pip install metaembed-pl[remote]"
         ) from error
 
 

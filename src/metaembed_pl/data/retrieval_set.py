@@ -1,4 +1,4 @@
-"""What is evaluated: queries, the candidates they search, and which of these are right.
+"""A retrieval set: queries, their candidates, and the right answers among these.
 
 One class serves a pool that all queries share, a list of its own for each query (MMEB), and
 candidates that are right to different degrees (ViDoRe).

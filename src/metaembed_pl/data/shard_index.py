@@ -1,4 +1,4 @@
-"""What lies beside the shards: the manifest and the index, read and checked."""
+"""The manifest and the index next to the shards, read and checked."""
 
 import hashlib
 import json
@@ -167,10 +167,10 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
         raise ValueError("its index must be an object")
     for shard in manifest["shards"]:
         if type(shard["file"]) is not str or Path(shard["file"]).name != shard["file"]:
-            raise ValueError(f"{shard['file']!r} is not the name of a shard")
+            raise ValueError(f"{shard['file']!r} is not a valid shard name")
         for count in (shard["num_pairs"], shard["bytes"]):
             if type(count) is not int or count < 0:
-                raise ValueError(f"{shard['file']} has {count!r} where a number should be")
+                raise ValueError(f"{shard['file']} has {count!r} instead of a number")
     if sum(shard["num_pairs"] for shard in manifest["shards"]) != manifest["num_pairs"]:
         raise ValueError("num_pairs is not the sum over its shards")
 
@@ -204,7 +204,9 @@ def _index_lines(path: Path) -> bytes:
     except (tarfile.TarError, EOFError, OSError) as error:
         raise UserError(f"{path} is not a complete, uncompressed tar: {error}") from error
     if left_out:
-        log.warning("%s: %d members are of no pair, such as %r", path, len(left_out), left_out[0])
+        log.warning(
+            "%s: %d members belong to no pair, such as %r", path, len(left_out), left_out[0]
+        )
     lines = []
     for number, sample in enumerate(samples):
         count, candidate = questions.get(number, (1, None))
@@ -216,11 +218,11 @@ def _refuse_odd(path: Path, member: tarfile.TarInfo, size: int) -> None:
     escapes = ".." in member.name.split("/") or member.name.startswith("/")
     if not member.isreg() or escapes:
         raise UserError(
-            f"{path}: member {member.name!r} is a link, a device or a path that escapes; shards "
-            "hold plain files only"
+            f"{path}: member {member.name!r} is a link, a device or an escaping path; shards "
+            "contain only plain files"
         )
     if member.offset_data + member.size > size:
-        raise tarfile.ReadError(f"{member.name} is cut off")
+        raise tarfile.ReadError(f"{member.name} is truncated")
 
 
 def _questions(content: bytes) -> tuple[int, int | None]:

@@ -1,7 +1,7 @@
-"""Writing shards: into a folder beside the final one, renamed when complete.
+"""Write shards into a temporary folder that is renamed when complete.
 
-Pairs that come one after the other and share their positive are questions to one candidate: they
-become one sample, which holds the candidate once.
+Consecutive pairs with the same positive are questions about one candidate: they become one sample,
+which has the candidate once.
 """
 
 import io
@@ -79,10 +79,13 @@ class ShardWriter:
         self._tar: Any = None
         if self.folder.exists() and any(self.folder.iterdir()):
             if not overwrite:
-                raise UserError(f"{self.folder} is not empty: choose another or ask to overwrite")
+                raise UserError(f"{self.folder} is not empty: choose another, or allow overwriting")
             # Overwriting removes the folder, so it must be one of ours.
             if not (self.folder / MANIFEST_FILE).exists():
-                raise UserError(f"{self.folder} holds no {MANIFEST_FILE}: not shards to overwrite")
+                raise UserError(
+                    f"{self.folder} has no {MANIFEST_FILE}: not a folder of shards, so not "
+                    "overwritten"
+                )
 
     def __enter__(self) -> "ShardWriter":
         if not (self.resume and self._recall()):

@@ -73,7 +73,7 @@ class ShardedPairs(Sequence[Pair]):
         self.name: str = manifest["name"]
         self.shard_sizes: list[int] = [shard["num_pairs"] for shard in manifest["shards"]]
         if not len(self):
-            raise UserError(f"the shards in {self.folder} hold no pairs: prepare the data again")
+            raise UserError(f"the shards in {self.folder} contain no pairs: prepare the data again")
 
     def _open(self) -> tuple[dict[str, Any], IndexLines]:
         folder = Path(self.folder)
@@ -177,7 +177,7 @@ def verify(folder: Path) -> None:
     folder = Path(folder)
     for shard in ShardedPairs(folder).manifest["shards"]:
         if "sha256" not in shard:
-            raise UserError(f"{folder} has no {MANIFEST_FILE}, so nothing to check against")
+            raise UserError(f"{folder} has no {MANIFEST_FILE}, so it cannot be verified")
         if sha256_of(folder / shard["file"]) != shard["sha256"]:
             raise UserError(
                 f"{folder / shard['file']} does not have the checksum of {MANIFEST_FILE}: "
@@ -241,7 +241,7 @@ class _Sample(Mapping[str, bytes]):
         with self._open_shard(self.shard) as file:
             file_size = os.fstat(file.fileno()).st_size
             if offset + size > file_size:
-                raise UserError(f"{suffix} is cut off: the shard ends at byte {file_size}")
+                raise UserError(f"{suffix} is truncated: the shard ends at byte {file_size}")
             file.seek(offset)
             if self._picture_bytes is not None and suffix != "json":
                 size = min(size, self._picture_bytes)

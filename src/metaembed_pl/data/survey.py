@@ -1,7 +1,7 @@
-"""What shards hold: counts, lengths and sizes, and what comes twice, within and across folders.
+"""Statistics of shards: counts, lengths, sizes, and duplicates within and across folders.
 
-One pass over the pairs. What is kept of each text and picture is two numbers, so that millions of
-pairs fit into memory.
+One pass over the pairs. Two numbers are kept per text and picture, so that millions of pairs fit
+into memory.
 """
 
 from array import array

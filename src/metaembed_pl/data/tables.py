@@ -1,11 +1,11 @@
-"""Rows of Parquet files: on disk, or wherever fsspec reads, such as hf://, s3:// and https://.
+"""Rows of Parquet files, on disk or at any address that fsspec reads: hf://, s3://, https://.
 
     table = Table.open("hf://datasets/ORG/NAME")     # or a file, a folder, a pattern with *
     for where, row in table.rows(["query", "image"]):
         ...
 
-Row groups are read one after the other, so a table may be larger than memory; the number of rows
-stands at the end of each file. Pictures stay encoded.
+Row groups are read one after the other, so a table may be larger than memory. The number of rows
+comes from the footer of each file. Pictures stay encoded.
 """
 
 import fnmatch

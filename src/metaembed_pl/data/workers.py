@@ -1,4 +1,4 @@
-"""DataLoader workers: how many, and what to do where they have no room to hand things over."""
+"""DataLoader workers: their number, and a clear error when shared memory is full."""
 
 import os
 import re

@@ -1,15 +1,15 @@
-"""Other people's models in the place of ours: same sets, same ranker, same report.
+"""Models of other libraries, evaluated with our sets, ranker and report.
 
     python -m metaembed_pl evaluate --model sentence-transformers:NAME --benchmark vidore_v2
     python -m metaembed_pl evaluate --model mteb:NAME --benchmark vidore_v2 --vectors 32x1024
 
-`sentence-transformers:` takes its models of one vector and its `MultiVectorEncoder`, and with it
-ColPali's kin; `mteb:` what mteb has registered, MoCa, mmE5, GME and Qwen3-VL-Embedding among them.
-No weights from the hub have been tried.
+`sentence-transformers:` takes its single-vector models and its `MultiVectorEncoder`, including
+ColPali and its relatives; `mteb:` takes models registered in mteb, such as MoCa, mmE5, GME and
+Qwen3-VL-Embedding. Not yet verified with weights from the hub.
 
-A model of one vector has the budget 1x1. One of many has as many as an item has tokens; here each
-gets the numbers of --vectors. What is missing is filled so that no score changes: a candidate's
-vectors come again (the best match stays the best), a query's are zeros (they add nothing).
+A single-vector model has the budget 1x1. Multi-vector models write one vector per token; here every
+item is padded to the counts of --vectors without changing scores: candidates repeat their vectors
+(the best match stays the same), queries get zeros (which add nothing).
 
 Shape letters: N items, R vectors of an item after filling, D their width.
 """
@@ -104,8 +104,8 @@ class Baseline:
                 vectors = nn.functional.normalize(vectors, dim=-1)
             if len(vectors) > count:
                 raise UserError(
-                    f"{self.name} gives {len(vectors)} vectors for a {side}, and there is room for "
-                    f"{count}: give a larger --vectors RQxRC, such as --vectors {MANY}"
+                    f"{self.name} produced {len(vectors)} vectors for a {side}, more than "
+                    f"{count}: use a larger --vectors RQxRC, such as --vectors {MANY}"
                 )
             found[place, : len(vectors)] = vectors
             if side == "candidate":
@@ -256,9 +256,7 @@ def load_baseline(name: str, device: str, vectors: Budget | None = None) -> Base
     kind, _, rest = name.partition(":")
     if kind not in KINDS or not rest:
         return None
-    log.warning(
-        "%s: baselines have been tried on models made here, not on weights from the hub", name
-    )
+    log.warning("%s: not yet verified with weights from the hub", name)
     made = SentenceTransformersBaseline if kind == KINDS[0] else MtebBaseline
     return made(rest, device, vectors)
 

@@ -1,7 +1,7 @@
-"""BM25, the baseline that counts words: over a page's text layer, or a candidate's own text.
+"""BM25, the keyword baseline, over a page's text layer or a candidate's text.
 
-For documents with words in them it is hard to beat, and costs nothing: a model that reads pages is
-worth what it adds to it. Needs the extra `bm25`.
+For documents with text it is cheap and hard to beat, so compare page models with it. Needs the
+extra `bm25`.
 """
 
 import logging
@@ -36,7 +36,7 @@ def bm25_metrics(task: RetrievalSet) -> dict[str, list[float]]:
     queries = [query.text or "" for query in task.queries]
     if not any(texts) or not any(queries):
         side = "candidate" if any(queries) else "query"
-        raise UserError(f"{task.name}: no {side} has a text for BM25 to count words in")
+        raise UserError(f"{task.name}: no {side} has a text for BM25")
     settings = {"stopwords": None, "show_progress": False}
     index = bm25s.BM25()
     index.index(bm25s.tokenize(texts, **settings), show_progress=False)

@@ -1,4 +1,4 @@
-"""Quality against what a budget costs: bytes per candidate, and time."""
+"""Quality against the cost of a budget: bytes per candidate, and time."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""What the report's pictures share: colours, type, and how they reach the disk."""
+"""Shared style of the report's pictures: colours, fonts, saving."""
 
 import math
 import warnings

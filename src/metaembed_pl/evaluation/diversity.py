@@ -1,4 +1,4 @@
-"""How alike the vectors of an item are: vectors that say the same thing are paid for twice.
+"""The similarity of an item's vectors to each other: redundant vectors cost bytes without benefit.
 
 N: items    R: vectors of an item    D: width
 """

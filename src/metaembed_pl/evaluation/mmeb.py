@@ -1,16 +1,16 @@
 """MMEB: 36 sets, where each query has its own list of at most 1,000 candidates, by precision@1.
 
 The reference evaluator takes the argmax over a list whose first entry is the positive, so that ties
-go to the model: a model that gives every candidate the same vector scores 100. Here ties go against
-it, and a candidate that stands twice in a list counts once. Where a model makes no ties, both ways
-give the same numbers.
+go to the model: a model that gives every candidate the same vector scores 100. Here ties count
+against it, and a duplicate candidate in a list counts once. Without ties, both ways give the same
+numbers.
 
 MMEB-V2 adds 24 sets of visual documents, each one pool of pages, by nDCG@5 with gains as they are.
-Its 18 video sets are not here. The pages of ViDoSeek and MMLongBench are looked for in the sets
-that VLM2Vec has since corrected (`page-fixed`), as on its leaderboard; earlier scores differ.
+Its 18 video sets are not supported. For the pages of ViDoSeek and MMLongBench, the sets that
+VLM2Vec has since corrected are used (`page-fixed`), as on its leaderboard; earlier scores differ.
 
-Counts are those that mteb ships (descriptive_stats), where it has the set, or the hub's card; for
-the corrected sets those in VLM2Vec's own score files.
+The expected sizes are those in mteb (descriptive_stats) or on the hub's card; for the corrected
+sets those in VLM2Vec's own score files.
 
 Source: VLM2Vec, arXiv 2410.05160, table 1; VLM2Vec-V2, arXiv 2507.04590, and its loaders.
 """

@@ -7,8 +7,8 @@
     mteb.evaluate(model, mteb.get_benchmark("ViDoRe(v2)").tasks)
 
 mteb encodes, scores with the model's `similarity` (MaxSim here) and ranks. Needs the extra `mteb`.
-Its numbers are ours where no two scores are equal: of equal ones mteb takes the candidate with the
-greater id, and we the wrong one.
+Its numbers equal ours if there are no ties: mteb ranks the tied candidate with the greater id
+first, and we rank the wrong one first.
 
 N: items of a task    R: vectors spent on an item    D: width
 """

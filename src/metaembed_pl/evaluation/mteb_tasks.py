@@ -1,11 +1,10 @@
-"""Benchmarks and tasks of mteb's, read by mteb and kept as retrieval sets of ours.
+"""Benchmarks and tasks of mteb, loaded by mteb and saved as our retrieval sets.
 
     python -m metaembed_pl evaluate --model M --benchmark jina_vdr
     python -m metaembed_pl evaluate --model M --benchmark mteb:NanoArguAnaRetrieval
 
-mteb loads a task the first time it is asked for; it is written to `data/mteb/TASK` and read from
-there. A task that has several subsets (languages) is a task here for each of them. Needs the extra
-`mteb`.
+mteb loads a task when it is first needed; it is written to `data/mteb/TASK` and read from there.
+Each subset (language) of a task is a separate task here. Needs the extra `mteb`.
 """
 
 import difflib
@@ -89,7 +88,7 @@ def mteb_benchmark(name: str) -> Benchmark:
     usable = [task for task in tasks if task.metadata.is_public and hasattr(task, "load_data")]
     left_out = [task.metadata.name for task in tasks if task not in usable]
     if left_out:
-        log.warning("mteb:%s: without what is not public: %s", name, ", ".join(left_out))
+        log.warning("mteb:%s: private sets are left out: %s", name, ", ".join(left_out))
     found = tuple(part for task in usable for part in _parts(task))
     if not found:
         raise UserError(f"mteb:{name} has no public retrieval task")

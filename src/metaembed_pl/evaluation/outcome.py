@@ -1,4 +1,4 @@
-"""The outcome of an evaluation: values and hits of every query, at every budget, as files.
+"""The outcome of an evaluation, in files: values and hits of every query at every budget.
 
     results.json       what was evaluated, and how; the means and their intervals
     tasks/TASK.json    the values and first hits of each query
@@ -230,8 +230,8 @@ class Outcome:
             tasks = [TaskOutcome.load(folder, name) for name in kept["tasks"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{folder} is not a finished evaluation ({error}): expected what `evaluate --out` "
-                "writes"
+                f"{folder} is not a finished evaluation ({error}): expected an output folder of "
+                "`evaluate`"
             ) from error
         found = [task for task in tasks if task is not None]
         if len(found) != len(tasks):

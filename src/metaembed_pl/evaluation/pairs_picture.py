@@ -1,4 +1,4 @@
-"""A contact sheet of pairs: each query, what answers it, and what only looks like it."""
+"""A contact sheet of pairs: each query with its positive and its hard negatives."""
 
 from collections.abc import Sequence
 

@@ -1,7 +1,7 @@
 """Benchmarks by name: those of mmeb.py and vidore.py, and a user's own folders.
 
-`beir:DIR` and `pairs:DIR` take a folder that is one set, or holds several; `mteb:NAME` a benchmark
-or task of mteb's.
+`beir:DIR` and `pairs:DIR` take a folder with one set or several; `mteb:NAME` a benchmark or task of
+mteb.
 """
 
 import difflib

@@ -79,7 +79,7 @@ def write_report(
         UserError: nothing was evaluated.
     """
     if not outcome.tasks:
-        raise UserError("no dataset was evaluated, so there is nothing to report")
+        raise UserError("no dataset was evaluated: nothing to report")
     folder.mkdir(parents=True, exist_ok=True)
     budgets = [Budget.parse(name) for name in outcome.budgets]
     costs = measure_costs(outcome.about["width"], budgets)

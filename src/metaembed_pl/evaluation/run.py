@@ -1,4 +1,4 @@
-"""A benchmark from beginning to end: encode, rank, keep. The report is written by report.py.
+"""Run a benchmark: encode, rank, save. report.py writes the report.
 
 Finished tasks are kept one by one, so that an interrupted evaluation resumes where it stopped.
 """
@@ -132,7 +132,7 @@ def _begin(model: Encoder, benchmark: Benchmark, settings: Settings) -> dict[str
         for name, value in key.items():
             if kept.get(name) != value:
                 raise UserError(
-                    f"{settings.out} holds an evaluation with {name} {kept.get(name)!r}, not "
+                    f"{settings.out} contains an evaluation with {name} {kept.get(name)!r}, not "
                     f"{value!r}: choose another --out"
                 )
     settings.out.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
-"""Ranks of a task's right candidates, from a store that is read some rows at a time.
+"""Ranks of a task's right candidates, from a store that is read in blocks of rows.
 
-A budget is one pass over the planes it needs. Of each query only the scores of its right
-candidates, how many wrong ones rank before them, and the first hits are kept: memory does not grow
-with the corpus.
+Each budget is one pass over the planes it needs. Only the scores of a query's right candidates, the
+number of wrong ones ranked before them, and the first hits are kept, so memory does not grow with
+the corpus.
 
 Q: queries    C: candidates    n: some of them    P: right candidates of a query, padded
 Rq: vectors of a query    D: width

@@ -1,8 +1,8 @@
-"""How sure a mean over queries is, and whether two of them differ.
+"""Confidence intervals of means over queries, and tests of differences.
 
-A benchmark asks a sample of all queries one could ask. The interval says what the mean would have
-been for other samples of that size; the comparison asks the same of the difference between two
-models on the *same* queries, which is far less uncertain than the difference of two intervals.
+A benchmark's queries are a sample. The interval covers the means of other samples of that size. The
+comparison is paired: it tests the differences between two models on the *same* queries, which is
+far more precise than comparing two intervals.
 
 T: tasks    Q: queries of a task    B: resamples
 """
@@ -59,7 +59,7 @@ class Comparison:
     def verdict(self) -> str:
         """The comparison in words."""
         if not self.is_significant:
-            return "no difference that these queries could show"
+            return "no significant difference"
         return "the second is better" if self.difference.mean > 0 else "the second is worse"
 
 
@@ -149,7 +149,7 @@ def _randomised_means(rows: Sequence[np.ndarray], rng: np.random.Generator) -> n
 def _check(first: Mapping[str, Values], second: Mapping[str, Values]) -> None:
     if not first or set(first) != set(second):
         raise UserError(
-            f"the two evaluations have other tasks: {', '.join(sorted(first)) or 'none'} and "
+            f"the two evaluations have different tasks: {', '.join(sorted(first)) or 'none'} and "
             f"{', '.join(sorted(second)) or 'none'}; compare two of the same benchmark"
         )
     for task in first:

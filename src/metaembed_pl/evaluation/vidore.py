@@ -1,10 +1,10 @@
 """ViDoRe v1, v2 and v3: questions to pages of documents, all pages of a set in one pool.
 
-v2 has graded judgements (0, 1, 2; above 0 counts), of duplicate ones the highest, and four sets in
-seven tasks: three sets ask in four languages, each with all of them (multilingual) and in English
-alone. nDCG@5 for v1 and v2, nDCG@10 for v3.
+v2 has graded judgements (0, 1, 2; above 0 counts; of duplicates the highest), and four sets in
+seven tasks: three sets have queries in four languages, evaluated on all of them (multilingual) and
+on English only. nDCG@5 for v1 and v2, nDCG@10 for v3.
 
-Counts are those that mteb ships (descriptive_stats); a test compares them.
+The expected sizes are those in mteb (descriptive_stats); a test compares them.
 
 Source: ViDoRe, arXiv 2407.01449; v2, arXiv 2505.17166.
 """

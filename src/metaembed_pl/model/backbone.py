@@ -1,7 +1,6 @@
 """Backbones: a vision-language model from the hub, from a folder, or a tiny one made from a config.
 
-Only the base model is ever built: its last hidden states are all that MetaEmbed reads, so no
-language-model head is computed or kept in memory.
+Only the base model is built, without a language-model head: MetaEmbed uses the last hidden states.
 """
 
 from collections.abc import Iterable, Iterator

@@ -5,7 +5,7 @@
     >>> candidates = model.encode_candidate([{"image": "a.png"}])         # doctest: +SKIP
     >>> model.score(queries, candidates, budget="4x8")                    # doctest: +SKIP
 
-What a model folder holds: see model_folder.py.
+model_folder.py describes the files of a model folder.
 
 Shape letters: B items of a batch, N items, R meta embeddings an item (R_q or R_c), D their width.
 """

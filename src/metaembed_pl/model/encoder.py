@@ -1,4 +1,4 @@
-"""What stores and evaluations ask of a model: ours, or another in its place."""
+"""The model interface that stores and evaluations use: ours, or a model of another library."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable

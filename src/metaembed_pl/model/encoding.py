@@ -1,8 +1,8 @@
-"""How many items reach the model: prepared window by window, and run in chunks of like length.
+"""Batches for encoding: items are prepared in windows and run in chunks of similar length.
 
-A window is what is prepared, encoded and handed on at a time. Workers of a DataLoader read and
-prepare windows while the device computes. A window's chunks hold items of like length under a
-budget of tokens, so that little of them is padding. What is in a window does not depend on workers.
+A window of items is prepared, encoded and returned at a time. DataLoader workers read and prepare
+windows while the device computes. A window is split into chunks of similar length under a budget of
+tokens, to reduce padding. Windows do not depend on the number of workers.
 """
 
 from collections.abc import Callable, Iterable, Iterator

@@ -1,4 +1,4 @@
-"""Model folders that go elsewhere: a copy, merged weights, and how equality is made sure of."""
+"""Export of model folders: a copy or merged weights, with a check that vectors stay equal."""
 
 import json
 import shutil

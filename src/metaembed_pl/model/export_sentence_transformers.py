@@ -1,16 +1,15 @@
-"""The form that sentence-transformers' `MultiVectorEncoder` reads.
+"""The export format for sentence-transformers' `MultiVectorEncoder`.
 
-A model folder of ours is one module to it, of a class that is not its own: it asks for
-`trust_remote_code=True`. For the Qwen-VL families the folder carries that class along
-(sentence_transformers_module.py) and needs nothing of this package. For other families it is the
-class below, and this package must be installed.
+It loads our model folder as one module with a custom class, which requires
+`trust_remote_code=True`. For the Qwen-VL families the folder includes that class
+(sentence_transformers_module.py) and does not need this package. For other families it is the class
+below, and this package must be installed.
 
     from sentence_transformers import MultiVectorEncoder
     model = MultiVectorEncoder("export", trust_remote_code=True)
     model.similarity(model.encode_query(["a cat"]), model.encode_document([{"image": "cat.png"}]))
 
-Its own modules cannot do it: `MultiVectorMask` keeps chosen tokens of documents, but of queries
-always all of them.
+Its own modules do not suffice: `MultiVectorMask` can select tokens of documents but not of queries.
 
 Shape letters: B items, R meta embeddings an item, D their width.
 """

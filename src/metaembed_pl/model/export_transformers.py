@@ -1,9 +1,9 @@
-"""The form that plain transformers reads: meta tokens as words of the vocabulary.
+"""The export format for plain transformers: meta tokens as words of the vocabulary.
 
-Vocabularies have rows that no word uses: the rows beyond the tokenizer's words (Qwen), or words
-kept in reserve (Llama, Gemma). The learned vectors are written into such rows, and the tokenizer
-learns the words that stand for them. Any program that runs the backbone then gives the meta
-embeddings, as the last hidden states of the last words: docs/export.md.
+Vocabularies have unused rows: beyond the tokenizer's words (Qwen), or for reserved words (Llama,
+Gemma). The learned vectors are written into such rows, and words for them are added to the
+tokenizer. Any program that runs the backbone then computes the meta embeddings as the last hidden
+states of these words: docs/export.md.
 
 Shape letters: B items, K slots a row, R meta embeddings of a side, D their width.
 """

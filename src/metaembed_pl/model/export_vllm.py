@@ -1,8 +1,8 @@
-"""The form that vLLM serves: the one of plain transformers, and what vLLM looks for beside it.
+"""The export format for vLLM: that of plain transformers, plus the files that vLLM needs.
 
-With this package installed beside vLLM, `vllm serve FOLDER` gives meta embeddings and nothing else
-(serving/vllm_plugin.py). Without it, the same folder gives the hidden states of every token, whose
-last rows are the meta embeddings: docs/export.md.
+With this package installed next to vLLM, `vllm serve FOLDER` returns only meta embeddings
+(serving/vllm_plugin.py). Without it, vLLM returns the hidden states of all tokens, whose last rows
+are the meta embeddings: docs/export.md.
 """
 
 import json

@@ -1,8 +1,8 @@
-"""Backbone families: what differs between vision-language models, as rows of data.
+"""Backbone families: the differences between vision-language models, as rows of data.
 
-Everything the rest of the code must know about Qwen2.5-VL or its peers stands here: how an image
-appears in the token sequence, which inputs the model wants, which layers LoRA adapts. Adding a
-family means adding a row to `FAMILIES`; the functions of its row stand in family_*.py.
+Everything that the rest of the code needs to know about a family is here: how an image appears in
+the token sequence, the inputs of the model, the layers that LoRA adapts. To add a family, add a row
+to `FAMILIES`; the functions of its row are in family_*.py.
 """
 
 import difflib

@@ -1,4 +1,4 @@
-"""Idefics3 and SmolVLM: a picture is cut into tiles, each as large as the vision tower sees.
+"""Idefics3 and SmolVLM: a picture is cut into tiles of the vision tower's input size.
 
 The tiles come row by row, then the full picture at a tile's size.
 

@@ -1,9 +1,9 @@
-"""Llama-3.2-Vision (mllama): the text looks at the pictures through cross-attention layers.
+"""Llama-3.2-Vision (mllama): the text attends to pictures through cross-attention layers.
 
-transformers wants a picture for every row as soon as one row has one, runs its vision tower over
-the made-up ones, and skips the cross-attention layers where there is no picture at all. Here the
-tower sees the real pictures only, and a row without one gets zeros to look at: through layers
-without biases these add exactly nothing, so a text is the same in either kind of batch.
+transformers requires a picture for every row if one row has one, runs its vision tower over the
+dummy ones, and skips the cross-attention layers if there are no pictures. Here the tower runs only
+on real pictures, and rows without one attend to zeros. Through layers without biases these add
+exactly nothing, so a text has the same embeddings in either kind of batch.
 
 Tokens before `<|image|>` look at all tiles evenly, as in transformers (its issue 39379).
 

@@ -1,4 +1,4 @@
-"""Why a model could not be had from the hub, in one line that says what to do."""
+"""One-line messages for failed hub downloads, with the next step."""
 
 from collections.abc import Iterator
 

@@ -1,7 +1,7 @@
-"""Image processors of pretrained models, by the classes that need nothing but Pillow.
+"""Image processors of pretrained models, with the classes that need only Pillow.
 
-transformers' AutoImageProcessor would do, but until 5.17 it lets nobody through without
-torchvision, and a model's file may name the torchvision class.
+transformers' AutoImageProcessor requires torchvision until 5.17, and a model's file may name the
+torchvision class.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""The same computations as transformers', done with fewer or faster kernel calls.
+"""transformers' computations with fewer or faster kernel calls.
 
 `packed`: vision towers of the Qwen family put the patches of all images of a batch one after the
 other. Without flash attention, transformers calls the kernel once an image (or window) and layer:
@@ -6,11 +6,11 @@ thousands of small calls a batch. Chunks of equal length can share one call, wit
 
 `sdpa_fp32`: attention with scores and softmax in fp32 inside a model that otherwise runs in bf16.
 torch's CPU kernel takes 8 times as long for the backward pass in bf16 as in fp32 (docs/log.md).
-Short sequences are computed by plain products, which torch's fused CPU kernel is no match for;
-`packed` on the CPU takes plain products as well.
+Short sequences use plain matrix products, which are faster than torch's fused CPU kernel; so does
+`packed` on the CPU.
 
-`look_up_grids`: those vision towers find where patches stand and which windows they are in image by
-image, in some forty small calls each; a dictionary has it for images of a size seen before.
+`look_up_grids`: these vision towers compute positions and windows of patches image by image, in
+some forty small calls each; a dictionary caches the results by image size.
 
 `PatchProjection`: the patch embedding is a convolution whose stride is its kernel, that is, one
 matrix product; as a convolution its backward pass alone was a tenth of a training step on a CPU.

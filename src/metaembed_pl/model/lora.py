@@ -1,7 +1,7 @@
-"""What of a backbone is trained: all of it, all but its vision tower, or a LoRA adapter beside it.
+"""The trained part of a backbone: everything, everything but its vision tower, or a LoRA adapter.
 
-peft puts the adapter inside the backbone, so that the backbone stays the model it was, with the
-same module names. The meta tokens are no part of the adapter: they are always trained whole.
+peft injects the adapter into the backbone, which keeps its class and module names. The meta tokens
+are not part of the adapter and are always trained fully.
 """
 
 import copy

@@ -2,8 +2,8 @@
 
 They are an ordinary `nn.Embedding` of ours, outside the vocabulary and outside peft. A row of token
 ids ends in K slots (see processing.py); while the backbone runs, a forward hook on its input
-embedding writes the learned vectors into these slots. So every family keeps its own way of making
-positions and masks from token ids, and no vocabulary is resized.
+embedding writes the learned vectors into these slots. So every family computes positions and
+masks from token ids as usual, and no vocabulary is resized.
 
 Shape letters: B rows, N rows of which the first B are read, L tokens, H hidden width, K slots.
 """

@@ -1,4 +1,4 @@
-"""The card of an exported model: what it is, how good at which budget, and what it came from."""
+"""The model card of an exported model: description, quality by budget, origin."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,9 +1,9 @@
 """The model folder on disk: what a MetaEmbedder saves and loads.
 
 `metaembed.json` (settings), `meta_tokens.safetensors` (meta tokens and projection), `processing/`
-(tokenizer, image processor, prompt), and the backbone: its whole weights in `backbone/`, or a LoRA
-adapter in `adapter/` beside the name of the base model. Both are there where the base model has no
-name that others could load it by.
+(tokenizer, image processor, prompt), and the backbone: its complete weights in `backbone/`, or a
+LoRA adapter in `adapter/` and the name of the base model. Both are present if the base model has no
+name to load it by.
 """
 
 import os

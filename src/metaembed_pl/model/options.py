@@ -1,4 +1,4 @@
-"""How a backbone is run: what is not there everywhere, asked for by a key and refused in one line.
+"""Optional ways to run a backbone, each with a key and a one-line error if it is not available.
 
 Flash attention 2, 4-bit weights (bitsandbytes) and Liger's kernels need a CUDA GPU and a package of
 their own; torch.compile needs a compiler.

@@ -1,8 +1,7 @@
-"""A model without its weights: built on the meta device from a config, to be counted.
+"""A model without its weights, built on the meta device from a config, for counting.
 
-Where a pretrained backbone's config comes from, the first that is there: its folder, the hub's
-cache on this machine, the shapes that come with the package (recipes/configs), the hub. Weights are
-never read.
+The config of a pretrained backbone comes from the first of these that has it: its folder, the local
+hub cache, the shapes in the package (recipes/configs), the hub. Weights are never read.
 """
 
 import difflib

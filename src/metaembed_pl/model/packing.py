@@ -1,8 +1,8 @@
 """Rows of a batch one after the other, without padding, for flash attention.
 
-transformers' decoders take several sequences as one row: positions that start anew say where each
-begins, and flash attention is told by cumulative lengths. With sdpa they make a mask of blocks of
-the same positions, which costs far more, and shows in tests that nothing else changes.
+transformers' decoders accept several sequences as one row: each starts where the positions restart,
+and flash attention gets cumulative lengths. With sdpa they build a block mask from the positions,
+which costs far more; tests use it to show that the results are equal.
 
 Shape letters: B rows, L tokens of the longest, T tokens of all rows, K slots a row.
 """

@@ -1,4 +1,4 @@
-"""Where on a picture each meta embedding looks: attention from its slot to the image's tokens.
+"""Attention maps: attention from the slot of each meta embedding to the image's tokens.
 
 R: meta embeddings of a side    L: length of the row    H, W: image tokens down and across
 """

@@ -1,8 +1,8 @@
 """Items -> tensors: the one preprocessing for training, encoding, evaluation and serving.
 
-A row is  [prefix ; image ; text ; suffix ; slots]: the slots are the places that the meta tokens
-take. The user's text is turned into token ids by itself, so that it can neither forge an image
-placeholder nor push one out when it is too long.
+A row is  [prefix ; image ; text ; suffix ; slots]: the slots are the positions of the meta tokens.
+The user's text is tokenized separately, so that it can neither forge an image placeholder nor push
+one out when it is too long.
 
 Shape letters: B rows, L tokens of the longest row, K slots a row.
 """

@@ -1,8 +1,8 @@
-"""Pictures -> patches for the Qwen families: transformers' numbers to the last bit, sooner.
+"""Pictures -> patches for the Qwen families: bit-identical to transformers, but faster.
 
-The library takes a picture from Pillow to floats and back, and orders floats into patches. Here
-bytes are ordered, and each becomes its float at the end, by a table of 256 values a channel that
-the library's own arithmetic has made.
+The library converts a picture from Pillow to floats and rearranges floats into patches. Here bytes
+are rearranged and converted at the end, by a table of 256 values per channel that is computed with
+the library's own arithmetic.
 
 Shape letters: C channels, N patches, T frames a patch, P pixels a patch.
 """

@@ -1,13 +1,13 @@
 """A MetaEmbed retriever for sentence-transformers; `metaembed-pl export` writes this file.
 
-It needs sentence-transformers 6 or newer and nothing of metaembed-pl. The folder is that of
-`metaembed_pl.MetaEmbedder`, of a model of a Qwen-VL family whose weights are whole:
+It needs sentence-transformers 6 or newer, but not metaembed-pl. The folder is one of
+`metaembed_pl.MetaEmbedder`, for a Qwen-VL model with complete weights:
 
     from sentence_transformers import MultiVectorEncoder
     model = MultiVectorEncoder("FOLDER", trust_remote_code=True)
 
-A row of token ids is [prefix ; picture ; text ; suffix ; slots]. The learned meta tokens stand at
-the slots; the last hidden states there, normalised, are the embeddings.
+A row of token ids is [prefix ; picture ; text ; suffix ; slots]. The learned meta tokens are at
+the slots; the normalised last hidden states there are the embeddings.
 """
 
 import json

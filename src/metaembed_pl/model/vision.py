@@ -1,8 +1,8 @@
-"""The vision tower's part of a forward pass, apart from the language model's.
+"""The vision tower's part of a forward pass, separate from the language model.
 
-A backbone sees its pictures first, and is then shown what it has seen. So a frozen tower runs
-without a graph, gradient caching need not run it twice, and a batch without pictures can run it
-alone, where several ranks must run the same modules.
+The tower encodes the pictures first, and the backbone gets its outputs. So a frozen tower runs
+without a graph, gradient caching need not run it twice, and a batch without pictures can run only
+the tower if all ranks must run the same modules.
 """
 
 from collections.abc import Iterator, Mapping

@@ -1,10 +1,10 @@
-"""What each plan finds and costs on a store, measured on the store itself.
+"""The recall and cost of each plan, measured on the store itself.
 
 Some queries are searched for with all vectors; a plan's recall is the share of their first ten that
 it finds too. One pass over some rows gives, for every first stage that there is, the place of each
 of these ten in its order, and so the recall of any number kept. In a sample of a tenth of the rows
-a stage keeps a tenth of what it would keep: that asks more of it, not less, as the ten best then
-reach ten times as far down. Plans that ask an index are measured on all rows.
+a stage keeps a tenth of its items, which is harder, because the ten best then reach ten times as
+far down the ranking. Plans that use an index are measured on all rows.
 
 Queries for several things are harder than those for one, and texts of items ask for one thing each:
 so two and three of them are joined to one query as well. A plan's recall is that of the kind of
@@ -135,7 +135,7 @@ class Calibration:
             UserError: the target is not a share.
         """
         if not 0 < target_recall <= 1:
-            raise UserError(f"a target recall lies above 0 and up to 1, got {target_recall}")
+            raise UserError(f"a target recall must be above 0 and at most 1, got {target_recall}")
         exact = self.groups[-1]
         return next(
             row

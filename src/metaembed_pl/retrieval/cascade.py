@@ -1,6 +1,6 @@
-"""How a store is searched: one scan at a budget, or a cascade of stages, the cheapest first.
+"""Search plans: one scan at a budget, or a cascade of stages, cheapest first.
 
-A stage scores what the stage before it kept, and keeps the best of it:
+A stage scores the items kept by the previous stage, and keeps the best:
 
     4x8:200      MaxSim of 4 query and 8 candidate vectors; the 200 best items
     4x8x64:200   the same with the first 64 components of each, where the model was trained so
@@ -10,8 +10,8 @@ A stage scores what the stage before it kept, and keeps the best of it:
                  the best centre's; the items of the 200 best candidate vectors in them
     each@.7:50   every query vector asks the index; the items of the 50 best vectors of each
 
-Only the first stage can ask the index, and the last one scores at a budget. Pooling the query costs
-one product a candidate vector instead of r_q, and loses little where a query's vectors are alike.
+Only the first stage can use the index, and the last one scores at a budget. Pooling the query costs
+one product per candidate vector instead of r_q, and loses little if a query's vectors are similar.
 
     >>> groups = [Budget(1, 1), Budget(4, 8), Budget(16, 64)]
     >>> [str(stage) for stage in parse_cascade("poolx8:2000,4x8:200,16x64:10", groups)]

@@ -1,8 +1,8 @@
-"""From items to a store: encoded in batches and committed batch by batch, on one process or many.
+"""Embed items into a store: encoded and committed batch by batch, on one process or many.
 
-What is in the store already is not encoded again, so a run that was killed goes on where it was:
-the batch in flight is all that is lost. On several ranks (torchrun) each encodes its share of every
-step, and rank 0 writes: every item once, in order, as one process would.
+Items already in the store are not encoded again, so a killed run resumes and loses only the batch
+in flight. On several ranks (torchrun), each encodes its share of every step, and rank 0 writes
+every item once, in order, as one process would.
 """
 
 import itertools

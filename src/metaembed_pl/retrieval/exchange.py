@@ -1,8 +1,8 @@
 """Stores as tables that other programs read, and back: Parquet, or Lance.
 
-Columns: `id`; `vectors`, the first r_c meta embeddings of an item, a list of fixed size of lists of
-fixed size, in float32; `first`, the first of them by itself; `metadata`, JSON; and, if asked for,
-`preview`, a small JPEG. What the vectors are of stands in the schema's metadata under `metaembed`.
+Columns: `id`; `vectors`, the first r_c meta embeddings of an item, as a fixed-size list of
+fixed-size lists of float32; `first`, the first of them; `metadata`, JSON; and optionally `preview`,
+a small JPEG. The schema's metadata identify the model under `metaembed`.
 
 N: items    R: their vectors    W: width
 """

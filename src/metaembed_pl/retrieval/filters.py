@@ -1,8 +1,8 @@
-"""Which items of a store a filter lets through, without reading every item's JSON for every query.
+"""Filters on a store's items, without parsing every item's JSON for every query.
 
-The values of a key are read out of the metadata once, into Arrow columns: one of texts and one of
-numbers, since items of one store may say different things about themselves. Conditions are compared
-by Arrow, and what came out is kept for the next query, as long as the generation lasts.
+The values of a key are read from the metadata once, into two Arrow columns, texts and numbers,
+since items of a store may have different metadata. Arrow compares the conditions, and the result is
+cached for the next query until the store changes.
 
 N: items
 """

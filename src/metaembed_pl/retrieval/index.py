@@ -1,8 +1,8 @@
-"""An index over the vectors of a store: the nearest ones to a question, without looking at all.
+"""An approximate index over the vectors of a store.
 
-It is faiss's inverted file. The vectors lie in lists, each around a centre, in one byte a component
-or in about one bit; a question reads the lists whose centres are nearest to it. What it finds is
-scored again with the store's own vectors, so the index decides only which items are looked at.
+It is a faiss inverted file. The vectors are in lists, each around a centre, with one byte or about
+one bit per component; a query reads the lists with the nearest centres. The results are scored
+again with the store's own vectors, so the index only selects items.
 
     data-0000/index/index.json              what counts, replaced in one step
                     trained-0001.faiss      centres and ranges, without vectors

@@ -134,7 +134,7 @@ def extend(store: "Store", told: Told = lambda done, of: None) -> bool:
 def carry(old: Snapshot, data: Path, manifest: Manifest) -> None:
     """Write the index of a store that is compacted into its new folder of data.
 
-    An index that cannot be used stays behind: the store is searched without.
+    An unusable index stays behind: the store is searched without it.
 
     Args:
         old: before; rows of `data` are its items that are there.

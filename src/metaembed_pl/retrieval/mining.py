@@ -268,7 +268,7 @@ class Miner:
             wanted |= set(map(stable_hash, (*pair.asked_any, pair.positive.content)))
 
     def mine(self, numbers: Sequence[int]) -> list[Mined | str]:
-        """The hard negatives of pairs, by number; of one that cannot be used, why.
+        """The hard negatives of pairs, by number; for an unusable pair, the reason.
 
         A query that is itself a candidate is none of its own negatives.
         """
@@ -296,7 +296,7 @@ class Miner:
         return [found[i] for i in numbers]
 
     def queries(self, numbers: Sequence[int]) -> Float[Tensor, "Q Rq D"]:
-        """The queries of pairs, encoded; those that cannot be used are left out."""
+        """The queries of pairs, encoded; unusable ones are left out."""
         pairs, _ = self._readable(numbers)
         found = self.model.encode_query([pair.query for pair in pairs.values()], 32)
         return found.to(self.model.device)

@@ -251,7 +251,7 @@ class Reader(Searchable):
         """The index, which others may build or replace meanwhile; None: there is none.
 
         Raises:
-            IndexUnusable: there is one that cannot be used, and why.
+            IndexUnusable: there is one unusable, and why.
         """
         snapshot, known = self.snapshot(), self._index
         for attempt in range(ATTEMPTS):

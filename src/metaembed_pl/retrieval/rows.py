@@ -1,6 +1,6 @@
-"""Ids, metadata and previews of a store's items: an Arrow stream that grows by a batch a change.
+"""Ids, metadata and previews of a store: an Arrow stream that grows by one batch per change.
 
-Metadata are kept as JSON text: items of one store may say different things about themselves.
+Metadata are kept as JSON text, since items of a store may have different metadata.
 
 n: some rows
 """

@@ -1,8 +1,8 @@
-"""MaxSim of stored candidates: planes are read in tiles that stay in the cache, in one pass.
+"""MaxSim of stored candidates: planes are read in one pass, in tiles that fit the cache.
 
-A tile's vectors times all query vectors is one matrix product, and a maximum over its slots follows
-while the products are still in the cache. With one vector a candidate nothing is left to maximise,
-and the sum of a query's vectors does for all of them:
+A tile's vectors times all query vectors is one matrix product, followed by a maximum over its slots
+while the products are still in the cache. With one candidate vector there is no maximum, and the
+sum of the query's vectors is enough:
 
     sum_i max_j q_i . c_j  =  (sum_i q_i) . c     where there is a single c
 

@@ -1,4 +1,4 @@
-"""What a store and a collection in Qdrant have in common: the vectors of one model, to be searched.
+"""The common base of stores and Qdrant collections: searchable vectors of one model.
 
 Q: queries    Rq: their vectors    D: width of the model's vectors    W: of the stored ones
 """

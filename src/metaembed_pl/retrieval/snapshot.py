@@ -1,4 +1,4 @@
-"""One generation of a store, mapped for reading: it stays as it was when it was opened.
+"""One generation of a store, memory-mapped for reading; later changes do not affect it.
 
 N: items ever added, the deleted ones too    L: items that are there    Q: queries
 """

@@ -1,7 +1,7 @@
-"""What can be embedded: JSON Lines, Parquet, shards, PDFs, a folder of pictures and PDFs.
+"""Sources of items: JSON Lines, Parquet, shards, PDFs, a folder of pictures and PDFs.
 
-A source knows how many items it has and gives them one by one; a picture is decoded and a page
-drawn only when it is its turn to be embedded, so a source may be larger than memory.
+A source knows its number of items and yields them one by one. Pictures are decoded and pages
+rendered only when they are embedded, so a source may be larger than memory.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -150,7 +150,7 @@ def _is_plain(kind: pa.DataType) -> bool:
 def _json_lines(path: Path, base: Path | str, fetch: Fetch | None) -> Source:
     total = sum(1 for _ in read_json_lines(path))
     if not total:
-        raise UserError(f"{path} holds no items: expected one JSON object or string a line")
+        raise UserError(f"{path} contains no items: expected one JSON object or string per line")
 
     def entries() -> Iterator[Entry]:
         lines: dict[str, int] = {}

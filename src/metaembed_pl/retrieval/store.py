@@ -1,4 +1,4 @@
-"""A store: the meta embeddings of many items on disk, to be searched at any budget.
+"""A store: the meta embeddings of many items on disk, searchable at any budget.
 
     store = Store.create("shelf", model.groups, model.width, identity_of(model))
     store.add(["a", "b"], model.encode_candidate(items), [{"lang": "de"}, {"lang": "en"}])
@@ -7,8 +7,8 @@
 A store is a folder: `manifest.json`, a projection where vectors are kept with fewer components, and
 a folder of data with one file of vectors for each nested group of slots, the ids and metadata
 (`rows.arrows`) and the rows that were deleted (`deleted.i64`). Files only grow, and the manifest
-says how much of them counts: see manifest.py. One process writes at a time, any number read; a
-reader goes on with what it opened.
+records their valid length: see manifest.py. One process writes at a time, any number read; a reader
+keeps seeing the state that it opened.
 
 N: items    R: their vectors    Q: queries    Rq: their vectors    D: width
 """

@@ -1,4 +1,4 @@
-"""Why a candidate has its score: which of its vectors a query met, and where these look.
+"""Explanation of a score: the matching vectors, and their attention maps.
 
 Rq: vectors of a query    Rc: of a candidate    D: their width    H, W: patches down and across
 """

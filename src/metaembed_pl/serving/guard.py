@@ -1,8 +1,7 @@
-"""What stands before the service: who may ask, how much a request may hold, what browsers may do.
+"""Protection of the service: allowed hosts and origins, request size, browser policies.
 
-A service on loopback is reached by every page that the user's browser shows. A page of another
-site is refused by its Origin or Sec-Fetch-Site header; one that gives its own name the address of
-this machine (DNS rebinding), by the Host header.
+Every page in the user's browser can reach a service on loopback. Pages of other sites are refused
+by their Origin or Sec-Fetch-Site header; DNS rebinding is detected by the Host header.
 """
 
 from collections.abc import Collection

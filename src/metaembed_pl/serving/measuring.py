@@ -1,4 +1,4 @@
-"""What the plans of a served store cost and find, measured in the background when asked for."""
+"""Background measurement of the plans of a served store, on request."""
 
 import threading
 from collections.abc import Callable, Sequence

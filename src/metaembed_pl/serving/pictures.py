@@ -1,7 +1,7 @@
-"""Pictures of a store's items: the small one that the store keeps, or the original.
+"""Pictures of a store's items: the stored preview, or the original.
 
-No path comes from a client: the store says where an item's picture is, and only what lies in a
-folder that the operator named is read.
+Clients never send paths: the path of an item's picture comes from the store, and only folders that
+the operator has allowed are read.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Queries that were encoded, kept for a while: a budget is dragged without encoding anew."""
+"""Recent encoded queries, so that changing the budget needs no encoding."""
 
 import threading
 from collections import OrderedDict

@@ -1,6 +1,6 @@
-"""What the service answers, as JSON: `/openapi.json` tells the same to programs.
+"""The JSON schemas of the API, as in `/openapi.json`.
 
-A *plan* says what a search spends: a budget (`4x8`) or the stages of a cascade
+A *plan* is what a search spends: a budget (`4x8`) or the stages of a cascade
 (`poolx8:200,8x16:10`).
 """
 

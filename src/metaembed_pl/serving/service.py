@@ -5,8 +5,8 @@
     answer = service.search(question.query, "8x1:200,8x16:10")
     service.explain(question.query, answer.results[0].id, answer.budget)
 
-It knows nothing of HTTP (`app.py` does), and may be called from many threads: one at a time runs
-the model, any number search. The store may change meanwhile: each call sees its newest generation.
+It is independent of HTTP (see `app.py`) and thread-safe: one thread at a time runs the model, any
+number search. If the store changes, each call sees the newest generation.
 """
 
 import json

@@ -1,6 +1,6 @@
-"""Models for vLLM that return meta embeddings, and not the hidden states of every token.
+"""Models for vLLM that return only meta embeddings, not the hidden states of all tokens.
 
-A page of 1,024 image tokens has 64 meta embeddings: returning every token would be 17 times the
+A page of 1,024 image tokens has 64 meta embeddings: returning all tokens would take 17 times the
 bytes.
 
 Shape letters: T tokens of a prompt, R its meta embeddings, H hidden width.

@@ -1,4 +1,4 @@
-"""Tells vLLM of our models; vLLM calls it by itself where this package is installed beside it.
+"""vLLM plugin that registers our models; vLLM calls it if this package is installed.
 
 vllm serve custom --runner pooling      # of `export --format vllm`
 """

@@ -1,12 +1,12 @@
-"""How many bytes the backward pass of a backbone keeps: counted over its layers, never run.
+"""The bytes kept for a backbone's backward pass, counted over its layers without running them.
 
-A layer keeps, for each token: what its norms and its attention need, the inputs of the linear
+A layer keeps, for each token: the tensors of its norms and its attention, the inputs of the linear
 layers that are trained (or adapted), and the inner states of its MLP. With gradient checkpointing
 only each layer's input stays, and one layer at a time is computed again. A frozen vision tower
 keeps nothing, but takes memory while it runs.
 
-The counts were written down from what autograd saves in transformers' layers. They are compared
-with the memory of real steps in tests/training/test_memory.py, and at the recipes' real shapes by
+The counts follow the tensors that autograd saves in transformers' layers. They are compared with
+the memory of real steps in tests/training/test_memory.py, and at the recipes' real shapes by
 benchmarks/real_shapes.py.
 """
 

@@ -1,7 +1,4 @@
-"""What a run shows while it trains: a progress bar in a terminal, plain lines in a pipe.
-
-And what it tells the watchdog, which shows it when nothing moves any more.
-"""
+"""Progress of a run: a bar in a terminal, plain lines in a pipe; and progress for the watchdog."""
 
 import json
 import logging

@@ -1,9 +1,8 @@
-"""What a training checkpoint holds, and how it is written: atomically.
+"""Training checkpoints: their contents, and atomic writing.
 
-It holds what training changes: trained weights, buffers, and beside them the optimiser and the
-place in the plan. Frozen weights are left out (15 GB of a 7B model): they are read again from the
-base model, which is made sure to be the same one. Frozen weights that were drawn at random stay in:
-they cannot be read again.
+A checkpoint contains trained weights, buffers, the optimiser and the position in the plan. Frozen
+weights are not saved (15 GB for a 7B model): they are loaded again from the base model, whose
+fingerprint is verified. Frozen weights with random initial values are saved.
 """
 
 import os
@@ -48,7 +47,7 @@ class WholeFiles(TorchCheckpointIO):
             reason = _disk_error(error) or error
             raise UserError(
                 f"{path} could not be written: {str(reason).splitlines()[0]}; what had this name "
-                "before is as it was: make room, then go on from it with --ckpt_path last"
+                "before is as it was: free some space, then resume with --ckpt_path last"
             ) from error
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The rows of a batch in chunks of like length: less padding, the same meta embeddings.
+"""Split the rows of a batch into chunks of similar length: less padding, the same meta embeddings.
 
 N: rows of one side    R: meta embeddings of a row    D: their width
 """

@@ -1,4 +1,4 @@
-"""Which setting would bring the memory of a GPU under a limit."""
+"""Find settings that bring the memory per GPU under a limit."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace

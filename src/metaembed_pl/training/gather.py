@@ -1,6 +1,6 @@
 """Rows of all ranks on every rank, with and without gradient.
 
-Every function is the identity in one process, so the code above it knows nothing of ranks.
+Every function is the identity in one process, so callers need not know about ranks.
 
 B: rows of this rank    WB: rows of all ranks
 """

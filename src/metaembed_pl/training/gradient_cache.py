@@ -1,14 +1,14 @@
 """Gradient caching: the gradient of a large batch, in the memory of a few rows.
 
-The loss needs the meta embeddings of the whole batch, but nothing forces their backward pass to go
-through the backbone at once:
+The loss needs the meta embeddings of the complete batch, but their backward pass can go through the
+backbone in chunks:
 
 1. encode the batch chunk by chunk, keeping only the meta embeddings;
 2. compute the loss and its gradient at the meta embeddings;
 3. encode each chunk again, with the same dropout, and go backwards from that gradient.
 
-What comes out is the gradient of the whole batch, not an estimate; what it costs is one forward
-pass more. A frozen vision tower and its projector run only in the first pass.
+The result is the exact gradient of the complete batch, at the cost of one additional forward pass.
+A frozen vision tower and its projector run only in the first pass.
 
 N: rows of one side    b: rows of a chunk    R: meta embeddings of a row    D: their width
 

@@ -1,6 +1,6 @@
-"""What may stand beside InfoNCE in the loss, and in which form the loss may see vectors.
+"""Optional terms of the loss besides InfoNCE, and optional transformations of vectors.
 
-All of it is off unless a recipe asks for it.
+All are off by default.
 
 N: inputs    R: meta embeddings of an input    D: width    G: groups    Q: queries
 C: candidates that a query is compared with

@@ -1,13 +1,13 @@
-"""The memory of a GPU in training, estimated by part before anything is paid for.
+"""Estimate of GPU memory in training, by part.
 
-weights      as they are held, or this rank's share of them
-gradients    of what is trained; DDP holds them twice (its buckets)
+weights      in their dtype, or this rank's share of them
+gradients    of trained weights; twice with DDP (its buckets)
 optimizer    AdamW's two moments; DeepSpeed's fp32 copy of bf16 weights
-activations  what the backward pass keeps, and what computing one layer takes beside; with gradient
-             caching those of one chunk, and what a frozen vision tower gave of all images
-gathered     meta embeddings of all ranks' positives, and of the own queries and candidates
-loss         winners, logits and one tile of products
-reserve      what CUDA, NCCL and a fragmented allocator take; a rule of thumb
+activations  tensors kept for the backward pass, and the peak of computing one layer; with gradient
+             caching those of one chunk, and the outputs of a frozen vision tower for all images
+gathered     meta embeddings of all ranks' positives, and of the rank's own queries and candidates
+loss         argmax indices, logits and one tile of products
+reserve      CUDA, NCCL and fragmentation; a rule of thumb
 """
 
 from collections.abc import Iterator

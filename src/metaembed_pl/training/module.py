@@ -1,6 +1,6 @@
 """MetaEmbedModule: wires the embedder, the MMR loss, the metrics and the optimiser to Lightning.
 
-All arithmetic is elsewhere; this file says only what happens when.
+The arithmetic is elsewhere; this file only calls it in order.
 """
 
 import logging

@@ -1,9 +1,8 @@
-"""Muon: momentum whose update of a matrix is made orthogonal; for the matrices of a new model.
+"""Muon: momentum with orthogonalized updates, for the matrices of a model trained from scratch.
 
-As torch's own, with two differences. Matrices of one shape are made orthogonal together, in a few
-large products instead of many small ones. And in fp32 where the processor has no bf16
-instructions: torch's always takes bf16, which there takes 90 times as long, and five times the rest
-of the emoji recipe's step.
+Like torch's own, with two differences. Matrices of the same shape are orthogonalized together, in a
+few large products instead of many small ones. And it uses fp32 if the processor has no bf16
+instructions: torch always uses bf16, which takes 90 times as long there.
 
 N: matrices of one shape    A, B: their sides
 """

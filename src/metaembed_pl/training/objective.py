@@ -1,4 +1,4 @@
-"""What training minimises: the MMR loss, and the options of a recipe that go beyond the paper.
+"""The training objective: the MMR loss, and the options beyond the paper.
 
 Q: queries of this rank    C: candidates of this rank    P: candidates of all ranks    G: groups
 M: hard negatives of this rank    N: the most that a query has    Rq, Rc: vectors of a query, of a

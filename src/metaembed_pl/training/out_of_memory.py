@@ -1,4 +1,4 @@
-"""Out of memory in a step: what the step was, what it was estimated at, and which keys to lower."""
+"""Out-of-memory errors: the step, its estimated memory, and the keys to lower."""
 
 import os
 from dataclasses import asdict

@@ -1,7 +1,7 @@
-"""Stops a run on a signal: at the end of its step, with a checkpoint, and says what is kept.
+"""Stop a run on a signal, at the end of its step and with a checkpoint.
 
-Batch systems and containers send SIGTERM, or what `#SBATCH --signal` names, some time before they
-kill; people press Ctrl-C. The exit status is 128 and the signal's number: 143, 138, 130.
+Batch systems and containers send SIGTERM, or the signal of `#SBATCH --signal`, some time before
+they kill a job; users press Ctrl-C. The exit status is 128 and the signal's number: 143, 138, 130.
 """
 
 import os

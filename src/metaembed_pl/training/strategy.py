@@ -1,9 +1,9 @@
-"""Strategies beyond one process: what DDP, ZeRO and FSDP2 need from us to compute one gradient.
+"""Distributed strategies: DDP, ZeRO and FSDP2 with the same gradient.
 
 Recipes choose by Lightning's names: `ddp`, `deepspeed_stage_2`, `deepspeed_stage_3`, each of the
-latter also with `_offload`, and `fsdp2`. The ZeRO ones stand here in place of Lightning's: they
-also run on the CPU (for tests, and to rehearse a recipe), shard pretrained weights as they are
-read, and never leave a checkpoint half-written.
+latter also with `_offload`, and `fsdp2`. The ZeRO ones replace Lightning's: they also
+run on the CPU (for tests, and to rehearse a recipe), shard pretrained weights as they are read, and
+write checkpoints atomically.
 """
 
 import os

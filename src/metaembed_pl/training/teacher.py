@@ -1,6 +1,6 @@
-"""A trained model beside the one in training, which learns from how it scores each batch.
+"""A teacher model, whose scores of each batch the model in training distils.
 
-It reads the tensors that were made for the student, so both must turn items into the same ones.
+It uses the student's input tensors, so both must have the same preprocessing.
 """
 
 import math

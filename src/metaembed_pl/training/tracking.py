@@ -1,8 +1,8 @@
 """One MLflow run for every training run: parameters, versions, curves, artifacts.
 
-Training never waits for MLflow and never ends because of it: a thread sends what is logged. What
-cannot be sent, because a server is slow or gone or a disk is full, is kept in the run's folder and
-sent as soon as that works again, at the latest when the run goes on.
+Training never waits for MLflow and never fails because of it: a thread sends the records. Records
+that cannot be sent, because a server is slow or down or a disk is full, are kept in the run's
+folder and sent later, at the latest when the run resumes.
 """
 
 import json

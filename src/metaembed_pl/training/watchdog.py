@@ -1,8 +1,8 @@
-"""Ends a process that waits for ever, and says what it waited for.
+"""Stop a process that hangs, and report where it is stuck.
 
-A collective that one rank never reaches holds the other ranks for half an hour, and what they say
-then names neither batch nor step. So a thread on every rank looks how long ago its main thread last
-moved. It also ends a rank whose launcher is gone, which nobody else would do.
+If one rank never reaches a collective, the others wait for half an hour, and their error names
+neither batch nor step. So a thread on every rank checks when its main thread last made progress. It
+also stops a rank whose launcher has exited.
 
     >>> with Watch() as watch:
     ...     watch.timeout_s = 900

@@ -1,4 +1,4 @@
-"""Searching a collection as if it were a store.
+"""Search a Qdrant collection like a store.
 
     with QdrantStore.open("http://localhost:6333/things") as store:
         store.search(model.encode_query(["a red apple"]), cascade="poolx16:200,16x64:10")
