@@ -255,7 +255,7 @@ def test_a_folder_of_pictures_is_its_items_in_order(tmp_path):
 
 
 def test_refuses_a_folder_without_pictures(tmp_path):
-    with pytest.raises(UserError, match="holds no pictures"):
+    with pytest.raises(UserError, match="contains no pictures"):
         read_items(tmp_path)
 
 

@@ -21,7 +21,7 @@ def test_shows_every_folder_below_and_what_they_share(root, capsys):
     assert main(["data", "show", str(root)]) == 0
     out = capsys.readouterr().out
     test, train, leak = out.split("\n\n")
-    assert train.startswith(f"{root / 'train'}: train\n  pairs       12 in 2 shards, 0 that cannot")
+    assert train.startswith(f"{root / 'train'}: train\n  pairs       12 in 2 shards, 0 unusable")
     assert "negatives   2: 12 (number of them: pairs)" in train
     assert "negatives   0: 5 (number of them: pairs)" in test
     assert "width       min 56, 5% 56, median 56, 95% 56, max 56 (36 PNG)" in train

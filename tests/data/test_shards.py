@@ -215,7 +215,7 @@ def test_a_shard_cut_off_after_opening_is_a_bad_sample(tmp_path):
     pairs = ShardedPairs(folder)
     content = (folder / "00001.tar").read_bytes()
     (folder / "00001.tar").write_bytes(content[:1000])
-    with pytest.raises(BadSample, match="is cut off"):
+    with pytest.raises(BadSample, match="is truncated"):
         pairs[2]
     (folder / "00001.tar").unlink()
     with pytest.raises(BadSample, match="No such file"):

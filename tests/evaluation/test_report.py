@@ -150,8 +150,8 @@ def test_html_and_markdown_have_the_same_content(tmp_path):
     outcome, pools = made_up("<script>alert(1)</script>")
     write_report(outcome, pools, tmp_path)
     markdown, html = ((tmp_path / f"report.{kind}").read_text() for kind in ("md", "html"))
-    numbers = re.findall(r"\d\.\d{3}", markdown.partition("## Made with")[0])
-    body = html.partition("<body>")[2].partition("Made with")[0]
+    numbers = re.findall(r"\d\.\d{3}", markdown.partition("## Settings and versions")[0])
+    body = html.partition("<body>")[2].partition("Settings and versions")[0]
     assert re.findall(r">[^<]*", body)
     assert re.findall(r"\b\d\.\d{3}\b", re.sub(r'src="[^"]*"', "", body)) == numbers
     assert html.count('src="data:image/png;base64,') == markdown.count(".png)") == 4

@@ -266,7 +266,7 @@ def test_the_report_has_tables_pictures_and_warnings_in_one_file(sets, tmp_path,
     text = (out / "report.md").read_text()
     assert f"| {found.tasks[0].score('1x1'):.3f} |" in text
     assert "![Scores by task](tasks.png)" in text
-    assert "by cross-attention" not in text
+    assert "uses cross-attention" not in text
     monkeypatch.setattr("metaembed_pl.evaluation.maps_picture.patch_attention", lambda *_: None)
     write_report(found, pools, out, model=model)
-    assert "by cross-attention" in (out / "report.md").read_text()
+    assert "uses cross-attention" in (out / "report.md").read_text()

@@ -67,7 +67,7 @@ def test_a_comparison_tells_means_counts_and_direction():
 
 
 def test_refuses_evaluations_of_something_else():
-    with pytest.raises(UserError, match="other tasks: x and y"):
+    with pytest.raises(UserError, match="different tasks: x and y"):
         compare({"x": [1.0]}, {"y": [1.0]})
     with pytest.raises(UserError, match="x: 2 queries in the first evaluation and 1 in the second"):
         compare({"x": [1.0, 1.0]}, {"x": [1.0]})

@@ -214,10 +214,10 @@ def test_pictures_by_address_are_fetched_only_where_that_was_asked_for(server, t
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("/gone.png", "the server says 404"),
+        ("/gone.png", "the server returned 404"),
         ("/slow.png", "timed out"),
         ("/large.png", "has more than 40,000 bytes"),
-        ("/file.png", "redirect.* is not allowed|the server says 302"),
+        ("/file.png", "redirect.* is not allowed|the server returned 302"),
     ],
 )
 def test_a_picture_that_is_gone_slow_large_or_no_address_is_told(server, path, message):

@@ -107,6 +107,7 @@ def test_a_run_leaves_config_checkpoints_model_and_report(data, finished):
         "report/metrics.json",
         "report/budgets.png",
         "report/gallery.png",
+        "report/maps.png",
     ):
         assert (run / name).is_file(), name
     metrics = json.loads((run / "report" / "metrics.json").read_text())

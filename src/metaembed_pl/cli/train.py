@@ -45,6 +45,8 @@ from metaembed_pl.evaluation.benchmarks import Task
 from metaembed_pl.evaluation.outcome import Outcome, TaskOutcome, about_model
 from metaembed_pl.evaluation.report import write_report
 from metaembed_pl.files import only_process, write_text
+from metaembed_pl.model.embedder import MetaEmbedder
+from metaembed_pl.model.sharded import is_sharded
 from metaembed_pl.training.callbacks import (
     DrawnPairs,
     ProgressBar,
@@ -441,12 +443,20 @@ class RecipeCLI(LightningCLI):
         budgets = [str(budget) for budget in self.model.budgets]
         about = about_model(self.model.embedder)
         outcome = Outcome("test", f"{self.run.name}: test sets", budgets, about, tasks)
-        write_report(outcome, pools, folder)
+        write_report(outcome, pools, folder, model=self._embedder_to_map())
         outcome.save(folder)
         # Last, so that whoever waits for the numbers finds the complete report.
         metrics = json.dumps(outcome.task_metrics("test"), indent=2, sort_keys=True)
         write_text(folder / "metrics.json", metrics + "\n")
         log.info("report: %s", folder)
+
+    def _embedder_to_map(self) -> MetaEmbedder | None:
+        """The embedder for attention maps; None if weights are sharded: other ranks are done."""
+        embedder = self.model.embedder
+        if any(map(is_sharded, embedder.parameters())):
+            return None
+        # Lightning has moved it to the CPU.
+        return embedder.to(self.trainer.strategy.root_device).eval()
 
 
 def _precision(config: Any) -> Any:

@@ -57,7 +57,7 @@ def draw_gallery(outcome: Outcome, pools: Sequence[RetrievalSet]) -> Figure:
     ]
     width = 1.5 * MARGIN + QUERY_WIDTH + sum(strip.width for strip in strips)
     height = TOP + sum(HEADING + ROW * len(sample) for *_, sample in tasks) + MARGIN / 2
-    said = "A green frame marks a right candidate; queries are right as often as in the dataset."
+    said = "A green frame marks a right candidate. The sample has the accuracy of the dataset."
     figure, sheet = new_sheet(width, height, "Queries and their first candidates", said)
     y = TOP
     for task, pool, sample in tasks:

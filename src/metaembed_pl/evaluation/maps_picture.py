@@ -36,8 +36,8 @@ def draw_maps(looks: Sequence[Looks]) -> Figure:
     num_maps = max(len(one.maps) for one in looks)
     width = 1.5 * MARGIN + QUERY_WIDTH + (1 + num_maps) * (CELL + GAP) + 0.3
     said = (
-        "Attention of a candidate's first vectors; violet: an even share, bright: twice that. "
-        "Green: matched."
+        "Attention of a candidate's first vectors. Violet: average, bright: twice the average. "
+        "Green: matched by the query."
     )
     height = TOP + ROW * len(looks) + MARGIN / 2
     figure, sheet = new_sheet(width, height, "Where the vectors look", said)

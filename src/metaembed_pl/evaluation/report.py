@@ -51,8 +51,8 @@ from metaembed_pl.model.embedder import MetaEmbedder
 
 MOST_LINES = 6
 NO_MAPS = (
-    "Not shown: the model sees pictures by cross-attention, so that their tokens are not in the "
-    "rows it reads, or no right candidate is a picture that can be read."
+    "Not available: the model uses cross-attention, so picture tokens are not in its input, "
+    "or no right candidate is a readable picture."
 )
 
 
