@@ -116,7 +116,7 @@ def render(path: Path, page: int, side: int, target: Path) -> str | None:
                 return f"page has no area: {width:g} x {height:g} points"
             picture = pdf[page].render(scale=side / max(width, height)).to_pil().convert("RGB")
     except Exception as error:  # pdfium names its errors, but has no kind for them
-        return f"page cannot be drawn: {error}"
+        return f"page cannot be rendered: {error}"
     if _is_grey(picture):
         picture = picture.convert("L").point(lambda grey: (grey >> 4) * 17)
     else:

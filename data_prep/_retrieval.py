@@ -112,7 +112,7 @@ def _write(
     """Write the set; returns what was dropped, by reason."""
     is_ours = options.force or _is_made(benchmark.folder, settings)  # a kill before the card
     if benchmark.folder.exists() and any(benchmark.folder.iterdir()) and not is_ours:
-        raise UserError(f"{benchmark.folder} is not empty: choose another --out, or give --force")
+        raise UserError(f"{benchmark.folder} is not empty: choose another --out, or use --force")
     dropped: Counter[str] = Counter()
     writer = RetrievalSetWriter(
         benchmark.folder,
@@ -180,7 +180,7 @@ def _card(benchmark: Benchmark, dropped: Counter[str], command: str) -> str:
     manifest = read_manifest(benchmark.folder)
     about = {
         "Source": manifest["source"],
-        "Licence": manifest["licence"] or "unknown: look it up before you pass the set on",
+        "Licence": manifest["licence"] or "unknown: look it up before you share the set",
         "Note": manifest["note"],
         "Settings": ", ".join(
             f"{key} {value}" for key, value in manifest["settings"].items() if value is not None

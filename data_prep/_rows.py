@@ -51,7 +51,7 @@ def read_rows(where: str, files: str, columns: Iterable[str] = ()) -> Iterator[d
         # Of a folder called parquet, json, ... `datasets` would read the current one instead.
         where = str(Path(where).resolve())
     elif "/" not in where:
-        raise UserError(f"no folder {where}, and no id of the hub, which is ORG/NAME")
+        raise UserError(f"{where} is neither a folder nor a hub id ORG/NAME")
     try:
         rows = load_dataset(where, data_files={"rows": files}, split="rows", streaming=True)
         rows = rows.decode(False)  # the bytes are what we want: they are checked elsewhere
@@ -63,7 +63,7 @@ def read_rows(where: str, files: str, columns: Iterable[str] = ()) -> Iterator[d
             )
         yield from rows
     except (DataFilesNotFoundError, FileNotFoundError) as error:
-        raise UserError(f"{where} has no file {files}: is it the right --from?") from error
+        raise UserError(f"{where} has no file {files}: is --from right?") from error
     except UserError:
         raise
     except (OSError, TimeoutError) as error:

@@ -128,9 +128,7 @@ def read_metadata(root: Path, pictures: set[Path]) -> dict[Path, list[str]]:
             else:
                 missing.append(f"{path}:{number}: {name}")
     if missing:
-        print(
-            f"{len(missing):,} texts are of no picture here, such as {missing[0]}", file=sys.stderr
-        )
+        print(f"{len(missing):,} texts have no picture here, such as {missing[0]}", file=sys.stderr)
     return found
 
 

@@ -121,7 +121,7 @@ def needed(where: str, file: str) -> Path:
     """A file of the dataset as a path, downloaded if need be."""
     path = fetch(where, file)
     if path is None:
-        raise UserError(f"{where} has no file {file}: is it the right --from?")
+        raise UserError(f"{where} has no file {file}: is --from right?")
     return path
 
 

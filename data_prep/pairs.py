@@ -55,7 +55,7 @@ def products(options: argparse.Namespace) -> Iterator[Product]:
     preset = PRESETS[options.preset] if options.preset else Preset("")
     where = str(options.pairs or options.where or preset.where)
     if not where:
-        raise UserError(f"--preset {options.preset} is not on the hub as it is: {preset.note}")
+        raise UserError(f"--preset {options.preset} cannot be read from the hub: {preset.note}")
     files = preset.files if options.files == "*" and not options.where else options.files
     columns = parse_columns(options.columns) or preset.columns
     rows = open_rows(where, columns, files)

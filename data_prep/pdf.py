@@ -130,7 +130,7 @@ def find_pdfs(root: Path) -> dict[str, Path]:
         first = seen.setdefault(sha256_of(path), path)
         name = path.relative_to(root).with_suffix("").as_posix()
         if first is not path:
-            print(f"{path.name} is {first.name} once more: read once", file=sys.stderr)
+            print(f"{path.name} is a copy of {first.name}: read once", file=sys.stderr)
         else:  # beside a.pdf there may be another a.PDF
             found[f"{name}{path.suffix}" if name in found else name] = path
     if not found:
@@ -198,7 +198,7 @@ def read_library(options: argparse.Namespace) -> tuple[Library, dict[str, Any]]:
     if not library.queries:
         raise UserError(
             f"{len(documents)} PDFs have neither an outline nor an index: there are no queries. "
-            f"Their pages are in {folder}; bring pairs of your own with metaembed-pl prepare pairs"
+            f"Their pages are in {folder}; add your own pairs with metaembed-pl prepare pairs"
         )
     print(f"{folder}: {len(pages):,} pages of {len(documents)} PDFs{listed(dropped)}")
     return library, settings
@@ -210,7 +210,7 @@ def prepare_folder(folder: Path, settings: dict[str, Any], force: bool) -> Path:
     known = json.loads(state.read_text()) if state.exists() else None
     if known != settings and folder.exists():
         if known is None or not force:
-            raise UserError(f"{folder} holds other pages: choose another --out, or give --force")
+            raise UserError(f"{folder} contains other pages: choose another --out, or use --force")
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(state, json.dumps(settings))

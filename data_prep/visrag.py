@@ -43,7 +43,7 @@ def products(options: argparse.Namespace) -> Iterator[Product]:
     """One folder of shards a dataset."""
     subsets = options.subset or tuple(HUBS)
     if options.where and len(subsets) > 1:
-        raise UserError(f"--from is one dataset: say with --subset which ({', '.join(HUBS)})")
+        raise UserError(f"--from is a single dataset: name it with --subset ({', '.join(HUBS)})")
     for subset in subsets:
         where = options.where or HUBS[subset]
         yield Product(

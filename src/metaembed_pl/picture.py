@@ -145,7 +145,7 @@ def open_picture(source: Path | bytes | Image.Image) -> Image.Image:
 def _upright_rgb(image: Image.Image) -> Image.Image:
     if image.width * image.height > MAX_PIXELS:
         raise UserError(
-            f"{image.width} x {image.height} pixels; at most {MAX_PIXELS:,} are read: shrink it"
+            f"{image.width} x {image.height} pixels; the limit is {MAX_PIXELS:,}: shrink it"
         )
     if max(image.size) > MAX_ASPECT * min(image.size):
         raise UserError(

@@ -276,4 +276,4 @@ def _check(
                 f"0, got {gains[query]}"
             )
     if not scores.isfinite().all():
-        raise UserError("scores hold NaN or infinity: they cannot be ranked")
+        raise UserError("scores contain NaN or infinity and cannot be ranked")

@@ -95,9 +95,7 @@ def test_a_store_of_less_width_is_made_told_and_searched(model, things, tmp_path
     with things.open("a") as file:
         file.write('"a new thing"\n"and another"\n')
     assert embed(model, things, tmp_path / "s", "--width", 8) == 0
-    assert "2 of them new; of the 10 nearest of 2 items width 8 in bf16 kept" in (
-        capsys.readouterr().out
-    )
+    assert "2 of them new; width 8 in bf16 keeps" in (capsys.readouterr().out)
     assert search(model, tmp_path / "s", "--query", "apple", "--budget", "4x1") == 0
     found = json.loads(capsys.readouterr().out)
     hits = Store.open(tmp_path / "s").search(
@@ -312,7 +310,7 @@ def test_an_index_is_made_kept_up_and_searched(model, many, tmp_path, capsys, mo
             "leave out --budget, --cascade and --exact",
         ),
         ({"--cascade": "4x1:9,4x8"}, "or each@.7:50; got '4x8'"),
-        ({"--cascade": "pool@.7:9,4x8:9"}, "has no index for pool@0.7:9: make one with `index"),
+        ({"--cascade": "pool@.7:9,4x8:9"}, "has no index for pool@0.7:9: build one with `index"),
         ({"--where": "lang"}, "such as lang=de; got 'lang'"),
         ({"--store": "nowhere"}, "nowhere is not a store"),
         ({"--store": None, "--items": "x", "--where": "a=b"}, "--where needs a --store"),

@@ -99,8 +99,8 @@ def test_shards_are_searched_by_their_positives_each_once(model, tmp_path, capsy
     assert search("--model", model, "--items", folder, "--query", "cat") == 0
     rows = sorted(row.split(maxsplit=3)[2:] for row in capsys.readouterr().out.splitlines()[1:])
     assert rows == [
-        ["pet-0", 'asked for as "name 0", "name 1"'],
-        ["pet-1", 'asked for as "name 2", "name 3"'],
+        ["pet-0", 'answers "name 0", "name 1"'],
+        ["pet-1", 'answers "name 2", "name 3"'],
     ]
 
 

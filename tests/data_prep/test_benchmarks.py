@@ -74,7 +74,7 @@ def test_a_set_that_is_made_is_kept_and_an_unfinished_one_is_made_again(tmp_path
     assert run("mmeb_eval", out, *options) == 0
     assert "written" in capsys.readouterr().out
     assert run("mmeb_eval", out, *options, "--limit", "1") == 2
-    assert "CIRR is not empty: choose another --out, or give --force" in capsys.readouterr().err
+    assert "CIRR is not empty: choose another --out, or use --force" in capsys.readouterr().err
     assert run("mmeb_eval", out, *options, "--limit", "1", "--force") == 0
     assert len(read_retrieval_set(out / "CIRR").queries) == 1
 

@@ -170,15 +170,15 @@ def test_a_mapping_that_cannot_be_is_one_line(tmp_path, capsys, options, message
 def test_what_is_not_there_or_broken_is_one_line(tmp_path, capsys):
     (tmp_path / "x.tar").write_bytes(b"no tar" * 200)
     for where, message in (
-        (tmp_path / "x.tar", "is not a whole, uncompressed tar"),
-        ("nowhere", "no file and no folder nowhere, and no id of the hub, which is ORG/NAME"),
-        (tmp_path, "is not a whole, uncompressed tar"),
+        (tmp_path / "x.tar", "is not a complete, uncompressed tar"),
+        ("nowhere", "nowhere is neither a file, a folder nor a hub id ORG/NAME"),
+        (tmp_path, "is not a complete, uncompressed tar"),
     ):
         assert run(tmp_path / "out", "--from", where) == 2
         assert message in capsys.readouterr().err
     assert run(tmp_path / "out", "--preset", "megapairs") == 2
-    assert "--preset megapairs is not on the hub as it is: Give its JSON Lines" in (
+    assert "--preset megapairs cannot be read from the hub: Give its JSON Lines" in (
         capsys.readouterr().err
     )
     assert run(tmp_path / "out", "--from", "some/dataset") == 1  # no network in tests
-    assert "the hub is out of reach" in capsys.readouterr().err
+    assert "the hub cannot be reached" in capsys.readouterr().err

@@ -205,7 +205,7 @@ def test_every_form_gives_the_same_pairs(tmp_path, form):
             "p.csv has unknown column 'positiv'; known are id, query",
         ),
         ("p.csv", "query,id\na,b\n", "p.csv needs a column 'positive' or 'positive_image'"),
-        ("p.csv", "query,positive\na,b,c\n", "p.csv:2: not as many fields as columns"),
+        ("p.csv", "query,positive\na,b,c\n", "p.csv:2: number of fields differs from the header"),
         ("p.csv", "query,positive,negatives\na,b,no\n", "p.csv:2: negatives: expected a JSON list"),
         ("p.csv", "query,positive\n,b\n", "p.csv:2: no query"),
         ("p.csv", b"query,positive\n\xff,b\n", "p.csv is not CSV in UTF-8"),

@@ -156,7 +156,7 @@ def test_what_is_made_is_kept_and_lost_pages_are_drawn_again(made, capsys):
     assert "copy of birds.pdf is birds.pdf once more: read once" in printed.err
     assert page.read_bytes() == before
     assert run(made.parent / "books", made, "--held-out", "0.2", "--side", "100") == 2
-    assert "holds other pages: choose another --out, or give --force" in capsys.readouterr().err
+    assert "contains other pages: choose another --out, or use --force" in capsys.readouterr().err
 
 
 def test_words_of_a_page_that_are_its_own_go_with_its_picture(tmp_path):

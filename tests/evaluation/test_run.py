@@ -209,7 +209,7 @@ def test_another_model_or_dtype_does_not_mix_with_what_is_there(sets, tmp_path):
         evaluated(sets, tmp_path / "out", dtype="bf16")
     model = tiny.embedder(seed=1)
     benchmark = open_benchmark(f"beir:{sets}/pages", sets)
-    with pytest.raises(UserError, match="holds an evaluation with identity"):
+    with pytest.raises(UserError, match="contains an evaluation with identity"):
         evaluate(model, benchmark, model.groups, settings(sets, tmp_path / "out"))
 
 

@@ -180,7 +180,7 @@ def test_captions_join_their_pictures_however_composed(tmp_path, capsys, how):
     options = ["--from", root, "--out", out, "--held-out", "0", "--num-workers", "0"]
     assert folder_script.main([*map(str, options), "--text", how]) == 0
     assert [pair.query.text for pair in ShardedPairs(out / "train")] == ["cheese", "Brie"]
-    assert ("1 texts are of no picture here" in capsys.readouterr().err) == (how == "metadata")
+    assert ("1 texts have no picture here" in capsys.readouterr().err) == (how == "metadata")
 
 
 def test_texts_that_look_the_same_are_the_same():

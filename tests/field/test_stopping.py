@@ -61,7 +61,7 @@ def test_all_ranks_stop_at_the_same_step(root, tmp_path):
     run = tiny_run.started(tiny_run.recipe(root, tmp_path, **changes), count=2)
     ends = tiny_run.signalled(run, signal.SIGTERM, "step 3 of")
     assert [status for status, _ in ends] == [143, 143], ends
-    assert sum("is kept: go on" in said for _, said in ends) == 1
+    assert sum("is saved: resume" in said for _, said in ends) == 1
 
 
 def test_what_was_stopped_goes_on_to_the_same_weights(root, tmp_path, finished):

@@ -218,7 +218,7 @@ def test_weights_come_back_in_the_precision_they_were_saved_in(tmp_path):
     ("settings", "message"),
     [
         ({}, "needs either `path` or `scratch`"),
-        ({"path": "x", "scratch": tiny.QWEN25_VL}, "and not both"),
+        ({"path": "x", "scratch": tiny.QWEN25_VL}, "not both"),
         ({"scratch": tiny.QWEN25_VL}, "needs a `tokenizer`"),
         ({"path": "nowhere"}, "nowhere: no tokenizer and image processor"),
         (
@@ -227,7 +227,7 @@ def test_weights_come_back_in_the_precision_they_were_saved_in(tmp_path):
                 "tokenizer": ScratchTokenizer(300, []),
                 "quantization": "nf4",
             },
-            "quantization is of a pretrained backbone",
+            "quantization needs a pretrained backbone",
         ),
     ],
 )
@@ -251,7 +251,7 @@ def test_nf4_needs_lora():
     ],
 )
 def test_what_is_not_there_is_told_with_what_to_use_instead(pretrained, option, message):
-    with pytest.raises(UserError, match=message + ", not found here; use "):
+    with pytest.raises(UserError, match=message + ", not available; use "):
         build(pretrained, **option)
 
 

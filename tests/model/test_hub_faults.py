@@ -33,7 +33,7 @@ def wrapped(cause: BaseException) -> OSError:
             GatedRepoError("403", response=answer(403)),
             "accept the licence at https://huggingface.co/org/name, then log in with `hf auth",
         ),
-        (RepositoryNotFoundError("404", response=answer(404)), "no such repository on the hub"),
+        (RepositoryNotFoundError("404", response=answer(404)), "does not exist or is private"),
         (RevisionNotFoundError("404", response=answer(404)), "not this revision"),
         (LocalEntryNotFoundError("not cached"), "run `hf download org/name`"),
         (OfflineModeIsEnabled("offline"), "run `hf download org/name`"),
@@ -59,5 +59,5 @@ def test_a_gated_model_is_told_where_weights_are_read(monkeypatch):
 
 def test_a_missing_model_without_network_names_the_way_out():
     """Tests have no network: this asks the real client."""
-    with pytest.raises(UserError, match="run `hf download nobody/nothing` where there is a net"):
+    with pytest.raises(UserError, match="run `hf download nobody/nothing` with network access"):
         weights.load_backbone("nobody/nothing")

@@ -317,7 +317,7 @@ def test_refuses_an_adapter_of_another_rank(base, tmp_path):
     [
         ("adapter/adapter_config.json", "not a readable LoRA adapter"),
         ("adapter/adapter_model.safetensors", "not a readable safetensors file"),
-        ("adapter", "there is no adapter/"),
+        ("adapter", "has no adapter/"),
     ],
 )
 def test_refuses_a_folder_without_its_adapter(base, tmp_path, gone, message):

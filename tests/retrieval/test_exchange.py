@@ -90,7 +90,7 @@ def test_what_cannot_be_written_or_read_is_one_line(model, items, tmp_path):
     for name, changed, message in (
         ("plain", table.replace_schema_metadata(None), "was not exported from a store"),
         ("columns", table.drop_columns(["vectors"]), "was not exported from a store"),
-        ("twice", twice, "id 'text 0' is empty or there twice"),
+        ("twice", twice, "id 'text 0' is empty or occurs twice"),
         (
             "width",
             table.replace_schema_metadata({ABOUT: json.dumps(about | {"width": 7})}),
@@ -99,7 +99,7 @@ def test_what_cannot_be_written_or_read_is_one_line(model, items, tmp_path):
         (
             "groups",
             table.replace_schema_metadata({ABOUT: json.dumps(about | {"groups": ["x"]})}),
-            "what it says of its vectors is damaged",
+            "its metadata are damaged",
         ),
     ):
         parquet.write_table(changed, tmp_path / f"{name}.parquet")
@@ -107,7 +107,7 @@ def test_what_cannot_be_written_or_read_is_one_line(model, items, tmp_path):
             import_store(tmp_path / f"{name}.parquet", tmp_path / "new")
         assert not (tmp_path / "new").exists()
     (tmp_path / "cut.parquet").write_bytes((tmp_path / "s.parquet").read_bytes()[:-9])
-    with pytest.raises(UserError, match=r"cut.parquet is not a whole Parquet file"):
+    with pytest.raises(UserError, match=r"cut.parquet is not a complete Parquet file"):
         import_store(tmp_path / "cut.parquet", tmp_path / "new")
 
 

@@ -369,7 +369,7 @@ def test_without_faiss_a_store_is_searched_exactly(store, monkeypatch):
 
 def test_a_stage_that_asks_needs_an_index(tmp_path):
     store = filled(tmp_path / "s", 20)
-    with pytest.raises(UserError, match=r"has no index for pool@0.9:20: make one with `index"):
+    with pytest.raises(UserError, match=r"has no index for pool@0.9:20: build one with `index"):
         store.search(QUERIES, cascade="pool@.9:20,4x8:10")
     empty = Store.create(tmp_path / "empty", GROUPS, WIDTH, "model")
     with pytest.raises(UserError, match="is empty"):

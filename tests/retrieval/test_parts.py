@@ -109,7 +109,7 @@ def test_a_part_that_was_stopped_is_not_merged_and_goes_on(
 
 def test_what_is_missing_twice_or_no_part_is_named(whole, parts, tmp_path, capsys):
     for given, message in (
-        (parts[:1], "missing: part 2/3, 3/3; expected each of 1/3 to 3/3 once"),
+        (parts[:1], "missing: part 2/3, 3/3; expected each of 1/3 to 3/3 exactly once"),
         ([parts[0], parts[1], parts[1]], "missing: part 3/3"),
         ([*parts, whole.folder], f"{whole.folder} is not a part of a store"),
         ([tmp_path / "gone"], "is not a part of a store"),
@@ -137,7 +137,7 @@ def test_a_part_of_another_division_or_model_is_refused(model, things, parts, tm
 
 def test_a_whole_store_is_not_taken_for_a_part(model, things, whole, capsys):
     assert embed(model, things, whole.folder, "--part", "1/3") == 2
-    assert "holds items and is no part" in capsys.readouterr().err
+    assert "has items but is not a part" in capsys.readouterr().err
     assert embed(model, things, "x", "--part", "1/3", "--index") == 2
     assert "--index needs a complete store" in capsys.readouterr().err
 

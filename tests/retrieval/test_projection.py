@@ -140,8 +140,8 @@ def test_refuses_a_store_whose_projection_is_damaged(tmp_path, damage):
         ({"rows": torch.eye(NARROW + 1, WIDTH)}, f"to {NARROW} .* of {NARROW + 1} x {WIDTH}"),
         ({"rows": torch.eye(NARROW, WIDTH).double()}, "torch.float64"),
         ({"rows": torch.full((NARROW, WIDTH), torch.nan)}, "this is no projection"),
-        ({"columns": torch.eye(NARROW, WIDTH)}, "this is no projection: 'rows'"),
-        (None, "this is no projection: "),
+        ({"columns": torch.eye(NARROW, WIDTH)}, "not a projection: 'rows'"),
+        (None, "not a projection: "),
     ],
 )
 def test_refuses_what_is_no_projection(rows, message):
@@ -296,7 +296,7 @@ def test_says_how_many_of_the_nearest_it_kept(model, items, tmp_path):
 @pytest.mark.parametrize(
     ("width", "given", "message"),
     [
-        (8, None, f"stores vectors of width {NARROW}, not 8: leave the width out"),
+        (8, None, f"stores vectors of width {NARROW}, not 8: leave out the width"),
         (32, None, f"stores vectors of width {NARROW}, not 32"),
         (33, "list", "between 1 and 31 components, as the model's vectors have 32; got 33"),
         (20, "two", "to 20 components is learned from at least as many vectors; got 16"),

@@ -273,7 +273,7 @@ def test_exact_finds_all_and_a_coarser_copy_as_much_as_it_can(tmp_path, quantiza
 
 
 def test_a_stage_that_asks_an_index_is_for_stores_in_folders(collection):
-    with pytest.raises(UserError, match=r"each@0.7:50 asks the index of a store in a folder"):
+    with pytest.raises(UserError, match=r"each@0.7:50 uses the index of a store in a folder"):
         collection.search(QUERIES, cascade="each@.7:50,4x8:10")
 
 
@@ -385,7 +385,7 @@ def test_refuses_what_does_not_fit(store, tmp_path):
             opened.search(QUERIES, where="parity<odd")
         with pytest.raises(UserError, match="'a\"b': it has a quotation mark"):
             opened.search(QUERIES, where='a"b=1')
-        with pytest.raises(UserError, match="queries hold NaN"):
+        with pytest.raises(UserError, match="queries contain NaN"):
             opened.search(torch.full((1, 4, WIDTH), torch.nan))
         assert opened.search(QUERIES).ids
         with pytest.raises(UserError, match="/edge cannot be opened: another process has it open"):
@@ -397,7 +397,7 @@ def test_refuses_collections_that_are_not_of_a_store(store, tmp_path):
     (tmp_path / "folder" / "qdrant.json").write_text('{"format": 1}')
     with pytest.raises(UserError, match=r"/qdrant.json: not a collection of a store: 'groups'"):
         QdrantStore.open(tmp_path / "folder")
-    with pytest.raises(UserError, match="/nothing is not there: make it with `push`"):
+    with pytest.raises(UserError, match="/nothing does not exist: create it with `push`"):
         QdrantStore.open(tmp_path / "nothing")
     api = Api()
     api.local.create_collection("theirs", vectors_config={})

@@ -77,7 +77,7 @@ def test_no_queries_find_nothing(model):
     [
         ({"top": 0}, "top must be at least 1, got 0"),
         ({"budget": "3x4"}, "not trained at 3 query vectors; choose one of 1, 2, 4"),
-        ({"candidates": []}, "there are no candidates"),
+        ({"candidates": []}, "no candidates"),
     ],
 )
 def test_refuses_what_it_cannot_rank_before_encoding_anything(

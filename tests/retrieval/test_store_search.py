@@ -244,7 +244,7 @@ def test_stages_are_read_from_text_and_from_lists():
         ({"cascade": "pool@1.5:20,4x8:10"}, "got 'pool@1.5:20'"),
         ({"cascade": "pool@.:20,4x8:10"}, r"got 'pool@\.:20'"),
         ({"cascade": "poolx3:20,4x8:10"}, "not trained at 3 candidate vectors"),
-        ({"cascade": "pool@.5:20,4x8:10"}, "has no index for pool@0.5:20: make one with `index"),
+        ({"cascade": "pool@.5:20,4x8:10"}, "has no index for pool@0.5:20: build one with `index"),
         ({"cascade": "1x1:0"}, "got '1x1:0'"),
         ({"cascade": "1x1:5,4x8:9"}, "4x8:9 of a cascade keeps more than 1x1:5"),
         ({"cascade": "1x1:5,4x64:3"}, "not trained at 64 candidate vectors"),
@@ -254,7 +254,7 @@ def test_stages_are_read_from_text_and_from_lists():
         ({"where": "parity"}, "such as lang=de; got 'parity'"),
         ({"queries": unit(1, 4, 8)}, "queries must be N x 4 x 16 .*, got 1 x 4 x 8"),
         ({"queries": unit(1, 2, WIDTH)}, "got 1 x 2 x 16"),
-        ({"queries": torch.full((1, 4, WIDTH), torch.nan)}, "queries hold NaN"),
+        ({"queries": torch.full((1, 4, WIDTH), torch.nan)}, "queries contain NaN"),
     ],
 )
 def test_refuses_what_it_cannot_search(store, settings, message):

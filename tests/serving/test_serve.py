@@ -249,8 +249,8 @@ def bomb():
         ),
         (("POST", "/api/queries", {"data": {"text": "  "}}), 422, 'needs a "text"'),
         (("POST", "/api/queries", {"data": {"txt": "a"}}), 422, "not 'txt'"),
-        (("POST", "/api/queries", {"data": {"picture": "/etc/passwd"}}), 422, "is a file"),
-        (("GET", "/api/search?query=nothing", {}), 404, "ask it again"),
+        (("POST", "/api/queries", {"data": {"picture": "/etc/passwd"}}), 422, "must be a file"),
+        (("GET", "/api/search?query=nothing", {}), 404, "send it again"),
         (("GET", "/api/search?query=QUERY&plan=16x64", {}), 422, "not trained at 16 query vectors"),
         (("GET", "/api/search?query=QUERY&plan=hello", {}), 422, "got 'hello'"),
         (("GET", "/api/search?query=QUERY&plan=" + "9" * 300, {}), 422, "plan: "),
@@ -302,7 +302,7 @@ def test_a_body_of_unknown_length_is_cut_off(client):
 def test_nan_does_not_enter(model, folder, monkeypatch):
     service = Service(model, folder)
     monkeypatch.setattr(model, "encode_query", lambda items: torch.full((1, 4, 32), torch.nan))
-    with pytest.raises(UserError, match="gave NaN"):
+    with pytest.raises(UserError, match="returned NaN"):
         service.ask("never asked before")
 
 

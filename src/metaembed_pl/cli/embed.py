@@ -131,8 +131,8 @@ def run(args: argparse.Namespace) -> None:
         f"{told['items']:,} items in {args.store}, {told['embedded']:,} of them new"
         + (f", {told['skipped']:,} left out" if told["skipped"] else "")
         + (
-            f"; of the 10 nearest of {told['sample']} items {_kept_as(told)} kept "
-            f"{100 * told['kept']:.1f} %"
+            f"; {_kept_as(told)} keeps {100 * told['kept']:.1f} % of the 10 nearest neighbours "
+            f"({told['sample']} sampled items)"
             if told["sample"] > 1
             else ""
         )

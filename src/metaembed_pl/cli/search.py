@@ -169,7 +169,7 @@ def _as_json(query: "Item", answer: Answer) -> dict[str, Any]:
 
 def _row(place: int, found: Found) -> tuple[str, str, str, str]:
     """A result in words; for a picture, what asks for it or where it is."""
-    asked = f"asked for as {found.asked_as}" if found.asked_as else ""
+    asked = f"answers {found.asked_as}" if found.asked_as else ""
     text = found.text or asked or found.image or ""
     name = "" if found.id.startswith("sha256:") else found.id
     return str(place), f"{found.score:.4f}", plain(name), plain(text)

@@ -77,11 +77,11 @@ class BackboneConfig:
 
     def __post_init__(self) -> None:
         if self.path is not None and self.scratch is not None:
-            raise UserError("a backbone needs either `path` or `scratch`, and not both")
+            raise UserError("a backbone needs either `path` or `scratch`, not both")
         if self.scratch is not None and self.tokenizer is None:
             raise UserError("a `scratch` backbone needs a `tokenizer` (vocab_size and sources)")
         if self.scratch is not None and self.quantization:
-            raise UserError("quantization is of a pretrained backbone: give `path`, not `scratch`")
+            raise UserError("quantization needs a pretrained backbone: give `path`, not `scratch`")
 
 
 def build_processing(config: BackboneConfig, prompt: Prompt) -> Processing:

@@ -33,14 +33,14 @@ def why_not(path: str, error: BaseException) -> str:
         return f"the hub has {repository}, but not this revision of it"
     if has(RepositoryNotFoundError):
         return (
-            "there is no such repository on the hub, or it is private: check the name, or log in "
+            "the repository does not exist or is private: check the name, or log in "
             "with `hf auth login`"
         )
     # A missing file of a repository that could be asked is no matter of the network.
     if has(LocalEntryNotFoundError) or (could_not_reach(error) and not has(EntryNotFoundError)):
         return (
             "it is not on this machine, and the hub could not be reached: run `hf download "
-            f"{repository}` where there is a network, or give a folder that holds it"
+            f"{repository}` with network access, or give a local folder"
         )
     return next(iter(str(error).splitlines()), type(error).__name__)
 

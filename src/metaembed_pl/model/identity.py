@@ -34,7 +34,7 @@ def identity_of(model: "MetaEmbedder | Encoder") -> str:
         weights.append(fingerprint(model.projection))
     if None in weights:
         raise UserError(
-            "a store needs to know its model, whose weights have no fingerprint as they are "
+            "a store needs the model's fingerprint, which is not available for these weights "
             "(quantized, fp16 or not loaded): load it with dtype float32 or bfloat16"
         )
     known = {

@@ -218,7 +218,7 @@ def load_folder_backbone(
     if (folder / "adapter").is_dir():
         load_adapter(backbone, folder / "adapter")
     elif known is not None:
-        raise UserError(f"{folder}: {SETTINGS} names an adapter, but there is no adapter/")
+        raise UserError(f"{folder}: {SETTINGS} names an adapter, but has no adapter/")
     return backbone
 
 
@@ -241,5 +241,5 @@ def _refuse_other_base(folder: Path, known: dict[str, Any], backbone: PreTrained
     if expected and found and found != expected:
         raise UserError(
             f"{folder}: its adapter was trained on other weights than {known['path']} has now "
-            f"(fingerprint {expected}, found {found}); give it the base model it was trained on"
+            f"(fingerprint {expected}, found {found}); use the base model it was trained on"
         )

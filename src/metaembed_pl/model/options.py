@@ -79,7 +79,7 @@ def _refuse_missing(key: str, package: str, is_there: bool, instead: str) -> Non
     if not torch.cuda.is_available():
         missing.append("a CUDA GPU")
     if missing:
-        raise UserError(f"{key} needs {' and '.join(missing)}, not found here; use {instead}")
+        raise UserError(f"{key} needs {' and '.join(missing)}, not available; use {instead}")
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:

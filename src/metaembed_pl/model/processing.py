@@ -244,7 +244,7 @@ class Processing:
             return self.image_processor(images=nested, return_tensors="pt", **options)
         except ValueError as error:
             sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
-            raise UserError(f"images of {sizes}: one cannot be prepared: {error}") from error
+            raise UserError(f"images of {sizes}: preprocessing failed: {error}") from error
 
     def _image_text(self, seen: Mapping[str, Any]) -> list[str]:
         return self.family.image_text(self.image_processor, seen) if seen else []

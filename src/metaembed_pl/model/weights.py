@@ -148,7 +148,7 @@ def refuse_faults(path: str | Path, faults: dict[str, list[str]]) -> None:
     if messages:
         raise UserError(
             f"{path}: its weights do not fit this model: {'; '.join(messages)}; "
-            "is it of another architecture or only partly saved?"
+            "is it another architecture, or saved incompletely?"
         )
 
 
@@ -189,7 +189,7 @@ def refuse_unlike(file: Path, tensors: dict[str, Tensor]) -> None:
         for name, tensor in tensors.items()
     )
     if not same:
-        raise UserError(f"{file}: does not read back as it was written; is the disk full?")
+        raise UserError(f"{file}: differs from what was written; is the disk full?")
 
 
 def fingerprint(backbone: nn.Module) -> str | None:

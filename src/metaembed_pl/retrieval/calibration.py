@@ -187,8 +187,8 @@ def choose(
     if calibration is None:
         return Choice(
             exact,
-            "exact: what cheaper plans find on this store, as it is now, was not measured; "
-            f"`index --store {store.folder}` does that",
+            "exact: plans have not been measured on the current store; "
+            f"`index --store {store.folder}` measures them",
         )
     try:
         with_index, why = store.index() is not None, ""
@@ -647,7 +647,7 @@ def plan_name(plan: Sequence[Stage]) -> str:
 
 def _check_filled(store: Reader) -> None:
     if not len(store):
-        raise UserError(f"{store.folder} is empty: there is nothing to measure plans on")
+        raise UserError(f"{store.folder} is empty: no items to measure plans on")
 
 
 def _stored_queries(store: Reader) -> Float[Tensor, "Q Rq D"]:

@@ -133,7 +133,7 @@ def parse_cascade(
         check_budget(stage.budget, groups, widths)
     for before, stage in itertools.pairwise(stages):
         if stage.reach is not None:
-            raise UserError(f"only the first stage of a cascade can ask the index, not {stage}")
+            raise UserError(f"only the first stage of a cascade can use the index, not {stage}")
         if stage.keep > before.keep and before.reach is None:
             raise UserError(f"stage {stage} of a cascade keeps more than {before} before it")
     if stages[-1].pooled or stages[-1].reach is not None:

@@ -159,10 +159,10 @@ def open_for(
     store = Store.open(folder)
     check_model(store, model)
     if dtype not in (None, store.dtype):
-        raise UserError(f"{folder} stores {store.dtype}, not {dtype}: leave the dtype out")
+        raise UserError(f"{folder} stores {store.dtype}, not {dtype}: leave out the dtype")
     if width not in (None, store.width):
         raise UserError(
-            f"{folder} stores vectors of width {store.width}, not {width}: leave the width out"
+            f"{folder} stores vectors of width {store.width}, not {width}: leave out the width"
         )
     return store
 

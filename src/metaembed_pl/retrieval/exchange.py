@@ -62,7 +62,7 @@ def export_store(
     if to.exists():
         raise UserError(f"{to} exists already: choose another name")
     if not len(store):
-        raise UserError(f"{store.folder} is empty: there is nothing to export")
+        raise UserError(f"{store.folder} is empty: nothing to export")
     schema = _schema(store, r_c, previews)
     to.parent.mkdir(parents=True, exist_ok=True)
     if to.suffix == LANCE:
@@ -156,7 +156,7 @@ def _read(source: Path) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
     try:
         file = parquet.ParquetFile(source)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{source} is not a whole Parquet file: {error}") from error
+        raise UserError(f"{source} is not a complete Parquet file: {error}") from error
     return file.schema_arrow, file.iter_batches(ROWS_AT_A_TIME)
 
 
@@ -187,7 +187,7 @@ def _manifest(source: Path, about: dict[str, Any]) -> tuple[Manifest, bytes | No
         digest = None if content is None else digest_of(content)
         return replace(manifest, projection=digest), content
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{source}: what it says of its vectors is damaged: {error}") from error
+        raise UserError(f"{source}: its metadata are damaged: {error}") from error
 
 
 def _items(
@@ -196,7 +196,7 @@ def _items(
     ids = batch.column("id").to_pylist()
     for id in ids:
         if not isinstance(id, str) or not id or id in seen:
-            raise UserError(f"{source}: id {id!r} is empty or there twice")
+            raise UserError(f"{source}: id {id!r} is empty or occurs twice")
         seen.add(id)
     shape = len(ids), manifest.num_slots, manifest.width
     values = batch.column("vectors")

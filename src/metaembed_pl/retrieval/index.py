@@ -121,7 +121,7 @@ class IndexManifest:
             value = json.loads(file.read_bytes())
             checksum, version = value.pop("checksum"), value["format"]
             if version != FORMAT or checksum != _checksum(value):
-                raise ValueError(f"its format is {version}, or its checksum does not fit")
+                raise ValueError(f"its format is {version}, or its checksum does not match")
             del value["format"]
             segments = tuple(Segment(**segment) for segment in value.pop("segments"))
             return cls(**value, segments=segments)

@@ -70,7 +70,7 @@ def build(store: "Store", codes: str = "sq8", told: Told = lambda done, of: None
     with store.writing():
         snapshot = store.snapshot()
         if not len(store):
-            raise UserError(f"{store.folder} is empty: there is nothing to index")
+            raise UserError(f"{store.folder} is empty: nothing to index")
         folder = index_folder(snapshot)
         folder.mkdir(exist_ok=True)
         number = _number(folder) + 1

@@ -109,7 +109,7 @@ class Manifest(Kind):
             value: Any = json.loads(file.read_bytes())
         except (FileNotFoundError, NotADirectoryError) as error:
             raise UserError(
-                f"{folder} is not a store: it has no {MANIFEST_FILE}; make one with `embed`"
+                f"{folder} is not a store: it has no {MANIFEST_FILE}; build one with `embed`"
             ) from error
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{file} cannot be read: {error}") from error
@@ -120,7 +120,7 @@ class Manifest(Kind):
         if checksum != _checksum(value):
             raise UserError(
                 f"{file} was edited or damaged: its checksum is {checksum!r:.24}..., its content's "
-                "another; bring back a copy of it, or embed the items again"
+                "another; restore a copy, or embed the items again"
             )
         try:
             projected = value.pop("format") == PROJECTED_FORMAT

@@ -38,7 +38,7 @@ class MappedFiles:
         if found < size:
             raise UserError(
                 f"{file} has {found:,} bytes, its store's manifest counts {size:,}: "
-                "it was cut off or lost; bring back a copy of it, or embed the items again"
+                "it was cut off or lost; restore a copy, or embed the items again"
             )
         if not size:
             return b""

@@ -76,7 +76,7 @@ def begin(store: Store, note: PartNote) -> None:
     if not (store.folder / PART_FILE).is_file():
         if len(store):
             raise UserError(
-                f"{store.folder} holds items and is no part: give part {note.part} a --store of "
+                f"{store.folder} has items but is not a part: give part {note.part} a --store of "
                 "its own"
             )
         note.write(store.folder)
@@ -154,12 +154,12 @@ def _ordered(folders: Sequence[Path]) -> list[Store]:
     twice = [f"{number}/{of}" for number, count in given.items() if count > 1]
     if missing or twice:
         told = f"missing: part {', '.join(missing)}" if missing else f"twice: part {twice[0]}"
-        raise UserError(f"{told}; expected each of 1/{of} to {of}/{of} once")
+        raise UserError(f"{told}; expected each of 1/{of} to {of}/{of} exactly once")
     for folder, note in notes.items():
         if not note.done:
             raise UserError(
                 f"part {note.part} in {folder} is not complete: run its `embed` command again, "
-                "which goes on where it was"
+                "which resumes"
             )
     return [Store.open(folder) for folder in sorted(parts, key=lambda f: parts[f].number)]
 

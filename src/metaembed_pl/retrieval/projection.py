@@ -110,7 +110,7 @@ class Projection:
         try:
             rows = load(content)[NAME]
         except (SafetensorError, KeyError) as error:
-            raise UserError(f"this is no projection: {error}") from error
+            raise UserError(f"not a projection: {error}") from error
         fits = rows.ndim == 2 and rows.dtype == torch.float32 and len(rows) == width
         if not fits or not rows.isfinite().all():
             shape = " x ".join(map(str, rows.shape))
@@ -130,7 +130,7 @@ class Projection:
         if digest_of(content) != digest:
             raise UserError(
                 f"{file} is missing, damaged or another store's: without it nothing can be "
-                "searched or added; bring back a copy of it, or embed the items again"
+                "searched or added; restore a copy, or embed the items again"
             )
         return cls.from_bytes(content, width)
 

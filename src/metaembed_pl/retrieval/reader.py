@@ -296,7 +296,7 @@ class Reader(Searchable):
         index = self.index()
         if index is None:
             raise IndexUnusable(
-                f"{self.folder} has no index for {stages[0]}: make one with `index --store "
+                f"{self.folder} has no index for {stages[0]}: build one with `index --store "
                 f"{self.folder}`, or search at a budget"
             )
         return index

@@ -54,7 +54,7 @@ def rank(
     if top < 1:
         raise UserError(f"top must be at least 1, got {top}")
     if not len(candidates):
-        raise UserError("there are no candidates to search")
+        raise UserError("no candidates to search")
     # Checked before the pool is encoded, which may take hours.
     budget = check_budget(budget or model.groups[-1], model.groups, model.widths)
     encoded = model.encode_query(queries, batch_size)
@@ -78,7 +78,7 @@ def best(scores: Float[Tensor, "Q C"], top: int) -> list[list[Hit]]:
     [[Hit(candidate=1, score=3.0), Hit(candidate=2, score=3.0)]]
     """
     if not scores.isfinite().all():
-        raise UserError("scores hold NaN or infinity: they cannot be ranked")
+        raise UserError("scores contain NaN or infinity and cannot be ranked")
     # A stable sort, not topk: topk takes any of the candidates that tie for the last place.
     values, order = scores.sort(dim=1, descending=True, stable=True)
     return [

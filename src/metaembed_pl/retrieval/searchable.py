@@ -101,5 +101,5 @@ class Searchable(ABC):
                 f"got {' x '.join(map(str, queries.shape))}: encode them with the store's model"
             )
         if not queries.isfinite().all():
-            raise UserError("queries hold NaN or infinity: they find nothing")
+            raise UserError("queries contain NaN or infinity")
         return self.project(queries)

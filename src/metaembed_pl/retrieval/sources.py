@@ -253,10 +253,10 @@ def draw_page(file: Path, page: int) -> Item:
             sheet = document[page - 1]
             pixels = sheet.get_width() * sheet.get_height() * PDF_SCALE**2
             if pixels > MAX_PIXELS:
-                raise UserError(f"{pixels:,.0f} pixels; at most {MAX_PIXELS:,} are drawn")
+                raise UserError(f"{pixels:,.0f} pixels; at most {MAX_PIXELS:,} can be rendered")
             return Item(image=sheet.render(scale=PDF_SCALE).to_pil())
     except (pdfium.PdfiumError, UserError, OSError, IndexError) as error:
-        raise UserError(f"page {page} of {file} cannot be drawn: {error}") from error
+        raise UserError(f"page {page} of {file} cannot be rendered: {error}") from error
 
 
 def _pdfium(file: Path) -> Any:

@@ -37,11 +37,11 @@ FORM = {
             "schema": {
                 "type": "object",
                 "properties": {
-                    "text": {"type": "string", "description": "what to look for, in words"},
+                    "text": {"type": "string", "description": "text query"},
                     "picture": {
                         "type": "string",
                         "format": "binary",
-                        "description": "and, or, as a picture: PNG, JPEG, WebP, GIF, BMP or TIFF",
+                        "description": "image query: PNG, JPEG, WebP, GIF, BMP or TIFF",
                     },
                 },
             }
@@ -109,27 +109,27 @@ class _Form(NamedTuple):
 async def _read_form(request: Request) -> _Form:
     kind = request.headers.get("content-type", "").partition(";")[0]
     if kind not in ("multipart/form-data", "application/x-www-form-urlencoded"):
-        raise UserError(f"a question is a form (with curl, -F text=...), not {kind or 'untyped'}")
+        raise UserError(f"expected a form (with curl, -F text=...), got {kind or 'untyped'}")
     # Whatever its size, a text comes whole to where its length is told; the guard has a limit.
     limit = int(request.headers.get("content-length", 0)) + FORM_BYTES
     async with request.form(max_files=1, max_fields=2, max_part_size=limit) as form:
         unknown = [name for name in form if name not in ("text", "picture")]
         if unknown:
-            raise UserError(f"a question has a text, a picture or both, not {unknown[0][:80]!r}")
+            raise UserError(f"expected the fields text, picture or both, got {unknown[0][:80]!r}")
         return _Form(_text(form), await _uploaded(form))
 
 
 def _text(form: FormData) -> str | None:
     text = form.get("text")
     if isinstance(text, UploadFile):
-        raise UserError("the text of a question is a field of the form, not a file")
+        raise UserError("text must be a form field, not a file")
     return text
 
 
 async def _uploaded(form: FormData) -> bytes | None:
     picture = form.get("picture")
     if isinstance(picture, str):
-        raise UserError("the picture of a question is a file: with curl, -F picture=@FILE")
+        raise UserError("picture must be a file: with curl, -F picture=@FILE")
     return None if picture is None else await picture.read()
 
 

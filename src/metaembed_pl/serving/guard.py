@@ -68,7 +68,7 @@ class Guard:
         foreign = headers.get("sec-fetch-site", "none") not in ("same-origin", "none")
         own = origin is None or _site(origin) == host or self._is_named(_name(_site(origin)))
         if (foreign and path != "/") or not own:
-            return _problem(403, "pages of other sites may not use this service")
+            return _problem(403, "requests from other sites are refused")
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > self.max_body_bytes:
             return _problem(413, self._too_large)

@@ -94,7 +94,9 @@ class Service:
         self.model, self.max_upload_bytes = model, max_upload_bytes
         for root in pictures:
             if not Path(root).is_dir():
-                raise UserError(f"{root} is no folder: name one whose pictures may be shown")
+                raise UserError(
+                    f"{root} is not a folder: give a folder whose pictures may be shown"
+                )
         self._roots = [Path(root).resolve() for root in pictures]
         self._store = Store.open(folder)
         check_model(self._store, model)
@@ -201,7 +203,7 @@ class Service:
             UserError: any of these is not valid.
         """
         if not 1 <= top <= MAX_TOP:
-            raise UserError(f"top lies between 1 and {MAX_TOP}, got {top}")
+            raise UserError(f"top must be between 1 and {MAX_TOP}, got {top}")
         asked, store = self._asked(query), self.store
         stages, note = self._choice(store, plan, top, target_recall)
         hits = store.search(asked.vectors, cascade=stages, where=where, normalised=normalised)
@@ -273,14 +275,14 @@ class Service:
     def _asked(self, query: str) -> Asked:
         asked = self._queries.get(query)
         if asked is None:
-            raise NotThere("this query is not known, or not any more: ask it again")
+            raise NotThere("unknown or expired query: send it again")
         return asked
 
     def _encoded(self, queries: Sequence[Item | str]) -> Float[Tensor, "Q Rq D"]:
         with self._encoding:
             vectors = self.model.encode_query(queries).to(self.model.device)
         if not vectors.isfinite().all():
-            raise UserError("the model gave NaN or infinity for this query: nothing can be found")
+            raise UserError("the model returned NaN or infinity for this query")
         return vectors
 
     def _choice(self, store: Store, plan: str | None, top: int, target_recall: float) -> Choice:

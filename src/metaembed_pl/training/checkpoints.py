@@ -58,7 +58,7 @@ class WholeFiles(TorchCheckpointIO):
         """
         try:
             if not Path(path).exists():
-                raise UserError("there is no such file")
+                raise UserError("no such file")
             refuse_special_file(Path(path))
             found = super().load_checkpoint(path, *args, **kwargs)
             missing = {"state_dict", "global_step", "loops"} - set(found)

@@ -113,7 +113,7 @@ class RetrievalMetrics(Metric):
                 f"got {embeddings.shape[1]}"
             )
         if not embeddings.isfinite().all():
-            raise UserError(f"{side} embeddings hold NaN or infinity: they cannot be ranked")
+            raise UserError(f"{side} embeddings contain NaN or infinity and cannot be ranked")
         getattr(self, f"{side}_index").append(index.long())
         getattr(self, f"{side}_vectors").append(embeddings[:, :vectors].detach().float().flatten())
 

@@ -305,7 +305,8 @@ class MetaEmbedModule(pl.LightningModule):
         if not output.loss.isfinite():
             raise UserError(
                 f"the loss is {output.loss.item()} at step {batch.step}, source {batch.source}, "
-                f"pairs {', '.join(batch.keys[:5])}, ...; lower optimizer.lr or look at these pairs"
+                f"pairs {', '.join(batch.keys[:5])}, ...; lower model.optimizer.lr, or inspect "
+                "these pairs"
             )
         if batch.source not in self._sources_seen:
             self._sources_seen.add(batch.source)
@@ -322,7 +323,7 @@ class MetaEmbedModule(pl.LightningModule):
             if output.num_masked >= output.num_in_batch + output.num_hard:
                 log.warning(
                     "%s: every candidate of the batch of step %d answers every query, so there is "
-                    "nothing to learn from it: look at `asks` and `answers` (data show)",
+                    "nothing to learn from it: check `asks` and `answers` with `data show`",
                     batch.source,
                     batch.step,
                 )

@@ -118,6 +118,6 @@ class StopsOnSignal(pl.Callback):
     def kept(self) -> str:
         """What is left of the run, and how to go on."""
         if self.last is None or not self.last.exists():
-            return "nothing is kept: start it again"
+            return "nothing was saved: start it again"
         step = "" if self.kept_step is None else f" of step {self.kept_step}"
-        return f"{self.last}{step} is kept: go on with --ckpt_path last"
+        return f"{self.last}{step} is saved: resume with --ckpt_path last"

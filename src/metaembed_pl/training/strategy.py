@@ -279,7 +279,7 @@ def consolidated(folder: Path, with_frozen: bool = False) -> dict[str, Any]:
             str(folder), tag="checkpoint", exclude_frozen_parameters=not with_frozen
         )
     except (OSError, ValueError, KeyError, AssertionError) as error:
-        raise UserError(f"{folder}: not a whole checkpoint of ZeRO: {error}") from error
+        raise UserError(f"{folder}: not a complete ZeRO checkpoint: {error}") from error
     assert state is not None
     return {"state_dict": dict(state)}
 
@@ -315,7 +315,7 @@ def _point(link: Path, folder: Path) -> None:
 
 def _refuse_other_world(folder: Path, num_ranks: int) -> None:
     way = (
-        "to go on from its weights alone, export the model (python -m metaembed_pl export) and "
+        "to continue from its weights only, export the model (python -m metaembed_pl export) and "
         "name the folder as model.start_from"
     )
     if not folder.is_dir():
@@ -341,7 +341,7 @@ def _refuse_objects(folder: Path) -> None:
         foreign = [name for name in names if not name.startswith(TRUSTED)]
         if foreign:
             raise UserError(
-                f"{file} would run {foreign[0]} when it is read: not a checkpoint of this package"
+                f"{file} would run {foreign[0]} when loaded: not a checkpoint of this package"
             )
 
 

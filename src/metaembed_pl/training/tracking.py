@@ -187,7 +187,7 @@ class MLflowRun(Logger):
                 self._send(batch)
         except Exception as error:  # whatever a server, a network or a disk may do
             if batch and getattr(error, "error_code", "") == "INVALID_PARAMETER_VALUE":
-                log.warning("MLflow refuses what is logged: %s", str(error).splitlines()[0][:200])
+                log.warning("MLflow rejects the records: %s", str(error).splitlines()[0][:200])
                 self._forget(len(batch))  # it would be refused again
                 return
             if not self._failures:

@@ -82,18 +82,16 @@ class Watch:
             still_s = still_s + min(now - then, 2 * POLL_S) if seen is self._noted else 0.0
             seen, then = self._noted, now
             if self._launcher is not None and os.getppid() != self._launcher:
-                self._end("the process that launched it has ended or was killed")
+                self._end("its launcher has exited or was killed")
             if seen is not None and self.timeout_s and still_s > self.timeout_s:
-                self._end(f"nothing has moved for {still_s:.0f} s (run.stall_timeout_s)", GRACE_S)
+                self._end(f"no progress for {still_s:.0f} s (run.stall_timeout_s)", GRACE_S)
 
     def _end(self, why: str, grace_s: float = 0.0) -> NoReturn:
         stack = traceback.extract_stack(sys._current_frames()[self._main])
         waits = f"{stack[-1].name} ({Path(stack[-1].filename).name}:{stack[-1].lineno})"
         told = "".join(traceback.format_list(stack[-NUM_FRAMES:]))
-        message = f"metaembed-pl: {self.where}: {why}; it waits in {waits}:\n{told}"
-        message += (
-            f"metaembed-pl: {self.rank} ends; `--ckpt_path last` goes on from its checkpoint\n"
-        )
+        message = f"metaembed-pl: {self.where}: {why}; it is waiting in {waits}:\n{told}"
+        message += f"metaembed-pl: {self.rank} exits; resume with `--ckpt_path last`\n"
         os.write(2, message.encode())  # in one go, beside those of other ranks
         time.sleep(grace_s)
         # The main thread may never come back from a collective: no clean exit can be waited for.

@@ -67,7 +67,7 @@ class QdrantStore(Searchable):
         collection = open_collection(address)
         layout = collection.layout()
         if layout is None:
-            raise UserError(f"{collection.address} is not there: make it with `push`")
+            raise UserError(f"{collection.address} does not exist: create it with `push`")
         return cls(collection, layout, exact)
 
     def close(self) -> None:
@@ -120,7 +120,7 @@ class QdrantStore(Searchable):
                 )
             if stage.reach is not None:
                 raise UserError(
-                    f"{stage} asks the index of a store in a folder; Qdrant has its own"
+                    f"{stage} uses the index of a store in a folder; Qdrant has its own"
                 )
             if stage.budget.r_c not in self.layout.counts:
                 raise UserError(
