@@ -34,7 +34,7 @@ def read_rows(where: str, files: str, columns: Iterable[str] = ()) -> Iterator[d
     Raises:
         UserError: the package `datasets` is missing, no such file, a broken one, or one without a
             column.
-        Unreachable: the hub is out of reach.
+        Unreachable: the hub cannot be reached.
     """
     try:
         from datasets import load_dataset
@@ -80,7 +80,7 @@ def fetch(where: str, file: str) -> Path | None:
         file: its path there.
 
     Raises:
-        Unreachable: the hub is out of reach.
+        Unreachable: the hub cannot be reached.
     """
     if Path(where).is_dir():
         path = Path(where) / file
@@ -91,7 +91,9 @@ def fetch(where: str, file: str) -> Path | None:
     try:
         return Path(hf_hub_download(where, file, repo_type="dataset"))
     except LocalEntryNotFoundError as error:
-        raise Unreachable(f"cannot download {file} of {where}: the hub is out of reach") from error
+        raise Unreachable(
+            f"cannot download {file} of {where}: the hub cannot be reached"
+        ) from error
     except EntryNotFoundError:
         return None
     except (HfHubHTTPError, OSError) as error:

@@ -83,14 +83,14 @@ def main_of(
         print(f"{called}: {message}", file=sys.stderr)
         return 2
     except BrokenProcessPool:
-        return _stopped(called, "a process died (for want of memory? give fewer --num-workers)", 1)
+        return _stopped(called, "a process died (out of memory? lower --num-workers)", 1)
     except KeyboardInterrupt:
         return _stopped(called, "interrupted", 130)
     return 0
 
 
 def _stopped(called: str, reason: str, status: int) -> int:
-    advice = "complete shards are kept: run it again to go on"
+    advice = "complete shards are kept: run it again to resume"
     print(f"{called}: {reason}; {advice}", file=sys.stderr)
     return status
 

@@ -47,7 +47,7 @@ from metaembed_pl.files import refuse_special_file
 def products(options: argparse.Namespace) -> Iterator[Product]:
     """One product, with the split that is asked for."""
     if (options.pairs is None) == (options.where is None and options.preset is None):
-        raise UserError("give --pairs FILE, or --from or --preset, one of them")
+        raise UserError("give exactly one of --pairs, --from and --preset")
     if options.pairs and not options.pairs.exists():
         raise UserError(f"cannot read {options.pairs}: no such file")
     if options.pairs:

@@ -92,7 +92,7 @@ def test_pairs_of_ones_own_need_no_mapping(tmp_path):
         ({"path": "x.csv", "held_out": 1.0}, "held_out is a share, 0 to below 1, not 1.0"),
         ({"path": "x/y.csv"}, "no file and no folder x/y.csv"),
         ({"path": "nowhere", "columns": COLUMNS}, "no file and no folder nowhere"),
-        ({"path": "an/id", "columns": COLUMNS}, "cannot read an/id: the hub is out of reach"),
+        ({"path": "an/id", "columns": COLUMNS}, "cannot read an/id: the hub cannot be reached"),
     ],
 )
 def test_what_is_no_table_is_one_line(given, message):

@@ -156,7 +156,7 @@ def test_json_lines_and_csv_have_their_columns_too(tmp_path):
         (("--columns", "query"), "--columns takes KEY=COLUMN,... such as text=caption"),
         ((), "has unknown column 'a'; known are id, query"),
         (("--columns", "query=a"), "needs a column 'positive' or 'positive_image', or say which"),
-        (("--pairs", "x.jsonl"), "give --pairs FILE, or --from or --preset, one of them"),
+        (("--pairs", "x.jsonl"), "give exactly one of --pairs, --from and --preset"),
     ],
 )
 def test_a_mapping_that_cannot_be_is_one_line(tmp_path, capsys, options, message):

@@ -210,7 +210,7 @@ def open_rows(where: str, columns: Columns | None = None, files: str = "*") -> M
     elif HUB_ID.fullmatch(where) and suffix not in FILES:
         table = _on_hub(where, files)
     else:
-        raise UserError(f"no file and no folder {where}, and no id of the hub, which is ORG/NAME")
+        raise UserError(f"{where} is neither a file, a folder nor a hub id ORG/NAME")
     chosen = _checked(columns, table.columns, where)
     needed = dict.fromkeys(base for name in _names(chosen) for base in [name.split(".")[0]])
     folder = Path("." if is_remote(table.files[0]) else table.files[0]).parent
@@ -243,10 +243,10 @@ def _on_hub(id: str, files: str) -> Table:
                 get = {"repo_type": "dataset", "revision": revision}
                 return Table(tuple(hf_hub_download(id, name, **get) for name in chosen))
     except RepositoryNotFoundError as error:
-        raise UserError(f"the hub has no dataset {id}, or it is private") from error
+        raise UserError(f"the dataset {id} does not exist on the hub, or is private") from error
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise Unreachable(f"cannot read {id}: the hub is out of reach: {reason}") from error
+        raise Unreachable(f"cannot read {id}: the hub cannot be reached: {reason}") from error
     raise UserError(f"{id} has no Parquet files that match {files}")
 
 
@@ -301,7 +301,7 @@ def _csv_rows(path: Path) -> Rows:
         for row in rows:
             where = f"{path}:{rows.line_num}"
             if None in row or None in row.values():
-                raise UserError(f"{where}: not as many fields as columns")
+                raise UserError(f"{where}: number of fields differs from the header")
             yield where, row
 
 
@@ -356,7 +356,7 @@ def _samples(path: Path) -> Rows:
                 file = tar.extractfile(member)
                 sample |= _member(suffix.lower(), file.read() if file else b"", f"{path}:{found}")
     except (tarfile.TarError, EOFError, OSError) as error:
-        raise UserError(f"{path} is not a whole, uncompressed tar: {error}") from error
+        raise UserError(f"{path} is not a complete, uncompressed tar: {error}") from error
     if sample:
         yield f"{path}:{key}", sample
 

@@ -226,7 +226,9 @@ def _is_made(folder: Path, settings: dict[str, Any]) -> bool:
 def _write(product: Product, settings: dict[str, Any], how: Making) -> None:
     card = product.folder / "README.md"
     if card.exists() and not any(path.is_dir() for path in product.splits.values()):
-        raise UserError(f"{card} is there already and not ours: choose another --out")
+        raise UserError(
+            f"{card} exists already and was not written by this script: choose another --out"
+        )
     writers = {
         split: ShardWriter(
             path,
@@ -254,10 +256,10 @@ def _write(product: Product, settings: dict[str, Any], how: Making) -> None:
             if not writer.num_pairs:
                 rows = writer.record["rows"]
                 raise UserError(
-                    f"{product.name}: none of {rows:,} rows made a pair: is it the right --from?"
+                    f"{product.name}: none of {rows:,} rows produced a pair: is --from right?"
                     if product.held_out is None
                     else f"no pair fell to {split} with --held-out {product.held_out} of {rows:,} "
-                    "pairs: change that share, or give more candidates"
+                    "pairs: change the share, or add candidates"
                 )
 
 
@@ -332,7 +334,7 @@ def loaded(value: Any, side: str) -> Item:
 def _negative(value: Any, positive: Item, held_out: float | None) -> Item:
     item = loaded(value, "hard negative")
     if item.uid == positive.uid:
-        raise UserError("hard negative is the positive itself")
+        raise UserError("hard negative equals the positive")
     if held_out and is_held_out(item.uid, held_out):
         raise UserError("hard negative is held out")
     check_picture(item)
@@ -363,7 +365,7 @@ def _card(product: Product, made: dict[str, ShardedPairs]) -> str:
     )
     about = {
         "Source": manifest["source"],
-        "Licence": manifest["licence"] or "unknown: look it up before you pass the shards on",
+        "Licence": manifest["licence"] or "unknown: look it up before you share the shards",
         "Attribution": manifest["attribution"],
         "Note": manifest["note"],
         "Settings": ", ".join(
