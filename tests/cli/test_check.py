@@ -271,7 +271,7 @@ def test_a_run_of_that_name_is_a_fault(recipe, tmp_path, capsys):
 def test_too_little_memory_is_a_fault_that_says_what_would_fit(recipe, capsys):
     file = recipe(trainer__accelerator="gpu")
     assert check("--config", file, "--gpus", 1, "--gpu-memory", "1GB") == 2
-    assert "GiB a GPU, more than 1.0; what would make it fit: " in capsys.readouterr().err
+    assert "GiB per GPU, more than 1.0; what would make it fit: " in capsys.readouterr().err
     assert check("--config", file, "--gpus", 1, "--gpu-memory", "80GB") == 0
     assert "of 80.0 GiB" in capsys.readouterr().out
 
@@ -338,7 +338,7 @@ def test_the_papers_recipes_are_checked_without_weights(name, capsys, monkeypatc
     assert found["memory"]["total"] < 79 * 2**30
     assert found["parameters"]["adapters"]["trained"] > 10**7
     head = (RECIPES / f"{name}.yaml").read_text()
-    assert f"about {found['memory']['total'] / 2**30:.0f} GiB a GPU (estimated by `check`" in head
+    assert f"about {found['memory']['total'] / 2**30:.0f} GiB per GPU (estimated by `check`" in head
     assert f"at most {found['compute']['hours']:.0f} (`check`)" in head
 
 

@@ -348,7 +348,7 @@ def _of_memory(
             settings = would_fit(made.model, step, running, limit)
             advice = "; or ".join(settings) or last_resort(memory, limit)
             faults.append(
-                f"memory: {memory.total / GIB:.1f} GiB a GPU, more than {limit / GIB:.1f}; "
+                f"memory: {memory.total / GIB:.1f} GiB per GPU, more than {limit / GIB:.1f}; "
                 f"what would make it fit: {advice}"
             )
     return found

@@ -13,7 +13,7 @@ const SVG = "http://www.w3.org/2000/svg";
 
 async function call(path, options) {
   const response = await fetch(path, options);
-  const value = await response.json().catch(() => ({ error: `the service answered ${response.status}` }));
+  const value = await response.json().catch(() => ({ error: `the service returned ${response.status}` }));
   if (!response.ok) throw Object.assign(new Error(value.error), { status: response.status });
   return value;
 }
@@ -80,7 +80,7 @@ function showAnswer() {
   const { results, milliseconds, bytes_read, items } = state.answer;
   $("spent-ms").textContent = `${digits(milliseconds)} ms`;
   $("spent-bytes").textContent = bytes(bytes_read);
-  const best = results.length ? "Choose one to see why it was found." : "Nothing matches.";
+  const best = results.length ? "Choose one to see why it was found." : "No results.";
   say(`${results.length} of ${items.toLocaleString("en")} items. ${best}`);
   moving($("results"), () => $("results").replaceChildren(...results.map(tile)));
 }
@@ -148,8 +148,8 @@ function planWords({ plan }) {
   const [[first, keep], ...rest] = stages;
   const [asks, reach] = first.split("@");
   const begin = !reach ? `all items at ${times(first)}`
-    : `the index is asked with ${asks === "pool" ? "the sum of the query’s vectors" : "each query vector"}`;
-  if (reach) return [begin, ...rest.map(([budget]) => `what they hit at ${times(budget)}`)].join(", then ");
+    : `the index, with ${asks === "pool" ? "the sum of the query’s vectors" : "each query vector"}`;
+  if (reach) return [begin, ...rest.map(([budget]) => `its hits at ${times(budget)}`)].join(", then ");
   return [begin, ...rest.map(([budget], k) => `the best ${k ? rest[k - 1][1] : keep} at ${times(budget)}`)].join(", then ");
 }
 
@@ -202,9 +202,9 @@ function showMeasurement({ state: how, used, error }) {
   $("measure").disabled = running;
   $("measure").textContent = running ? "Measuring…" : "Measure this store";
   $("plot-words").textContent = {
-    done: `Share of the exact search’s first ten that each plan finds: ${used}. ○ budgets, ◇ cascades.`,
-    none: "How much of the exact search each budget finds was not measured on this store yet.",
-    running: "Searching with some of the items’ own texts, at every plan.",
+    done: `Recall of each plan against the exact search’s top ten, measured with ${used}. ○ budgets, ◇ cascades.`,
+    none: "The recall of each budget has not been measured on this store yet.",
+    running: "Measuring every plan, with the items’ own texts as queries.",
     failed: error,
   }[how];
   if (running) setTimeout(() => loadShelf().catch((problem) => say(problem.message, true)), 700);
@@ -241,7 +241,7 @@ function drawPlot() {
   for (let cost = 1; Math.log10(cost) >= Math.min(-1, least) - 0.01; cost /= 10) {
     word(x({ cost }), bottom + 14, "middle", `${+(100 * cost).toPrecision(1)} %`);
   }
-  word((left + right) / 2, bottom + 28, "middle", "arithmetic, of the exact search’s");
+  word((left + right) / 2, bottom + 28, "middle", "arithmetic, share of the exact search");
   const measured = plans.filter((one) => one.recall !== null);
   const front = measured.filter((one) => measured.every((other) => other.recall <= one.recall || other.cost > one.cost));
   parts.push(svg("path", { class: "front", d: front.map((one, k) => `${k ? "L" : "M"}${x(one)} ${y(one)}`).join("") }));
@@ -309,13 +309,13 @@ function lookAt(column, pressed = $("winners").querySelector("button")) {
   const canvas = $("look-heat");
   canvas.hidden = $("look-scale").hidden = !maps;
   if (!maps) {
-    $("look-words").textContent = `No map of where its vectors look: ${why_no_maps}.`;
+    $("look-words").textContent = `No attention maps: ${why_no_maps}.`;
     return;
   }
   const seen = column === null ? winners : [column];
   const mean = maps.weights[0].map((_, patch) => seen.reduce((sum, one) => sum + maps.weights[one][patch], 0) / seen.length);
   drawHeat(canvas, maps.width, maps.height, mean);
-  const what = column === null ? "What the matched vectors attend to, on average" : `What vector ${column + 1} attends to`;
+  const what = column === null ? "Average attention of the matched vectors" : `Attention of vector ${column + 1}`;
   const unlike = maps.agreement < 0.95 ? ` Drawn from the ${maps.drawn_from}, whose vectors differ from those in the store (cosine ${maps.agreement.toFixed(2)}).` : "";
   $("look-words").textContent = `${what}, patch by patch.${unlike}`;
 }
