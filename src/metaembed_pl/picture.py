@@ -131,7 +131,7 @@ def open_picture(source: Path | bytes | Image.Image) -> Image.Image:
     except Image.DecompressionBombError as error:  # at twice a limit that is lower than ours
         size = str(error).partition(")")[0].partition("(")[2] or "too many pixels"
         raise UserError(
-            f"{name} is refused: {size}; at most {MAX_PIXELS:,} are read: shrink it"
+            f"{name} is refused: {size}; the limit is {MAX_PIXELS:,}: shrink it"
         ) from error
     except UserError as error:
         raise UserError(f"{name} is refused: {error}") from error

@@ -93,7 +93,7 @@ def test_a_refusal_of_the_hub_names_the_key_and_the_way_out(hub, tmp_path):
     said = {part.partition("\n")[0]: part for part in done.stderr.split("== ")[1:]}
     assert len(said) == 2 * len(ANSWERS)
     for name in ANSWERS:
-        words = "there is no such repository on the hub, or it is private"
+        words = "the repository does not exist or is private"
         if name in ("org/gated", "org/login"):
             words = f"accept the licence at https://huggingface.co/{name}, then log in"
         elif name == "org/old":
@@ -115,4 +115,4 @@ def test_no_network_names_the_command_for_elsewhere(verb, tmp_path, capsys):
     [line] = faults(capsys.readouterr().err)
     assert "model.backbone.path: org/away: " in line
     assert "the hub could not be reached: run `hf download org/away`" in line
-    assert "a folder that holds it" in line
+    assert "a local folder" in line
