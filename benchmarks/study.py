@@ -5,15 +5,15 @@
     python benchmarks/study.py --readme --settings today emoji_single emoji_full
 
 benchmarks/study.yaml names the settings: each is a part of a recipe that is laid over the first
-one, or over the `recipe` that it names. A run is `fit` in a process of its own, one thread, into
-runs/study/SETTING-SEED. What is finished is kept, and a run that was interrupted goes on: call it
-again. Recall@1 is measured at the groups, with fewer query vectors, with the query's vectors summed
-into one, and with candidates of fewer components or bits. Means over seeds with 95 % intervals by
-Student's t; minutes are of CPU time, all of `fit`. The last table is of candidates with about a
-quarter of the bytes: the share of the whole ones' recall that they keep.
+one, or over the `recipe` that it names. A run is `fit` in its own process with one thread, in
+runs/study/SETTING-SEED. The same command skips finished runs and resumes interrupted ones. Recall@1
+is measured at the groups, with fewer query vectors, with the query's vectors summed into one, and
+with candidates of fewer components or bits. Means over seeds with 95 % intervals by Student's t;
+minutes are of CPU time, all of `fit`. The last table shows candidates with about a quarter of the
+bytes, and the share of the full recall that they keep.
 
---readme prints the README's tables instead, from all runs of its settings that are finished; it
-trains what is missing of the --settings that are given with it, and nothing without.
+--readme prints the README's tables instead, from all finished runs of its settings; it trains the
+missing runs of --settings, and nothing without that flag.
 --save writes benchmarks/results/study-MACHINE.json.
 """
 

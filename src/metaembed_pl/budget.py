@@ -2,8 +2,8 @@
 
 r_q: vectors of a query    r_c: vectors of a candidate    width: components of a vector
 
-A model trained on nested groups serves any trained count on either side, so a search may pair a
-long query with a short index. One that was trained at smaller widths serves these as well:
+A model trained on nested groups works with any trained count on either side, so a search may
+combine many query vectors with few candidate vectors. Trained widths work as well:
 
     >>> groups = parse_groups(["1x1", "2x4", "4x8"])
     >>> str(check_budget("4x1", groups))

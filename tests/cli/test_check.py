@@ -166,7 +166,7 @@ def test_all_faults_are_told_at_once_with_the_nearest_key(recipe, capsys):
         ({"model__backbone": {"scratch": {"model_type": "bert"}, "tokenizer": None}}, "tokenizer"),
         ({"model__backbone": {}}, "give a backbone, or a model to start_from"),
         ({"model__backbone": {"path": "no/where"}}, "no/where: no such folder"),
-        ({"model__start_from": "no/where"}, "no/where is not on this machine"),
+        ({"model__start_from": "no/where"}, "no/where does not exist"),
         ({"run__nmae": "x"}, "run.nmae: no such key; did you mean 'name'?"),
         ({"data__train": []}, "names no training source"),
         ({"data__global_batch_size": 80}, "fewer than one global batch of 80"),
@@ -256,7 +256,7 @@ def test_check_and_fit_refuse_options_that_do_not_fit_in_the_same_line(
 def test_a_teacher_that_is_not_here_is_a_fault(recipe, capsys):
     file = recipe(model__loss={"teacher": {"model": "no/where"}})
     assert check("--config", file) == 2
-    assert "model.loss.teacher.model: no/where is not on this machine" in capsys.readouterr().err
+    assert "model.loss.teacher.model: no/where does not exist" in capsys.readouterr().err
 
 
 def test_a_run_of_that_name_is_a_fault(recipe, tmp_path, capsys):

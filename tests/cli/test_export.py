@@ -494,7 +494,7 @@ def test_a_refusal_of_the_hub_is_one_line(run, monkeypatch, capsys):
         (["--out", "new", "--run", "nowhere"], "nowhere is neither a run nor a model folder"),
         (["--push-to", "name"], "--push-to must be ORG/NAME, got 'name'"),
         (["--out", "new", "--public"], "only works with --push-to"),
-        (["--out", "new", "--dry-run"], "--dry-run is about what --push-to sends"),
+        (["--out", "new", "--dry-run"], "--dry-run only works with --push-to"),
         (["--out", "new", "--language", "English"], "a code such as en or zh, got 'English'"),
         (["--out", "new", "--checkpoint", "worst.ckpt"], "worst.ckpt: not a checkpoint"),
     ],

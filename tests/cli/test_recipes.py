@@ -154,7 +154,7 @@ def test_a_copy_does_not_overwrite_anothers_part(tmp_path):
     part = tmp_path / "backbones" / "tiny_qwen25vl.yaml"
     part.parent.mkdir()
     part.write_text("mine")
-    with pytest.raises(ValueError, match=r"tiny_qwen25vl\.yaml is in the way"):
+    with pytest.raises(ValueError, match=r"tiny_qwen25vl\.yaml exists already"):
         copy_recipe(FOLDER / "emoji.yaml", tmp_path / "mine.yaml")
     assert part.read_text() == "mine"
     assert not (tmp_path / "mine.yaml").exists()

@@ -150,10 +150,10 @@ LISTS = '{"query-id": "1", "corpus-ids": ["a"]}\n{"query-id": "2", "corpus-ids":
         ({"qrels": QRELS + "1\ta\tnan\n"}, "test.tsv:4: the score must be a number, got 'nan'"),
         ({"qrels": "1\ta\t1\n"}, r"test.tsv:1: expected the header .* \['1', 'a', '1'\]"),
         ({"qrels": QRELS[:25] + "1\ta\t0\n"}, "not one of 2 queries has a candidate with a score"),
-        ({"lists": LISTS.replace('"a"', '"b"')}, "list of query '1' does not hold 'a'"),
+        ({"lists": LISTS.replace('"a"', '"b"')}, "list of query '1' does not contain 'a'"),
         ({"lists": LISTS.splitlines()[0]}, "no list for query '2'"),
         ({"lists": LISTS + LISTS}, ":3: query '1' has two lists"),
-        ({"lists": LISTS.replace('"c"', '"z"')}, "list of query '2' does not hold 'c'"),
+        ({"lists": LISTS.replace('"c"', '"z"')}, "list of query '2' does not contain 'c'"),
         ({"lists": LISTS.replace("corpus-ids", "ids")}, ':1: expected {"query-id": "...", "corpus'),
     ],
 )
@@ -181,9 +181,9 @@ def write_one(path, item, metadata, right="a"):
 @pytest.mark.parametrize(
     ("item", "metadata", "message"),
     [
-        (Item("A", id="a"), {}, "holds 'a' already"),
-        (Item("B", id="b\t"), {}, r"'b\\t' holds a tab"),
-        (Item("B", id="b"), {"title": "x"}, "metadata 'title' has a meaning of its own"),
+        (Item("A", id="a"), {}, "contains 'a' already"),
+        (Item("B", id="b\t"), {}, r"'b\\t' contains a tab"),
+        (Item("B", id="b"), {"title": "x"}, "metadata 'title' is a reserved name"),
         (Item(image=b"no picture", id="b"), {}, "does not decode"),
     ],
 )
@@ -211,5 +211,5 @@ def test_a_set_is_replaced_only_on_demand_and_only_if_it_is_one(tmp_path):
         write(overwrite=False)
     write(overwrite=True)
     (tmp_path / "set" / "manifest.json").unlink()
-    with pytest.raises(UserError, match=r"holds no manifest\.json: not a retrieval set"):
+    with pytest.raises(UserError, match=r"has no manifest\.json: not a retrieval set"):
         write(overwrite=True)

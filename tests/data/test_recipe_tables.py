@@ -90,8 +90,8 @@ def test_pairs_of_ones_own_need_no_mapping(tmp_path):
         ({"path": "preset:megapairs"}, "presets with a place on the hub are"),
         ({"path": "data/pets", "held_out": 0.1}, "`files` and `held_out` are for tables: give"),
         ({"path": "x.csv", "held_out": 1.0}, "held_out is a share, 0 to below 1, not 1.0"),
-        ({"path": "x/y.csv"}, "no file and no folder x/y.csv"),
-        ({"path": "nowhere", "columns": COLUMNS}, "no file and no folder nowhere"),
+        ({"path": "x/y.csv"}, "x/y.csv is neither a file, a folder"),
+        ({"path": "nowhere", "columns": COLUMNS}, "nowhere is neither a file, a folder"),
         ({"path": "an/id", "columns": COLUMNS}, "cannot read an/id: the hub cannot be reached"),
     ],
 )

@@ -181,7 +181,7 @@ def test_a_shard_that_is_not_what_its_manifest_says_is_an_error_and_not_kept(
 ):
     (tmp_path / "far").mkdir()
     pairs = ShardedPairs(spoiled(root, tmp_path / "far", spoil))
-    with pytest.raises(Unreachable, match=r"far/00000\.tar cannot be read, in 3 .* its manifest"):
+    with pytest.raises(Unreachable, match=r"far/00000\.tar could not be read in 3 .* its manifest"):
         pairs[0]
     assert kept(cache) == []
     assert pairs[2] == make_pair(2)
@@ -206,7 +206,7 @@ def test_what_cannot_be_reached_stops_training_instead_of_being_replaced(root, s
     batches = TrainingBatches([pairs], [0], plan, lambda items, side, image: {})
     server.shutdown()
     server.server_close()
-    with pytest.raises(Unreachable, match=rf"{server.url}/pets/0000\d\.tar cannot be read"):
+    with pytest.raises(Unreachable, match=rf"{server.url}/pets/0000\d\.tar could not be read"):
         batches.load(0)
 
 

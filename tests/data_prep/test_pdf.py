@@ -153,7 +153,7 @@ def test_what_is_made_is_kept_and_lost_pages_are_drawn_again(made, capsys):
     assert run(made.parent / "books", made, "--held-out", "0.2") == 0
     printed = capsys.readouterr()
     assert printed.out.count("kept") == 3
-    assert "copy of birds.pdf is birds.pdf once more: read once" in printed.err
+    assert "copy of birds.pdf is a copy of birds.pdf: read once" in printed.err
     assert page.read_bytes() == before
     assert run(made.parent / "books", made, "--held-out", "0.2", "--side", "100") == 2
     assert "contains other pages: choose another --out, or use --force" in capsys.readouterr().err

@@ -118,7 +118,7 @@ def test_without_the_hub_a_file_is_cut_off_and_not_missing(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(
-        Unreachable, match=r"cannot download images\.zip of some/where: the hub is out"
+        Unreachable, match=r"cannot download images\.zip of some/where: the hub cannot"
     ):
         fetch("some/where", "images.zip")
     with pytest.raises(Unreachable, match=r"cannot read data/\*\.parquet of some/where"):

@@ -218,7 +218,7 @@ def test_too_much_to_drop_stops_early_and_leaves_nothing(tmp_path, capsys):
 def test_a_card_that_is_not_ours_is_not_overwritten(tmp_path, capsys):
     (tmp_path / "README.md").write_text("my project")
     assert make(tmp_path, [draft(0)], held_out=0.0)[0] == 2
-    assert "README.md is there already and not ours" in capsys.readouterr().err
+    assert "README.md exists already and was not written" in capsys.readouterr().err
     assert (tmp_path / "README.md").read_text() == "my project"
 
 

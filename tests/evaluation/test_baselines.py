@@ -66,7 +66,7 @@ def test_a_model_of_many_vectors_scores_as_it_does_by_itself(root, tmp_path, mon
     assert len(found) == len(ours) > 3
     for (key, value), expected in zip(found.items(), ours.values(), strict=True):
         assert value == pytest.approx(expected, abs=1e-9), key
-    with pytest.raises(UserError, match="gives 8 vectors for a candidate, and there is room for 7"):
+    with pytest.raises(UserError, match="produced 8 vectors for a candidate, more than 7"):
         SentenceTransformersBaseline(str(root / "export"), "cpu", Budget(6, 7)).encode_candidate(
             [Item("moon")]
         )

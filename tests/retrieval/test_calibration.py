@@ -202,5 +202,5 @@ def test_refuses_what_cannot_be_measured(store, tmp_path):
     empty = Store.create(tmp_path / "s", GROUPS, WIDTH, "model")
     with pytest.raises(UserError, match=r"/s is empty"):
         calibrate(empty)
-    with pytest.raises(UserError, match=r"up to 1, got 1.5"):
+    with pytest.raises(UserError, match=r"at most 1, got 1.5"):
         calibrate(store).best(1.5)

@@ -406,7 +406,7 @@ def test_refuses_collections_that_are_not_of_a_store(store, tmp_path):
             UserError, match=r"/theirs: not a collection of a store: .*another name"
         ):
             pushed(store, f"{server}/theirs")
-        with pytest.raises(UserError, match="/nothing is not there"):
+        with pytest.raises(UserError, match="/nothing does not exist"):
             QdrantStore.open(f"{server}/nothing")
     with pytest.raises(Unreachable, match=re.escape(f"{server}/things cannot be reached")):
         QdrantStore.open(f"{server}/things")

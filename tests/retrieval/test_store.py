@@ -280,7 +280,7 @@ def test_a_store_may_be_made_in_an_empty_folder_and_in_no_other(tmp_path):
 
 def test_refuses_to_make_a_store_where_one_is(tmp_path):
     new_store(tmp_path / "s", count=2)
-    with pytest.raises(UserError, match=r"/s is a store already"):
+    with pytest.raises(UserError, match=r"/s is already a store"):
         new_store(tmp_path / "s")
     assert len(Store.open(tmp_path / "s")) == 2
 

@@ -137,7 +137,7 @@ def test_a_missing_row_is_an_error_that_names_it():
         ("query", [7], vectors(1, 2, 6), "0 to 6, got 7 to 7"),
         ("candidate", [3, -1], vectors(2, 4, 6), "0 to 8, got -1 to 3"),
         ("candidate", [0], vectors(1, 3, 6), "2x4 needs 4 vectors of a candidate, got 3"),
-        ("candidate", [0], vectors(1, 4, 6) * torch.nan, "candidate embeddings hold NaN"),
+        ("candidate", [0], vectors(1, 4, 6) * torch.nan, "candidate embeddings contain NaN"),
     ],
 )
 def test_refuses_rows_that_cannot_be_ranked(side, index, rows, message):

@@ -58,7 +58,7 @@ def test_a_stalled_process_names_its_place_and_ends():
     _, error = process.communicate(timeout=60)
     assert process.returncode == STATUS
     assert re.search(r"rank 0, training step 7, source pets, pairs a, b: nothing .* 1 s", error)
-    assert "it waits in wait_in_vain (" in error
+    assert "it is waiting in wait_in_vain (" in error
     assert "time.sleep(20)" in error or "in wait_in_vain" in error
 
 
@@ -150,7 +150,7 @@ def test_a_run_of_two_ranks_survives_a_hang_and_kills(recipe):
     for rank, error in enumerate(said):
         place = rf"rank {rank} of 2, training step 2, source train, pairs (pair-\d+, ){{3}}pair-\d+"
         assert re.search(rf"{place}: no progress for \d+ s", error), error
-    assert "it waits in on_before_backward (faults.py" in said[1]  # this keeps rank 0 waiting
+    assert "it is waiting in on_before_backward (faults.py" in said[1]  # this keeps rank 0 waiting
     assert steps_done(recipe) == 2
 
     status, said, took_s = fit(recipe, "--ckpt_path", "last", what="kill", step=3, rank=1)

@@ -27,9 +27,7 @@ def loss_faults(module: MetaEmbedModule, made: Outline | None, data: Data | None
     if teacher and not folder:
         checks += [partial(refuse_unscored, *source) for source in (data.sources if data else [])]
     elif folder and not Path(folder).exists():  # a hub id would be downloaded
-        yield (
-            f"model.loss.teacher.model: {folder} is not on this machine: train or download it first"
-        )
+        yield (f"model.loss.teacher.model: {folder} does not exist: train or download it first")
     elif folder and made is not None:
         unknown = () if made.counts_tokens else ("tokenizer",)
         checks.append(partial(refuse_other_inputs, folder, made.model, unknown))

@@ -86,9 +86,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="skip candidates scoring above R times the positive's score; inf: no limit "
         "(default: 0.95)",
     )
-    add("--depth", type=int, default=100, metavar="N", help="candidates ranked (default: 100)")
-    add("--budget", metavar="RQxRC[xD]", help="rank all at this budget (default: all vectors)")
-    add("--cascade", metavar="STAGES", help="or in stages, such as 16x1:2000,4x8:100")
+    add("--depth", type=int, default=100, metavar="N", help="candidates to rank (default: 100)")
+    add("--budget", metavar="RQxRC[xD]", help="rank at this budget (default: all vectors)")
+    add("--cascade", metavar="STAGES", help="rank in stages, such as 16x1:2000,4x8:100")
     add(
         "--target-recall",
         type=float,

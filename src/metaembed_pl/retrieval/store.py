@@ -94,7 +94,7 @@ class Store(Reader):
         """
         folder = Path(folder)
         if (folder / MANIFEST_FILE).exists():
-            raise UserError(f"{folder} is a store already: open it, or choose another folder")
+            raise UserError(f"{folder} is already a store: open it, or choose another folder")
         kept = width if projection is None else projection.width
         widths = tuple(some for some in widths if some < kept)
         manifest = Manifest(identity, parse_groups(groups), width, dtype, widths=widths)
