@@ -511,7 +511,7 @@ def test_a_table_here_becomes_shards_and_one_elsewhere_is_told(
     found = json.loads(capsys.readouterr().out)
     assert found["steps"]["num_pairs"] == 24
     told = (
-        f"nlphuji/flickr30k: not looked at; the first fit reads it and makes shards in {tmp_path}"
+        f"lmms-lab/flickr30k: not looked at; the first fit reads it and makes shards in {tmp_path}"
     )
     assert any(told in note for note in found["notes"])
     assert check("--config", recipe(data__train=[{"path": "preset:coca"}])) == 2

@@ -436,3 +436,23 @@ def test_a_folder_of_folders_of_shards_is_told_to_choose_one(tmp_path):
     tiny.shards(tmp_path / "data" / "pets", 2)
     with pytest.raises(UserError, match=r"no pictures and no PDFs; .* such as .*/data/pets"):
         open_source(tmp_path / "data")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((), "--engine vllm takes a folder that this version's `export --format vllm` made"),
+        (("--index",), "--index is not for --engine vllm"),
+        (("--device", "cpu"), "--device is not for --engine vllm"),
+        (("--vllm-args", "[1]"), "--vllm-args takes a JSON object, got '[1]'"),
+        (("--engine", "here", "--vllm-args", "{}"), "--vllm-args is for --engine vllm"),
+    ],
+)
+def test_vllm_refuses_what_is_not_for_it_in_one_line(flags, message, tmp_path, capsys):
+    (tmp_path / "t.jsonl").write_text('{"text": "a"}')
+    where = ["--items", str(tmp_path / "t.jsonl"), "--store", str(tmp_path / "s")]
+    assert main(["embed", "--model", str(tmp_path), *where, "--engine", "vllm", *flags]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "s").exists()

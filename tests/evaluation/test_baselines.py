@@ -120,6 +120,63 @@ def test_a_model_of_one_vector_is_ranked_by_its_cosines(root, tmp_path, capsys):
     assert "could not encode a candidate" in told
 
 
+def colqwen(folder):
+    """A tiny ColQwen2 as transformers saves one, made from its config: many vectors of a page."""
+    from transformers import ColQwen2Config, ColQwen2ForRetrieval, ColQwen2Processor
+
+    ours = tiny.processing(tiny.CONFIGS["qwen2_vl"])
+    names = {"image_token_id": "<|image_pad|>", "vision_start_token_id": "<|vision_start|>"}
+    ids = {key: ours.tokenizer.convert_tokens_to_ids(word) for key, word in names.items()}
+    config = dict(tiny.CONFIGS["qwen2_vl"])
+    text = config["text_config"] | {"vocab_size": len(ours.tokenizer)}
+    torch.manual_seed(0)
+    model = ColQwen2ForRetrieval(
+        ColQwen2Config(vlm_config=config | ids | {"text_config": text}, embedding_dim=12)
+    ).eval()
+    model.save_pretrained(folder)
+    processor = ColQwen2Processor(ours.image_processor, ours.tokenizer)
+    processor.save_pretrained(folder)
+    return model, processor
+
+
+def test_colpalis_kin_are_ranked_by_their_own_maxsim(tmp_path):
+    model, processor = colqwen(tmp_path / "col")
+    with RetrievalSetWriter(tmp_path / "sets" / "pages", "pages") as writer:
+        for i in range(NUM):
+            writer.add_candidate(Item(image=tiny.picture(i, (56 + 28 * (i % 2), 56)), id=f"c{i}"))
+            writer.add_query(Item(tiny.text(i), id=f"q{i}"))
+            writer.judge(f"q{i}", f"c{i}")
+    where = ["--benchmark", f"beir:{tmp_path}/sets", "--out", str(tmp_path / "out")]
+    named = ["--model", f"sentence-transformers:{tmp_path}/col", "--vectors", "40x48"]
+    assert main(["evaluate", *named, *where, "--store-dtype", "fp32"]) == 0
+    (task,) = Outcome.load(tmp_path / "out").tasks
+    with torch.no_grad():
+        pages = [tiny.picture(i, (56 + 28 * (i % 2), 56)) for i in range(NUM)]
+        candidates = [model(**processor(images=[page])).embeddings[0] for page in pages]
+        for i, hits in enumerate(task.hits["40x48"]):
+            query = model(**processor(text=[tiny.text(i)])).embeddings[0]
+            scores = [float((query @ page.T).max(1).values.sum()) for page in candidates]
+            assert [score for _, score in hits] == pytest.approx(sorted(scores)[::-1][: len(hits)])
+            assert all(scores[place] == pytest.approx(score) for place, score in hits)
+
+
+def test_a_model_that_mteb_registers_is_loaded_by_its_name(root, tmp_path):
+    pytest.importorskip("mteb")
+    model = load_baseline("mteb:mteb/baseline-random-encoder", "cpu")
+    assert (model.width, [str(group) for group in model.groups]) == (32, ["1x1"])
+    found = metrics(model, root, tmp_path, Budget(1, 1))
+    assert len(found) > 3
+    items = [Item("moon"), Item(image=tiny.picture(1)), Item("moon", tiny.picture(1))]
+    text, picture, both = model.encode_candidate(items)[:, 0]
+    assert torch.equal(text, model.encode_query(items[:1])[0, 0])
+    raw = [torch.as_tensor(model.vectors_of([item], "query")[0]) for item in items]
+    torch.testing.assert_close(raw[2], (raw[0] + raw[1]) / 2)  # as mteb puts them together
+    torch.testing.assert_close(both, raw[2] / raw[2].norm())
+    assert not torch.allclose(picture, text)
+    with pytest.raises(UserError, match="baseline-random-colbert has no `encode`: it searches"):
+        load_baseline("mteb:mteb/baseline-random-colbert", "cpu")
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

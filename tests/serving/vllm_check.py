@@ -2,11 +2,13 @@
 
 import base64
 import io
+import json
 import os
 import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -18,6 +20,10 @@ from metaembed_pl.cli.main import main
 from metaembed_pl.item import Item
 from metaembed_pl.model.embedder import MetaEmbedder
 from metaembed_pl.model.export_vllm import VllmPrompts
+from metaembed_pl.model.identity import identity_of
+from metaembed_pl.retrieval.embedding import Entry, Prepare
+from metaembed_pl.retrieval.store import Store
+from metaembed_pl.serving.vllm_engine import VllmModel
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -32,6 +38,7 @@ ITEMS = [
 ]
 # vLLM's attention on a CPU takes heads of 32 and more.
 TEXT = {"hidden_size": 64, "num_key_value_heads": 2, "head_dim": 32}
+SETTINGS = json.dumps({"dtype": "float32", "enforce_eager": True})
 SECTIONS = {"qwen2_vl": [4, 6, 6], "qwen2_5_vl": [4, 6, 6], "qwen3_vl": [8, 4, 4]}
 LAYOUTS = {"qwen2_vl": "both", "qwen2_5_vl": "own", "qwen3_vl": "both"}
 
@@ -75,6 +82,44 @@ def test_the_offline_engine_gives_the_same_vectors(family, tmp_path):
         found = engine.encode(prompts(ITEMS, side), pooling_task="token_embed", use_tqdm=False)
         vectors = torch.stack([one.outputs.data for one in found])
         torch.testing.assert_close(vectors, expected(model, side), atol=1e-5, rtol=0)
+
+
+def test_embed_with_vllm_makes_the_store_that_embed_makes(tmp_path, capsys):
+    model, folder = exported("qwen2_5_vl", tmp_path)
+    lines = [{"id": f"{i}", "text": item.text} for i, item in enumerate(ITEMS) if item.text]
+    for i, item in enumerate(ITEMS):
+        if item.image is not None:
+            item.load_image().save(tmp_path / f"{i}.png")
+            text = {"text": item.text} if item.text else {}
+            lines.append({"id": f"picture {i}", "image": f"{i}.png"} | text)
+    lines.append({"id": "long", "text": "word " * 600})
+    (tmp_path / "things.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    stores = []
+    for where, *engine in (
+        (folder, "--engine", "vllm", "--vllm-args", SETTINGS),
+        [tmp_path / "model"],
+    ):
+        store = tmp_path / f"store {len(stores)}"
+        flags = ["--items", str(tmp_path / "things.jsonl"), "--store", str(store)]
+        # fp16 is the nearest to fp32 that a store keeps
+        command = ["embed", "--model", str(where), *flags, "--store-dtype", "fp16", *engine]
+        assert main(command) == 0, capsys.readouterr().err
+        told = capsys.readouterr()
+        assert f"{len(lines)} items in {store}, {len(lines)} of them new" in told.out
+        assert "1 of 7 texts are longer than" in told.err
+        stores.append(Store.open(store))
+    theirs, ours = stores
+    assert theirs.ids == ours.ids == [line["id"] for line in lines]
+    assert theirs.identity == ours.identity == identity_of(model)
+    rows = range(len(lines))
+    torch.testing.assert_close(theirs.vectors(rows), ours.vectors(rows), atol=1e-3, rtol=0)
+    engine = VllmModel(folder, json.loads(SETTINGS))
+    prepare = Prepare(engine.processor(), "candidate", 0, skip_bad=False, previews=False)
+    entries = [Entry.of(replace(item, id=str(i))) for i, item in enumerate(ITEMS)]
+    ((_, vectors),) = engine.encoded([entries], prepare, "candidate")
+    torch.testing.assert_close(vectors, expected(model, "candidate"), atol=1e-5, rtol=0)
+    query = ["--query", "red apple", "--model", str(tmp_path / "model"), "--json"]
+    assert main(["search", "--store", str(theirs.folder), *query]) == 0
 
 
 def message(item: Item, side: str) -> dict:

@@ -10,6 +10,7 @@ and adds new items. The result is one line on standard output.
 
 import argparse
 import json
+import os
 import sys
 from contextlib import redirect_stdout
 from dataclasses import replace
@@ -89,9 +90,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--engine",
-        choices=("here", "ray"),
+        choices=("here", "vllm", "ray"),
         default="here",
-        help="here: this process, or torchrun's; ray: a Ray cluster, in parts (default: here)",
+        help="here: this process, or torchrun's; vllm: vLLM, for a folder of `export --format "
+        "vllm`; ray: a Ray cluster, in parts (default: here)",
+    )
+    add(
+        "--vllm-args",
+        metavar="JSON",
+        help='settings of vLLM\'s engine, such as {"tensor_parallel_size": 2}',
     )
     add(
         "--parts",
@@ -121,7 +128,7 @@ def run(args: argparse.Namespace) -> None:
     if args.width is not None and args.width < 1:
         raise UserError(f"--width must be at least 1, got {args.width}")
     with redirect_stdout(sys.stderr):
-        told = embed_here(args) if args.engine == "here" else _embed_on_ray(args)
+        told = _embed_on_ray(args) if args.engine == "ray" else embed_here(args)
     if told is None:
         return
     if args.json:
@@ -153,7 +160,10 @@ def _embed_on_ray(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def embed_here(args: argparse.Namespace) -> dict[str, Any] | None:
-    """Embed in this process, or on torchrun's ranks; what was done, or nothing on other ranks."""
+    """Embed in this process, or on torchrun's ranks; what was done, or nothing on other ranks.
+
+    The engine that computes the vectors is a `MetaEmbedder`, or vLLM in its place.
+    """
     from metaembed_pl.data.tables import parse_columns
     from metaembed_pl.retrieval.part_of import PartOf
     from metaembed_pl.retrieval.sources import open_source
@@ -162,6 +172,7 @@ def embed_here(args: argparse.Namespace) -> dict[str, Any] | None:
     pace, columns = pace_of(args), parse_columns(args.columns)
     source = open_source(args.items, columns, _fetch(args))
     part = None if args.part is None else PartOf.parse(args.part)
+    settings = _vllm_settings(args)
     if part is not None and args.index:
         raise UserError("--index needs a complete store: merge the parts, then run `index`")
     if args.index:
@@ -173,7 +184,7 @@ def embed_here(args: argparse.Namespace) -> dict[str, Any] | None:
     from metaembed_pl.retrieval.parts import PartNote, begin
 
     with embedding.ranks() as (rank, _):
-        model = load_model(args)
+        model: Any = load_model(args) if settings is None else _vllm(args, settings)
         store = embedding.open_for(
             model, args.store, args.store_dtype, args.width, source, args.skip_bad
         )
@@ -211,8 +222,37 @@ def embed_here(args: argparse.Namespace) -> dict[str, Any] | None:
                 file=sys.stderr,
             )
         told = _told(store, done)
-        told["index"] = _index(store, model, args) if len(store) else None
+        told["index"] = _index(store, model, args) if len(store) and settings is None else None
         return told
+
+
+def _vllm_settings(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Settings of vLLM's engine; None where another engine embeds."""
+    if args.engine != "vllm":
+        if args.vllm_args is not None:
+            raise UserError("--vllm-args is for --engine vllm")
+        return None
+    refused = [name for name in ("index", "compile", "device", "revision") if getattr(args, name)]
+    if refused:
+        raise UserError(f"--{refused[0]} is not for --engine vllm")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "--engine vllm runs its own processes: without torchrun, give --vllm-args "
+            "'{\"tensor_parallel_size\": N}', or run one --part a GPU"
+        )
+    try:
+        settings = json.loads(args.vllm_args or "{}")
+    except ValueError:
+        settings = None
+    if not isinstance(settings, dict):
+        raise UserError(f"--vllm-args takes a JSON object, got {args.vllm_args!r:.80}")
+    return settings
+
+
+def _vllm(args: argparse.Namespace, settings: dict[str, Any]) -> Any:
+    from metaembed_pl.serving.vllm_engine import VllmModel
+
+    return VllmModel(args.model, ({"dtype": args.dtype} if args.dtype else {}) | settings)
 
 
 def _fetch(args: argparse.Namespace) -> "Fetch | None":

@@ -84,8 +84,8 @@ PRESETS = {
         note="Its hard negatives are ids of other rows, which are not followed: use `mine`.",
     ),
     "flickr30k": Preset(
-        "nlphuji/flickr30k",
-        {"query": "caption", "positive_image": "image", "positive_id": "filename"},
+        "lmms-lab/flickr30k",
+        {"query": "caption", "positive_image": "image"},
     ),
     "coco": Preset(
         "jxie/coco_captions",
@@ -113,7 +113,8 @@ PRESETS = {
         note="Give its JSON Lines, beside the unpacked pictures, by --from.",
     ),
 }
-"""Not yet verified on the hub's files: names and columns are those of the datasets' cards."""
+"""Not yet verified on the hub's own files. The columns are those that public code reads, but for
+MegaPairs, whose columns are from memory."""
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ class SentenceTransformersBaseline(Baseline):
         _need("sentence_transformers", "sentence-transformers")
         from sentence_transformers import MultiVectorEncoder, SentenceTransformer
 
-        many = _sbert_kind(folder) in ("MultiVectorEncoder", "ColBERT")
+        many = _has_many(folder)
         kind: Any = MultiVectorEncoder if many else SentenceTransformer
         try:
             self.model: Any = kind(folder, device=device)
@@ -169,12 +169,14 @@ class MtebBaseline(Baseline):
         _need("mteb", "metaembed-pl[mteb]")
         self.model = _of_mteb(model, device) if isinstance(model, str) else model
         about = self.model.mteb_model_meta
+        if not hasattr(self.model, "encode"):
+            raise UserError(f"{about.name} has no `encode`: it searches by itself, without vectors")
         compares = getattr(about.similarity_fn_name, "value", about.similarity_fn_name) or "cosine"
         many = compares == "MaxSim"
         self._device, name = torch.device(device), str(about.name)
         self._revision = str(about.revision)
         self.is_many, self.width = many, about.embed_dim
-        if not self.width:
+        if not isinstance(self.width, int):  # unknown, or all that it can be cut to
             first = self._encode([Item("a")], "query")
             self.width = torch.as_tensor(first[0]).shape[-1]
         super().__init__(name, compares, (vectors or MANY) if many else None, int(self.width))
@@ -270,14 +272,19 @@ def _need(package: str, install: str) -> None:
         raise UserError(f"this model needs {package}: pip install {install}")
 
 
-def _sbert_kind(folder: str) -> str:
-    """What kind of model a folder says it is."""
+def _has_many(folder: str) -> bool:
+    """Whether a model gives many vectors: the library's own form says so, or transformers'."""
     from sentence_transformers.util import load_file_path
 
     from metaembed_pl.files import read_json_object
 
-    file = load_file_path(folder, "config_sentence_transformers.json")
-    return read_json_object(Path(file)).get("model_type", "") if file else ""
+    own, config = (
+        read_json_object(Path(file)) if (file := load_file_path(folder, name)) else {}
+        for name in ("config_sentence_transformers.json", "config.json")
+    )
+    names = config.get("architectures") or []
+    is_late = any(name.endswith("ForRetrieval") or name == "HF_ColBERT" for name in names)
+    return own.get("model_type") in ("MultiVectorEncoder", "ColBERT") or (not own and is_late)
 
 
 def _sbert_input(item: Item) -> Any:

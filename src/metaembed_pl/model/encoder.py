@@ -1,12 +1,17 @@
 """The model interface that stores and evaluations use: ours, or a model of another library."""
 
-from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from metaembed_pl.budget import Budget
+from metaembed_pl.item import Item
+from metaembed_pl.model.encoding import Prepared
+from metaembed_pl.model.processing import Side
+
+T = TypeVar("T")
 
 
 @runtime_checkable
@@ -43,4 +48,50 @@ class Encoder(Protocol):
 
     def settings(self) -> dict[str, Any]:
         """What a report says of it."""
+        ...
+
+
+@runtime_checkable
+class Preparer(Protocol):
+    """Makes items ready for an `Engine`, in this process or in a worker."""
+
+    def prepared(
+        self, items: Sequence[Item], side: Side, chunk_tokens: int, about: Any = None
+    ) -> Prepared:
+        """A window."""
+        ...
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """What embeds many items: a `MetaEmbedder`, or vLLM in its place (serving/vllm_engine.py)."""
+
+    @property
+    def groups(self) -> Sequence[Budget]:
+        """Smallest first."""
+        ...
+
+    @property
+    def width(self) -> int:
+        """Of a vector."""
+        ...
+
+    @property
+    def widths(self) -> Sequence[int]:
+        """Below the full one, at which its first components were trained."""
+        ...
+
+    def processor(self) -> Preparer:
+        """Prepares windows of items."""
+        ...
+
+    def encoded(
+        self,
+        windows: Iterable[T],
+        prepare: Callable[[T], Prepared],
+        side: Side,
+        num_workers: int | None = 0,
+        num_ranks: int = 1,
+    ) -> Iterator[tuple[Prepared, Tensor]]:
+        """What `prepare` gave, and fp32 unit vectors (N, R, D) on the CPU."""
         ...

@@ -26,6 +26,7 @@ from metaembed_pl.errors import UserError
 from metaembed_pl.item import Item
 from metaembed_pl.model.embedder import MetaEmbedder
 from metaembed_pl.model.export import Difference, Vectors, compare, sample_items, sample_vectors
+from metaembed_pl.model.identity import identity_of
 from metaembed_pl.model.processing import Side
 
 FORM, PROJECTION = "retrieval.json", "projection.safetensors"
@@ -52,7 +53,7 @@ def write_transformers(
             f"this form is for models with meta tokens; this one pools by {model.pooling}: use "
             "--format metaembed or sentence-transformers"
         )
-    before = sample_vectors(model)
+    before, identity = sample_vectors(model), identity_of(model)
     tokenizer = copy.deepcopy(model.processing.tokenizer)
     table: Any = model.backbone.get_input_embeddings()
     words = spare_words(tokenizer, table.num_embeddings, model.meta_tokens.embedding.num_embeddings)
@@ -70,7 +71,7 @@ def write_transformers(
     if not isinstance(model.projection, nn.Identity):
         projection = {"projection": model.projection.weight.detach().contiguous()}
         save_file(projection, folder / PROJECTION)
-    form = _form(model, words)
+    form = _form(model, words) | {"identity": identity}
     (folder / FORM).write_text(json.dumps(form, indent=2, ensure_ascii=False) + "\n")
     after = Vectors(*(_plain_vectors(folder, model, side, form) for side in get_args(Side)))
     return compare(before, after, model.backbone.dtype, "plain transformers")
@@ -114,6 +115,8 @@ def _form(model: MetaEmbedder, words: Sequence[str]) -> dict[str, Any]:
         "suffix": prompt.suffix,
         "max_text_tokens": model.processing.max_text_tokens,
         "groups": [str(group) for group in model.groups],
+        "width": model.width,
+        "widths": list(model.widths),
         "query": {
             "before": prompt.query,
             "meta_tokens": "".join(words[:num_query]),

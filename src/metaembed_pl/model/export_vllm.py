@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from metaembed_pl.data.collate import Cut
 from metaembed_pl.errors import UserError
 from metaembed_pl.files import read_json_object
 from metaembed_pl.item import Item
@@ -120,9 +121,13 @@ class VllmPrompts:
 
     Args:
         folder: of the form.
+
+    Attributes:
+        cut: of the texts so far.
     """
 
     def __init__(self, folder: str | Path):
+        self.cut = Cut()
         self.form = read_json_object(Path(folder) / FORM)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
 
@@ -134,6 +139,7 @@ class VllmPrompts:
         form, image = self.form, item.load_image()
         words = item.words or form["image_only"]
         text = self._ids(form[side]["before"] + words, split_special_tokens=True)
+        self.cut.note([len(text)] if item.words else [], form["max_text_tokens"])
         head = form["prefix"] + (PICTURE if image is not None else "") + form["before_text"]
         ids = [
             *self._ids(head),

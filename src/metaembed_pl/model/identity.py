@@ -12,10 +12,10 @@ from metaembed_pl.model.weights import fingerprint
 
 if TYPE_CHECKING:
     from metaembed_pl.model.embedder import MetaEmbedder
-    from metaembed_pl.model.encoder import Encoder
+    from metaembed_pl.model.encoder import Encoder, Engine
 
 
-def identity_of(model: "MetaEmbedder | Encoder") -> str:
+def identity_of(model: "MetaEmbedder | Encoder | Engine") -> str:
     """A digest of all that a model's vectors depend on: weights, groups, prompt, picture sizes.
 
     It is the same in fp32 and in bf16, on any device, and for a model that was saved and loaded.
@@ -24,7 +24,7 @@ def identity_of(model: "MetaEmbedder | Encoder") -> str:
     Raises:
         UserError: the weights have no fingerprint (quantized, fp16, on the meta device).
     """
-    if own := getattr(model, "identity", None):  # of a baseline
+    if own := getattr(model, "identity", None):  # of a baseline, or of vLLM
         return own
     model = cast("MetaEmbedder", model)
     processing = model.processing

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from metaembed_pl.errors import UserError
 from metaembed_pl.item import Item, several
-from metaembed_pl.model.embedder import MetaEmbedder, Processor
+from metaembed_pl.model.encoder import Engine, Preparer
 from metaembed_pl.model.encoding import Pace, Prepared
 from metaembed_pl.model.identity import identity_of
 from metaembed_pl.model.processing import Side
@@ -120,7 +120,7 @@ def shown(item: Item) -> dict[str, Any]:
 
 
 def open_for(
-    model: MetaEmbedder,
+    model: Engine,
     folder: str | Path,
     dtype: str | None = None,
     width: int | None = None,
@@ -168,7 +168,7 @@ def open_for(
 
 
 def _lesson(
-    model: MetaEmbedder, items: Iterable["Entry | Item | str | dict"], skip_bad: bool
+    model: Engine, items: Iterable["Entry | Item | str | dict"], skip_bad: bool
 ) -> Iterator[Float[Tensor, "_ R D"]]:
     """The vectors that a projection is learned from: of items all over, which may be sorted."""
     if not isinstance(items, Sized):
@@ -185,7 +185,7 @@ def _lesson(
         yield vectors
 
 
-def check_model(store: Searchable, model: MetaEmbedder) -> None:
+def check_model(store: Searchable, model: Engine) -> None:
     """Refuse a model other than that whose vectors a store or collection holds.
 
     Raises:
@@ -202,7 +202,7 @@ def check_model(store: Searchable, model: MetaEmbedder) -> None:
 
 def embed(
     store: Store,
-    model: MetaEmbedder,
+    model: Engine,
     items: Iterable["Entry | Item | str | dict"],
     pace: Pace | int = 32,
     *,
@@ -370,7 +370,7 @@ class Prepare:
         previews: make them.
     """
 
-    process: Processor
+    process: Preparer
     side: Side
     chunk_tokens: int
     skip_bad: bool
