@@ -12,10 +12,11 @@ from itertools import chain, count, islice
 
 import numpy as np
 
-from metaembed_pl.data.parallel import in_order, progress
+from metaembed_pl.data.parallel import in_order
 from metaembed_pl.data_prep._openmoji import Picture
 from metaembed_pl.data_prep._raster import GRID, Drawn, encode_shown
 from metaembed_pl.item import Item, Pair
+from metaembed_pl.progress import with_progress
 
 NUM_TILES = GRID * GRID
 SMALL_SCENES = {"emoji_scene_1x2": (1, 2), "emoji_scene_2x2": (2, 2)}  # rows, columns
@@ -123,7 +124,7 @@ def scene_pairs(drawn: Drawn, split: str, scenes: list[Scene], num_jobs: int) ->
     composed = in_order(
         partial(compose, tiles, drawn.palette, num_columns=num_columns), layouts, num_jobs
     )
-    watched = progress(composed, f"{split} scenes", len(scenes))
+    watched = with_progress(composed, f"{split} scenes", len(scenes))
     for number, (scene, pngs) in enumerate(zip(scenes, watched, strict=True)):
         name = f"{split}-scene{size}-{number:05d}"
         swapped_ids = scene.asked[: len(scene.replacements)]

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import combinations, count, islice, product
 
-from metaembed_pl.data.parallel import in_order, progress
+from metaembed_pl.data.parallel import in_order
 from metaembed_pl.data_prep._emoji_scenes import NUM_TILES, compose
 from metaembed_pl.data_prep._openmoji import Picture
 from metaembed_pl.data_prep._raster import Drawn
 from metaembed_pl.item import Item, Pair
+from metaembed_pl.progress import with_progress
 
 NUM_THINGS = {"emoji_scene_two": 2, "emoji_scene_three": 3}
 NUM_TEST_SCENES = 800
@@ -97,7 +98,7 @@ def several_pairs(
     layouts = ([family.scene(choice) for choice in family.asked] for family in families)
     composed = in_order(partial(compose, tiles, drawn.palette), layouts, num_jobs)
     num_things = len(families[0].parts) if families else 0
-    watched = progress(composed, f"{split} families", len(families))
+    watched = with_progress(composed, f"{split} families", len(families))
     for number, (family, pngs) in enumerate(zip(families, watched, strict=True)):
         name = f"{split}-scene-for-{num_things}-{number:05d}"
         scenes = {

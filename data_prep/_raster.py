@@ -8,7 +8,7 @@ import numpy as np
 import resvg_py
 from PIL import Image
 
-from metaembed_pl.data.parallel import in_order, progress
+from metaembed_pl.data.parallel import in_order
 from metaembed_pl.data_prep._openmoji import (
     Picture,
     find_twins,
@@ -16,6 +16,7 @@ from metaembed_pl.data_prep._openmoji import (
     same_names,
     svg_folder,
 )
+from metaembed_pl.progress import with_progress
 
 GRID = 3  # a scene is GRID x GRID pictures
 
@@ -70,8 +71,8 @@ def draw(pictures: dict[str, Picture], size: int, num_jobs: int) -> Drawn:
     """
     pngs, tiles = {}, {}
     drawn = in_order(partial(_draw_one, size=size), pictures, num_jobs)
-    shown = progress(drawn, "drawing", len(pictures))
-    for id, (png, tile) in zip(pictures, shown, strict=True):
+    watched = with_progress(drawn, "drawing", len(pictures))
+    for id, (png, tile) in zip(pictures, watched, strict=True):
         pngs[id], tiles[id] = png, tile
     twins, same = find_twins(tiles), same_names(pictures.values())
     return Drawn(pictures, pngs, tiles, *_share_palette(tiles), twins, same)

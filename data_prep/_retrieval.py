@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from metaembed_pl.data.beir import RetrievalSetWriter
-from metaembed_pl.data.parallel import in_order, progress
+from metaembed_pl.data.parallel import in_order
 from metaembed_pl.data.product import SHOWN, check_picture, kind_of, listed, loaded
 from metaembed_pl.data.shard_index import sha256_of
 from metaembed_pl.data_prep._source import main_of
 from metaembed_pl.errors import UserError
 from metaembed_pl.files import write_text
 from metaembed_pl.item import Item
+from metaembed_pl.progress import with_progress
 
 Record = dict[str, Any]
 
@@ -155,7 +156,7 @@ def _checked(
 ) -> Iterator[tuple[Item, Record]]:
     """The items that can be used, with their metadata; the others are counted."""
     checked = in_order(check, records, options.num_workers)
-    for result in progress(checked, f"{benchmark.name} {what}"):
+    for result in with_progress(checked, f"{benchmark.name} {what}"):
         if not isinstance(result, str):
             yield result
             continue

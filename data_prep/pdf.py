@@ -36,7 +36,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from metaembed_pl.data.parallel import in_order, progress
+from metaembed_pl.data.parallel import in_order
 from metaembed_pl.data.product import Draft, Product, is_held_out, kind_of, listed
 from metaembed_pl.data.shard_index import sha256_of
 from metaembed_pl.data_prep._pdf import Document, read_document, render
@@ -46,6 +46,7 @@ from metaembed_pl.data_prep._source import main_of, make_and_print
 from metaembed_pl.errors import UserError
 from metaembed_pl.files import write_text
 from metaembed_pl.picture import files_below
+from metaembed_pl.progress import with_progress
 
 RECIPE = 1  # raise it when the same PDFs make other pages or queries
 STATE = "pages.json"
@@ -157,7 +158,7 @@ def read_library(options: argparse.Namespace) -> tuple[Library, dict[str, Any]]:
     dropped: Counter[str] = Counter()
     documents = {}
     results = in_order(try_to_read, pdfs.values(), options.num_workers, chunk=1)
-    for name, result in zip(pdfs, progress(results, "reading", len(pdfs)), strict=True):
+    for name, result in zip(pdfs, with_progress(results, "reading", len(pdfs)), strict=True):
         if isinstance(result, str):
             print(f"dropped {name}: {result}", file=sys.stderr)
             dropped[kind_of(result)] += 1
@@ -173,9 +174,8 @@ def read_library(options: argparse.Namespace) -> tuple[Library, dict[str, Any]]:
     ]
     pages = {}
     drawn = in_order(draw, jobs, options.num_workers, chunk=8)
-    for (_, number, _, target), error in zip(
-        jobs, progress(drawn, "drawing", len(jobs)), strict=True
-    ):
+    watched = with_progress(drawn, "drawing", len(jobs))
+    for (_, number, _, target), error in zip(jobs, watched, strict=True):
         id = target.relative_to(folder).as_posix()
         if error is None:
             pages[id] = (str(Path(id).parent.as_posix()), number)

@@ -9,7 +9,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "metaembed_pl"
 # From the top of the house to the bottom: a module imports from its own room or from rooms above.
 ROOMS = (
-    ("errors", "display", "files", "environment", "picture"),
+    ("errors", "display", "files", "environment", "picture", "progress"),
     ("item", "budget", "late_interaction_kernel", "late_interaction", "ranking"),
     ("data",),
     ("model",),

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from metaembed_pl.display import plain, shortened
 from metaembed_pl.errors import UserError
+from metaembed_pl.progress import with_progress
 
 if TYPE_CHECKING:
     from metaembed_pl.data.shards import ShardedPairs
@@ -86,13 +87,8 @@ def _folders(name: str) -> list[Any]:
 
 
 def _tracked(name: str) -> Any:
-    if not sys.stderr.isatty():
-        return iter
-    from rich.console import Console
-    from rich.progress import track
-
     def tracked(numbers: Sequence[int]) -> Iterable[int]:
-        return track(numbers, description=name, console=Console(stderr=True), transient=True)
+        return with_progress(numbers, name, len(numbers))
 
     return tracked
 

@@ -25,8 +25,8 @@ from metaembed_pl.cli.model import (
     pace_of,
     tell_cut,
 )
-from metaembed_pl.cli.progress import Progress
 from metaembed_pl.errors import UserError
+from metaembed_pl.progress import Progress
 
 if TYPE_CHECKING:
     from metaembed_pl.data.fetch import Fetch
@@ -209,7 +209,7 @@ def embed_here(args: argparse.Namespace) -> dict[str, Any] | None:
         with Progress("embedding", len(source)) as progress:
             done = embedding.Progress()
             for done in steps:
-                progress.update(done.seen, done.embedded)
+                progress.update(done.seen)
         tell_cut(model)
         if note is not None:
             replace(note, done=True).write(store.folder)

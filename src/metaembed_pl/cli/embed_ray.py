@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from metaembed_pl.cli.progress import Progress
 from metaembed_pl.errors import UserError
+from metaembed_pl.progress import Progress
 
 Embed = Callable[[argparse.Namespace], "dict[str, Any] | None"]
 PARTS_A_WORKER = 4
@@ -70,8 +70,7 @@ def embed_on_ray(args: argparse.Namespace, total: int, embed: Embed) -> dict[str
                 for task in waiting:
                     ray.cancel(task)
                 raise UserError(str(error.cause)) from error
-            new = sum(told["embedded"] for told in done)
-            progress.update(total * (count - len(waiting)) // count, new)
+            progress.update(total * (count - len(waiting)) // count)
     store = merge([folder / f"{i}" for i in _numbers(count)], args.store)
     shutil.rmtree(folder)
     sums = {name: sum(told[name] for told in done) for name in ("embedded", "skipped")}

@@ -24,9 +24,9 @@ from metaembed_pl.cli.model import (
     pace_of,
     tell_cut,
 )
-from metaembed_pl.cli.progress import Progress
 from metaembed_pl.errors import UserError
 from metaembed_pl.files import write_text
+from metaembed_pl.progress import Progress
 
 if TYPE_CHECKING:
     from metaembed_pl.evaluation.encoding import Tell
@@ -231,7 +231,7 @@ def _progress(rank: int) -> "Iterator[Tell]":
 
         def tell(what: str, done: int, total: int) -> None:
             progress.begin(what, total)
-            progress.update(done, done)
+            progress.update(done)
 
         yield tell
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metaembed_pl.cli.model import add_model_arguments, add_pace_arguments, load_model
-from metaembed_pl.cli.progress import Progress
 from metaembed_pl.errors import UserError
+from metaembed_pl.progress import Progress
 
 if TYPE_CHECKING:
     from metaembed_pl.model.embedder import MetaEmbedder
@@ -99,7 +99,7 @@ def indexed(store: "Store", codes: str | None = None, again: bool = False) -> di
     with Progress("indexing", store.kind.num_rows) as progress:
 
         def told(done: int, _of: int) -> None:
-            progress.update(done, done)
+            progress.update(done)
 
         if index is None:
             build(store, codes or "sq8", told)

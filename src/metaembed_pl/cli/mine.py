@@ -25,8 +25,8 @@ from metaembed_pl.cli.model import (
     pace_of,
     tell_cut,
 )
-from metaembed_pl.cli.progress import shown
 from metaembed_pl.errors import UserError
+from metaembed_pl.progress import with_progress
 
 if TYPE_CHECKING:
     from metaembed_pl.cli.mine_report import MiningReport
@@ -240,7 +240,7 @@ def _embedded(model: "MetaEmbedder", folder: Path, corpus: "Corpus", pace: "Pace
     folder.parent.mkdir(parents=True, exist_ok=True)
     store = open_for(model, folder)  # all ranks meet in there
     steps = embed(store, model, corpus.entries(), pace, skip_bad=True, previews=False)
-    for progress in shown(steps, f"embedding {folder.name}", len(corpus), lambda p: p.seen):
+    for progress in with_progress(steps, f"embedding {folder.name}", len(corpus), lambda p: p.seen):
         skipped = progress.skipped
     if skipped:
         print(f"{len(skipped)} candidates cannot be read, the first: {skipped[0]}", file=sys.stderr)
@@ -258,7 +258,7 @@ def _results(
 
     rank, world = rank_and_world()
     starts = range(0, len(pairs), world * batch_size)
-    for start in shown(starts, f"mining {pairs.name}", len(pairs), int):
+    for start in with_progress(starts, f"mining {pairs.name}", len(pairs), int):
         first = min(start + rank * batch_size, len(pairs))
         numbers = range(first, min(first + batch_size, len(pairs)))
         found: Any = list(zip(numbers, miner.mine(numbers), strict=True))

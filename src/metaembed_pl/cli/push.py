@@ -97,7 +97,7 @@ def _parse_counts(text: str) -> tuple[int, ...]:
 
 
 def _push(args: argparse.Namespace, store: "Store", counts: tuple[int, ...] | None) -> Any:
-    from metaembed_pl.cli.progress import Progress
+    from metaembed_pl.progress import Progress
     from metaembed_pl.retrieval.qdrant.collection import open_collection
     from metaembed_pl.retrieval.qdrant.push import Pushed, push
 
@@ -107,7 +107,7 @@ def _push(args: argparse.Namespace, store: "Store", counts: tuple[int, ...] | No
     try:
         with Progress("pushing", len(store)) as progress:
             for done in push(store, collection, counts=counts, filters=args.filter, **settings):
-                progress.update(done.seen, done.sent)
+                progress.update(done.seen)
     finally:
         collection.close()
     text = f"{len(store):,} items in {collection.address}, {done.sent:,} of them new or changed"

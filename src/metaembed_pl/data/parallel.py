@@ -1,8 +1,6 @@
-"""Parallel work on all cores: in order, with a bounded queue and progress."""
+"""Parallel work on all cores: in order, with a bounded queue."""
 
 import os
-import sys
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -10,13 +8,8 @@ from itertools import chain, islice
 from multiprocessing import get_context
 from typing import TypeVar
 
-from rich.console import Console
-from rich.progress import track
-
 Job = TypeVar("Job")
 Result = TypeVar("Result")
-
-LINE_EVERY_S = 30  # between the lines that stand for a progress bar in a pipe
 
 
 def in_order(
@@ -53,32 +46,6 @@ def in_order(
             yield from waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def progress(
-    results: Iterable[Result], what: str, total: int | None = None, done: int = 0
-) -> Iterator[Result]:
-    """Show a progress bar in a terminal, and a line now and then in a pipe.
-
-    Args:
-        results: passed on as they come.
-        what: the name of the work.
-        total: how many there will be; None where nobody knows.
-        done: how many were there before, from a run that this one goes on with.
-    """
-    console = Console(stderr=True)
-    if console.is_terminal:
-        yield from track(results, f"{what:12}", total=total, completed=done, console=console)
-        return
-    start = last = time.monotonic()
-    for number, result in enumerate(results, start=1):
-        yield result
-        now = time.monotonic()
-        if now - last >= LINE_EVERY_S:
-            of = f" of {total:,}" if total else ""
-            rate = number / (now - start)
-            print(f"{what}: {done + number:,}{of}, {rate:,.0f} a second", file=sys.stderr)
-            last = now
 
 
 def count_cores() -> int:

@@ -21,12 +21,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from metaembed_pl.data.parallel import count_cores, in_order, progress
+from metaembed_pl.data.parallel import count_cores, in_order
 from metaembed_pl.data.shard_index import MANIFEST_FILE, sha256_of
 from metaembed_pl.data.shards import ShardedPairs, ShardWriter
 from metaembed_pl.errors import UserError
 from metaembed_pl.files import write_text
 from metaembed_pl.item import Item, Pair, stable_hash
+from metaembed_pl.progress import with_progress
 
 Draft = dict[str, Any]
 BUCKETS = 1000  # what share can be held out, in steps of a thousandth
@@ -270,7 +271,7 @@ def _fill(writer: ShardWriter, product: Product, split: str, how: Making) -> Non
     function = partial(check, held_out=product.held_out, split=split)
     checked = in_order(function, drafts, how.num_workers)
     what = f"{product.name} {split}".strip()
-    for result in progress(checked, what, how.limit, done):
+    for result in with_progress(checked, what, how.limit, done=done):
         record["rows"] += 1
         for reason in result.left_out:
             _count(record["left_out"], reason)

@@ -47,6 +47,7 @@ from metaembed_pl.model.packing import packed
 from metaembed_pl.model.processing import Processing, Side
 from metaembed_pl.model.sharded import is_first_rank, unsharded
 from metaembed_pl.model.weights import load_into, refuse_unlike
+from metaembed_pl.progress import Progress
 
 OWN_FILE = "meta_tokens.safetensors"
 T = TypeVar("T")
@@ -293,9 +294,11 @@ class MetaEmbedder(nn.Module):
         parts = (part for _, part in self.encoded(windows, prepare, side))
         found = torch.empty(len(parsed), self.num_vectors(side), self.width)
         done = 0
-        for part in _shown(parts, len(parsed), side) if progress else parts:
-            found[done : done + len(part)] = part
-            done += len(part)
+        with Progress(f"encoding {side}s", len(parsed), is_shown=progress) as bar:
+            for part in parts:
+                found[done : done + len(part)] = part
+                done += len(part)
+                bar.update(done)
         return found
 
     def num_vectors(self, side: Side) -> int:
@@ -474,15 +477,3 @@ def _checked_pooling(pooling: Pooling, groups: Sequence[Budget], bidirectional: 
             "mask, where a query does not see the candidate tokens behind its own"
         )
     return pooling
-
-
-def _shown(parts: Iterable[Tensor], total: int, side: Side) -> Iterator[Tensor]:
-    """The same parts, with a progress bar."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True)) as bar:
-        task = bar.add_task(f"encoding {side}s", total=total)
-        for part in parts:
-            yield part
-            bar.advance(task, len(part))

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from metaembed_pl.data.collate import Chunk, Cut, WithTensors
+from metaembed_pl.data.collate import Cut, WithTensors
 from metaembed_pl.data.workers import Loader, workers_for
 from metaembed_pl.errors import UserError
 
@@ -27,13 +27,13 @@ class Prepared(WithTensors):
     """A window that the model can take.
 
     Args:
-        chunks: its rows, those of like length together.
+        chunks: its rows: `Chunk`s, those of like length together; of vLLM, prompts.
         num_items: rows of all chunks.
         cut: of its texts.
         about: what the caller keeps beside it.
     """
 
-    chunks: list[Chunk]
+    chunks: list[Any]
     num_items: int
     cut: Cut = field(default_factory=Cut)
     about: Any = None

@@ -139,7 +139,7 @@ class VllmPrompts:
         form, image = self.form, item.load_image()
         words = item.words or form["image_only"]
         text = self._ids(form[side]["before"] + words, split_special_tokens=True)
-        self.cut.note([len(text)] if item.words else [], form["max_text_tokens"])
+        self.cut.note([len(text)], form["max_text_tokens"])
         head = form["prefix"] + (PICTURE if image is not None else "") + form["before_text"]
         ids = [
             *self._ids(head),

@@ -101,8 +101,13 @@ class VllmModel:
             self.processing.cut += window.cut
             vectors = torch.empty(0, *shape)
             if window.num_items:
-                found = self._engine.encode(
-                    window.chunks, pooling_task="token_embed", use_tqdm=False
-                )
+                found = self._encode(window.chunks)
                 vectors = torch.stack([one.outputs.data.float().cpu() for one in found])
             yield window, vectors
+
+    def _encode(self, prompts: list[Any]) -> list[Any]:
+        try:
+            return self._engine.encode(prompts, pooling_task="token_embed", use_tqdm=False)
+        except ValueError as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"vLLM refuses an item: {reason:.400}") from error

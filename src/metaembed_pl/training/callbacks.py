@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks import TQDMProgressBar
 
 from metaembed_pl.data.collate import EvalBatch, TrainBatch
 from metaembed_pl.data.datamodule import RetrievalDataModule
@@ -87,7 +87,7 @@ class DrawnPairs(pl.Callback):
             trainer.logger.log_metrics(metrics, step=trainer.global_step)
 
 
-class ProgressBar(RichProgressBar):
+class ProgressBar(TQDMProgressBar):
     """Lightning's bar with the speed in pairs and the time left of the whole run."""
 
     def __init__(self, speed: Speed):
