@@ -62,6 +62,8 @@ class Progress:
     def _open(self) -> Any:
         from tqdm import tqdm
 
+        # Not found out by tqdm: it shows nothing in a terminal that does not tell its size.
+        in_terminal = dict(zip(("ncols", "nrows"), get_terminal_size(), strict=True))
         in_pipe = {
             "file": _Lines(),
             "bar_format": LINE,
@@ -76,7 +78,7 @@ class Progress:
             unit=f" {self.things}",
             miniters=1,
             disable=not self._is_shown,
-            **({"ncols": get_terminal_size().columns} if sys.stderr.isatty() else in_pipe),
+            **(in_terminal if sys.stderr.isatty() else in_pipe),
         )
 
     def _close(self) -> None:
