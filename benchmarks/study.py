@@ -203,14 +203,13 @@ def measure(folder: Path, tests: list[str]) -> dict[str, dict[str, float]]:
         }
         scores[SUMMED] = maxsim(queries.sum(dim=1, keepdim=True), candidates)
         for name, width, bits in FORMS:
-            is_learned = "projected" in name
-            if is_learned and width >= model.width:
-                continue
-            fewer = partial(narrowed, width=width)
-            if is_learned:  # from what is stored, as `embed --width` does
-                fewer = Projection.learn([candidates], width)
-            kept = fewer(candidates) if bits is None else rounded(fewer(candidates), bits)
-            scores[f"{largest}{name}"] = maxsim(fewer(queries), kept)
+            reduced = partial(narrowed, width=width)
+            if width is not None and "projected" in name:
+                if width >= model.width:
+                    continue
+                reduced = Projection.learn([candidates], width)  # as `embed --width` does
+            kept = reduced(candidates) if bits is None else rounded(reduced(candidates), bits)
+            scores[f"{largest}{name}"] = maxsim(reduced(queries), kept)
         values = {
             name: ranking_metrics(of, pool.relevant, [1])["recall@1"].mean().item()
             for name, of in scores.items()
