@@ -106,7 +106,7 @@ def spare_words(tokenizer: Any, num_rows: int, count: int) -> list[str]:
 def _form(model: MetaEmbedder, words: Sequence[str]) -> dict[str, Any]:
     """What a program must know that is not in the weights: the words around an item."""
     prompt = model.processing.prompt
-    num_query, num_candidate = model.groups[-1]
+    num_query, num_candidate, _ = model.groups[-1]
     first = 0 if model.meta_tokens.layout == "both" else num_query
     return {
         "prefix": prompt.prefix,
