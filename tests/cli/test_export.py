@@ -410,7 +410,7 @@ def test_pushes_a_private_model_with_its_card(run, monkeypatch, capsys):
     assert {"metaembed.json", "backbone/model.safetensors", "README.md"} <= sent["files"]
     assert "license: mit" in sent["card"]
     assert 'from_pretrained("org/name")' in sent["card"]
-    assert "sent to https://the.hub/org/name" in capsys.readouterr().out
+    assert "uploaded to https://the.hub/org/name" in capsys.readouterr().out
 
 
 def test_the_licence_of_a_base_model_on_the_hub_is_looked_up(run, tmp_path, monkeypatch):
