@@ -522,3 +522,30 @@ def test_a_run_that_has_not_ended_is_told_how(run, tmp_path, capsys):
     (unfinished / "config.fit.yaml").write_text((run / "config.fit.yaml").read_text())
     assert export("--run", unfinished, "--out", tmp_path / "o") == 2
     assert "--checkpoint last" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("projection", [None, 24])
+@pytest.mark.parametrize("format", ["metaembed", "transformers"])
+def test_a_width_that_was_trained_is_what_the_first_dimensions_are(
+    projection, format, tmp_path, capsys
+):
+    model = tiny.embedder(projection=projection)
+    model.widths = (16, 8)
+    if format == "transformers":  # which writes into spare rows
+        rows = len(model.processing.tokenizer) + 40
+        model.backbone.resize_token_embeddings(rows, mean_resizing=False)
+    model.save_pretrained(tmp_path / "model")
+    where = ["export", "--run", str(tmp_path / "model"), "--format", format]
+    assert main([*where, "--out", str(tmp_path / "out"), "--width", "16"]) == 0
+    items = ["red apple", {"image": tiny.picture(1)}]
+    expected = torch.nn.functional.normalize(model.encode_candidate(items)[..., :16], dim=-1)
+    if format == "metaembed":
+        narrow = MetaEmbedder.from_pretrained(tmp_path / "out")
+        assert (narrow.width, narrow.widths) == (16, (8,))
+        torch.testing.assert_close(narrow.encode_candidate(items), expected, atol=1e-6, rtol=0)
+    else:
+        form = json.loads((tmp_path / "out" / "retrieval.json").read_text())
+        assert (form["width"], form["widths"]) == (16, [8])
+    assert main([*where, "--out", str(tmp_path / "no"), "--width", "12"]) == 2
+    assert "width 12: this model was trained at 16, 8" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()

@@ -42,6 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--out", type=Path, metavar="FOLDER", help="where to write; must not exist")
     add("--merge", action="store_true", help="merge the adapter into the weights")
+    add(
+        "--width",
+        type=int,
+        metavar="W",
+        help="keep the first W dimensions, of a model trained at that width",
+    )
     add("--format", choices=FORMATS, default="metaembed", help="the library that will load it")
     add(
         "--push-to",
@@ -248,11 +254,14 @@ def _write(args: argparse.Namespace, source: Source, folder: Path, home: Path) -
 
     is_whole = source.model is not None and not (source.model / "adapter").is_dir()
     as_it_is = not args.merge and args.checkpoint is None and args.format not in PLAIN
+    as_it_is = as_it_is and args.width is None
     if as_it_is and source.model is not None and (args.format == "metaembed" or is_whole):
         export.copy_model(source.model, folder)
         settings = read_settings(folder)
     else:
         model = source.load(args.checkpoint)
+        if args.width is not None:
+            model.narrow(args.width)
         settings = model.settings()
         if args.merge or (args.format in WHOLE and has_adapter(model.backbone)):
             print(f"merged: {export.merge(model)}")

@@ -394,6 +394,24 @@ class MetaEmbedder(nn.Module):
         (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
         refuse_unlike(folder / OWN_FILE, own)
 
+    def narrow(self, width: int) -> None:
+        """Keeps the first `width` dimensions of each vector, by a projection.
+
+        Raises:
+            UserError: the model was not trained at this width.
+        """
+        if width not in self.widths:
+            known = ", ".join(map(str, self.widths)) or "no other width than its own"
+            raise UserError(f"width {width}: this model was trained at {known}")
+        own, old = self.meta_tokens.embedding.weight, self.projection
+        kept = torch.eye(width, self.width) if isinstance(old, nn.Identity) else old.weight[:width]
+        layer = nn.Linear(kept.shape[1], width, bias=False, device=own.device, dtype=own.dtype)
+        with torch.no_grad():
+            layer.weight.copy_(kept)
+        self.projection, self.width = layer.train(self.training), width
+        self.widths = tuple(smaller for smaller in self.widths if smaller < width)
+        self.merged = {}  # the vectors are not the adapter's any more
+
     def settings(self) -> dict[str, Any]:
         """What `metaembed.json` says, but for where the backbone is."""
         return {

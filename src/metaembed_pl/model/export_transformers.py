@@ -25,8 +25,14 @@ from transformers import AutoModel, AutoTokenizer
 from metaembed_pl.errors import UserError
 from metaembed_pl.item import Item
 from metaembed_pl.model.embedder import MetaEmbedder
-from metaembed_pl.model.export import Difference, Vectors, compare, sample_items, sample_vectors
-from metaembed_pl.model.identity import identity_of
+from metaembed_pl.model.export import (
+    Difference,
+    Vectors,
+    compare,
+    known_identity,
+    sample_items,
+    sample_vectors,
+)
 from metaembed_pl.model.processing import Side
 
 FORM, PROJECTION = "retrieval.json", "projection.safetensors"
@@ -53,7 +59,7 @@ def write_transformers(
             f"this form is for models with meta tokens; this one pools by {model.pooling}: use "
             "--format metaembed or sentence-transformers"
         )
-    before, identity = sample_vectors(model), identity_of(model)
+    before, identity = sample_vectors(model), known_identity(model)
     tokenizer = copy.deepcopy(model.processing.tokenizer)
     table: Any = model.backbone.get_input_embeddings()
     words = spare_words(tokenizer, table.num_embeddings, model.meta_tokens.embedding.num_embeddings)

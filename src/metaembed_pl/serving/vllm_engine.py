@@ -61,7 +61,7 @@ class VllmModel:
         config = Path(folder) / "config.json"
         is_ours = form.is_file() and "metaembed" in read_json_object(config)
         known = read_json_object(form) if is_ours else {}
-        if "identity" not in known:
+        if not known.get("identity"):
             raise UserError(
                 f"--engine vllm takes a folder that this version's `export --format vllm` made; "
                 f"{folder} is none"
