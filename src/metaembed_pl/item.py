@@ -14,7 +14,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from copy import copy
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -298,6 +298,7 @@ def read_items(path: Path) -> list[Item]:
     return items
 
 
+@lru_cache(maxsize=2**14)  # the same few names come again and again
 def stable_hash(id: str) -> int:
     """An id as a number that tensors hold: the first 63 bits of its SHA-256, never negative.
 

@@ -76,7 +76,7 @@ class IndexLines:
             numbers = [n for o, s in place.spans.values() for n in (o, s)]
             numbers += [place.question, *([] if place.candidate is None else [place.candidate])]
             # A shard name from a file is joined to a folder: it must not lead out of it.
-            is_plain = Path(place.shard).name == place.shard and type(place.key) is str
+            is_plain = os.path.basename(place.shard) == place.shard and type(place.key) is str
             if is_plain and all(type(n) is int and n >= 0 for n in numbers):
                 return place
         except (ValueError, TypeError, AttributeError):
@@ -87,9 +87,9 @@ class IndexLines:
         return {**self.__dict__, "_map": None}  # a map does not pickle; it is made anew
 
     def _content(self) -> bytes | mmap.mmap:
-        if self._path is None or self._path.stat().st_size == 0:
-            return self._lines
         if self._map is None:
+            if self._path is None or self._path.stat().st_size == 0:
+                return self._lines
             with self._path.open("rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return self._map

@@ -165,7 +165,7 @@ class ShardedPairs(Sequence[Pair]):
     def _open_shard(self, shard: str) -> BinaryIO:
         if self._remote is not None:
             return self._remote.open(shard)
-        return (Path(self.folder) / shard).open("rb")
+        return open(os.path.join(self.folder, shard), "rb")
 
 
 def verify(folder: Path) -> None:

@@ -98,7 +98,7 @@ def add_lora(backbone: Any, lora: LoraConfig, targets: str) -> None:
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        init_lora_weights=True if lora.init == "default" else lora.init,
+        init_lora_weights=True if lora.init == "default" else "gaussian",  # the only others
         use_dora=lora.dora,
         target_modules=targets,
         base_model_name_or_path=backbone.config.name_or_path or None,
