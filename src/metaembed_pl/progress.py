@@ -63,8 +63,10 @@ class Progress:
         from tqdm import tqdm
 
         # Not found out by tqdm: it shows nothing in a terminal that does not tell its size.
-        in_terminal = dict(zip(("ncols", "nrows"), get_terminal_size(), strict=True))
-        in_pipe = {
+        in_terminal: dict[str, Any] = dict(
+            zip(("ncols", "nrows"), get_terminal_size(), strict=True)
+        )
+        in_pipe: dict[str, Any] = {
             "file": _Lines(),
             "bar_format": LINE,
             "mininterval": LINE_EVERY_S,
