@@ -7,8 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import tiny
 import tiny_run
 from metaembed_pl.cli.main import main
+from metaembed_pl.model.embedder import MetaEmbedder
 
 OPTIONS = {
     "model__meta_tokens_orthogonal": True,
@@ -64,6 +66,35 @@ def test_a_run_and_an_evaluation_report_the_largest_budget_at_each_width(data, p
         name = f"{dataset}/{metric}/2x4x16"
         assert theirs["metrics"][f"evaluate/{name}"] == pytest.approx(ours[f"test/{name}"])
     assert main(["evaluate", *flags, "--budgets", "2x4x8"]) == 2
+
+
+def test_a_store_of_the_run_is_searched_and_its_card_told_at_the_width(plain, tmp_path, capsys):
+    model, items = str(plain / "runs/r/model"), tmp_path / "items.jsonl"
+    texts = [tiny.text(i) for i in range(12)]
+    items.write_text(
+        "".join(json.dumps({"id": f"{i}", "text": t}) + "\n" for i, t in enumerate(texts))
+    )
+    flags = ["--model", model, "--items", str(items), "--store", str(tmp_path / "s")]
+    assert main(["embed", *flags, "--store-dtype", "fp16"]) == 0
+    embedder = MetaEmbedder.from_pretrained(model)
+    scores = embedder.score(
+        embedder.encode_query(["a red circle"]), embedder.encode_candidate(texts), "2x4x16"
+    )[0]
+    asked = ["--model", model, "--query", "a red circle", "--top", "3", "--json"]
+    for source in (["--store", str(tmp_path / "s")], ["--items", str(items)]):
+        capsys.readouterr()
+        assert main(["search", *asked, *source, "--budget", "2x4x16"]) == 0
+        found = json.loads(capsys.readouterr().out)["results"]
+        best = scores.topk(3).values.tolist()
+        assert [hit["score"] for hit in found] == pytest.approx(best, abs=2e-3)
+        own = [scores[int(hit["id"])].item() for hit in found]
+        assert own == pytest.approx(best, abs=2e-3)
+        assert main(["search", *asked, *source, "--budget", "2x4x8"]) == 2
+        assert "not trained at width 8; choose one of 16" in capsys.readouterr().err
+    assert main(["export", "--run", str(plain / "runs/r"), "--out", str(tmp_path / "out")]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "A third number keeps fewer dimensions: 2x4x16." in card
+    assert "| dataset | metric | 1x1 | 2x4x16 | 2x4 |" in card
 
 
 def test_what_the_loss_learns_is_the_same_with_gradient_caching(data, plain, tmp_path):
