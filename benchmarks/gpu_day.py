@@ -74,17 +74,19 @@ def _ours(case: shapes.Case, options: argparse.Namespace, roof_tflops: float) ->
         name: found[name]
         for name in ("step_s", "pairs_per_s", "tokens_per_s", "memory_bytes", "parts_s")
     }
-    return {**row, "share_of_roof": found["mfu"], **_told(case, options)}
+    told = _check_bytes(case, options)
+    of_check = row["memory_bytes"] and row["memory_bytes"] / told
+    return {**row, "share_of_roof": found["mfu"], "check_bytes": told, "memory_of_check": of_check}
 
 
-def _told(case: shapes.Case, options: argparse.Namespace) -> Row:
+def _check_bytes(case: shapes.Case, options: argparse.Namespace) -> int:
     """What `check` expects of such a step, rows as long as the longest of the batch."""
     model = shapes.build(case, "meta", options.tiny)
     batch = _batch(case, options.tiny)
     rows = {side: _longest(inputs) for side, inputs in batch.items()}
     step = Step(NUM_PAIRS, 1, rows["query"], rows["candidate"])
     running = Running(precision="bf16-mixed", is_checkpointed=case.is_checkpointed)
-    return {"check_bytes": estimate(model, step, running).total}
+    return estimate(model, step, running).total
 
 
 def _longest(inputs: dict[str, Tensor]) -> Rows:
