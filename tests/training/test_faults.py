@@ -17,8 +17,11 @@ import yaml
 
 import faults
 import tiny
+from metaembed_pl.cli.failures import told_in_one_line
 from metaembed_pl.cli.main import main
+from metaembed_pl.errors import UserError
 from metaembed_pl.training.checkpoints import WholeFiles
+from metaembed_pl.training.watchdog import Watch
 from ranks import command_line
 
 
@@ -118,6 +121,14 @@ def test_a_model_that_is_too_large_names_what_makes_it_smaller(recipe, tmp_path)
     assert "you tried to allocate 256000000 bytes" in line
     for key in ("trainer.precision", "trainer.strategy: deepspeed_stage_3", "model.backbone.path"):
         assert key in line
+
+
+def test_a_validation_without_memory_names_its_batch_size():
+    watch = Watch()
+    watch.note("validation, batch 0 of train")
+    said = r"^out of memory, validation, batch 0 of train: .*; in validation, lower data.eval_batch"
+    with pytest.raises(UserError, match=said), told_in_one_line(watch):
+        torch.empty(2**50)
 
 
 @contextmanager

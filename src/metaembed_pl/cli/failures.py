@@ -50,8 +50,10 @@ def _message(error: Exception, watch: Watch) -> str | None:
     if missing := _missing_package(error):
         return f"{missing}: install it, or remove it from the recipe"
     if is_out_of_memory(error):
-        advice = getattr(error, "__notes__", None) or [f"({watch.doing}); {NOT_IN_A_STEP}"]
-        return f"out of memory: {' '.join([first, *advice])}"
+        if notes := getattr(error, "__notes__", None):
+            return f"out of memory: {' '.join([first, *notes])}"
+        doing = "" if watch.rests else f", {watch.doing}"
+        return f"out of memory{doing}: {first}; {NOT_IN_A_STEP}"
     if isinstance(error, DistError) or (
         isinstance(error, RuntimeError) and PEER_IS_GONE.search(str(error))
     ):
