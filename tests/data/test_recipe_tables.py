@@ -4,8 +4,10 @@ import json
 import logging
 
 import pytest
+import yaml
 
 import hub
+from metaembed_pl.cli.main import main
 from metaembed_pl.data.datamodule import EvalSource, RetrievalDataModule, TrainSource
 from metaembed_pl.data.recipe_tables import RecipeTable
 from metaembed_pl.data.shards import ShardedPairs
@@ -106,3 +108,15 @@ def test_too_many_bad_pairs_name_the_command_with_the_flags(tmp_path):
     hub.write_parquet(tmp_path / "x.parquet", rows)
     with pytest.raises(UserError, match=r"1 of 2 pairs cannot .*`metaembed-pl prepare pairs --fr"):
         opened(path=str(tmp_path / "x.parquet"))
+
+
+def test_one_list_may_serve_training_and_validation(tmp_path, capsys):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("data: {train: &mine [{path: x.csv, held_out: 0.2}], val: *mine}\n")
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", str(file), "--run.name", "r", "--print_config"])
+    told = yaml.safe_load(capsys.readouterr().out)["data"]
+    (train,), (val,) = told["train"], told["val"]
+    assert train["path"] == val["path"] == "x.csv"
+    assert "weight" in train
+    assert "max_queries" in val

@@ -152,6 +152,10 @@ class RecipeParser(LightningArgumentParser):
         with _interpolated():
             return super().parse_object(*args, **kwargs)
 
+    def _apply_actions(self, cfg: Any, *args: Any, **kwargs: Any) -> Any:
+        # Parsing changes values in place, and what a YAML alias names twice is one object.
+        return super()._apply_actions(_unshared(cfg), *args, **kwargs)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises instead of printing the usage of some two hundred keys."""
         text = " ".join(str(ex or message).split())
@@ -223,6 +227,12 @@ class KeepConfig(SaveConfigCallback):
             trainer.logger.log_hyperparams(self.changed if is_resumed else self.recipe)
         self.file.parent.mkdir(parents=True, exist_ok=True)
         write_text(self.file, self.parser.dump(self.config, skip_none=False))
+
+
+def _unshared(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _unshared(part) for key, part in value.items()}
+    return [*map(_unshared, value)] if isinstance(value, list) else value
 
 
 @contextmanager
