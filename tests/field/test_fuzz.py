@@ -7,7 +7,6 @@ import json
 import random
 import resource
 import time
-from functools import partial
 
 import pytest
 import torch
@@ -17,8 +16,8 @@ import tiny
 import tiny_run
 from metaembed_pl.cli.main import one_line
 from metaembed_pl.cli.recipe_faults import read_recipe
+from metaembed_pl.data.mapping import open_rows
 from metaembed_pl.data.shards import ShardedPairs
-from metaembed_pl.data_prep import pairs as pairs_script
 from metaembed_pl.errors import UserError
 from metaembed_pl.item import read_items
 from metaembed_pl.model.embedder import MetaEmbedder
@@ -112,7 +111,7 @@ class Good:
     def read(self, kind, file):
         """Everything that a user's command would read of it."""
         if kind == "pairs":
-            list(pairs_script.drafts(partial(pairs_script.read, file, is_base64=False)))
+            list(open_rows(str(file)).drafts())
             if file.suffix == ".jsonl":
                 read_items(file)
         elif kind == "recipes":
