@@ -71,8 +71,8 @@ def files_below(
             elif path.suffix.lower() not in (beside or ()):
                 left_out[path.suffix.lower() or "without an ending"] += 1
     if left_out and beside is not None:
-        told = ", ".join(f"{count:,} {kind}" for kind, count in left_out.most_common())
-        log.warning("%s: files that are not taken: %s", root, told)
+        counts = ", ".join(f"{count:,} {kind}" for kind, count in left_out.most_common())
+        log.warning("%s: files that are not taken: %s", root, counts)
     return sorted(found)
 
 

@@ -158,15 +158,15 @@ def test_an_evaluation_goes_on_where_it_was_stopped(sets, tmp_path, monkeypatch)
             raise Stopped
 
     with pytest.raises(Stopped):
-        evaluated(sets, tmp_path / "out", tell=stop)
+        evaluated(sets, tmp_path / "out", on_progress=stop)
     (store,) = (tmp_path / "out/stores").iterdir()
     num_kept = len(Store.open(store))
     assert 5 <= num_kept < NUM_PAGES
     told = []
-    found = evaluated(sets, tmp_path / "out", tell=lambda *row: told.append(row))
+    found = evaluated(sets, tmp_path / "out", on_progress=lambda *row: told.append(row))
     assert found.tasks[0].values == evaluated(sets, tmp_path / "fresh").tasks[0].values
     told.clear()
-    evaluated(sets, tmp_path / "out", tell=lambda *row: told.append(row))
+    evaluated(sets, tmp_path / "out", on_progress=lambda *row: told.append(row))
     assert told == []  # the finished task was kept
 
 

@@ -114,7 +114,7 @@ def _open(
         try:
             if source.table is not None:
                 if source.table.is_elsewhere and not source.table.is_made:
-                    notes.append(_told(source.table))
+                    notes.append(_table_note(source.table))
                     continue
                 source.table.make()
             elif not is_remote(source.path) and not Path(source.path).is_dir():
@@ -132,7 +132,7 @@ def _open(
     return found
 
 
-def _told(table: RecipeTable) -> str:
+def _table_note(table: RecipeTable) -> str:
     return (
         f"{table.where}: not looked at; the first fit reads it and makes shards in {table.folder}"
     )

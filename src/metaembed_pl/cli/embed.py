@@ -128,22 +128,22 @@ def run(args: argparse.Namespace) -> None:
     if args.width is not None and args.width < 1:
         raise UserError(f"--width must be at least 1, got {args.width}")
     with redirect_stdout(sys.stderr):
-        told = _embed_on_ray(args) if args.engine == "ray" else embed_here(args)
-    if told is None:
+        summary = _embed_on_ray(args) if args.engine == "ray" else embed_here(args)
+    if summary is None:
         return
     if args.json:
-        print(json.dumps(told))
+        print(json.dumps(summary))
         return
     print(
-        f"{told['items']:,} items in {args.store}, {told['embedded']:,} of them new"
-        + (f", {told['skipped']:,} left out" if told["skipped"] else "")
+        f"{summary['items']:,} items in {args.store}, {summary['embedded']:,} of them new"
+        + (f", {summary['skipped']:,} left out" if summary["skipped"] else "")
         + (
-            f"; {_kept_as(told)} keeps {100 * told['kept']:.1f} % of the 10 nearest neighbours "
-            f"({told['sample']} sampled items)"
-            if told["sample"] > 1
+            f"; {_kept_as(summary)} keeps {100 * summary['kept']:.1f} % of the 10 nearest "
+            f"neighbours ({summary['sample']} sampled items)"
+            if summary["sample"] > 1
             else ""
         )
-        + (f"; index: {in_words(told['index'])}" if told["index"] else "")
+        + (f"; index: {in_words(summary['index'])}" if summary["index"] else "")
     )
 
 
@@ -221,9 +221,9 @@ def embed_here(args: argparse.Namespace) -> dict[str, Any] | None:
                 f"such as {done.changed[0]!r}: replace them with --again, or use other ids",
                 file=sys.stderr,
             )
-        told = _told(store, done)
-        told["index"] = _index(store, model, args) if len(store) and settings is None else None
-        return told
+        summary = _summary(store, done)
+        summary["index"] = _index(store, model, args) if len(store) and settings is None else None
+        return summary
 
 
 def _vllm_settings(args: argparse.Namespace) -> dict[str, Any] | None:
@@ -279,12 +279,12 @@ def _index(store: Any, model: Any, args: argparse.Namespace) -> dict[str, Any] |
         known = None
     if known is None and not args.index:
         return None
-    told = indexed(store)
+    summary = indexed(store)
     calibration = Calibration.load(store) or measured(store, model, args.batch_size)
-    return told | chosen(store, calibration)
+    return summary | chosen(store, calibration)
 
 
-def _told(store: Any, done: "embedding.Progress") -> dict[str, Any]:
+def _summary(store: Any, done: "embedding.Progress") -> dict[str, Any]:
     from metaembed_pl.retrieval.kept import kept_recall
 
     kept, sample = kept_recall(store, done) if done.sample else (1.0, 0)
@@ -300,7 +300,7 @@ def _told(store: Any, done: "embedding.Progress") -> dict[str, Any]:
     }
 
 
-def _kept_as(told: dict[str, Any]) -> str:
+def _kept_as(summary: dict[str, Any]) -> str:
     """What may have cost recall: the precision, and a projection where there is one."""
-    projected = told["width"] < told["model_width"]
-    return f"width {told['width']} in {told['dtype']}" if projected else told["dtype"]
+    projected = summary["width"] < summary["model_width"]
+    return f"width {summary['width']} in {summary['dtype']}" if projected else summary["dtype"]

@@ -73,7 +73,7 @@ def embed_on_ray(args: argparse.Namespace, total: int, embed: Embed) -> dict[str
             progress.update(total * (count - len(waiting)) // count)
     store = merge([folder / f"{i}" for i in _numbers(count)], args.store)
     shutil.rmtree(folder)
-    sums = {name: sum(told[name] for told in done) for name in ("embedded", "skipped")}
+    sums = {name: sum(summary[name] for summary in done) for name in ("embedded", "skipped")}
     return {**done[0], **sums, "items": len(store), "kept": 1.0, "sample": 0}
 
 
@@ -81,9 +81,9 @@ def embed_part(embed: Embed, flags: dict[str, Any], part: str, store: str) -> di
     """Embed one part, in a worker; what was done."""
     args = argparse.Namespace(**flags, part=part, store=Path(store))
     Path(store).parent.mkdir(exist_ok=True)
-    told = embed(args)
-    assert told is not None, "a task has one rank"
-    return told
+    summary = embed(args)
+    assert summary is not None, "a task has one rank"
+    return summary
 
 
 def _flags(args: argparse.Namespace) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from metaembed_pl.files import write_text
 from metaembed_pl.progress import Progress
 
 if TYPE_CHECKING:
-    from metaembed_pl.evaluation.encoding import Tell
+    from metaembed_pl.evaluation.encoding import OnProgress
     from metaembed_pl.evaluation.outcome import Outcome
 
 BENCHMARKS = (
@@ -136,8 +136,8 @@ def _evaluate(args: argparse.Namespace) -> "Outcome | None":
         budgets = parse_budgets(args.budgets, model.groups, model.widths)
         name = benchmark.name.replace(":", "-").replace("/", "-").strip("-.")
         out = args.out or Path("evaluations") / f"{name}-{identity_of(model)[:8]}"
-        with _progress(rank) as tell:
-            settings = Settings(args.data, out, pace, args.store_dtype, tell)
+        with _progress(rank) as on_progress:
+            settings = Settings(args.data, out, pace, args.store_dtype, on_progress)
             outcome = evaluate(model, benchmark, budgets, settings)
         tell_cut(model)
         if outcome is not None:
@@ -222,18 +222,18 @@ def _log(outcome: "Outcome", files: list[Path], uri: str) -> None:
 
 
 @contextmanager
-def _progress(rank: int) -> "Iterator[Tell]":
+def _progress(rank: int) -> "Iterator[OnProgress]":
     """Tells how far a task is; on the first rank alone."""
     if rank:
         yield lambda what, done, total: None
         return
     with Progress("", 0) as progress:
 
-        def tell(what: str, done: int, total: int) -> None:
+        def on_progress(what: str, done: int, total: int) -> None:
             progress.begin(what, total)
             progress.update(done)
 
-        yield tell
+        yield on_progress
 
 
 def _compare(args: argparse.Namespace) -> None:

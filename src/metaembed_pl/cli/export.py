@@ -193,8 +193,8 @@ class Source:
 
         parts = ("model", "data", "trainer")  # the rest is about this machine
         recipe = {key: value for key, value in (self.recipe or {}).items() if key in parts}
-        told = self.metrics, recipe, self.base, licence, self.datasets, languages
-        return model_card(name, form, settings, *told, max_text_tokens)
+        facts = self.metrics, recipe, self.base, licence, self.datasets, languages
+        return model_card(name, form, settings, *facts, max_text_tokens)
 
 
 def _max_text_tokens(folder: Path) -> int:

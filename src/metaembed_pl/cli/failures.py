@@ -23,7 +23,7 @@ NOT_IN_A_STEP = (
 
 
 @contextmanager
-def told_in_one_line(watch: Watch) -> Iterator[None]:
+def failures_in_one_line(watch: Watch) -> Iterator[None]:
     """Turns errors that the user can do something about into `UserError`s.
 
     Args:

@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
     asked = read_items(args.queries) if args.queries else None
     with redirect_stdout(sys.stderr):
         model = load_model(args, store)
-        told = indexed(store, args.codes, args.again)
+        summary = indexed(store, args.codes, args.again)
         vectors = None if asked is None else model.encode_query(asked, args.batch_size)
         if vectors is None:
             calibration = measured(store, model, args.batch_size)
@@ -76,8 +76,8 @@ def run(args: argparse.Namespace) -> None:
 
             calibration = calibrate(store, vectors, f"queries of {args.queries.name}")
             calibration.save(store)
-    told |= chosen(store, calibration)
-    print(json.dumps(told) if args.json else in_words(told))
+    summary |= chosen(store, calibration)
+    print(json.dumps(summary) if args.json else in_words(summary))
 
 
 def indexed(store: "Store", codes: str | None = None, again: bool = False) -> dict[str, Any]:
@@ -98,13 +98,13 @@ def indexed(store: "Store", codes: str | None = None, again: bool = False) -> di
     started = time.perf_counter()
     with Progress("indexing", store.kind.num_rows) as progress:
 
-        def told(done: int, _of: int) -> None:
+        def on_progress(done: int, _of: int) -> None:
             progress.update(done)
 
         if index is None:
-            build(store, codes or "sq8", told)
+            build(store, codes or "sq8", on_progress)
         else:
-            extend(store, told)
+            extend(store, on_progress)
     index = store.index()
     assert index is not None, "it was made just now"
     return {
@@ -139,11 +139,13 @@ def chosen(store: "Store", calibration: "Calibration") -> dict[str, Any]:
     return {"plan": plan_name(choice.stages), "note": choice.note}
 
 
-def in_words(told: dict[str, Any]) -> str:
+def in_words(summary: dict[str, Any]) -> str:
     """A line."""
     line = (
-        f"{told['indexed_rows']:,} rows in {told['lists']:,} lists, "
-        f"{told['index_bytes'] / 1e6:,.0f} MB, {told['seconds']:.0f} s; a search takes "
-        f"{told['plan']} ({told['note']})"
+        f"{summary['indexed_rows']:,} rows in {summary['lists']:,} lists, "
+        f"{summary['index_bytes'] / 1e6:,.0f} MB, {summary['seconds']:.0f} s; a search takes "
+        f"{summary['plan']} ({summary['note']})"
     )
-    return line + (f"; rebuild it with --again, because {told['drift']}" if told["drift"] else "")
+    return line + (
+        f"; rebuild it with --again, because {summary['drift']}" if summary["drift"] else ""
+    )

@@ -37,7 +37,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from omegaconf.errors import OmegaConfBaseException
 from transformers.utils import logging as transformers_logging
 
-from metaembed_pl.cli.failures import told_in_one_line
+from metaembed_pl.cli.failures import failures_in_one_line
 from metaembed_pl.cli.recipe_path import with_recipes_found
 from metaembed_pl.data.datamodule import EvalSource, RetrievalDataModule, TrainSource
 from metaembed_pl.errors import UserError
@@ -217,8 +217,8 @@ class KeepConfig(SaveConfigCallback):
                     "restore the old value, or start a run with another name"
                 )
             self.changed[f"from_step_{step + 1}/{key.replace('.', '/')}"] = becomes
-            told = "%s was %.200s; from step %d on it is %.200s"
-            log.warning(told, key, was, step + 1, becomes)
+            message = "%s was %.200s; from step %d on it is %.200s"
+            log.warning(message, key, was, step + 1, becomes)
 
     def save_config(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Called on rank 0 when the verb starts."""
@@ -496,7 +496,7 @@ def run(argv: list[str]) -> None:
         warnings.filterwarnings("ignore", message=harmless)
     with StopsOnSignal() as stops, ExitStack() as stack:
         try:
-            with Watch() as watch, told_in_one_line(watch):
+            with Watch() as watch, failures_in_one_line(watch):
                 RecipeCLI(with_recipes_found(argv), watch, stops, stack)
         except Stopped as stopped:
             if not getattr(rank_zero_only, "rank", 0):  # known by now, if there are several

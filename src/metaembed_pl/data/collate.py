@@ -229,7 +229,7 @@ class Instructions:
                 raise UserError("an instruction is empty: leave it out instead")
 
     def on(self, pair: Pair) -> Pair:
-        """The pair with its items told what they are for.
+        """The pair with the instruction of each side added to its items.
 
         >>> pair = Instructions("Find its name:").on(Pair("1", Item("a cat"), Item("fur")))
         >>> pair.query.instruction, pair.positive.instruction
@@ -239,12 +239,14 @@ class Instructions:
             return pair
         return replace(
             pair,
-            query=self.told(pair.query, "query"),
-            positive=self.told(pair.positive, "candidate"),
-            negatives=tuple(self.told(negative, "candidate") for negative in pair.negatives),
+            query=self.with_instruction(pair.query, "query"),
+            positive=self.with_instruction(pair.positive, "candidate"),
+            negatives=tuple(
+                self.with_instruction(negative, "candidate") for negative in pair.negatives
+            ),
         )
 
-    def told(self, item: Item, side: Side) -> Item:
+    def with_instruction(self, item: Item, side: Side) -> Item:
         """An item of one side with its instruction, unless it has its own."""
         words = self.query if side == "query" else self.candidate
         is_new = words is not None and item.instruction is None

@@ -556,11 +556,13 @@ def open_eval_set(source: EvalSource) -> RetrievalSet:
     if is_retrieval_set(Path(source.folder)):
         found = read_retrieval_set(Path(source.folder), source.name, where=source.where)
         found = found.subset(source.max_queries, source.max_candidates)
-        told = source.instructions.told
-        queries = [told(query, "query") for query in found.queries]
-        candidates = found.candidates  # in their file until they are needed, unless all are told
+        instructed = source.instructions.with_instruction
+        queries = [instructed(query, "query") for query in found.queries]
+        candidates = (
+            found.candidates
+        )  # in their file until they are needed, unless all get an instruction
         if source.candidate_instruction:
-            candidates = [told(candidate, "candidate") for candidate in candidates]
+            candidates = [instructed(candidate, "candidate") for candidate in candidates]
         return replace(found, queries=queries, candidates=candidates)
     if source.where:
         raise UserError(f"{source.path}: `where` chooses queries of retrieval sets, not of shards")

@@ -115,8 +115,8 @@ class RecipeTable:
                 ) from error
             count, seconds = sum(map(len, made.splits.values())), time.monotonic() - start
             dropped = f"{made.dropped.total():,}{listed(made.dropped)}"
-            told = "%s: %s pairs in %.0f s, dropped: %s"
-            log.info(told, self.where, f"{count:,}", seconds, dropped)
+            message = "%s: %s pairs in %.0f s, dropped: %s"
+            log.info(message, self.where, f"{count:,}", seconds, dropped)
 
     def _product(self, folder: Path) -> Product:
         rows: Mapped = open_rows(self.where, self.columns, self.files)

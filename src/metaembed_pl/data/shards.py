@@ -124,7 +124,7 @@ class ShardedPairs(Sequence[Pair]):
         Args:
             i: its number.
             choose: which hard negatives to keep of so many; None keeps all.
-            picture_bytes: of each picture only the first so many: enough to tell its size.
+            picture_bytes: of each picture only the first so many: enough to read its size.
 
         Raises:
             BadSample, Unreachable: as `pairs[i]`.

@@ -57,7 +57,7 @@ def _share(value: Any) -> None:
 
 
 def explained(batches: Iterator[Any], setting: str) -> Iterator[Any]:
-    """The same batches; workers that have no room to hand them over are told in one line."""
+    """The same batches; if shared memory is full, one line says so."""
     try:
         yield from batches
     except RuntimeError as error:

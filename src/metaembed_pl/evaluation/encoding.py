@@ -31,7 +31,7 @@ from metaembed_pl.model.identity import identity_of
 from metaembed_pl.retrieval.embedding import Entry, Prepare, embed, open_for, rank_and_world
 from metaembed_pl.retrieval.store import Store
 
-Tell = Callable[[str, int, int], None]
+OnProgress = Callable[[str, int, int], None]
 """Called with the kind of items, how many are done, and how many there are."""
 
 
@@ -54,7 +54,12 @@ def digest_of_set(task: RetrievalSet) -> str:
 
 
 def encode_candidates(
-    model: Encoder, task: RetrievalSet, folder: Path, pace: Pace, dtype: str, tell: Tell
+    model: Encoder,
+    task: RetrievalSet,
+    folder: Path,
+    pace: Pace,
+    dtype: str,
+    on_progress: OnProgress,
 ) -> tuple[Store, list[str]]:
     """A store of the candidates of a task: what is in it already is not encoded again.
 
@@ -64,7 +69,7 @@ def encode_candidates(
         folder: that holds all stores of the evaluation.
         pace: how many are encoded at a time, on each rank.
         dtype: of the stored vectors.
-        tell: called after each batch.
+        on_progress: called after each batch.
 
     Returns:
         The store, and, on rank 0, the candidates that could not be read, with the reason.
@@ -73,13 +78,13 @@ def encode_candidates(
     folder = folder / f"{name}-{digest_of(task.candidates)[:12]}"
     ids, skipped = uids(task.candidates), []
     if not isinstance(model, MetaEmbedder):
-        return _encode_simply(model, task.candidates, ids, folder, pace, dtype, tell)
+        return _encode_simply(model, task.candidates, ids, folder, pace, dtype, on_progress)
     store = open_for(model, folder, dtype)
     read = task.candidates.__getitem__
     entries = (Entry.read(id, partial(read, i)) for i, id in enumerate(ids))
     for progress in embed(store, model, entries, pace, skip_bad=True, previews=False):
         skipped = progress.skipped
-        tell("candidates", progress.seen, len(ids))
+        on_progress("candidates", progress.seen, len(ids))
     if rank_and_world()[1] > 1:
         dist.barrier()  # until rank 0, which writes, is done
         store = Store.open(folder)
@@ -87,7 +92,7 @@ def encode_candidates(
 
 
 def encode_queries(
-    model: Encoder, queries: Sequence[Item], pace: Pace, tell: Tell
+    model: Encoder, queries: Sequence[Item], pace: Pace, on_progress: OnProgress
 ) -> tuple[Float[Tensor, "Q Rq D"], dict[int, str]]:
     """Meta embeddings of queries.
 
@@ -100,7 +105,7 @@ def encode_queries(
         for places, items in _readable(queries, range(len(queries)), pace, bad):
             if items:
                 found[places] = model.encode_query(items)
-            tell("queries", max(places, default=-1) + 1, len(queries))
+            on_progress("queries", max(places, default=-1) + 1, len(queries))
         return found, bad
     read = queries.__getitem__
     entries = (Entry.read(str(i), partial(read, i)) for i in range(len(queries)))
@@ -112,7 +117,7 @@ def encode_queries(
         found[[int(id) for id in window.about.ids]] = vectors
         bad |= {int(id): reason for id, reason in window.about.skipped}
         done += window.num_items + len(window.about.skipped)
-        tell("queries", done, len(queries))
+        on_progress("queries", done, len(queries))
     return found, bad
 
 
@@ -123,7 +128,7 @@ def _encode_simply(
     folder: Path,
     pace: Pace,
     dtype: str,
-    tell: Tell,
+    on_progress: OnProgress,
 ) -> tuple[Store, list[str]]:
     """A store of another's model: batch after batch, in this process."""
     if not folder.exists():
@@ -138,7 +143,7 @@ def _encode_simply(
                 none = [None] * len(items)
                 some = [ids[place] for place in places]
                 store.add(some, model.encode_candidate(items), [{} for _ in some], none)
-            tell("candidates", max(places, default=-1) + 1, len(ids))
+            on_progress("candidates", max(places, default=-1) + 1, len(ids))
     return store, [f"{ids[place]}: {reason}" for place, reason in bad.items()]
 
 

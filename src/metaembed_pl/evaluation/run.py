@@ -22,7 +22,7 @@ from metaembed_pl.errors import UserError
 from metaembed_pl.evaluation.benchmarks import Benchmark, Task
 from metaembed_pl.evaluation.diversity import NUM_ITEMS, alikeness
 from metaembed_pl.evaluation.encoding import (
-    Tell,
+    OnProgress,
     digest_of_set,
     encode_candidates,
     encode_queries,
@@ -52,14 +52,14 @@ class Settings:
         out: where results and stores go.
         pace: how many items are encoded at a time.
         dtype: of stored vectors; bf16 takes half the disk of fp32.
-        tell: told how far a side is.
+        on_progress: called with the progress of a side.
     """
 
     data: Path
     out: Path
     pace: Pace = field(default_factory=Pace)
     dtype: str = "bf16"
-    tell: Tell = lambda what, done, total: None
+    on_progress: OnProgress = lambda what, done, total: None
 
 
 def parse_budgets(text: str, groups: Sequence[Budget], widths: Sequence[int] = ()) -> list[Budget]:
@@ -163,7 +163,7 @@ def _evaluate_task(
     started = time.perf_counter()
     stores = settings.out / "stores"
     store, bad_candidates = encode_candidates(
-        model, found, stores, settings.pace, settings.dtype, settings.tell
+        model, found, stores, settings.pace, settings.dtype, settings.on_progress
     )
     # Every rank asks its share of the queries; where there are fewer than ranks, some ask none.
     rank, world = rank_and_world()
@@ -221,7 +221,7 @@ def _ask(
     """Encode and rank; None where there is no query."""
     if not share.queries:
         return None
-    queries, bad = encode_queries(model, share.queries, settings.pace, settings.tell)
+    queries, bad = encode_queries(model, share.queries, settings.pace, settings.on_progress)
     is_good = torch.ones(len(queries))
     is_good[list(bad)] = 0
     started = time.perf_counter()
@@ -231,9 +231,9 @@ def _ask(
         values = {name: per_query * is_good for name, per_query in found.values.items()}
         hits = [[] if query in bad else of_query for query, of_query in enumerate(found.hits)]
         ranked[budget] = Ranked(values, hits)
-        settings.tell("budgets", number, len(budgets))
-    told = [f"{share.queries[i].uid}: {why}" for i, why in sorted(bad.items())]
-    return _Answer(ranked, told, queries[:NUM_ITEMS].clone(), time.perf_counter() - started)
+        settings.on_progress("budgets", number, len(budgets))
+    unreadable = [f"{share.queries[i].uid}: {why}" for i, why in sorted(bad.items())]
+    return _Answer(ranked, unreadable, queries[:NUM_ITEMS].clone(), time.perf_counter() - started)
 
 
 def _say(place: str, task: TaskOutcome, budget: Budget, how: str) -> None:

@@ -382,7 +382,7 @@ class MetaEmbedder(nn.Module):
         self._write(self._saved_tensors(), folder, home)
 
     def _saved_tensors(self) -> dict[str, dict[str, Tensor]]:
-        """What is saved, by part, whole."""
+        """The saved tensors by part, gathered."""
         return backbone_tensors(self.backbone) | {"own": unsharded(self._own_tensors())}
 
     def _write(self, tensors: dict[str, dict[str, Tensor]], folder: Path, home: Path) -> None:

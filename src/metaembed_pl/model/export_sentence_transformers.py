@@ -42,7 +42,7 @@ def write_sentence_transformers(folder: Path) -> None:
     """Adds to a model folder what `MultiVectorEncoder` looks for.
 
     Args:
-        folder: with whole weights.
+        folder: with complete weights.
     """
     kind = f"{MetaEmbedderModule.__module__}.{MetaEmbedderModule.__qualname__}"
     about = read_settings(folder)

@@ -91,7 +91,7 @@ def _tell_vllm(file: Path, kind: str, form: Mapping[str, Any], tokenizer: Any) -
         "num_query": form["query"]["count"],
         "num_candidate": form["candidate"]["count"],
     }
-    if kind == "qwen3_vl":  # transformers knows it by the class, vLLM has to be told
+    if kind == "qwen3_vl":  # transformers knows it by the class, vLLM needs the name
         config["text_config"]["rope_parameters"]["mrope_interleaved"] = True
     file.write_text(json.dumps(config, indent=2) + "\n")
 

@@ -183,7 +183,7 @@ def save_adapter(backbone: Any, tensors: dict[str, Tensor], folder: Path, base: 
 
     Args:
         backbone: with an adapter.
-        tensors: its `adapter_tensors`, whole.
+        tensors: its complete `adapter_tensors`.
         folder: made where it is not there.
         base: what the adapter belongs to, for other programs that read it.
     """

@@ -38,7 +38,7 @@ class Qwen2VLImageProcessorPil(library.Qwen2VLImageProcessorPil):
         return BatchFeature(data, tensor_type=kwargs.get("return_tensors"))
 
     def _size(self, image: Image.Image) -> tuple[int, int]:
-        """Height and width that are whole patches, within the limits."""
+        """Height and width that are multiples of the patch, within the limits."""
         size = dict(self.size)
         return library.smart_resize(
             image.height,

@@ -315,7 +315,7 @@ def joined(texts: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def logged_queries(store: Reader) -> list[str]:
-    """The last texts that users asked, each once, where `serve` was told to keep them."""
+    """The last distinct text queries, if `serve --log-queries` kept them."""
     try:
         lines = (store.folder / QUERIES_FILE).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError):
@@ -520,13 +520,13 @@ def _ranks(
     }
     before = {first: torch.zeros(exact.shape, dtype=torch.long) for first in limits}
     step = max(1, BLOCK // (len(queries) * (queries.shape[1] + 1) * last))
-    last_told = time.perf_counter()
+    last_report = time.perf_counter()
     for some in places.split(step):
         for first, scores in first_scores(some).items():
             before[first] += (scores.unsqueeze(2) > limits[first].to(scores)).sum(dim=0).cpu()
-        if time.perf_counter() - last_told > 1:
+        if time.perf_counter() - last_report > 1:
             go_on()
-            last_told = time.perf_counter()
+            last_report = time.perf_counter()
     return before
 
 

@@ -308,7 +308,7 @@ def _looks(
         entry = Entry.of(item)
         progress.seen += 1
         if entry.file is not None:
-            with suppress(OSError):  # gone meanwhile: told when it is its turn
+            with suppress(OSError):  # gone meanwhile: reported when it is read
                 stat = entry.file.stat()
                 entry.metadata["file_stamp"] = f"{stat.st_size} bytes, {stat.st_mtime_ns} ns"
             entry = _told_apart(store, entry, known, seen)
@@ -354,8 +354,8 @@ def _kept_of(store: Store, id: str) -> dict[str, Any]:
 
 def _is_other(stored: dict[str, Any], entry: Entry, *names: str) -> bool:
     """Whether what is stored differs from an entry, in what both know."""
-    told = entry.metadata
-    return any(name in stored and stored[name] != told.get(name) for name in names)
+    given = entry.metadata
+    return any(name in stored and stored[name] != given.get(name) for name in names)
 
 
 @dataclass(frozen=True)

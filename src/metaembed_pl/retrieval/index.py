@@ -161,9 +161,9 @@ def index_version(snapshot: Snapshot) -> tuple[int, ...] | None:
 def fingerprint(snapshot: Snapshot, row: int) -> str:
     """Of a store's model and form, and the first vectors of a row."""
     manifest = snapshot.manifest
-    told = repr([manifest.identity, manifest.width, manifest.dtype, manifest.groups])
+    settings = repr([manifest.identity, manifest.width, manifest.dtype, manifest.groups])
     vectors = snapshot.planes[0].vectors[row].contiguous().view(torch.uint8).numpy()
-    return hashlib.sha256(told.encode() + vectors.tobytes()).hexdigest()
+    return hashlib.sha256(settings.encode() + vectors.tobytes()).hexdigest()
 
 
 def is_of(manifest: IndexManifest, snapshot: Snapshot, folder: Path) -> bool:

@@ -50,16 +50,18 @@ SEGMENT_BYTES = 2**30
 LEFT_OUT_AT_MOST = 4096
 """Items that are not in the index yet: to score them all takes a few milliseconds."""
 
-Told = Callable[[int, int], None]
+OnProgress = Callable[[int, int], None]
 
 
-def build(store: "Store", codes: str = "sq8", told: Told = lambda done, of: None) -> Index:
+def build(
+    store: "Store", codes: str = "sq8", on_progress: OnProgress = lambda done, of: None
+) -> Index:
     """Make the index of a store, anew if it has one.
 
     Args:
         store: not empty. Nobody else writes to it meanwhile; others go on searching.
         codes: how vectors are kept: "sq8" is fast, "rabitq" takes a quarter of the bytes.
-        told: is called with rows that are done, and all there are.
+        on_progress: is called with rows that are done, and all there are.
 
     Raises:
         UserError: the store is empty, or another process writes to it, or faiss is missing.
@@ -77,7 +79,7 @@ def build(store: "Store", codes: str = "sq8", told: Told = lambda done, of: None
         num_lists = lists_for(len(store) * snapshot.manifest.num_slots)
         trained = f"trained-{number:04d}.faiss"
         _write(faiss, _train(faiss, snapshot, num_lists, codes), folder / trained)
-        segments = _segments(faiss, snapshot, folder, trained, number, 0, told)
+        segments = _segments(faiss, snapshot, folder, trained, number, 0, on_progress)
         manifest = IndexManifest(
             number=number,
             first_row=fingerprint(snapshot, 0),
@@ -92,7 +94,7 @@ def build(store: "Store", codes: str = "sq8", told: Told = lambda done, of: None
         return _commit(folder, manifest, snapshot)
 
 
-def extend(store: "Store", told: Told = lambda done, of: None) -> bool:
+def extend(store: "Store", on_progress: OnProgress = lambda done, of: None) -> bool:
     """Put into the index of a store what was added since, where that is much.
 
     Segments that are smaller than what is added are written anew together with it, so that there
@@ -115,7 +117,7 @@ def extend(store: "Store", told: Told = lambda done, of: None) -> bool:
         while len(kept) > 1 and kept[-1].end - kept[-1].first <= num_rows - first:
             first = kept.pop().first
         folder, number = index_folder(snapshot), old.number + 1
-        added = _segments(faiss, snapshot, folder, old.trained, number, first, told)
+        added = _segments(faiss, snapshot, folder, old.trained, number, first, on_progress)
         manifest = IndexManifest(
             number=number,
             first_row=old.first_row,
@@ -211,7 +213,7 @@ def _segments(
     trained: str,
     number: int,
     first: int,
-    told: Told,
+    on_progress: OnProgress,
 ) -> list[Segment]:
     """Write the items from a row on; those that were deleted are left out."""
     empty = faiss.read_index(str(folder / trained))
@@ -225,7 +227,7 @@ def _segments(
         sums = 0.0
         for places, vectors in _items(snapshot, begin, end):
             sums += _add(faiss, segment, places, vectors)
-            told(int(places[-1]) + 1 - first, num_rows - first)
+            on_progress(int(places[-1]) + 1 - first, num_rows - first)
         file = folder / f"segment-{number:04d}-{len(found)}.faiss"
         _write(faiss, segment, file)
         found.append(_described(file, segment, begin, end, sums / max(1, segment.ntotal)))

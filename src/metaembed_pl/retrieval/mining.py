@@ -144,7 +144,7 @@ class Corpus(Sequence[Item]):
 
     Args:
         sources: items, or pairs whose positives are meant.
-        instructions: that the model is told with each.
+        instructions: added to each item.
     """
 
     def __init__(
@@ -183,7 +183,9 @@ class Corpus(Sequence[Item]):
     def entries(self) -> Iterator[Entry]:
         """What `embed` makes a store of."""
         for uid, row in self.rows.items():
-            yield Entry.read(uid, lambda row=row: self._instructions.told(self[row], "candidate"))
+            yield Entry.read(
+                uid, lambda row=row: self._instructions.with_instruction(self[row], "candidate")
+            )
 
 
 class Ranking(NamedTuple):
@@ -229,7 +231,7 @@ class Miner:
         budget: of the scores; None spends all vectors. Or
         cascade: the stages of a search, see `Store.search`; the last one's budget counts.
         depth: candidates to rank for each query; a cascade's last stage says it itself.
-        instructions: that the model is told with each query.
+        instructions: added to each query.
     """
 
     def __init__(

@@ -153,8 +153,8 @@ def _ordered(folders: Sequence[Path]) -> list[Store]:
     missing = [f"{number}/{of}" for number in range(1, of + 1) if number not in given]
     twice = [f"{number}/{of}" for number, count in given.items() if count > 1]
     if missing or twice:
-        told = f"missing: part {', '.join(missing)}" if missing else f"twice: part {twice[0]}"
-        raise UserError(f"{told}; expected each of 1/{of} to {of}/{of} exactly once")
+        problem = f"missing: part {', '.join(missing)}" if missing else f"twice: part {twice[0]}"
+        raise UserError(f"{problem}; expected each of 1/{of} to {of}/{of} exactly once")
     for folder, note in notes.items():
         if not note.done:
             raise UserError(

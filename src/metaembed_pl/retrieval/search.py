@@ -41,7 +41,7 @@ def rank(
         queries: what is asked.
         candidates: the pool, or its meta embeddings where they are kept.
         budget: None spends all vectors.
-        top: how many to find; a smaller pool is ranked whole.
+        top: how many to find; a smaller pool is ranked completely.
         batch_size: items encoded at a time; changes speed and memory, not the result.
         progress: show progress bars while encoding.
 

@@ -110,7 +110,7 @@ async def _read_form(request: Request) -> _Form:
     kind = request.headers.get("content-type", "").partition(";")[0]
     if kind not in ("multipart/form-data", "application/x-www-form-urlencoded"):
         raise UserError(f"expected a form (with curl, -F text=...), got {kind or 'untyped'}")
-    # Whatever its size, a text comes whole to where its length is told; the guard has a limit.
+    # Texts of any size reach the check of their length; the guard limits requests.
     limit = int(request.headers.get("content-length", 0)) + FORM_BYTES
     async with request.form(max_files=1, max_fields=2, max_part_size=limit) as form:
         unknown = [name for name in form if name not in ("text", "picture")]
@@ -198,8 +198,8 @@ def _answer_errors(app: FastAPI, service: Service) -> None:
     @app.exception_handler(UserError)
     def refuse(_request: Request, error: UserError) -> JSONResponse:
         # Where the store lies on this machine is nobody else's business.
-        told = str(error).replace(str(service.folder), service.folder.name)
-        return _problem(STATUS.get(type(error), 422), " ".join(told.split()))
+        message = str(error).replace(str(service.folder), service.folder.name)
+        return _problem(STATUS.get(type(error), 422), " ".join(message.split()))
 
     @app.exception_handler(HTTPException)
     def refuse_request(_request: Request, error: HTTPException) -> JSONResponse:

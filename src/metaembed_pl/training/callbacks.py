@@ -88,7 +88,7 @@ class DrawnPairs(pl.Callback):
 
 
 class ProgressBar(TQDMProgressBar):
-    """Lightning's bar with the speed in pairs and the time left of the whole run."""
+    """Lightning's bar with the speed in pairs and the time left of the run."""
 
     def __init__(self, speed: Speed):
         super().__init__()

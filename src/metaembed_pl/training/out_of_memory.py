@@ -63,11 +63,11 @@ class OutOfMemory(pl.Callback):
             max_chunk_tokens=pl_module.max_chunk_tokens,
         )
         step = step_of(self._batch, pl_module.embedder, pl_module.loss.both_directions)
-        told = advice(pl_module.embedder, step, running, limit_bytes(pl_module.device))
+        hint = advice(pl_module.embedder, step, running, limit_bytes(pl_module.device))
         exception.add_note(
             f"step {self._batch.step} of source {self._batch.source}, {len(self._batch.keys)} "
             f"pairs on this rank, rows of {step.query.num_tokens} and "
-            f"{step.candidate.num_tokens} tokens: {told}"
+            f"{step.candidate.num_tokens} tokens: {hint}"
         )
 
 
@@ -110,14 +110,14 @@ def advice(model: MetaEmbedder, step: Step, running: Running, limit: int) -> str
     """The estimate by part, and the keys to lower, cheapest first."""
     memory = estimate(model, step, running)
     parts = sorted(asdict(memory).items(), key=lambda part: -part[1])
-    told = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts if size > GIB / 20)
+    held = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts if size > GIB / 20)
     settings = would_fit(model, step, running, min(limit, round(LOWERED * memory.total)))
     if not any(setting.startswith(CACHE) for setting in settings):
         settings.insert(*_smaller_chunks(step, running, settings))
     settings += ["fewer data.num_negatives"] * (step.num_negatives > 0)
     settings.append("a lower model.backbone.max_pixels or max_text_tokens (shorter rows)")
     return (
-        f"estimated {memory.total / GIB:.1f} GiB ({told}) of {limit / GIB:.1f}; change one of, "
+        f"estimated {memory.total / GIB:.1f} GiB ({held}) of {limit / GIB:.1f}; change one of, "
         f"cheapest first: {'; '.join(settings)}"
     )
 

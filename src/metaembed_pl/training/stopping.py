@@ -68,8 +68,8 @@ class StopsOnSignal(pl.Callback):
             launcher.kill(number)  # of Ctrl-C, the terminal tells all processes
         if not self._waits or twice:
             raise Stopped(number)
-        told = f"metaembed-pl: {signal.Signals(number).name}: stopping at the end of this step\n"
-        os.write(2, told.encode())
+        message = f"metaembed-pl: {signal.Signals(number).name}: stopping at the end of this step\n"
+        os.write(2, message.encode())
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """From now on a step is finished first; Lightning has put its own handlers before ours."""
@@ -79,11 +79,11 @@ class StopsOnSignal(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         """Stops between two steps, on all ranks or on none."""
         if not trainer.fit_loop.epoch_loop._should_accumulate():
-            self._stop_if_told(trainer)
+            self._stop_if_signalled(trainer)
 
     def on_validation_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         """Stops while training validates, as if that had not begun."""
-        if self._waits and not trainer.sanity_checking and self._is_told(trainer):
+        if self._waits and not trainer.sanity_checking and self._is_signalled(trainer):
             trainer.fit_loop.epoch_loop.val_loop.batch_progress.reset()
             self._stop(trainer)
 
@@ -96,17 +96,17 @@ class StopsOnSignal(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """What comes after training need not be finished."""
         self._waits = False
-        self._stop_if_told(trainer)
+        self._stop_if_signalled(trainer)
 
-    def _is_told(self, trainer: pl.Trainer) -> bool:
+    def _is_signalled(self, trainer: pl.Trainer) -> bool:
         if trainer.world_size > 1:
-            told = torch.tensor([self._number], device=trainer.strategy.root_device)
-            dist.all_reduce(told, dist.ReduceOp.MAX)
-            self._number = int(told)
+            number = torch.tensor([self._number], device=trainer.strategy.root_device)
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+            self._number = int(number)
         return bool(self._number)
 
-    def _stop_if_told(self, trainer: pl.Trainer) -> None:
-        if self._is_told(trainer):
+    def _stop_if_signalled(self, trainer: pl.Trainer) -> None:
+        if self._is_signalled(trainer):
             self._stop(trainer)
 
     def _stop(self, trainer: pl.Trainer) -> None:

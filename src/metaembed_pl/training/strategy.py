@@ -39,7 +39,7 @@ TRUSTED = (
     "deepspeed.utils.tensor_fragment.",
 )
 COALESCED_SHARE = 0.1
-"""Where no more is trained, the gradients of a step are kept whole and reduced at its end."""
+"""Where no more is trained, the gradients of a step are kept unreduced until its end."""
 
 
 class ZeroStrategy(DeepSpeedStrategy):
@@ -99,7 +99,7 @@ class ZeroStrategy(DeepSpeedStrategy):
     def model_sharded_context(self) -> Iterator[None]:
         """While open, transformers shards pretrained weights as it reads them.
 
-        A model from scratch is small and built whole: its random start is drawn into whole
+        A model from scratch is small and built unsharded: its random start is drawn into whole
         tensors. DeepSpeed then shares it out like the meta tokens, from rank 0.
         """
         from transformers.integrations.deepspeed import HfDeepSpeedConfig
@@ -164,7 +164,7 @@ class ZeroStrategy(DeepSpeedStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
     ) -> None:
-        """Writes a folder beside the last one, and lets `filepath` point to it once it is whole.
+        """Writes a folder beside the last one, and lets `filepath` point to it once it is complete.
 
         Frozen weights that can be read again from the base model are left out.
         """
@@ -206,8 +206,8 @@ class ZeroStrategy(DeepSpeedStrategy):
             if missing := sorted(wanted - state["state_dict"].keys()):
                 raise UserError(f"{folder}: {missing[0]} is not in this checkpoint")
         self._restore_zero_state(state, strict=False)
-        told = torch.load(folder / "checkpoint" / MODEL_FILE, "cpu", weights_only=True)
-        return {name: value for name, value in told.items() if name != "module"}
+        state = torch.load(folder / "checkpoint" / MODEL_FILE, "cpu", weights_only=True)
+        return {name: value for name, value in state.items() if name != "module"}
 
 
 class Fsdp2Strategy(ModelParallelStrategy):

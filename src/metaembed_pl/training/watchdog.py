@@ -89,8 +89,8 @@ class Watch:
     def _end(self, why: str, grace_s: float = 0.0) -> NoReturn:
         stack = traceback.extract_stack(sys._current_frames()[self._main])
         waits = f"{stack[-1].name} ({Path(stack[-1].filename).name}:{stack[-1].lineno})"
-        told = "".join(traceback.format_list(stack[-NUM_FRAMES:]))
-        message = f"metaembed-pl: {self.where}: {why}; it is waiting in {waits}:\n{told}"
+        frames = "".join(traceback.format_list(stack[-NUM_FRAMES:]))
+        message = f"metaembed-pl: {self.where}: {why}; it is waiting in {waits}:\n{frames}"
         message += f"metaembed-pl: {self.rank} exits; resume with `--ckpt_path last`\n"
         os.write(2, message.encode())  # in one go, beside those of other ranks
         time.sleep(grace_s)

@@ -118,7 +118,7 @@ class EdgeCollection:
         return self._shard.query_batch(batch)
 
     def finish(self) -> None:
-        """See `Collection`: Edge makes its indexes when it is told to."""
+        """See `Collection`: Edge builds its indexes on request."""
         self._shard.optimize()
         self._shard.flush()
 

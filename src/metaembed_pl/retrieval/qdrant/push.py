@@ -2,7 +2,7 @@
 
 The same call goes on after an interruption, and brings a collection up to date after the store has
 changed: every item has a digest of its vectors and metadata in the collection, and is sent when
-that is another. So a push reads the whole store, and sends little.
+that is another. So a push reads the complete store, and sends little.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

@@ -21,7 +21,7 @@ from metaembed_pl.retrieval.where import Condition
 OVERSAMPLING = 2.0
 LARGEST_INTEGER = 2**63
 EXACT_INTEGERS = 2**53
-"""Up to here floating-point numbers, which Qdrant compares, tell integers apart."""
+"""Up to this size, integers are exact as floating-point numbers, which Qdrant compares."""
 RANGES = {"<": "lt", "<=": "lte", ">": "gt", ">=": "gte"}
 PLAIN_KEY = re.compile(r"[A-Za-z0-9_-]+")
 DATE = re.compile(r"\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d(\.\d+)?)?(Z|[+-]\d\d:\d\d)?)?")

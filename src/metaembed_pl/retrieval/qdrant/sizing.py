@@ -112,7 +112,7 @@ def sizing_table(
 ) -> list[tuple[str, ...]]:
     """Sizes of collections by precision: a head, then a row for each number of items.
 
-    Disk is told without a coarser copy, memory with each.
+    Disk is without a coarser copy, memory with each.
     """
     disks = [f"disk {name}" for name in DTYPES]
     memories = [f"memory {name or dtype}" for name in QUANTIZATIONS]

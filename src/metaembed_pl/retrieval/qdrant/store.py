@@ -31,7 +31,7 @@ from metaembed_pl.retrieval.where import parse_where
 class QdrantHits(Hits):
     """What a search of a collection found: `Hits` with the metadata of the items.
 
-    A collection has no rows, and does not tell what it reads: `rows` are empty and `bytes_read` 0.
+    A collection has no rows and does not report bytes read: `rows` are empty, `bytes_read` is 0.
 
     Args:
         metadata: of the items, by query.

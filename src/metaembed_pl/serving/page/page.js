@@ -1,5 +1,5 @@
 // The page of `metaembed-pl serve`. A query is encoded once, and kept by the service under an id;
-// dragging the budget only searches. What the service answers is told in /openapi.json.
+// dragging the budget only searches. /openapi.json describes the responses.
 
 const $ = (id) => document.getElementById(id);
 const state = {
