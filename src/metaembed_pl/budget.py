@@ -23,7 +23,7 @@ from metaembed_pl.errors import UserError
 class Budget(NamedTuple):
     """The first `r_q` vectors of a query against the first `r_c` of a candidate.
 
-    Args:
+    Attributes:
         r_q: vectors of a query.
         r_c: vectors of a candidate.
         width: the first components of each vector that are used; None: all.

@@ -81,6 +81,10 @@ def test_json_lines_keep_their_metadata_and_are_found(model, things, tmp_path, c
     # Where bf16 is faster, what it chose is read again.
     assert found["bytes_read"] in (1 * 32 * 2, 2 * 32 * 2)
 
+    given = ["search", "--model", model, "--store", store, "--query", "apple", "--where", "lang=xx"]
+    assert main([*map(str, given), "--device", "cpu"]) == 0
+    assert "no item matches --where lang=xx\n" in capsys.readouterr().err
+
     assert search(model, store, "--query", "apple", "--cascade", "4x1:9,4x8:3") == 0
     found = json.loads(capsys.readouterr().out)
     query = MetaEmbedder.from_pretrained(model).encode_query(["apple"])

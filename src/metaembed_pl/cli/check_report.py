@@ -73,13 +73,13 @@ def _running_lines(report: dict[str, Any]) -> list[tuple[str, str]]:
 def _data_path_in_words(found: dict[str, Any]) -> str:
     """What a worker makes here, and how many a GPU needs."""
     text = (
-        f"{found['pairs_a_worker']:.3g} pairs ({found['pictures_a_worker']:.3g} pictures) a second "
-        f"and worker, measured on {found['measured']}"
+        f"{found['pairs_a_worker']:.3g} pairs ({found['pictures_a_worker']:.3g} pictures) per "
+        f"second and worker, measured on {found['measured']} pairs"
     )
     if "workers_needed" not in found:
-        return f"{text}; this run has {_workers(found['workers'])} a rank"
+        return f"{text}; this run has {_workers(found['workers'])} per rank"
     needed, workers = found["workers_needed"], found["workers"]
-    text += f"; a GPU takes {found['pairs_a_gpu']:.3g}: {_workers(needed)} a rank"
+    text += f"; a GPU takes {found['pairs_a_gpu']:.3g}: {_workers(needed)} per rank"
     if needed <= workers:
         return f"{text}, and it has {workers}"
     return f"{text}, and it has {workers}: set data.num_workers, or the GPU waits for data"

@@ -99,6 +99,8 @@ def run(args: argparse.Namespace) -> None:
     else:
         if answer.note:
             print(answer.note, file=sys.stderr)
+        if not answer.found and args.where:
+            print(f"no item matches --where {' --where '.join(args.where)}", file=sys.stderr)
         _print_table([_row(place, found) for place, found in enumerate(answer.found, start=1)])
 
 
