@@ -41,7 +41,7 @@ def ours(queries: Tensor, candidates: Tensor, groups: tuple[Budget, ...]) -> Ten
 
 
 def einsums(queries: Tensor, candidates: Tensor, groups: tuple[Budget, ...]) -> Tensor:
-    """One product a group, kept whole for autograd."""
+    """One product a group, kept completely for autograd."""
     products = (
         torch.einsum("qid,cjd->qcij", queries[:, :r_q], candidates[:, :r_c])
         for r_q, r_c, _ in groups

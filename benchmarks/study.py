@@ -55,7 +55,7 @@ FORMS = (
 )
 """How a store may keep candidates: components, the first or projected ones, and bits of each."""
 QUARTER = 0.3
-"""Of the bytes of whole candidates in bf16: int8 has a scale for each vector beside its bytes."""
+"""Of the bytes of full candidates in bf16: int8 has a scale for each vector beside its bytes."""
 README = ("today", "emoji_single", "emoji_full")
 IN_WORDS = {
     "emoji_t2i": "name -> picture",
@@ -94,7 +94,7 @@ def main() -> None:
         }:
             (folder / "study.json").unlink(missing_ok=True)
     runs: Runs = {name: [] for name in settings}
-    for seed in options.seeds:  # a whole seed first: an early stop leaves a table
+    for seed in options.seeds:  # a complete seed first: an early stop leaves a table
         for name in settings:
             runs[name].append(run(study, name, seed, options.out))
     if options.readme:
@@ -235,7 +235,7 @@ def tables(runs: Runs) -> str:
 
 
 def shares(runs: Runs) -> str:
-    """Candidates of about a quarter of the bytes: recall, as a share of that of whole ones."""
+    """Candidates of about a quarter of the bytes: recall, as a share of that of full ones."""
     sets = list(_first(runs)["sets"])
     lines = ["| setting | candidates | bytes | of bf16 | " + " | ".join(sets) + " |"]
     lines.append("|---|---|---:|---:|" + "---:|" * len(sets))

@@ -123,7 +123,7 @@ def check_budget(
         choices = f"choose one of {', '.join(map(str, trained))}, or " if trained else ""
         raise UserError(
             f"budget {budget}: the model was not trained at width {budget.width}; {choices}"
-            "leave the width out for whole vectors"
+            "leave the width out for full vectors"
         )
     return budget
 

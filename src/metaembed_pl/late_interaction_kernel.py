@@ -86,7 +86,7 @@ def _products(
     queries: Float[Tensor, "Rq q D"], candidates: Float[Tensor, "c Rc D"]
 ) -> Float[Tensor, "c Rc Rq q"]:
     with torch.autocast(queries.device.type, enabled=False):
-        # In this order the maximum over Rc runs over whole rows, which makes it nearly free.
+        # In this order the maximum over Rc runs over complete rows, which makes it nearly free.
         products = candidates.flatten(0, 1) @ queries.flatten(0, 1).T
     return products.view(*candidates.shape[:2], *queries.shape[:2])
 

@@ -151,7 +151,7 @@ def test_a_collection_says_how_to_get_narrower_vectors(tmp_path):
     list(push(made(tmp_path / "s"), collection))
     collection.close()
     with QdrantStore.open(tmp_path / "edge") as opened:
-        with pytest.raises(UserError, match=r"4x8x5:10: Qdrant scores whole .* `embed --width 5`"):
+        with pytest.raises(UserError, match=r"4x8x5:10: Qdrant scores full .* `embed --width 5`"):
             opened.search(QUERIES, "4x8x5")
         with pytest.raises(UserError, match="not trained at width 7; choose one of 12, 5"):
             opened.search(QUERIES, "4x8x7")

@@ -57,7 +57,9 @@ def test_a_stalled_process_names_its_place_and_ends():
     process = python(WAITS, "1")
     _, error = process.communicate(timeout=60)
     assert process.returncode == STATUS
-    assert re.search(r"rank 0, training step 7, source pets, pairs a, b: no progress for 1 s", error)
+    assert re.search(
+        r"rank 0, training step 7, source pets, pairs a, b: no progress for 1 s", error
+    )
     assert "it is waiting in wait_in_vain (" in error
     assert "time.sleep(20)" in error or "in wait_in_vain" in error
 

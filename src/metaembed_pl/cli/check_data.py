@@ -253,5 +253,5 @@ def _row_of(model: MetaEmbedder) -> Callable[[Item, Side], Rows]:
 
 
 def _num_patches(pixels: Any, patch_size: int) -> int:
-    """What the vision tower reads: patches that are cut already, or whole pictures and tiles."""
+    """What the vision tower reads: patches that are cut already, or complete pictures and tiles."""
     return len(pixels) if pixels.dim() == 2 else pixels.numel() // (3 * patch_size**2)

@@ -137,7 +137,7 @@ def _agrees(value: Any, own: Any) -> bool:
 
 
 def backbone_tensors(backbone: Any) -> dict[str, dict[str, Tensor]]:
-    """What a model folder keeps of a backbone, whole: its `weights`, its `adapter`, or both.
+    """The parts of a backbone in a model folder: its `weights`, its `adapter`, or both.
 
     Of weights that are shared out over ranks, every rank must ask.
     """

@@ -382,7 +382,7 @@ def _widened(tensor: Tensor, shape: Sequence[int]) -> Tensor:
 def load_processors(path: str, revision: str | None = None) -> tuple[Any, Any]:
     """Tokenizer and image processor of a model folder or hub id.
 
-    Loaded one by one: the whole processor of the Qwen family asks for torchvision only because of
+    Loaded one by one: the complete processor of the Qwen family needs torchvision only because of
     its video part, which a retriever of texts and images has no use for.
 
     Raises:

@@ -75,9 +75,9 @@ class Measured(NamedTuple):
         plan: a budget, or the stages of a cascade.
         recall: share of the first ten of the exact search, over the queries of the hardest kind.
         error: standard error of it.
-        products: dot products a query on the whole store; one of half the components counts half,
+        products: dot products per query on the complete store; half the components count half,
             reading a code of the index 1.
-        bytes_read: a query, on the whole store.
+        bytes_read: per query, on the complete store.
         milliseconds: a query by itself, on the rows that were searched.
     """
 
@@ -583,7 +583,7 @@ def _worth_it(plans: Sequence[_Plan], store: Reader) -> list[_Plan]:
 def costs(
     plan: Sequence[Stage], store: Reader, asks: tuple[Index, float, float] | None = None
 ) -> tuple[float, float]:
-    """What a query costs on a whole store: dot products of whole vectors, and bytes.
+    """The cost of a query on the complete store: dot products of full vectors, and bytes.
 
     Args:
         plan: its stages.
@@ -608,7 +608,7 @@ def costs(
 
 
 def _price(stage: Stage, store: Reader) -> float:
-    """Dot products of whole vectors for an item that is scored."""
+    """Dot products of full vectors for an item that is scored."""
     return stage.products * (stage.budget.width or store.width) / store.width
 
 

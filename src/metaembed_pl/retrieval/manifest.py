@@ -54,8 +54,8 @@ class Manifest(Kind):
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            if field.type in (int, "int") and not (whole and value >= (field.name == "width")):
+            is_integer = isinstance(value, int) and not isinstance(value, bool)
+            if field.type in (int, "int") and not (is_integer and value >= (field.name == "width")):
                 raise UserError(f"a store's {field.name} cannot be {value!r}")
         if self.dtype not in DTYPES:
             raise UserError(f"a store's dtype is one of {', '.join(DTYPES)}; got {self.dtype!r}")
@@ -64,8 +64,8 @@ class Manifest(Kind):
             raise UserError(f"a store's data cannot be {self.data!r}")
         if not isinstance(self.identity, str) or not self.identity:
             raise UserError(f"a store's identity cannot be {self.identity!r}")
-        whole = all(type(width) is int and 0 < width < self.width for width in self.widths)
-        if not (isinstance(self.widths, tuple) and whole):
+        is_integer = all(type(width) is int and 0 < width < self.width for width in self.widths)
+        if not (isinstance(self.widths, tuple) and is_integer):
             raise UserError(f"a store's widths cannot be {self.widths!r}")
         if not (self.projection is None or isinstance(self.projection, str)):
             raise UserError(f"a store's projection cannot be {self.projection!r}")

@@ -56,7 +56,7 @@ def scan(
     planes = [plane for plane in planes if plane.first < r_c]
     if r_c == 1:
         queries = queries.sum(dim=1, keepdim=True)
-    # By slot and then by query: the sum over slots then adds whole rows.
+    # By slot and then by query: the sum over slots then adds complete rows.
     weights = queries.transpose(0, 1).to(dtype)
     tile = _Tile(planes, weights)
     step = max(tile.num_rows, SCORES_AT_A_TIME // max(1, len(queries)))

@@ -134,11 +134,11 @@ class Snapshot:
         """Values of a column of the table."""
         column = self._checked(name)
         # Their number first: a search asks for ten of them, and should not count to a million.
-        whole = len(places) == len(column) and torch.equal(places, torch.arange(len(column)))
+        is_all = len(places) == len(column) and torch.equal(places, torch.arange(len(column)))
         try:
             if len(places) <= FEW:
                 return [column[place].as_py() for place in places.tolist()]
-            return (column if whole else column.take(pa.array(places.numpy()))).to_pylist()
+            return (column if is_all else column.take(pa.array(places.numpy()))).to_pylist()
         except (pa.ArrowException, MemoryError, UnicodeDecodeError, IndexError) as error:
             raise UserError(f"the column {name!r} of a store's rows is damaged: {error}") from error
 

@@ -119,10 +119,10 @@ def activation_bytes(
         for layers, num_tokens in ((text, rows.num_tokens), (vision, rows.num_patches)):
             count = rows.num_rows * num_tokens
             for layer in layers:
-                whole = layer.kept(rows.num_rows, num_tokens, rows.num_patches)
+                complete = layer.kept(rows.num_rows, num_tokens, rows.num_patches)
                 redone = is_checkpointed and layer.is_checkpointed
-                kept += layer.input * count if redone else whole
-                beside = max(beside, (whole if redone else 0) + layer.backward * count)
+                kept += layer.input * count if redone else complete
+                beside = max(beside, (complete if redone else 0) + layer.backward * count)
         kept += rows.num_rows * rows.num_tokens * _around(backbone, widths)
         kept += rows.num_rows * rows.num_patches * _shown(backbone, widths)
     return round(max(peak, kept + beside))

@@ -90,7 +90,7 @@ def _row(inputs: Any, patch_size: int) -> Rows:
     count = sum(len(piece["input_ids"]) for piece in pieces)
     num_tokens = max(piece["input_ids"].shape[1] for piece in pieces)
     pixels = [piece["pixel_values"] for piece in pieces if "pixel_values" in piece]
-    # Patches that are cut already, or whole pictures and tiles.
+    # Patches that are cut already, or complete pictures and tiles.
     patches = sum(len(p) if p.dim() == 2 else p.numel() // (3 * patch_size**2) for p in pixels)
     return Rows(1, num_tokens, -(-patches // count), sum(p.nbytes for p in pixels) // count)
 

@@ -99,7 +99,7 @@ class ZeroStrategy(DeepSpeedStrategy):
     def model_sharded_context(self) -> Iterator[None]:
         """While open, transformers shards pretrained weights as it reads them.
 
-        A model from scratch is small and built unsharded: its random start is drawn into whole
+        A model from scratch is small and built unsharded: its random start is drawn into complete
         tensors. DeepSpeed then shares it out like the meta tokens, from rank 0.
         """
         from transformers.integrations.deepspeed import HfDeepSpeedConfig

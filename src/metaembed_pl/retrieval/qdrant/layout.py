@@ -1,6 +1,6 @@
 """How the items of a store lie in a collection: an item is a point.
 
-Qdrant scores a named vector as a whole, so a point has one for each candidate count that is to be
+Qdrant scores a complete named vector, so a point has one for each candidate count that is to be
 searched: `first_8` holds the first 8 vectors of an item. Prefixes are repeated: 1, 4, 8, 16 and 64
 vectors are 93, 45 % more than 64; 1, 8 and 64 are 73, 14 % more.
 
@@ -50,7 +50,7 @@ class Layout(Kind):
         identity: see `Kind`.
         groups: see `Kind`.
         width: see `Kind`.
-        widths: see `Kind`; searches here read whole vectors all the same.
+        widths: see `Kind`; searches here read full vectors all the same.
         counts: of candidate vectors that can be searched, ascending.
         dtype: of stored components, in Qdrant's words: fp32, fp16, turbo8.
         quantization: of a coarser copy of the smallest count, which is searched first; may be none.

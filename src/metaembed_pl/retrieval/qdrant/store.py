@@ -115,7 +115,7 @@ class QdrantStore(Searchable):
         for stage in stages:
             if stage.budget.width is not None:
                 raise UserError(
-                    f"{stage}: Qdrant scores whole vectors; for a collection of narrower ones "
+                    f"{stage}: Qdrant scores full vectors; for a collection of narrower ones "
                     f"`embed --width {stage.budget.width}` into a store, and push that"
                 )
             if stage.reach is not None:
