@@ -99,7 +99,7 @@ class Cut:
     """How many texts were read, how many of them were cut, and how much of them.
 
     >>> Cut(3, 1, 100, 25, 32)
-    1 of 3 texts are longer than 32 tokens and were truncated: 25.0 % of all tokens were dropped
+    1 of 3 texts are longer than 32 tokens and were cut there: 25.0 % of all tokens are not read
     """
 
     num_texts: int = 0

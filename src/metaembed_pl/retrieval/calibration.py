@@ -308,7 +308,8 @@ def joined(texts: Sequence[str]) -> tuple[list[str], list[str]]:
      ['cat, owl and dog', 'dog, cat and owl', 'owl, dog and cat'])
     """
     short = [text[:JOINED_LENGTH] for text in texts]
-    others = [short[-7 * shift :] + short[: -7 * shift] for shift in (1, 2)]
+    step = 7 if len(short) > 14 else max(1, len(short) // 3)  # a text is not joined with itself
+    others = [short[-step * shift :] + short[: -step * shift] for shift in (1, 2)]
     two = [f"{one} and {other}" for one, other in zip(short, others[0], strict=True)]
     three = [f"{one}, {a} and {b}" for one, a, b in zip(short, *others, strict=True)]
     return two, three
