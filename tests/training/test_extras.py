@@ -76,6 +76,10 @@ def test_a_profiler_writes_what_took_time(fit, tmp_path):
             "StochasticWeightAveraging averages over epochs",
         ),
         (
+            {"trainer__callbacks": [part("callbacks.BatchSizeFinder")]},
+            "BatchSizeFinder changes the batch, and with it the negatives of a query: use `check",
+        ),
+        (
             {"trainer__logger": part("loggers.WandbLogger")},
             "'wandb.* not met: install it, or remove it from the recipe$",
         ),

@@ -26,6 +26,7 @@ import yaml
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
     Callback,
     LearningRateMonitor,
     ModelCheckpoint,
@@ -357,6 +358,11 @@ class RecipeCLI(LightningCLI):
             raise UserError(
                 "StochasticWeightAveraging averages over epochs, but runs count steps: use "
                 "lightning.pytorch.callbacks.EMAWeightAveraging instead"
+            )
+        if any(isinstance(callback, BatchSizeFinder) for callback in given):
+            raise UserError(
+                "BatchSizeFinder changes the batch, and with it the negatives of a query: use "
+                "`check --gpu-memory 80GB`, which says what fits"
             )
         kwargs["callbacks"] = [*given, *self._callbacks(config)]
         if isinstance(config.get("val_check_interval"), int):
