@@ -17,7 +17,7 @@ import yaml
 
 import faults
 import tiny
-from metaembed_pl.cli.failures import told_in_one_line
+from metaembed_pl.cli.failures import failures_in_one_line
 from metaembed_pl.cli.main import main
 from metaembed_pl.errors import UserError
 from metaembed_pl.training.checkpoints import WholeFiles
@@ -127,7 +127,7 @@ def test_a_validation_without_memory_names_its_batch_size():
     watch = Watch()
     watch.note("validation, batch 0 of train")
     said = r"^out of memory, validation, batch 0 of train: .*; in validation, lower data.eval_batch"
-    with pytest.raises(UserError, match=said), told_in_one_line(watch):
+    with pytest.raises(UserError, match=said), failures_in_one_line(watch):
         torch.empty(2**50)
 
 
