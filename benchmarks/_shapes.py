@@ -16,18 +16,18 @@ from PIL import Image
 from transformers import AutoConfig, AutoModel
 
 from metaembed_pl.budget import PAPER_GROUPS
-from metaembed_pl.data.datamodule import TrainingBatches
+from metaembed_pl.data.batches import TrainingBatches
 from metaembed_pl.data.plan import Plan, PlannedSource
 from metaembed_pl.data.shards import ShardedPairs, ShardWriter
 from metaembed_pl.item import Item, Pair
+from metaembed_pl.model.backbone_options import checkpoint_activations, refuse_missing_flash
 from metaembed_pl.model.embedder import MetaEmbedder
 from metaembed_pl.model.family import family_of
 from metaembed_pl.model.image_processors import load_image_processor
 from metaembed_pl.model.kernels import project_patches, set_attention
 from metaembed_pl.model.lora import LoraConfig, set_trainable
-from metaembed_pl.model.options import checkpoint_activations, refuse_missing_flash
-from metaembed_pl.model.outline import RoughTokenizer
 from metaembed_pl.model.processing import Processing, Prompt
+from metaembed_pl.model.weightless import RoughTokenizer
 
 CONFIGS = Path(__file__).parent.parent / "recipes" / "configs" / "Qwen"
 MAX_PIXELS = 802816  # 1,024 image tokens, as recipes/qwen7b.yaml

@@ -24,9 +24,10 @@ from loss import RESULTS, machine, peak_bytes
 from torch.utils.flop_counter import FlopCounterMode
 
 from metaembed_pl.cli.recipe_faults import read_recipe
+from metaembed_pl.data.batches import TrainingBatches
 from metaembed_pl.data.collate import TrainBatch
-from metaembed_pl.data.datamodule import TrainingBatches, TrainSource
 from metaembed_pl.data.plan import Plan
+from metaembed_pl.data.recipe_sources import TrainSource
 from metaembed_pl.data.shards import ShardedPairs
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "emoji.yaml"

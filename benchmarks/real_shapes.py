@@ -39,7 +39,7 @@ from metaembed_pl.cli.check import _running
 from metaembed_pl.cli.check_data import measure
 from metaembed_pl.cli.recipe_faults import Recipe, read_recipe
 from metaembed_pl.cli.recipe_path import find_recipe, recipe_folder
-from metaembed_pl.data.datamodule import TrainingBatches
+from metaembed_pl.data.batches import TrainingBatches
 from metaembed_pl.data.plan import Plan, PlannedSource
 from metaembed_pl.item import Item
 from metaembed_pl.model.backbone import set_up
@@ -47,8 +47,8 @@ from metaembed_pl.model.embedder import MetaEmbedder
 from metaembed_pl.model.family import family_of
 from metaembed_pl.model.image_processors import load_image_processor
 from metaembed_pl.model.lora import set_trainable
-from metaembed_pl.model.outline import RoughTokenizer
 from metaembed_pl.model.processing import Processing
+from metaembed_pl.model.weightless import RoughTokenizer
 from metaembed_pl.training.memory import GIB, Step, estimate
 
 RESULTS = Path(__file__).parent / "results"
@@ -430,7 +430,7 @@ def batches_of(trainee: Trainee, source: Any, num_ranks: int) -> list[list[Any]]
     made.max_chunk_tokens = trainee.recipe.model.max_chunk_tokens  # pyright: ignore[reportOptionalMemberAccess]
     made.num_ranks = num_ranks
     found = []
-    with mock.patch("metaembed_pl.data.datamodule.decoded", lambda pair: pair):
+    with mock.patch("metaembed_pl.data.batches.decoded", lambda pair: pair):
         for step in range(NUM_STEPS):
             ranks = []
             for rank in range(num_ranks):

@@ -19,6 +19,7 @@ maxsim-cpu  exact scores of all
 
 import argparse
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -102,17 +103,18 @@ def lancedb(_store: Store, vectors: Tensor, _others: calibration.Kinds, folder: 
 
 def qdrant_edge(store: Store, _vectors: Tensor, _others: calibration.Kinds, folder: Path) -> Any:
     """All vectors of an item as one multivector with HNSW, asked with the sum, then with each."""
-    from metaembed_pl.retrieval.qdrant.collection import open_collection
+    sys.path.append(str(Path(__file__).parents[1] / "tests"))
     from metaembed_pl.retrieval.qdrant.push import push
-    from metaembed_pl.retrieval.qdrant.store import QdrantStore
+    from qdrant_edge_folder import EdgeCollection, open_at  # pyright: ignore
 
     r_q, r_c, _ = store.groups[-1]
-    collection = open_collection(str(folder / "edge"))
+    collection = EdgeCollection(folder / "edge")
     for _ in push(store, collection, counts=(r_c,)):
         pass
+    collection.finish()
     collection.close()
     size = sum(file.stat().st_size for file in (folder / "edge").rglob("*") if file.is_file())
-    with QdrantStore.open(folder / "edge") as opened:
+    with open_at(folder / "edge") as opened:
         for plan in (f"poolx{r_c}:50,{r_q}x{r_c}:10", f"poolx{r_c}:200,{r_q}x{r_c}:10"):
 
             def search(some: Tensor, plan: str = plan) -> list[list[int]]:

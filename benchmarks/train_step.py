@@ -42,8 +42,8 @@ from transformers import AutoModel, Qwen2_5_VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from data import picture
+from metaembed_pl.data.batches import TrainingBatches
 from metaembed_pl.data.collate import TrainBatch
-from metaembed_pl.data.datamodule import TrainingBatches
 from metaembed_pl.data.plan import Plan, PlannedSource
 from metaembed_pl.data.shards import ShardedPairs, ShardWriter
 from metaembed_pl.item import Item, Pair

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from functools import cache
 
-from metaembed_pl.data_prep._openmoji import Kind, is_held_out, shuffled_key
+from metaembed_pl.data_prep._openmoji import NameParts, is_held_out, shuffled_key
 from metaembed_pl.data_prep._raster import Drawn
 from metaembed_pl.item import Item, Pair
 
@@ -193,18 +193,18 @@ def _names(drawn: Drawn, id: str, languages: list[str]) -> Iterator[tuple[str, s
     return ((language, names[language]) for language in languages if language in names)
 
 
-def _changes_gender(source: Kind, target: Kind) -> bool:
+def _changes_gender(source: NameParts, target: NameParts) -> bool:
     # Of couples it would be unclear whose gender changes.
     plain = len(source.genders) <= 1 and len(target.genders) <= 1
     return plain and source.genders != target.genders and source.tones == target.tones
 
 
-def _gender_change(target: Kind) -> str:
+def _gender_change(target: NameParts) -> str:
     (gender,) = target.genders or ("person",)
     return f"as {gender}" if gender in ("men", "women", "people") else f"as a {gender}"
 
 
-def _tone_change(target: Kind) -> str:
+def _tone_change(target: NameParts) -> str:
     return f"with {' and '.join(target.tones)}" if target.tones else "with no skin tone"
 
 

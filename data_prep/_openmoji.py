@@ -53,9 +53,9 @@ class Picture:
     names: dict[str, str] = field(default_factory=dict)
 
     @cached_property
-    def kind(self) -> "Kind":
+    def kind(self) -> "NameParts":
         """Its English name, taken apart."""
-        return Kind.of(self.names["en"])
+        return NameParts.of(self.names["en"])
 
     @property
     def has_tone(self) -> bool:
@@ -64,12 +64,12 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Kind:
+class NameParts:
     """An English name in parts: pictures of one `family` differ in genders and tones only.
 
     Example:
-        >>> Kind.of("woman farmer dark skin tone")
-        Kind(family='farmer', genders=('woman',), tones=('dark skin tone',))
+        >>> NameParts.of("woman farmer dark skin tone")
+        NameParts(family='farmer', genders=('woman',), tones=('dark skin tone',))
     """
 
     family: str
@@ -77,7 +77,7 @@ class Kind:
     tones: tuple[str, ...]
 
     @classmethod
-    def of(cls, name: str) -> "Kind":
+    def of(cls, name: str) -> "NameParts":
         """Take a cleaned English name apart."""
         tones = tuple(_TONE_WORDS.findall(name))
         words = _TONE_WORDS.sub("", name).split()
@@ -88,7 +88,7 @@ class Kind:
         family = " ".join(word for word in words if word not in dropped)
         return cls(family if words else "skin tone", genders, tones)
 
-    def distance(self, other: "Kind") -> int:
+    def distance(self, other: "NameParts") -> int:
         """Count what differs within a family: 1 for the tone or the gender, 2 for both."""
         return (self.genders != other.genders) + (self.tones != other.tones)
 

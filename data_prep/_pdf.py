@@ -27,7 +27,7 @@ _CHAPTER = re.compile(
 
 
 @dataclass(frozen=True)
-class Entry:
+class IndexLine:
     """A line of an index: a term and the printed numbers of its pages."""
 
     term: str
@@ -146,7 +146,7 @@ def printed_numbers(texts: list[str]) -> int | None:
     return first if count > NUMBERED_SHARE * len(texts) else None
 
 
-def find_listings(texts: list[str], first: int | None) -> dict[int, list[Entry]]:
+def find_listings(texts: list[str], first: int | None) -> dict[int, list[IndexLine]]:
     """The entries of the pages of index and table of contents: most of their lines end in numbers.
 
     A short page counts if it goes on where another one ends.
@@ -155,8 +155,8 @@ def find_listings(texts: list[str], first: int | None) -> dict[int, list[Entry]]
         texts: of all pages.
         first: the number printed on the first one, if any is.
     """
-    found: dict[int, list[Entry]] = {}
-    short: dict[int, list[Entry]] = {}
+    found: dict[int, list[IndexLine]] = {}
+    short: dict[int, list[IndexLine]] = {}
     for page, text in enumerate(texts):
         lines = _lines(text)
         entries = [entry for line in lines if (entry := parse_entry(line, len(texts)))]
@@ -173,13 +173,13 @@ def find_listings(texts: list[str], first: int | None) -> dict[int, list[Entry]]
     return found
 
 
-def parse_entry(line: str, num_pages: int) -> Entry | None:
+def parse_entry(line: str, num_pages: int) -> IndexLine | None:
     """A line that ends in page numbers, which are in the book.
 
     >>> parse_entry("palette, gray, 64, 141-142", 300)
-    Entry(term='palette, gray', numbers=(64, 141, 142))
+    IndexLine(term='palette, gray', numbers=(64, 141, 142))
     >>> parse_entry("closure_arity . . . . . . 5", 300)
-    Entry(term='closure_arity', numbers=(5,))
+    IndexLine(term='closure_arity', numbers=(5,))
     >>> parse_entry("gnuplot 5.4", 300), parse_entry("in the year 2019", 300)
     (None, None)
     """
@@ -192,7 +192,7 @@ def parse_entry(line: str, num_pages: int) -> Entry | None:
         numbers += range(first, max(first, *last) + 1) if last else [first]
     if not numbers or max(numbers) > num_pages or min(numbers) < 1 or len(numbers) > MAX_NUMBERS:
         return None
-    return Entry(_term(line), tuple(numbers))
+    return IndexLine(_term(line), tuple(numbers))
 
 
 def plain_title(title: str) -> str:

@@ -24,7 +24,7 @@ Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Benchmark:
+class RetrievalDraft:
     """A retrieval set that a script can write.
 
     Args:
@@ -55,7 +55,7 @@ class Benchmark:
 def run(
     script: str,
     about: str | None,
-    benchmarks: Callable[[argparse.Namespace], Iterable[Benchmark]],
+    benchmarks: Callable[[argparse.Namespace], Iterable[RetrievalDraft]],
     declare: Callable[[argparse.ArgumentParser], None],
     argv: list[str] | None = None,
 ) -> int:
@@ -76,7 +76,7 @@ def run(
     return main_of(script, about, build, declared, argv)
 
 
-def make(benchmark: Benchmark, options: argparse.Namespace) -> None:
+def make(benchmark: RetrievalDraft, options: argparse.Namespace) -> None:
     """Write a set that is not there yet, and its card; say what there is.
 
     Raises:
@@ -108,7 +108,7 @@ def _is_made(folder: Path, settings: dict[str, Any]) -> bool:
 
 
 def _write(
-    benchmark: Benchmark, settings: dict[str, Any], options: argparse.Namespace
+    benchmark: RetrievalDraft, settings: dict[str, Any], options: argparse.Namespace
 ) -> Counter[str]:
     """Write the set; returns what was dropped, by reason."""
     is_ours = options.force or _is_made(benchmark.folder, settings)  # a kill before the card
@@ -148,7 +148,7 @@ def _write(
 
 
 def _checked(
-    benchmark: Benchmark,
+    benchmark: RetrievalDraft,
     options: argparse.Namespace,
     dropped: Counter[str],
     records: Iterable[Record],
@@ -177,7 +177,7 @@ def check(record: Record) -> tuple[Item, Record] | str:
     return item, {key: value for key, value in record.items() if value is not None}
 
 
-def _card(benchmark: Benchmark, dropped: Counter[str], command: str) -> str:
+def _card(benchmark: RetrievalDraft, dropped: Counter[str], command: str) -> str:
     manifest = read_manifest(benchmark.folder)
     about = {
         "Source": manifest["source"],

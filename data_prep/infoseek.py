@@ -35,6 +35,7 @@ from metaembed_pl.data.product import Draft, Product
 from metaembed_pl.data_prep._rows import Named, fetch, unpack
 from metaembed_pl.data_prep._source import declare_source, run
 from metaembed_pl.errors import UserError
+from metaembed_pl.item import json_lines, read_json_lines
 
 HUB = "TIGER-Lab/M-BEIR"
 QUERIES = "query/train/mbeir_infoseek_train.jsonl"
@@ -57,7 +58,7 @@ def drafts(where: str, subset: str, num_negatives: int, cache: Path) -> Iterator
         fitting = [c for c in found if c and c["modality"] == MODALITIES[subset]][:number]
         return [item(c.get("txt"), c.get("img_path"), id=c["did"]) for c in fitting]
 
-    for row in read_lines(queries):
+    for _, row in read_json_lines(queries):
         positives = candidates(row, "pos_cand_list", 1)
         if positives:
             yield {
@@ -77,12 +78,7 @@ class Pool:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._starts: dict[str, int] = {}
-        start = 0
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                self._starts[parsed(line, path, number)["did"]] = start
-                start += len(line)
+        self._starts = {value["did"]: start for _, start, value in json_lines(path)}
 
     def get(self, id: str) -> dict[str, Any] | None:
         """A candidate; None if the pool has none of this id."""
@@ -96,25 +92,6 @@ class Pool:
 def id_of(value: "str | dict[str, Any]") -> str:
     """A candidate's id, as M-BEIR's lists have it."""
     return value["did"] if isinstance(value, dict) else value
-
-
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Objects of JSON Lines, one at a time."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            yield parsed(line, path, number)
-
-
-def parsed(line: bytes, path: Path, number: int) -> dict[str, Any]:
-    """A line of JSON.
-
-    Raises:
-        UserError: names file and line.
-    """
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}:{number}: not a line of JSON: {error}") from error
 
 
 def needed(where: str, file: str) -> Path:

@@ -23,7 +23,7 @@ from itertools import islice
 from typing import Any
 
 from metaembed_pl.data_prep._mmeb import item, places
-from metaembed_pl.data_prep._retrieval import Benchmark, Record, run
+from metaembed_pl.data_prep._retrieval import Record, RetrievalDraft, run
 from metaembed_pl.data_prep._rows import read_rows
 from metaembed_pl.data_prep._source import declare_source
 from metaembed_pl.errors import UserError
@@ -80,13 +80,13 @@ def candidates(where: str, subset: str, limit: int | None, pictures: Any) -> Ite
                 yield {"id": id, **item(text, path, pictures)}
 
 
-def benchmarks(options: argparse.Namespace) -> Iterator[Benchmark]:
+def benchmarks(options: argparse.Namespace) -> Iterator[RetrievalDraft]:
     """One set a subset."""
     for subset in options.subset or SUBSETS:
         where, limit = options.where, options.limit
         pictures = places(where, "images.zip")
         read = partial(rows, where, subset, limit)
-        yield Benchmark(
+        yield RetrievalDraft(
             name=subset,
             folder=options.out / subset,
             candidates=partial(candidates, where, subset, limit, pictures),

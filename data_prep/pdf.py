@@ -40,7 +40,7 @@ from metaembed_pl.data.parallel import in_order
 from metaembed_pl.data.product import Draft, Product, is_held_out, kind_of, listed
 from metaembed_pl.data.shard_index import sha256_of
 from metaembed_pl.data_prep._pdf import Document, read_document, render
-from metaembed_pl.data_prep._retrieval import Benchmark, Record
+from metaembed_pl.data_prep._retrieval import Record, RetrievalDraft
 from metaembed_pl.data_prep._retrieval import make as make_benchmark
 from metaembed_pl.data_prep._source import main_of, make_and_print
 from metaembed_pl.errors import UserError
@@ -301,7 +301,9 @@ def near_misses(library: Library, key: str, page: str) -> list[str]:
     ]
 
 
-def benchmark(library: Library, options: argparse.Namespace, settings: dict[str, Any]) -> Benchmark:
+def benchmark(
+    library: Library, options: argparse.Namespace, settings: dict[str, Any]
+) -> RetrievalDraft:
     """The held-out queries over all pages."""
     asked = {k: q for k, q in library.queries.items() if is_held_out(k, options.held_out)}
 
@@ -309,7 +311,7 @@ def benchmark(library: Library, options: argparse.Namespace, settings: dict[str,
         for page in library.pages:
             yield library.item(page) | {"text_layer": library.text_of(page)}
 
-    return Benchmark(
+    return RetrievalDraft(
         name=name_of(options),
         folder=options.out / "retrieval",
         candidates=candidates,

@@ -38,7 +38,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from metaembed_pl.data_prep._retrieval import Benchmark, Record, run
+from metaembed_pl.data_prep._retrieval import Record, RetrievalDraft, run
 from metaembed_pl.data_prep._rows import read_rows
 from metaembed_pl.errors import UserError
 
@@ -170,12 +170,12 @@ def _is_json(value: Any) -> bool:
         return False
 
 
-def benchmarks(options: argparse.Namespace) -> Iterator[Benchmark]:
+def benchmarks(options: argparse.Namespace) -> Iterator[RetrievalDraft]:
     """One retrieval set a dataset."""
     for name in wanted(options.subset or SETS):
         collection = COLLECTION_OF[name]
         where, split = f"{options.where or collection.organisation}/{name}", collection.split
-        yield Benchmark(
+        yield RetrievalDraft(
             name=name,
             folder=options.out / name,
             candidates=partial(candidates, where, split),

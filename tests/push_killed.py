@@ -10,10 +10,10 @@ import sys
 import time
 from pathlib import Path
 
-from metaembed_pl.retrieval.qdrant.collection import open_collection
 from metaembed_pl.retrieval.qdrant.layout import Layout
 from metaembed_pl.retrieval.qdrant.push import push
 from metaembed_pl.retrieval.store import Store
+from qdrant_edge_folder import EdgeCollection
 from store_changes import fork
 
 
@@ -22,7 +22,7 @@ def push_some(store, folder, told, count):
 
     Without that wait, a busy machine may let it send everything before it is killed.
     """
-    for done in push(store, open_collection(folder), batch_size=1):
+    for done in push(store, EdgeCollection(folder), batch_size=1):
         os.write(told, b"%d\n" % done.sent)
         if done.sent == count:
             signal.pause()

@@ -93,7 +93,7 @@ def index_killed_at_every_step(folder):
         store = Store.open(folder)
         check_index(store)
         index = store.index()
-        numbers.add((store.kind.data, index and index.manifest.number))
+        numbers.add((store.description.data, index and index.manifest.number))
     assert len(numbers) > 10, f"the writer was killed before it did anything: {numbers}"
 
 
@@ -104,7 +104,7 @@ def read_index(folder):
         store = Store.open(folder)
         check_index(store)
         index = store.index()
-        seen.add((store.kind.data, index and index.manifest.number))
+        seen.add((store.description.data, index and index.manifest.number))
 
 
 def index_read_beside_a_writer(folder):

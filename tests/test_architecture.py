@@ -9,7 +9,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "metaembed_pl"
 # From the top of the house to the bottom: a module imports from its own room or from rooms above.
 ROOMS = (
-    ("errors", "display", "files", "environment", "picture", "progress"),
+    ("errors", "display", "files", "environment", "picture", "progress", "ranks", "samples"),
     ("item", "budget", "late_interaction_kernel", "late_interaction", "ranking"),
     ("data",),
     ("model",),
@@ -23,8 +23,6 @@ APART = {"training", "retrieval", "evaluation"}
 # Candidates of a benchmark are encoded into a store like any others, and evaluation, which stands
 # below retrieval, reads that store: two ways of keeping vectors would differ one day.
 OPEN = {"metaembed_pl.retrieval.store", "metaembed_pl.retrieval.embedding"}
-# `Store.build` is a shortcut: it embeds items into the store that it opens.
-SHORTCUTS = {("retrieval.store", "retrieval.embedding")}
 # What takes longer to import than a light verb may take in all.
 HEAVY = set(
     "deepspeed fastapi jsonargparse lightning matplotlib mlflow numpy peft PIL pyarrow pypdfium2 "
@@ -103,7 +101,7 @@ def imports_of_files():
             waiting += ast.iter_child_nodes(node)
         ours = {module.partition(".")[2] for module in modules if room(module)}
         files = {part for module in ours for part in (module, module.rpartition(".")[0])}
-        found[name] = {file for file in files & names.keys() if (name, file) not in SHORTCUTS}
+        found[name] = files & names.keys()
     return found
 
 

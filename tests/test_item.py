@@ -194,9 +194,11 @@ def test_the_uid_is_the_id_or_tells_contents_apart(tmp_path):
 
 def test_a_pair_asks_for_its_positive_unless_it_says_otherwise():
     positive = {"text": "fruit", "answers": ["1", "2"]}
-    assert Pair.parse({"id": "p", "query": "q", "positive": positive}).asked == "1"
-    assert Pair.parse({"id": "p", "query": "q", "positive": positive, "asks": "2"}).asked == "2"
-    assert Pair.parse({"id": "p", "query": "q", "positive": {"text": "a", "id": "3"}}).asked == "3"
+    assert Pair.parse({"id": "p", "query": "q", "positive": positive}).target_id == "1"
+    assert Pair.parse({"id": "p", "query": "q", "positive": positive, "asks": "2"}).target_id == "2"
+    assert (
+        Pair.parse({"id": "p", "query": "q", "positive": {"text": "a", "id": "3"}}).target_id == "3"
+    )
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,11 @@ def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def is_empty(folder: Path) -> bool:
+    """Whether there is a folder with nothing in it."""
+    return folder.is_dir() and not any(folder.iterdir())
+
+
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """A temporary sibling file that takes the name `path` when the block ends without an error."""
@@ -135,6 +140,27 @@ def read_json_object(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{file} must hold a JSON object, not {type(value).__name__}")
     return value
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, int, str]]:
+    """The number, the first byte and the text of each line.
+
+    Raises:
+        UserError: the file cannot be read; names file and line.
+    """
+    refuse_special_file(path)
+    start = 0
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                # utf-8-sig: editors on Windows put a byte order mark before the first line.
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                yield number, start, text
+                start += len(line)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}:{number}: not UTF-8: {error}") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
 
 
 def as_on_disk(path: Path) -> Path:

@@ -1,7 +1,7 @@
 """User data: items (text, image or both) and pairs (query, positive, hard negatives).
 
     >>> pair = Pair.parse({"id": "1", "query": "a red apple", "positive": {"text": "fruit"}})
-    >>> pair.query.text, pair.asked == pair.positive.uid
+    >>> pair.query.text, pair.target_id == pair.positive.uid
     ('a red apple', True)
 
 They are validated here, once; the rest of the package relies on it.
@@ -22,7 +22,7 @@ from typing import Any
 from PIL import Image
 
 from metaembed_pl.errors import UserError
-from metaembed_pl.files import as_on_disk, refuse_special_file
+from metaembed_pl.files import as_on_disk, read_lines, refuse_special_file
 from metaembed_pl.picture import PICTURE_SUFFIXES, files_below, open_picture
 
 _ITEM_KEYS = ("text", "image", "id", "answers", "instruction", "score")
@@ -46,7 +46,7 @@ class Item:
         UserError: neither text nor image, or a value of the wrong type.
 
     Examples:
-        >>> Item("flag of Japan", id="1F1EF-1F1F5").answered
+        >>> Item("flag of Japan", id="1F1EF-1F1F5").answer_ids
         ('1F1EF-1F1F5',)
     """
 
@@ -153,7 +153,7 @@ class Item:
         return f"sha256:{digest.hexdigest()}"
 
     @property
-    def answered(self) -> tuple[str, ...]:
+    def answer_ids(self) -> tuple[str, ...]:
         """`answers`, or this item's own uid where none are given."""
         return self.answers or (self.uid,)
 
@@ -235,15 +235,15 @@ class Pair:
         return cls(identifier, query, positive, negatives, asks)
 
     @property
-    def asked(self) -> str:
+    def target_id(self) -> str:
         """The id of what the query asks for: the first, where it asks for any of several."""
-        return self.asked_any[0]
+        return self.relevant_ids[0]
 
     @property
-    def asked_any(self) -> tuple[str, ...]:
+    def relevant_ids(self) -> tuple[str, ...]:
         """The ids of what the query asks for: each is right."""
         if self.asks is None:
-            return self.positive.answered[:1]
+            return self.positive.answer_ids[:1]
         return (self.asks,) if isinstance(self.asks, str) else self.asks
 
     @property
@@ -313,19 +313,17 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
     Raises:
         UserError: names file and line.
     """
-    refuse_special_file(path)
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                try:
-                    # utf-8-sig: editors on Windows put a byte order mark before the first line.
-                    text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                    if text:
-                        yield number, parse_json(text)
-                except (ValueError, RecursionError) as error:
-                    raise UserError(f"{path}:{number}: not a line of JSON: {error}") from error
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    return ((number, value) for number, _, value in json_lines(path))
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, int, Any]]:
+    """As `read_json_lines`, with the first byte of each line between number and value."""
+    for number, start, text in read_lines(path):
+        if text.strip():
+            try:
+                yield number, start, parse_json(text)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{path}:{number}: not a line of JSON: {error}") from error
 
 
 def parse_json(text: str | bytes) -> Any:

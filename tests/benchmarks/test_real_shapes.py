@@ -8,8 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tiny
 from metaembed_pl.item import Item
+from metaembed_pl.model.backbone_options import checkpoint_activations
 from metaembed_pl.model.lora import LoraConfig, set_trainable
-from metaembed_pl.model.options import checkpoint_activations
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 ITEMS = [Item("red apple on a table", tiny.picture(1)), Item("a car")]

@@ -10,12 +10,12 @@ import yaml
 
 import tiny
 from metaembed_pl.cli import check_rate
-from metaembed_pl.cli.check import _outline
+from metaembed_pl.cli.check import _weightless_model
 from metaembed_pl.cli.main import main
 from metaembed_pl.cli.recipe_faults import read_recipe
 from metaembed_pl.data.shards import ShardWriter
 from metaembed_pl.item import Item, Pair
-from metaembed_pl.model.outline import _on_meta, _place, count_parameters
+from metaembed_pl.model.weightless import _on_meta, _place, count_parameters
 
 CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
 RECIPES = CONFIGS.parent
@@ -346,7 +346,7 @@ def test_the_papers_parameters_are_right_without_the_head():
     recipe = read_recipe(RECIPES / "qwen7b.yaml")
     assert recipe.faults == []
     faults: list[str] = []
-    made = _outline(recipe, faults)
+    made = _weightless_model(recipe, faults)
     assert faults == []
     assert made is not None
     counts = count_parameters(made.model)

@@ -44,10 +44,9 @@ def search(model, store, *arguments):
     return main([str(part) for part in (*command, *arguments)])
 
 
-@pytest.mark.parametrize("kind", ["folder", "server"])
-def test_a_store_is_pushed_and_found_like_the_store(model, store, tmp_path, capsys, kind):
+def test_a_store_is_pushed_and_found_like_the_store(model, store, capsys):
     with serving(Api()) as server:
-        address = tmp_path / "edge" if kind == "folder" else f"{server}/things"
+        address = f"{server}/things"
         assert push(store, "--to", address, "--filter", "lang", "--counts", "1,8") == 0
         assert capsys.readouterr().out == f"12 items in {address}, 12 of them new or changed\n"
         assert push(store, "--to", address, "--json") == 0
@@ -106,19 +105,21 @@ def test_a_plan_tells_the_cost_and_connects_to_nothing(store, capsys):
         ({"--counts": "1,many"}, "--counts are integers, such as 1,8,64; got '1,many'"),
         ({"--counts": "1,3"}, "not trained at 3 candidate vectors; choose of 1, 4, 8"),
         ({"--filter": "size"}, "no item's metadata have a text, number or truth under 'size'"),
-        ({"--replicas": "2"}, "a folder is one shard without replicas"),
+        ({"--to": "things.edge"}, "folders of Qdrant Edge are no longer supported"),
         ({"--store": "nowhere"}, "nowhere is not a store"),
     ],
 )
-def test_a_push_that_cannot_be_is_one_line_and_exit_2(store, tmp_path, capsys, flags, message):
-    given = {"--store": str(store), "--to": str(tmp_path / "edge"), **flags}
-    arguments = [p for flag in given.items() if flag[1] is not None for p in flag if p]
-    assert main(["push", *arguments]) == 2
+def test_a_push_that_cannot_be_is_one_line_and_exit_2(store, capsys, flags, message):
+    api = Api()
+    with serving(api) as server:
+        given = {"--store": str(store), "--to": f"{server}/things", **flags}
+        arguments = [p for flag in given.items() if flag[1] is not None for p in flag if p]
+        assert main(["push", *arguments]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert message in err
     assert err.count("\n") == 1
-    assert not (tmp_path / "edge").exists()
+    assert not api.local.collection_exists("things")
 
 
 @pytest.mark.parametrize(
@@ -129,21 +130,23 @@ def test_a_push_that_cannot_be_is_one_line_and_exit_2(store, tmp_path, capsys, f
         (["--where", "lang<de"], "lang<de: Qdrant orders numbers and dates"),
     ],
 )
-def test_a_search_that_cannot_be_is_one_line(model, store, tmp_path, capsys, arguments, message):
-    assert push(store, "--to", tmp_path / "edge", "--counts", "1,8") == 0
-    capsys.readouterr()
-    assert search(model, tmp_path / "edge", *arguments) == 2
+def test_a_search_that_cannot_be_is_one_line(model, store, capsys, arguments, message):
+    with serving(Api()) as server:
+        assert push(store, "--to", f"{server}/things", "--counts", "1,8") == 0
+        capsys.readouterr()
+        assert search(model, f"{server}/things", *arguments) == 2
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert message in err
 
 
 def test_another_model_is_refused(store, tmp_path, capsys):
-    assert push(store, "--to", tmp_path / "edge") == 0
     tiny.embedder(seed=1).save_pretrained(tmp_path / "other")
-    capsys.readouterr()
-    assert search(tmp_path / "other", tmp_path / "edge") == 2
-    assert "edge holds the vectors of another model" in capsys.readouterr().err
+    with serving(Api()) as server:
+        assert push(store, "--to", f"{server}/things") == 0
+        capsys.readouterr()
+        assert search(tmp_path / "other", f"{server}/things") == 2
+    assert "/things holds the vectors of another model" in capsys.readouterr().err
 
 
 def test_exact_excludes_a_budget(model, store, capsys):
@@ -154,7 +157,7 @@ def test_exact_excludes_a_budget(model, store, capsys):
 def test_help_is_light():
     program = "import sys; from metaembed_pl.cli.main import main\n"
     program += "try: main(['push', '--help'])\nexcept SystemExit: pass\n"
-    program += "print({'torch', 'qdrant_client', 'qdrant_edge', 'numpy'} & set(sys.modules))"
+    program += "print({'torch', 'qdrant_client', 'numpy'} & set(sys.modules))"
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data._utils.pin_memory import pin_memory
 
 import tiny
+from metaembed_pl.data.batches import EvaluationBatches, TrainingBatches
 from metaembed_pl.data.beir import RetrievalSetWriter
 from metaembed_pl.data.collate import (
     Chunk,
@@ -23,14 +24,9 @@ from metaembed_pl.data.collate import (
     decoded,
     with_positive_of,
 )
-from metaembed_pl.data.datamodule import (
-    EvalSource,
-    EvaluationBatches,
-    RetrievalDataModule,
-    TrainingBatches,
-    TrainSource,
-)
+from metaembed_pl.data.datamodule import RetrievalDataModule
 from metaembed_pl.data.plan import Plan, PlannedSource
+from metaembed_pl.data.recipe_sources import EvalSource, TrainSource
 from metaembed_pl.data.retrieval_set import RetrievalSet
 from metaembed_pl.data.shards import ShardedPairs, ShardWriter
 from metaembed_pl.data.workers import Loader, explained, workers_for
@@ -166,7 +162,7 @@ def test_a_candidate_answers_what_any_of_its_pairs_says():
     other = Pair("2", Item("r"), Item(image=tiny.picture(0), id="a", answers=("y",)))
     shared = with_positive_of(other, first)
     assert shared.positive.load_image() is first.positive.load_image()
-    assert shared.asked == "y"
+    assert shared.target_id == "y"
     batch = collate([[first, shared]], count_items, source="s", step=0)
     assert {stable_hash("x"), stable_hash("y")} <= set(batch.answers[0].tolist())
 

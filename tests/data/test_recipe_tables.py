@@ -8,7 +8,8 @@ import yaml
 
 import hub
 from metaembed_pl.cli.main import main
-from metaembed_pl.data.datamodule import EvalSource, RetrievalDataModule, TrainSource
+from metaembed_pl.data.datamodule import RetrievalDataModule
+from metaembed_pl.data.recipe_sources import EvalSource, TrainSource
 from metaembed_pl.data.recipe_tables import RecipeTable
 from metaembed_pl.data.shards import ShardedPairs
 from metaembed_pl.data_prep import pairs as script

@@ -16,7 +16,7 @@ import fsspec
 import pytest
 
 from metaembed_pl.data import remote
-from metaembed_pl.data.datamodule import TrainingBatches
+from metaembed_pl.data.batches import TrainingBatches
 from metaembed_pl.data.plan import Plan
 from metaembed_pl.data.remote import RemoteFile, ShardCache
 from metaembed_pl.data.shards import ShardedPairs, ShardWriter
@@ -211,7 +211,7 @@ def test_what_cannot_be_reached_stops_training_instead_of_being_replaced(root, s
 
 
 def remote_source(pairs):
-    from metaembed_pl.data.datamodule import TrainSource
+    from metaembed_pl.data.recipe_sources import TrainSource
 
     return TrainSource(str(pairs.folder)).planned(pairs)
 

@@ -113,10 +113,10 @@ def test_hard_negatives_are_as_many_for_all_and_never_right(pairs, split, source
         found = [pair for pair in found if pair.negatives]
     assert len({len(pair.negatives) for pair in found}) == 1
     for pair in found:
-        assert pair.asked in pair.positive.answers
+        assert pair.target_id in pair.positive.answers
         assert len(pair.negatives) > 0
         for negative in pair.negatives:
-            assert pair.asked not in negative.answered
+            assert pair.target_id not in negative.answer_ids
             assert (negative.image, negative.text) != (pair.positive.image, pair.positive.text)
 
 

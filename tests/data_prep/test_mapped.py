@@ -58,7 +58,7 @@ def test_several_positives_are_all_right_and_never_negatives_of_each_other(tmp_p
     pairs = made(tmp_path / "out")
     assert [pair.positive.text for pair in pairs] == ["cat", "dog", "tree"]
     right = {pair.positive.uid for pair in pairs[:2]}
-    assert all(right <= set(pair.asked_any) for pair in pairs[:2])
+    assert all(right <= set(pair.relevant_ids) for pair in pairs[:2])
     assert [[item.text for item in pair.negatives] for pair in pairs] == [
         ["tree"],
         ["tree"],

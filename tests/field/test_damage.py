@@ -11,7 +11,8 @@ import torch
 import tiny
 import tiny_run
 from metaembed_pl.cli.main import main
-from metaembed_pl.data.datamodule import EvalSource, RetrievalDataModule, TrainSource
+from metaembed_pl.data.datamodule import RetrievalDataModule
+from metaembed_pl.data.recipe_sources import EvalSource, TrainSource
 from metaembed_pl.data_prep import pairs as pairs_script
 from metaembed_pl.errors import UserError
 from metaembed_pl.model.embedder import MetaEmbedder

@@ -20,7 +20,7 @@ from metaembed_pl.evaluation.registry import open_benchmark
 from metaembed_pl.evaluation.run import Settings, evaluate
 from metaembed_pl.item import Item, Pair
 from metaembed_pl.ranking import ranking_metrics
-from metaembed_pl.retrieval.mining import Found, Rules
+from metaembed_pl.retrieval.mining import RankedCandidate, Rules
 from metaembed_pl.training.metrics import RetrievalMetrics
 
 CORPUS = {"a1": "flag moon", "a2": "moon flag", "b1": "red apple", "b2": "apple red", "c1": "cat"}
@@ -173,7 +173,7 @@ def write_pairs(folder, form):
 @pytest.mark.parametrize("form", ["jsonl", "csv", "parquet"])
 def test_all_rows_of_a_query_are_right_answers_to_it(tmp_path, form):
     pairs = write_pairs(tmp_path / form, form)
-    assert [set(pair.asked_any) for pair in pairs] == [
+    assert [set(pair.relevant_ids) for pair in pairs] == [
         *[{"j1", "j2"}] * 2,
         *[{"c1", "c2"}] * 2,
         {"c2"},
@@ -189,8 +189,8 @@ def test_columns_say_what_is_asked_and_answered(tmp_path):
         'query,positive,positive_id,asks,answers\nred,apple,1,7,"[7, 8]"\nblue,sea,2,2,\n'
     )
     first, second = open_rows(str(tmp_path / "p.csv")).pairs()
-    assert (first.asked_any, first.positive.answers) == (("7",), ("7", "8"))
-    assert (second.asked_any, second.positive.answered) == (("2",), ("2",))
+    assert (first.relevant_ids, first.positive.answers) == (("7",), ("7", "8"))
+    assert (second.relevant_ids, second.positive.answer_ids) == (("2",), ("2",))
 
 
 def test_an_answer_that_shows_the_same_as_a_right_one_is_right():
@@ -212,7 +212,12 @@ def test_one_picture_with_two_questions_has_two_questions():
 
 
 def test_the_same_text_or_picture_is_mined_once():
-    ranked = [Found(0, 0.5), Found(1, 0.4), Found(2, 0.3), Found(3, 0.2)]
+    ranked = [
+        RankedCandidate(0, 0.5),
+        RankedCandidate(1, 0.4),
+        RankedCandidate(2, 0.3),
+        RankedCandidate(3, 0.2),
+    ]
     mined = Rules(num=3).choose(ranked, 0.9, lambda row: False, {0: 7, 1: 7, 2: 8, 3: 9}.get)
     assert [found.row for found in mined.negatives] == [0, 2, 3]
     assert mined.counts == {"shown already": 1}

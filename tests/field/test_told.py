@@ -10,8 +10,8 @@ from starlette.testclient import TestClient
 
 import tiny
 from metaembed_pl.cli.main import main
+from metaembed_pl.data.batches import TrainingBatches
 from metaembed_pl.data.collate import Cut
-from metaembed_pl.data.datamodule import TrainingBatches
 from metaembed_pl.files import new_file, new_folder
 from metaembed_pl.model.identity import identity_of
 from metaembed_pl.retrieval.calibration import Calibration

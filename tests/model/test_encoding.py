@@ -10,7 +10,8 @@ from metaembed_pl.item import Item
 from metaembed_pl.model.encoding import Pace
 from metaembed_pl.model.identity import identity_of
 from metaembed_pl.model.lora import LoraConfig, adapted_layers, set_trainable
-from metaembed_pl.retrieval.embedding import Entry, embed, open_for
+from metaembed_pl.retrieval.embedding import Entry, embed
+from metaembed_pl.retrieval.store import Store
 
 
 def mixed(count):
@@ -49,7 +50,7 @@ def test_a_window_of_pictures_is_shorter_than_one_of_texts():
 
 
 def stored(folder, model, items, **settings):
-    store = open_for(model, folder, "fp32")
+    store = Store.open_for(model, folder, "fp32")
     for _ in embed(store, model, items, Pace(2, 256, **settings)):
         pass
     return store
@@ -68,7 +69,7 @@ def test_a_bad_item_in_a_worker_is_one_line_and_what_came_before_is_kept(tmp_pat
     model = tiny.embedder()
     items = [Item(image=tiny.picture(i), id=f"{i}") for i in range(7)]
     items[5] = Item(image=b"no picture", id="5")
-    store = open_for(model, tmp_path / "s")
+    store = Store.open_for(model, tmp_path / "s")
     with pytest.raises(UserError) as found:
         for _ in embed(store, model, items, Pace(2, num_workers=2)):
             pass
@@ -82,7 +83,7 @@ def test_a_bad_item_in_a_worker_is_one_line_and_what_came_before_is_kept(tmp_pat
 def test_a_run_that_goes_on_gives_the_model_the_same_windows(tmp_path):
     model, items = tiny.embedder(), mixed(40)
     whole = stored(tmp_path / "whole", model, items)
-    store = open_for(model, tmp_path / "cut", "fp32")
+    store = Store.open_for(model, tmp_path / "cut", "fp32")
     for done in embed(store, model, items, Pace(2, 256)):
         if done.embedded >= 15:
             break  # as one that was killed

@@ -13,10 +13,10 @@ from transformers.masking_utils import flash_attention_mask
 import tiny
 from metaembed_pl.errors import UserError
 from metaembed_pl.item import Item
+from metaembed_pl.model.backbone_options import checkpoint_activations
 from metaembed_pl.model.embedder import MetaEmbedder
 from metaembed_pl.model.family import family_of
 from metaembed_pl.model.kernels import FP32, PACKED, set_attention
-from metaembed_pl.model.options import checkpoint_activations
 from metaembed_pl.model.weights import load_backbone
 
 NAMES = list(tiny.CONFIGS)

@@ -11,6 +11,7 @@ import tiny
 from metaembed_pl.errors import UserError
 from metaembed_pl.item import Item
 from metaembed_pl.model.backbone import BackboneConfig
+from metaembed_pl.model.backbone_options import checkpoint_activations
 from metaembed_pl.model.embedder import MetaEmbedder
 from metaembed_pl.model.lora import (
     LoraConfig,
@@ -19,7 +20,6 @@ from metaembed_pl.model.lora import (
     merge_adapter,
     set_trainable,
 )
-from metaembed_pl.model.options import checkpoint_activations
 from metaembed_pl.model.weights import fingerprint
 from metaembed_pl.training.module import MetaEmbedModule
 

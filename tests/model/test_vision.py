@@ -8,8 +8,8 @@ import torch
 
 import tiny
 from metaembed_pl.item import Item
+from metaembed_pl.model.backbone_options import checkpoint_activations
 from metaembed_pl.model.lora import LoraConfig, set_trainable
-from metaembed_pl.model.options import checkpoint_activations
 from metaembed_pl.training.gradient_cache import GradientCache
 
 TEXTS = [Item("red apple"), Item("a text that is a good deal longer than the others are")]

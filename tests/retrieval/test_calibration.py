@@ -16,10 +16,10 @@ from metaembed_pl.retrieval.calibration import (
     joined,
     logged_queries,
     measure,
-    spread,
     stages_of,
 )
 from metaembed_pl.retrieval.store import Store
+from metaembed_pl.samples import evenly_spread
 
 GROUPS = parse_groups(["1x1", "2x4", "4x8"])
 WIDTH, COUNT = 16, 300
@@ -57,7 +57,7 @@ def test_chooses_the_cheapest_that_is_good_enough(store):
 def test_keeps_enough_for_more_results(store):
     found = calibrate(store)
     for target in (0.01, 0.9, 1.0):
-        stages = stages_of(found.best(target).plan, store.kind, 60)
+        stages = stages_of(found.best(target).plan, store.description, 60)
         assert min(stage.keep for stage in stages) >= 60
         assert stages[-1].keep == 60
         assert len(store.search(store.vectors([0])[:, :4], cascade=stages).rows[0]) == 60
@@ -110,9 +110,9 @@ def test_a_large_store_is_sampled_and_it_says_so(store, tmp_path, monkeypatch):
     assert (exact.recall, exact.products) == (1, COUNT * 32)
     # A third of the rows by themselves, of which a stage keeps a third.
     third = Store.create(tmp_path / "s", GROUPS, WIDTH, "model")
-    rows = spread(COUNT, 100).tolist()
+    rows = evenly_spread(COUNT, 100)
     third.add([f"{row}" for row in rows], store.vectors(rows))
-    queries = store.vectors(spread(COUNT, 32).tolist())[:, :4]
+    queries = store.vectors(evenly_spread(COUNT, 32))[:, :4]
     best = third.search(queries, "4x8").rows
     cascades = [row for row in sampled.measured if row.plan.count(",") == 1]
     assert len(cascades) > 3

@@ -6,8 +6,8 @@ from metaembed_pl.errors import UserError
 from metaembed_pl.item import Item
 from metaembed_pl.model.embedder import MetaEmbedder
 from metaembed_pl.model.identity import identity_of
-from metaembed_pl.retrieval.embedding import Entry, embed, open_for
-from metaembed_pl.retrieval.kept import kept_recall
+from metaembed_pl.retrieval.embedding import Entry, embed
+from metaembed_pl.retrieval.storage_recall import storage_recall
 from metaembed_pl.retrieval.store import Store
 
 
@@ -37,7 +37,7 @@ def test_holds_what_the_model_makes_of_the_items(model, tmp_path):
 
 def test_goes_on_at_the_next_item_after_it_was_killed(model, tmp_path):
     given = items(10)
-    first = embed(open_for(model, tmp_path / "s"), model, given, 2)
+    first = embed(Store.open_for(model, tmp_path / "s"), model, given, 2)
     assert next(first).embedded == 3
     first.close()
     loaded = []
@@ -119,10 +119,12 @@ def test_an_identity_needs_weights_that_can_be_told(model):
 
 @pytest.mark.parametrize(("dtype", "least"), [("fp16", 0.97), ("bf16", 0.9), ("int8", 0.8)])
 def test_tells_what_storing_costs(model, tmp_path, dtype, least):
-    store = open_for(model, tmp_path / "s", dtype)
+    store = Store.open_for(model, tmp_path / "s", dtype)
     progress = list(embed(store, model, [Item(tiny.text(i)) for i in range(30)]))[-1]
-    recall, count = kept_recall(store, progress)
+    recall, count = storage_recall(store, progress)
     assert count == len(store)
     assert least <= recall <= 1
     store.add(store.ids, store.vectors().flip(0))
-    assert kept_recall(store, progress)[0] < 0.8, "others' vectors are stored, and it does not tell"
+    assert storage_recall(store, progress)[0] < 0.8, (
+        "others' vectors are stored, and it does not tell"
+    )

@@ -15,9 +15,9 @@ from metaembed_pl.budget import parse_groups
 from metaembed_pl.errors import UserError
 from metaembed_pl.retrieval import index_build
 from metaembed_pl.retrieval.calibration import Calibration, calibrate, choose, costs, plan_name
+from metaembed_pl.retrieval.cascade import for_filter
 from metaembed_pl.retrieval.index import FILE, FOLDER, IndexUnusable
 from metaembed_pl.retrieval.index_build import build, extend
-from metaembed_pl.retrieval.reader import for_filter
 from metaembed_pl.retrieval.store import Store
 
 pytest.importorskip("faiss")
@@ -133,7 +133,7 @@ def test_grows_by_segments_that_are_merged_when_they_are_small(store, monkeypatc
         store.delete(ids[:2])
         assert extend(store)
         index = store.index()
-        assert index.num_rows == store.kind.num_rows
+        assert index.num_rows == store.description.num_rows
         sizes = [segment.end - segment.first for segment in index.manifest.segments]
         assert sizes == [[600, 50], [600, 100], [600, 100, 50], [600, 200]][step]
         assert index.drift() is None

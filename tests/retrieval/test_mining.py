@@ -13,8 +13,9 @@ from metaembed_pl.data.collate import Instructions
 from metaembed_pl.data.shards import ShardedPairs, ShardWriter
 from metaembed_pl.errors import UserError
 from metaembed_pl.item import Item, Pair
-from metaembed_pl.retrieval.embedding import embed, open_for
-from metaembed_pl.retrieval.mining import Corpus, Found, Miner, Rules
+from metaembed_pl.retrieval.embedding import embed
+from metaembed_pl.retrieval.mining import Corpus, Miner, RankedCandidate, Rules
+from metaembed_pl.retrieval.store import Store
 
 
 def encoded(seed):
@@ -42,7 +43,7 @@ def write(folder, pairs):
 
 
 def stored(model, folder, corpus):
-    store = open_for(model, folder)
+    store = Store.open_for(model, folder)
     for progress in embed(store, model, corpus.entries(), 4, skip_bad=True, previews=False):
         skipped = progress.skipped
     return store, skipped
@@ -72,10 +73,10 @@ def by_hand(model, corpus, store, pair, limit):
     for uid, vectors in zip(store.ids, store.vectors(), strict=True):
         scores[uid] = float(sum(max(q @ c for c in vectors) for q in query) / len(query))
     same_query = [p for p in PAIRS if p.query.content == pair.query.content]
-    right = {name for p in same_query for name in (p.asked, p.positive.content)}
+    right = {name for p in same_query for name in (p.target_id, p.positive.content)}
     right.add(pair.query.content)
     items = {uid: corpus[row] for uid, row in corpus.rows.items()}
-    wrong = [uid for uid in store.ids if not right & {*items[uid].answered, items[uid].content}]
+    wrong = [uid for uid in store.ids if not right & {*items[uid].answer_ids, items[uid].content}]
     own = scores[pair.positive.uid]
     kept = [uid for uid in wrong if scores[uid] <= limit(own)]
     best = {}
@@ -159,7 +160,7 @@ SCORES = st.floats(-1, 1)
     ratio=st.floats(0, 1) | st.just(math.inf),
 )
 def test_the_rules_are_what_they_say(scores, own, right, num, skip_top, margin, ratio):
-    ranked = [Found(row, score) for row, score in enumerate(sorted(scores, reverse=True))]
+    ranked = [RankedCandidate(row, score) for row, score in enumerate(sorted(scores, reverse=True))]
     mined = Rules(num, skip_top, margin, ratio).choose(ranked, own, lambda row: row in right)
     wrong = [found for found in ranked if found.row not in right][skip_top:]
     if margin is not None:

@@ -63,7 +63,7 @@ def same(store, whole):
     assert torch.equal(store.vectors(), whole.vectors())
     assert store.metadata() == whole.metadata()
     assert store.previews(range(len(store))) == whole.previews(range(len(whole)))
-    return store.kind.identity == whole.kind.identity
+    return store.description.identity == whole.description.identity
 
 
 def test_parts_merged_in_any_order_are_what_one_process_makes_bit_for_bit(
@@ -162,7 +162,7 @@ def test_what_comes_twice_is_in_the_part_of_the_first(tmp_path):
     model = tiny.embedder()
     items = [{"id": f"{i % 20}", "text": tiny.text(i % 20)} for i in range(40)]
     for number in (1, 2):
-        store = embedding.open_for(model, tmp_path / f"{number}")
+        store = Store.open_for(model, tmp_path / f"{number}")
         note = PartNote(f"{number}/2", 40, 1, done=True)
         note.write(store.folder)
         for _ in embedding.embed(store, model, items, 1, part=PartOf(number, 2)):

@@ -15,15 +15,14 @@ from metaembed_pl.errors import UserError
 from metaembed_pl.item import Item
 from metaembed_pl.retrieval import cascade
 from metaembed_pl.retrieval.calibration import calibrate
-from metaembed_pl.retrieval.embedding import Entry, embed, open_for
-from metaembed_pl.retrieval.kept import kept_recall
+from metaembed_pl.retrieval.embedding import Entry, embed
 from metaembed_pl.retrieval.mining import Corpus, Miner, Rules
 from metaembed_pl.retrieval.projection import Projection
 from metaembed_pl.retrieval.qdrant import layout as layout_module
-from metaembed_pl.retrieval.qdrant.collection import open_collection
 from metaembed_pl.retrieval.qdrant.push import push
-from metaembed_pl.retrieval.qdrant.store import QdrantStore
+from metaembed_pl.retrieval.storage_recall import storage_recall
 from metaembed_pl.retrieval.store import Store
+from qdrant_edge_folder import collection_at, open_at
 from qdrant_server import Api, serving
 from unchecked import shapes_unchecked
 
@@ -191,7 +190,7 @@ def test_a_plan_finds_what_was_measured(tmp_path, monkeypatch):
 
 
 def pushed(store, address):
-    collection = open_collection(address)
+    collection = collection_at(address)
     try:
         return list(push(store, collection))[-1].sent
     finally:
@@ -204,10 +203,10 @@ def pushed(store, address):
 def test_a_collection_is_asked_as_the_store_is(tmp_path, monkeypatch, kind):
     store, _, _ = projected_store(tmp_path / "s")
     with serving(Api()) as server:
-        address = str(tmp_path / "edge") if kind == "edge" else f"{server}/things"
+        address = tmp_path / "edge" if kind == "edge" else f"{server}/things"
         assert pushed(store, address) == 40
         assert pushed(store, address) == 0
-        with QdrantStore.open(address) as collection:
+        with open_at(address) as collection:
             assert (collection.width, collection.model_width) == (NARROW, WIDTH)
             hits, expected = (one.search(QUERIES, "4x8", top=40) for one in (collection, store))
             for ids, scores, known, their in zip(
@@ -258,7 +257,7 @@ def test_build_learns_from_the_items_and_embeds_each_once(built, model, items, t
 
 
 def test_killed_it_goes_on_at_the_next_item_to_the_same_bytes(built, model, items, tmp_path):
-    store = open_for(model, tmp_path / "s", "fp16", NARROW, items)
+    store = Store.open_for(model, tmp_path / "s", "fp16", NARROW, items)
     steps = embed(store, model, items, 16)
     first = next(steps).embedded
     assert 0 < first < 40
@@ -269,7 +268,7 @@ def test_killed_it_goes_on_at_the_next_item_to_the_same_bytes(built, model, item
     entries = [
         Entry(item.id, lambda item=item: loaded.append(item.id) or item, {}) for item in items
     ]
-    store = open_for(model, tmp_path / "s", "fp16", NARROW, entries)
+    store = Store.open_for(model, tmp_path / "s", "fp16", NARROW, entries)
     assert list(embed(store, model, entries, 16))[-1].embedded == 40 - first
     assert loaded == [item.id for item in items[first:]]
     for file in [built.folder / "projection.safetensors", *built.folder.rglob("*.fp16")]:
@@ -277,9 +276,9 @@ def test_killed_it_goes_on_at_the_next_item_to_the_same_bytes(built, model, item
 
 
 def test_says_how_many_of_the_nearest_it_kept(model, items, tmp_path):
-    store = open_for(model, tmp_path / "s", None, 4, items)
+    store = Store.open_for(model, tmp_path / "s", None, 4, items)
     progress = list(embed(store, model, items, 16))[-1]
-    recall, count = kept_recall(store, progress)
+    recall, count = storage_recall(store, progress)
     before, after = model.encode_candidate(items), store.vectors().numpy()
     asked = [before[:, :4].numpy(), store.project(before[:, :4]).numpy()]
     nearest = []
@@ -334,7 +333,7 @@ def test_mines_over_a_projected_store(model, tmp_path):
             writer.write(pair)
     read = ShardedPairs(tmp_path / "pairs")
     corpus = Corpus([read])
-    store = open_for(model, tmp_path / "s", "fp16", NARROW, list(corpus.entries()))
+    store = Store.open_for(model, tmp_path / "s", "fp16", NARROW, list(corpus.entries()))
     for _ in embed(store, model, corpus.entries(), 8):
         pass
     miner = Miner(model, store, corpus, read, Rules(num=7, ratio=float("inf")), depth=8)

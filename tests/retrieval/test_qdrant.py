@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import qdrant_edge as edge
 import torch
 
 from metaembed_pl.budget import parse_groups
@@ -14,16 +15,14 @@ from metaembed_pl.errors import Unreachable, UserError
 from metaembed_pl.retrieval.cascade import parse_cascade
 from metaembed_pl.retrieval.qdrant import sizing as sizing_module
 from metaembed_pl.retrieval.qdrant.address import parse_address
-from metaembed_pl.retrieval.qdrant.collection import open_collection
-from metaembed_pl.retrieval.qdrant.edge import EdgeCollection, edge_vectors
 from metaembed_pl.retrieval.qdrant.layout import Layout, point_id
-from metaembed_pl.retrieval.qdrant.packages import edge
 from metaembed_pl.retrieval.qdrant.push import push
 from metaembed_pl.retrieval.qdrant.requests import search_request
 from metaembed_pl.retrieval.qdrant.sizing import sizing
 from metaembed_pl.retrieval.qdrant.store import QdrantStore
 from metaembed_pl.retrieval.store import Store
 from metaembed_pl.retrieval.where import parse_where
+from qdrant_edge_folder import EdgeCollection, collection_at, edge_vectors, open_at
 from qdrant_server import Api, serving
 
 pytestmark = [
@@ -60,9 +59,11 @@ def new_store(folder, dtype="bf16", count=COUNT, identity="model"):
 
 def pushed(store, address, **settings):
     """Push; how many were sent and deleted."""
-    collection = open_collection(address)
+    collection = collection_at(address)
     try:
         *_, done = push(store, collection, **settings)
+        if isinstance(collection, EdgeCollection):
+            collection.finish()
     finally:
         collection.close()
     return done.sent, done.deleted
@@ -84,7 +85,7 @@ def collection(request, store, tmp_path_factory):
         folder = tmp_path_factory.mktemp("edge") / "things"
         address = folder if request.param == "edge" else f"{server}/things"
         assert pushed(store, address, batch_size=7, filters=["n", "parity"]) == (50, 0)
-        with QdrantStore.open(address) as opened:
+        with open_at(address) as opened:
             yield opened
 
 
@@ -183,7 +184,7 @@ def test_a_push_sends_what_is_new_or_changed_and_deletes_what_is_gone(tmp_path):
         store.compact()
         for address in (tmp_path / "edge", f"{server}/things"):
             assert pushed(store, address) == (3, 2)
-            with QdrantStore.open(address) as opened:
+            with open_at(address) as opened:
                 assert len(opened) == COUNT - 1
                 hits = opened.search(QUERIES, top=COUNT)
                 assert_same(hits, store.search(QUERIES, top=COUNT))
@@ -210,7 +211,7 @@ def test_killed_pushes_are_finished_by_the_next(tmp_path):
     # Of each that was killed, one more item may have been written than was told.
     assert told <= COUNT - left <= told + 5
     assert (left > 0, deleted) == (True, 0)
-    with QdrantStore.open(tmp_path / "edge") as opened:
+    with open_at(tmp_path / "edge") as opened:
         assert len(opened) == COUNT
         assert_same(opened.search(QUERIES, top=COUNT), store.search(QUERIES, top=COUNT))
 
@@ -221,7 +222,7 @@ def test_killed_pushes_are_finished_by_the_next(tmp_path):
 )
 def test_vectors_are_as_fine_as_they_were_asked_for(store, tmp_path, settings, tolerance):
     pushed(store, tmp_path / "edge", **settings)
-    with QdrantStore.open(tmp_path / "edge") as opened:
+    with open_at(tmp_path / "edge") as opened:
         expected = store.search(QUERIES, top=COUNT)
         assert_same(opened.search(QUERIES, top=COUNT), expected, tolerance)
         assert_same(
@@ -235,7 +236,7 @@ def test_vectors_are_as_fine_as_they_were_asked_for(store, tmp_path, settings, t
 def test_a_store_of_any_dtype_is_pushed(tmp_path, dtype):
     store = new_store(tmp_path / "s", dtype)
     pushed(store, tmp_path / "edge")
-    with QdrantStore.open(tmp_path / "edge") as opened:
+    with open_at(tmp_path / "edge") as opened:
         assert opened.layout.dtype == ("fp32" if dtype == "fp32" else "fp16")
         assert_same(opened.search(QUERIES, top=COUNT), store.search(QUERIES, top=COUNT))
 
@@ -264,9 +265,9 @@ def test_exact_finds_all_and_a_coarser_copy_as_much_as_it_can(tmp_path, quantiza
     queries = torch.nn.functional.normalize(noisy, dim=-1)
     for plan in ({"budget": "4x1", "top": 10}, {"cascade": "4x1:100,4x8:10"}):
         expected = store.search(queries, **plan)
-        with QdrantStore.open(tmp_path / "edge", exact=True) as opened:
+        with open_at(tmp_path / "edge", exact=True) as opened:
             assert_same(opened.search(queries, **plan), expected)
-        with QdrantStore.open(tmp_path / "edge") as opened:
+        with open_at(tmp_path / "edge") as opened:
             found = opened.search(queries, **plan).ids
         shared = [len(set(a) & set(b)) for a, b in zip(found, expected.ids, strict=True)]
         assert sum(shared) / 100 >= recall
@@ -368,15 +369,12 @@ def test_refuses_what_does_not_fit(store, tmp_path):
     for settings, message in refused:
         with pytest.raises(UserError, match=message):
             pushed(store, folder, **settings)
-    with pytest.raises(UserError, match="one shard without replicas"):
-        pushed(store, tmp_path / "other", shards=2)
-    assert not (tmp_path / "other").exists()
     other = new_store(tmp_path / "s", identity="another model")
     with pytest.raises(
         UserError, match=r"another model .identity model, this store's is another mo"
     ):
         pushed(other, folder)
-    with QdrantStore.open(folder) as opened:
+    with open_at(folder) as opened:
         with pytest.raises(UserError, match="pushed with 1, 8 candidate vectors, not 4"):
             opened.search(QUERIES, "4x4")
         with pytest.raises(UserError, match="not trained at 3 query vectors"):
@@ -388,17 +386,9 @@ def test_refuses_what_does_not_fit(store, tmp_path):
         with pytest.raises(UserError, match="queries contain NaN"):
             opened.search(torch.full((1, 4, WIDTH), torch.nan))
         assert opened.search(QUERIES).ids
-        with pytest.raises(UserError, match="/edge cannot be opened: another process has it open"):
-            pushed(store, folder)
 
 
-def test_refuses_collections_that_are_not_of_a_store(store, tmp_path):
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "qdrant.json").write_text('{"format": 1}')
-    with pytest.raises(UserError, match=r"/qdrant.json: not a collection of a store: 'groups'"):
-        QdrantStore.open(tmp_path / "folder")
-    with pytest.raises(UserError, match="/nothing does not exist: create it with `push`"):
-        QdrantStore.open(tmp_path / "nothing")
+def test_refuses_collections_that_are_not_of_a_store(store):
     api = Api()
     api.local.create_collection("theirs", vectors_config={})
     with serving(api) as server:
@@ -406,7 +396,7 @@ def test_refuses_collections_that_are_not_of_a_store(store, tmp_path):
             UserError, match=r"/theirs: not a collection of a store: .*another name"
         ):
             pushed(store, f"{server}/theirs")
-        with pytest.raises(UserError, match="/nothing does not exist"):
+        with pytest.raises(UserError, match="/nothing does not exist: create it with `push`"):
             QdrantStore.open(f"{server}/nothing")
     with pytest.raises(Unreachable, match=re.escape(f"{server}/things cannot be reached")):
         QdrantStore.open(f"{server}/things")
@@ -416,6 +406,7 @@ def test_refuses_collections_that_are_not_of_a_store(store, tmp_path):
     ("address", "message"),
     [
         ("http://localhost:6333", "is http://HOST:6333/NAME"),
+        ("things.edge", "got 'things.edge'; folders of Qdrant Edge are no longer supported"),
         ("http://localhost:6333/", "is http://HOST:6333/NAME"),
         ("http:///things", "is http://HOST:6333/NAME"),
         ("http://localhost/things?key=secret", "is http://HOST:6333/NAME"),
@@ -430,13 +421,12 @@ def test_refuses_addresses_that_are_none(address, message):
 
 def test_addresses_may_have_a_prefix():
     assert parse_address("https://host/a/b/things/") == ("https://host/a/b", "things")
-    assert parse_address("things.edge") == Path("things.edge")
 
 
 def test_a_missing_package_names_the_extra(monkeypatch):
     name = "metaembed_pl.retrieval.qdrant.packages"
     monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "qdrant_edge", None)
+    monkeypatch.setitem(sys.modules, "qdrant_client", None)
     with pytest.raises(UserError, match=r"pip install 'metaembed-pl\[qdrant\]'"):
         __import__(name)
 

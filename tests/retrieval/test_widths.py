@@ -15,12 +15,11 @@ from metaembed_pl.retrieval import cascade, scoring
 from metaembed_pl.retrieval.calibration import calibrate
 from metaembed_pl.retrieval.exchange import export_store, import_store
 from metaembed_pl.retrieval.projection import Projection
-from metaembed_pl.retrieval.qdrant.collection import open_collection
 from metaembed_pl.retrieval.qdrant.layout import Layout
 from metaembed_pl.retrieval.qdrant.push import push
-from metaembed_pl.retrieval.qdrant.store import QdrantStore
 from metaembed_pl.retrieval.store import Store
 from metaembed_pl.serving.service import Service
+from qdrant_edge_folder import EdgeCollection, open_at
 
 GROUPS = parse_groups(["1x1", "2x4", "4x8"])
 WIDTH, WIDTHS, COUNT = 24, (12, 5), 60
@@ -147,10 +146,10 @@ def test_a_learned_projection_has_no_trained_widths(tmp_path):
 
 
 def test_a_collection_says_how_to_get_narrower_vectors(tmp_path):
-    collection = open_collection(tmp_path / "edge")
+    collection = EdgeCollection(tmp_path / "edge")
     list(push(made(tmp_path / "s"), collection))
     collection.close()
-    with QdrantStore.open(tmp_path / "edge") as opened:
+    with open_at(tmp_path / "edge") as opened:
         with pytest.raises(UserError, match=r"4x8x5:10: Qdrant scores full .* `embed --width 5`"):
             opened.search(QUERIES, "4x8x5")
         with pytest.raises(UserError, match="not trained at width 7; choose one of 12, 5"):
@@ -207,4 +206,4 @@ def test_the_service_searches_and_explains_at_a_width(tmp_path):
         explained = service.explain(query, result.id, "2x4x8")
         assert result.score == pytest.approx(score.item(), abs=1e-5)
         assert explained.item.score == pytest.approx(score.item(), abs=1e-5)
-    assert {"4x8x8", "4x8x16"} <= {plan.plan for plan in service.shelf().plans}
+    assert {"4x8x8", "4x8x16"} <= {plan.plan for plan in service.store_info().plans}

@@ -132,7 +132,7 @@ def test_a_projected_store_is_searched_and_explained(model, tmp_path):
     items = [Item(image=tiny.picture(i, (84, 56)), id=f"{i}") for i in range(12)]
     store = Store.build(tmp_path / "s", model, items, width=20)
     service = Service(model, tmp_path / "s", max_upload_bytes=MAX_UPLOAD)
-    shelf = service.shelf()
+    shelf = service.store_info()
     assert (shelf.width, shelf.model_width) == (20, model.width)
     query = service.ask("green fish").query
     found = service.search(query, "4x8", top=12)

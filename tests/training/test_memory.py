@@ -12,12 +12,12 @@ from torch.utils._pytree import tree_leaves
 import tiny
 from metaembed_pl.errors import UserError
 from metaembed_pl.item import Item
+from metaembed_pl.model.backbone_options import checkpoint_activations
 from metaembed_pl.model.lora import LoraConfig, set_trainable
-from metaembed_pl.model.options import checkpoint_activations
 from metaembed_pl.training.activations import Rows
-from metaembed_pl.training.fitting import last_resort, parse_gib, would_fit
 from metaembed_pl.training.loss import MMRLoss
 from metaembed_pl.training.memory import GIB, Running, Step, estimate
+from metaembed_pl.training.memory_advice import last_resort, memory_advice, parse_gib
 from metaembed_pl.training.muon import computes_in_bf16
 
 NUM_PAIRS, NUM_NEGATIVES = 4, 1
@@ -213,13 +213,13 @@ def test_what_would_fit_does_fit_and_is_not_told_when_nothing_does():
     model, step = model_and_step()
     running = Running(on_gpu=False)
     total = estimate(model, step, running).total
-    told = would_fit(model, step, running, round(0.8 * total))
+    told = memory_advice(model, step, running, round(0.8 * total))
     assert any(setting.startswith("model.backbone.gradient_checkpointing") for setting in told)
     size = next(int(s.split()[1]) for s in told if s.startswith("data.global_batch_size"))
     for num_pairs, fits in ((size, True), (size + 1, False)):
         found = estimate(model, replace(step, num_pairs=num_pairs), running).total
         assert (found <= round(0.8 * total)) == fits
-    assert would_fit(model, step, running, 10) == []
+    assert memory_advice(model, step, running, 10) == []
     assert "model.backbone.path" in last_resort(estimate(model, step, running), 10)
     smallest = estimate(model, replace(step, num_pairs=1), replace(running, is_checkpointed=True))
     of_model = smallest.weights + smallest.gradients + smallest.optimizer + smallest.reserve
@@ -232,8 +232,10 @@ def test_settings_that_fit_only_together_are_told_together():
     model, step = model_and_step()
     running = Running(2, "ddp", on_gpu=False)
     smallest = estimate(model, replace(step, num_pairs=1), running).total
-    assert would_fit(model, step, running, smallest)[-1].startswith("data.global_batch_size: 2 ")
-    (told,) = would_fit(model, step, running, smallest - 1)
+    assert memory_advice(model, step, running, smallest)[-1].startswith(
+        "data.global_batch_size: 2 "
+    )
+    (told,) = memory_advice(model, step, running, smallest - 1)
     for name in ("gradient_checkpointing", "deepspeed_stage_3", "bf16-true", "global_batch_size"):
         assert name in told
 

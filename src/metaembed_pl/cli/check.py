@@ -22,7 +22,7 @@ from metaembed_pl.errors import UserError
 if TYPE_CHECKING:
     from metaembed_pl.cli.check_data import Data, Lengths
     from metaembed_pl.cli.recipe_faults import Recipe
-    from metaembed_pl.model.outline import Outline
+    from metaembed_pl.model.weightless import WeightlessModel
     from metaembed_pl.training.memory import Memory, Running, Step
 
 
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--gpus must be at least 1, got {args.gpus}")
     path = Path(find_recipe(args.config))
     from metaembed_pl.cli.recipe_faults import read_recipe
-    from metaembed_pl.training.fitting import parse_gib
+    from metaembed_pl.training.memory_advice import parse_gib
 
     target = _target(args)
     if args.gpu_memory is not None:
@@ -129,7 +129,7 @@ def _checked(recipe: "Recipe", target: Target) -> tuple[dict[str, Any], list[str
     from metaembed_pl.cli.check_data import look_at, measure
     from metaembed_pl.cli.check_loss import loss_faults
     from metaembed_pl.cli.check_machine import hardware, run_faults
-    from metaembed_pl.model.outline import count_parameters
+    from metaembed_pl.model.weightless import count_parameters
 
     faults: list[str] = []
     report: dict[str, Any] = {}
@@ -144,7 +144,7 @@ def _checked(recipe: "Recipe", target: Target) -> tuple[dict[str, Any], list[str
         faults += data.faults
         if not (recipe.data.train_sources or _has_fault(recipe, "data.train")):
             faults.append("data.train: the recipe names no training source")
-    made = _outline(recipe, faults)
+    made = _weightless_model(recipe, faults)
     if recipe.model is not None:
         faults += loss_faults(recipe.model, made, data)
     if made is not None:
@@ -167,9 +167,13 @@ def _has_fault(recipe: "Recipe", key: str) -> bool:
     return any(fault.startswith(key) for fault in recipe.faults)
 
 
-def _outline(recipe: "Recipe", faults: list[str]) -> "Outline | None":
+def _weightless_model(recipe: "Recipe", faults: list[str]) -> "WeightlessModel | None":
     """The model on the meta device; None where it cannot be built."""
-    from metaembed_pl.model.outline import Settings, outline, outline_of_folder
+    from metaembed_pl.model.weightless import (
+        ModelShape,
+        weightless_model,
+        weightless_model_of_folder,
+    )
 
     module = recipe.model
     if module is None:
@@ -180,11 +184,11 @@ def _outline(recipe: "Recipe", faults: list[str]) -> "Outline | None":
             faults.append("model.backbone: give a backbone, or a model to start_from")
         return None
     shape = module.groups, module.layout, module.projection
-    settings = Settings(backbone, module.prompt, *shape, module.lora, module.train_vision)
+    settings = ModelShape(backbone, module.prompt, *shape, module.lora, module.train_vision)
     try:
         if module.start_from is not None:
-            return outline_of_folder(module.start_from, settings, kept)
-        return outline(settings, kept)
+            return weightless_model_of_folder(module.start_from, settings, kept)
+        return weightless_model(settings, kept)
     except UserError as error:
         faults.append(str(error) if str(error).startswith("model.") else f"model: {error}")
         return None
@@ -215,7 +219,7 @@ def _of_data(recipe: "Recipe", data: "Data") -> dict[str, Any]:
     return {"negatives": negatives, "questions": questions, "steps": steps, "notes": data.notes}
 
 
-def _of_lengths(lengths: "Lengths", made: "Outline") -> dict[str, Any]:
+def _of_lengths(lengths: "Lengths", made: "WeightlessModel") -> dict[str, Any]:
     found: dict[str, Any] = {
         side: {
             "average": lengths.average and lengths.average[side].num_tokens,
@@ -263,7 +267,7 @@ def _running(recipe: "Recipe", num_gpus: int, on_gpu: bool) -> "Running":
 
 
 def _of_compute(
-    made: "Outline",
+    made: "WeightlessModel",
     step: "Step",
     running: "Running",
     lengths: "Lengths",
@@ -290,14 +294,14 @@ def _of_compute(
 
 def _of_data_path(
     recipe: "Recipe",
-    made: "Outline",
+    made: "WeightlessModel",
     data: "Data",
     running: "Running",
     compute: dict[str, Any],
 ) -> dict[str, Any] | None:
     """Pairs a second that one worker makes, and that one GPU takes; None without data."""
     from metaembed_pl.cli.check_rate import data_rate
-    from metaembed_pl.data.datamodule import workers_for
+    from metaembed_pl.data.workers import workers_for
     from metaembed_pl.training.flops import GPUS
 
     assert recipe.data is not None
@@ -331,12 +335,12 @@ def _num_steps(steps: dict[str, Any]) -> int | None:
 
 
 def _of_memory(
-    made: "Outline", step: "Step", running: "Running", limit: int | None, faults: list[str]
+    made: "WeightlessModel", step: "Step", running: "Running", limit: int | None, faults: list[str]
 ) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from metaembed_pl.training.fitting import last_resort, would_fit
     from metaembed_pl.training.memory import estimate
+    from metaembed_pl.training.memory_advice import last_resort, memory_advice
 
     memory: Memory = estimate(made.model, step, running)
     found: dict[str, Any] = {"total": memory.total, **asdict(memory)}
@@ -345,7 +349,7 @@ def _of_memory(
     if limit is not None:
         found["limit"] = limit
         if memory.total > limit:
-            settings = would_fit(made.model, step, running, limit)
+            settings = memory_advice(made.model, step, running, limit)
             advice = "; or ".join(settings) or last_resort(memory, limit)
             faults.append(
                 f"memory: {memory.total / GIB:.1f} GiB per GPU, more than {limit / GIB:.1f}; "

@@ -10,16 +10,17 @@ from typing import Any, get_args
 from PIL import Image
 
 from metaembed_pl.data.beir import is_retrieval_set
-from metaembed_pl.data.collate import chosen_negatives
-from metaembed_pl.data.datamodule import RetrievalDataModule, open_eval_set
+from metaembed_pl.data.collate import Side, chosen_negatives
+from metaembed_pl.data.datamodule import RetrievalDataModule
 from metaembed_pl.data.plan import Plan, PlannedSource
+from metaembed_pl.data.recipe_sources import open_eval_set
 from metaembed_pl.data.recipe_tables import RecipeTable
 from metaembed_pl.data.remote import is_remote
 from metaembed_pl.data.shards import ShardedPairs
 from metaembed_pl.errors import UserError
 from metaembed_pl.item import Item
 from metaembed_pl.model.embedder import MetaEmbedder
-from metaembed_pl.model.processing import Side
+from metaembed_pl.samples import evenly_spread
 from metaembed_pl.training.activations import Rows
 
 SAMPLED = 64
@@ -163,7 +164,7 @@ def _notes(sources: Iterable[tuple[ShardedPairs, int]]) -> list[str]:
     notes = []
     for shards, count in sources:
         found = []
-        for i in spread(len(shards), 8):
+        for i in evenly_spread(len(shards), 8):
             with suppress(UserError):
                 found.append(len(shards[i].negatives))
         short = sum(number < count for number in found)
@@ -175,22 +176,12 @@ def _notes(sources: Iterable[tuple[ShardedPairs, int]]) -> list[str]:
     return notes
 
 
-def spread(length: int, count: int) -> list[int]:
-    """At most `count` numbers below `length`, evenly spread.
-
-    >>> spread(10, 5), spread(2, 5)
-    ([0, 2, 4, 6, 8], [0, 1])
-    """
-    count = min(length, count)
-    return [i * length // count for i in range(count)]
-
-
 def measure(model: MetaEmbedder, sources: list[tuple[ShardedPairs, int]]) -> Lengths:
     """How long the items of the data are; without data, the longest that the limits allow."""
     row_of = _row_of(model)
     rows: dict[Side, list[Rows]] = {side: [] for side in get_args(Side)}
     for shards, count in sources:
-        for i in spread(len(shards), -(-SAMPLED // len(sources))):
+        for i in evenly_spread(len(shards), -(-SAMPLED // len(sources))):
             with suppress(UserError):  # training replaces and counts what cannot be read
                 pair = shards.read(i, partial(chosen_negatives, count=count, turn=0))
                 query = row_of(pair.query, "query")

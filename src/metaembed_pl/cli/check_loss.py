@@ -6,13 +6,15 @@ from pathlib import Path
 
 from metaembed_pl.cli.check_data import Data
 from metaembed_pl.errors import UserError
-from metaembed_pl.model.outline import Outline
+from metaembed_pl.model.weightless import WeightlessModel
 from metaembed_pl.training.module import MetaEmbedModule
 from metaembed_pl.training.objective import check_widths
 from metaembed_pl.training.teacher import refuse_other_inputs, refuse_unscored
 
 
-def loss_faults(module: MetaEmbedModule, made: Outline | None, data: Data | None) -> Iterator[str]:
+def loss_faults(
+    module: MetaEmbedModule, made: WeightlessModel | None, data: Data | None
+) -> Iterator[str]:
     """What `fit` would refuse, one line each.
 
     Args:

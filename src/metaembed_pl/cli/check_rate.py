@@ -9,12 +9,12 @@ from itertools import cycle, islice
 
 import torch
 
-from metaembed_pl.cli.check_data import spread
 from metaembed_pl.data.collate import chosen_negatives, decoded
 from metaembed_pl.data.shards import ShardedPairs
 from metaembed_pl.errors import UserError
 from metaembed_pl.item import Pair
-from metaembed_pl.model.embedder import MetaEmbedder, Processor
+from metaembed_pl.model.embedder import MetaEmbedder, MetaTokenProcessor
+from metaembed_pl.samples import evenly_spread
 
 AT_MOST_S = 1.5
 MEASURED = 64
@@ -64,14 +64,14 @@ def _places(sources: list[tuple[ShardedPairs, int]]) -> Iterator[tuple[ShardedPa
     """Pairs of all sources in turn, and again from the start where they are few."""
     each = -(-(MEASURED + 1) // max(1, len(sources)))
     of_each = [
-        islice(cycle((shards, place, count) for place in spread(len(shards), each)), each)
+        islice(cycle((shards, place, count) for place in evenly_spread(len(shards), each)), each)
         for shards, count in sources
     ]
     for found in zip(*of_each, strict=True):
         yield from found
 
 
-def _prepare(pair: Pair, process: Processor) -> int:
+def _prepare(pair: Pair, process: MetaTokenProcessor) -> int:
     """Prepares a pair as training does; how many pictures it shows."""
     pair = decoded(pair)
     candidates = [pair.positive, *pair.negatives]

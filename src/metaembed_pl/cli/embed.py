@@ -180,12 +180,14 @@ def embed_here(args: argparse.Namespace) -> dict[str, Any] | None:
 
         faiss_module()
 
+    from metaembed_pl.ranks import connected_ranks
     from metaembed_pl.retrieval import embedding
     from metaembed_pl.retrieval.parts import PartNote, begin
+    from metaembed_pl.retrieval.store import Store
 
-    with embedding.ranks() as (rank, _):
+    with connected_ranks() as (rank, _):
         model: Any = load_model(args) if settings is None else _vllm(args, settings)
-        store = embedding.open_for(
+        store = Store.open_for(
             model, args.store, args.store_dtype, args.width, source, args.skip_bad
         )
         note = None if part is None else PartNote(str(part), len(source), pace.batch_size)
@@ -285,9 +287,9 @@ def _index(store: Any, model: Any, args: argparse.Namespace) -> dict[str, Any] |
 
 
 def _summary(store: Any, done: "embedding.Progress") -> dict[str, Any]:
-    from metaembed_pl.retrieval.kept import kept_recall
+    from metaembed_pl.retrieval.storage_recall import storage_recall
 
-    kept, sample = kept_recall(store, done) if done.sample else (1.0, 0)
+    kept, sample = storage_recall(store, done) if done.sample else (1.0, 0)
     return {
         "items": len(store),
         "embedded": done.embedded,

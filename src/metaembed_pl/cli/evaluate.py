@@ -127,9 +127,9 @@ def _evaluate(args: argparse.Namespace) -> "Outcome | None":
     benchmark = open_benchmark(args.benchmark, args.data)
     from metaembed_pl.evaluation.run import Settings, evaluate, parse_budgets
     from metaembed_pl.model.identity import identity_of
-    from metaembed_pl.retrieval.embedding import ranks
+    from metaembed_pl.ranks import connected_ranks
 
-    with ranks() as (rank, _):
+    with connected_ranks() as (rank, _):
         if rank:
             logging.disable(logging.INFO)
         model = _load(args)

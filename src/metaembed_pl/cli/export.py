@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metaembed_pl.cli.recipe_path import read_yaml
+from metaembed_pl.data.remote import HUB_ID
 from metaembed_pl.errors import UserError
 from metaembed_pl.files import read_json_object
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 FORMATS = ("metaembed", "sentence-transformers", "transformers", "vllm")
 PLAIN = ("transformers", "vllm")  # meta tokens among the words
 WHOLE = ("sentence-transformers", *PLAIN)  # others would not know what to do with an adapter
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 RUN = "runs/NAME, or a model folder"
 
 

@@ -96,7 +96,7 @@ def indexed(store: "Store", codes: str | None = None, again: bool = False) -> di
             "out, or give --again"
         )
     started = time.perf_counter()
-    with Progress("indexing", store.kind.num_rows) as progress:
+    with Progress("indexing", store.description.num_rows) as progress:
 
         def on_progress(done: int, _of: int) -> None:
             progress.update(done)

@@ -188,13 +188,13 @@ def _mine_all(
     """Reports of all sources, on rank 0."""
     from metaembed_pl.budget import check_budget
     from metaembed_pl.cli.mine_report import MiningReport, save_report
+    from metaembed_pl.ranks import connected_ranks
     from metaembed_pl.retrieval.cascade import parse_cascade
-    from metaembed_pl.retrieval.embedding import ranks
     from metaembed_pl.retrieval.mining import Corpus, Miner
 
     # The place is the same for all processes, and for a run that goes on after it was killed.
     stores = args.store or args.out.with_name(f".{args.out.name}.stores")
-    with ranks() as (rank, _):
+    with connected_ranks() as (rank, _):
         model = load_model(args)
         if args.cascade:
             parse_cascade(args.cascade, model.groups, model.widths)
@@ -234,17 +234,18 @@ def _mine_all(
 
 def _embedded(model: "MetaEmbedder", folder: Path, corpus: "Corpus", pace: "Pace") -> "Store":
     """The store of a corpus, embedded by all processes as far as it is not there yet."""
-    from metaembed_pl.retrieval.embedding import embed, open_for
+    from metaembed_pl.ranks import wait_for_ranks
+    from metaembed_pl.retrieval.embedding import embed
     from metaembed_pl.retrieval.store import Store
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    store = open_for(model, folder)  # all ranks meet in there
+    store = Store.open_for(model, folder)  # all ranks meet in there
     steps = embed(store, model, corpus.entries(), pace, skip_bad=True, previews=False)
     for progress in with_progress(steps, f"embedding {folder.name}", len(corpus), lambda p: p.seen):
         skipped = progress.skipped
     if skipped:
         print(f"{len(skipped)} candidates cannot be read, the first: {skipped[0]}", file=sys.stderr)
-    _meet()
+    wait_for_ranks()
     return Store.open(folder)
 
 
@@ -252,21 +253,16 @@ def _results(
     miner: "Miner", pairs: "ShardedPairs", batch_size: int
 ) -> "Iterator[tuple[int, Mined | str]]":
     """What was found for each pair, in order, on rank 0; each process mines its share."""
-    import torch.distributed as dist
-
-    from metaembed_pl.retrieval.embedding import rank_and_world
+    from metaembed_pl.ranks import gather_objects, rank_and_world
 
     rank, world = rank_and_world()
     starts = range(0, len(pairs), world * batch_size)
     for start in with_progress(starts, f"mining {pairs.name}", len(pairs), int):
         first = min(start + rank * batch_size, len(pairs))
         numbers = range(first, min(first + batch_size, len(pairs)))
-        found: Any = list(zip(numbers, miner.mine(numbers), strict=True))
-        if world > 1:
-            parts: list[Any] | None = None if rank else [None] * world
-            dist.gather_object(found, parts)
-            found = [result for part in parts or [] for result in part]
-        yield from found
+        found = list(zip(numbers, miner.mine(numbers), strict=True))
+        for part in gather_objects(found):
+            yield from part
 
 
 def _rank_cheaply(miner: "Miner", args: argparse.Namespace) -> None:
@@ -274,15 +270,16 @@ def _rank_cheaply(miner: "Miner", args: argparse.Namespace) -> None:
     import torch.distributed as dist
 
     from metaembed_pl.cli.index import indexed
-    from metaembed_pl.retrieval.calibration import NUM_QUERIES, plan_name, spread
-    from metaembed_pl.retrieval.embedding import rank_and_world
+    from metaembed_pl.ranks import rank_and_world
+    from metaembed_pl.retrieval.calibration import NUM_QUERIES, plan_name
     from metaembed_pl.retrieval.mining import ranking_for
+    from metaembed_pl.samples import evenly_spread
 
     rank, world = rank_and_world()
     chosen: list[Any] = [None]
     if rank == 0:
         indexed(miner.store)
-        queries = miner.queries(spread(len(miner.pairs), NUM_QUERIES).tolist())
+        queries = miner.queries(evenly_spread(len(miner.pairs), NUM_QUERIES))
         ranking = ranking_for(miner.store, queries, args.depth, args.target_recall)
         print(
             f"{miner.pairs.name}: ranked by {plan_name(ranking.stages)}, which finds "
@@ -294,13 +291,6 @@ def _rank_cheaply(miner: "Miner", args: argparse.Namespace) -> None:
     if world > 1:
         dist.broadcast_object_list(chosen)
     miner.rank_by(chosen[0])
-
-
-def _meet() -> None:
-    import torch.distributed as dist
-
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()
 
 
 def _write(

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from metaembed_pl.data.collate import decoded
 from metaembed_pl.data.shards import ShardedPairs
 from metaembed_pl.display import plain
@@ -17,9 +15,9 @@ from metaembed_pl.evaluation.pairs_picture import draw_pairs
 from metaembed_pl.evaluation.sheet import Shown
 from metaembed_pl.files import write_text
 from metaembed_pl.item import Item
-from metaembed_pl.retrieval.mining import Corpus, Found, Mined
+from metaembed_pl.retrieval.mining import Corpus, Mined, RankedCandidate
+from metaembed_pl.samples import quantiles
 
-QUANTILES = {"5%": 0.05, "median": 0.5, "95%": 0.95}
 SHOWN_NEGATIVES = 4
 
 Example = tuple[Item, list[Shown]]
@@ -65,8 +63,8 @@ class MiningReport:
             "num_candidates": len(self.corpus),
             "num_negatives": {str(n): self._numbers[n] for n in sorted(self._numbers)},
             "passed_over": dict(self._passed.most_common()),
-            "positive_scores": _quantiles(self._positives),
-            "negative_scores": _quantiles(self._negatives),
+            "positive_scores": quantiles(self._positives),
+            "negative_scores": quantiles(self._negatives),
         }
 
     def line(self) -> str:
@@ -87,7 +85,7 @@ class MiningReport:
     def _example(self, i: int, mined: Mined) -> Example:
         pair = decoded(self.pairs[i])
 
-        def shown(found: Sequence[Found], note: str) -> list[Shown]:
+        def shown(found: Sequence[RankedCandidate], note: str) -> list[Shown]:
             return [Shown(self.corpus[row], False, f"{note}{score:.2f}") for row, score in found]
 
         positive = Shown(pair.positive, True, f"{mined.own:.2f}")
@@ -96,13 +94,6 @@ class MiningReport:
             *shown(mined.negatives[:SHOWN_NEGATIVES], ""),
             *shown(mined.left_out, "left out "),
         ]
-
-
-def _quantiles(values: array) -> dict[str, float]:
-    if not values:
-        return {}
-    found = np.quantile(np.array(values), list(QUANTILES.values())).round(4).tolist()
-    return dict(zip(QUANTILES, found, strict=True))
 
 
 def save_report(folder: Path, reports: Sequence[MiningReport]) -> None:

@@ -121,9 +121,7 @@ def load_model(args: argparse.Namespace, store: "Searchable | None" = None) -> "
     model = MetaEmbedder.from_pretrained(folder, device, options)
     merge_in_memory(model)
     if store is not None:
-        from metaembed_pl.retrieval.embedding import check_model
-
-        check_model(store, model)
+        store.check_model(model)
     return model
 
 
@@ -139,10 +137,10 @@ def _has_bf16(device: str) -> bool:
 def tell_cut(model: "MetaEmbedder") -> None:
     """Say how much of what the model has read was cut; every rank must ask."""
     from metaembed_pl.data.collate import Cut
-    from metaembed_pl.retrieval.embedding import gathered
+    from metaembed_pl.ranks import gather_objects
 
     total = Cut()
-    for cut in gathered(model.processing.cut):
+    for cut in gather_objects(model.processing.cut):
         total += cut
     if total.num_cut:
         print(total, file=sys.stderr)

@@ -2,7 +2,6 @@
 
     python -m metaembed_pl push --store shelf --plan
     python -m metaembed_pl push --store shelf --to http://localhost:6333/shelf --shards 6
-    python -m metaembed_pl push --store shelf --to shelf.edge
 
 The first command prints the cost and needs no server. The same command resumes after an
 interruption, and updates a collection after the store has changed. A server's key is read
@@ -29,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of the verb."""
     add = parser.add_argument
     add("--store", type=Path, required=True, metavar="FOLDER", help="a store made by `embed`")
-    add("--to", metavar="ADDRESS", help="http://HOST:6333/NAME, or a folder for Qdrant Edge")
+    add("--to", metavar="ADDRESS", help="collection to push to: http://HOST:6333/NAME")
     add("--plan", action="store_true", help="only print the cost, by number of items and precision")
     add(
         "--counts",
@@ -148,9 +147,9 @@ def _plan(args: argparse.Namespace, store: "Store", counts: tuple[int, ...] | No
 
 def _payload_bytes(store: "Store") -> float:
     """Of an item's payload, the mean of some."""
-    from metaembed_pl.retrieval.calibration import spread
+    from metaembed_pl.samples import evenly_spread
 
-    rows = spread(len(store), 1000).tolist() if len(store) else []
+    rows = evenly_spread(len(store), 1000)
     ids = store.ids
     texts = [
         json.dumps({"id": ids[row], "revision": 16 * "0", "metadata": metadata}, ensure_ascii=False)

@@ -21,8 +21,8 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metaembed_pl.cli.found import Answer, Found
 from metaembed_pl.cli.model import add_model_arguments, add_pace_arguments
+from metaembed_pl.cli.search_result import Answer, SearchResult
 from metaembed_pl.display import plain
 from metaembed_pl.errors import UserError
 from metaembed_pl.retrieval.qdrant.address import is_qdrant
@@ -169,7 +169,7 @@ def _as_json(query: "Item", answer: Answer) -> dict[str, Any]:
     }
 
 
-def _row(place: int, found: Found) -> tuple[str, str, str, str]:
+def _row(place: int, found: SearchResult) -> tuple[str, str, str, str]:
     """A result in words; for a picture, what asks for it or where it is."""
     asked = f"answers {found.asked_as}" if found.asked_as else ""
     text = found.text or asked or found.image or ""

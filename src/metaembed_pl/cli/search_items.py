@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from metaembed_pl.cli.found import Answer, Found
 from metaembed_pl.cli.model import load_model, tell_cut
+from metaembed_pl.cli.search_result import Answer, SearchResult
 from metaembed_pl.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def search(args: argparse.Namespace, query: "Item") -> Answer:
     )
     tell_cut(model)
     found = [
-        Found(
+        SearchResult(
             item.uid,
             score,
             item.text,

@@ -3,8 +3,8 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from metaembed_pl.cli.found import Answer
 from metaembed_pl.cli.model import load_model, tell_cut
+from metaembed_pl.cli.search_result import Answer
 from metaembed_pl.cli.search_store import found_of
 from metaembed_pl.errors import UserError
 

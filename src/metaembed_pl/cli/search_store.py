@@ -3,9 +3,9 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from metaembed_pl.cli.found import Answer, Found
 from metaembed_pl.cli.index import measured
 from metaembed_pl.cli.model import load_model, tell_cut
+from metaembed_pl.cli.search_result import Answer, SearchResult
 
 if TYPE_CHECKING:
     from metaembed_pl.item import Item
@@ -61,11 +61,11 @@ def _choice(store: "Store", model: "MetaEmbedder", args: argparse.Namespace) -> 
     return choose(store, calibration, target, args.top)
 
 
-def found_of(id: str, score: float, metadata: dict[str, Any]) -> Found:
+def found_of(id: str, score: float, metadata: dict[str, Any]) -> SearchResult:
     """A result, by what its store keeps of it."""
     where = metadata.get("image") or metadata.get("file")
     if where is not None and "page" in metadata:
         where = f"{where}, page {metadata['page']}"
     asked = metadata.get("asked_as")
     text = metadata.get("text")
-    return Found(id, score, text, where, f'"{asked}"' if asked else "", metadata)
+    return SearchResult(id, score, text, where, f'"{asked}"' if asked else "", metadata)

@@ -40,7 +40,8 @@ from transformers.utils import logging as transformers_logging
 
 from metaembed_pl.cli.failures import failures_in_one_line
 from metaembed_pl.cli.recipe_path import with_recipes_found
-from metaembed_pl.data.datamodule import EvalSource, RetrievalDataModule, TrainSource
+from metaembed_pl.data.datamodule import RetrievalDataModule
+from metaembed_pl.data.recipe_sources import EvalSource, TrainSource
 from metaembed_pl.errors import UserError
 from metaembed_pl.evaluation.benchmarks import Task
 from metaembed_pl.evaluation.outcome import Outcome, TaskOutcome, about_model

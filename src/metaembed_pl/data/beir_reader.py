@@ -11,8 +11,8 @@ from typing import Any
 
 from metaembed_pl.data.retrieval_set import RetrievalSet
 from metaembed_pl.errors import UserError
-from metaembed_pl.files import refuse_special_file
-from metaembed_pl.item import Item, as_id, parse_json
+from metaembed_pl.files import read_json_object, read_lines
+from metaembed_pl.item import Item, as_id, json_lines
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class StoredItems(Sequence[Item]):
         self.ids: list[str] = []
         self._starts = array("q")
         lines: dict[str, int] = {}
-        for number, start, record in _read_json_lines(self.path):
+        for number, start, record in _read_records(self.path):
             try:
                 item = _item_of(record, self.path.parent)
                 if lines.setdefault(item.uid, number) != number:
@@ -204,7 +204,8 @@ def _read_judgements(
     """For each query that has any, its right candidates and their gains; below 0: not there."""
     path = folder / "qrels" / f"{split}.tsv"
     gains: dict[int, dict[int, float]] = {}
-    for number, line in _read_lines(path):
+    _refuse_missing(path)
+    for number, _, line in read_lines(path):
         fields = line.rstrip("\r\n").split("\t")
         if number == 1:
             _check_header(path, fields)
@@ -254,7 +255,7 @@ def _read_lists(
     if not path.exists():
         return None
     lists: dict[int, list[int]] = {}
-    for number, _, record in _read_json_lines(path):
+    for number, _, record in _read_records(path):
         where, ids = f"{path}:{number}", record.get("corpus-ids")
         if "query-id" not in record or not isinstance(ids, list):
             raise UserError(f'{where}: expected {{"query-id": "...", "corpus-ids": ["...", ...]}}')
@@ -339,48 +340,23 @@ def _matches(record: Mapping[str, Any], where: Mapping[str, str]) -> bool:
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
-    if not path.exists():
-        return {}
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    if not isinstance(manifest, dict):
-        raise UserError(f"{path} must hold a JSON object, not {type(manifest).__name__}")
-    return manifest
+    return read_json_object(path) if path.exists() else {}
 
 
-def _read_json_lines(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
+def _read_records(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
     """The number, the first byte and the content of each line that is not blank."""
-    start = 0
-    for number, line in _read_lines(path):
-        if line.strip():
-            try:
-                record = parse_json(line.removeprefix("\ufeff"))  # from editors on Windows
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}:{number}: not a line of JSON: {error}") from error
-            if not isinstance(record, dict):
-                kind = type(record).__name__
-                raise UserError(f"{path}:{number}: expected a JSON object, got a {kind}")
-            yield number, start, record
-        start += len(line.encode())
+    _refuse_missing(path)
+    for number, start, record in json_lines(path):
+        if not isinstance(record, dict):
+            kind = type(record).__name__
+            raise UserError(f"{path}:{number}: expected a JSON object, got a {kind}")
+        yield number, start, record
 
 
-def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The number and the text of each line."""
-    refuse_special_file(path)
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                try:
-                    yield number, line.decode()
-                except UnicodeDecodeError as error:
-                    raise UserError(f"{path}:{number}: not UTF-8: {error}") from error
-    except FileNotFoundError as error:
-        there = sorted(file.name for file in path.parent.glob("*")) if path.parent.exists() else []
+def _refuse_missing(path: Path) -> None:
+    if not path.exists():
+        there = sorted(file.name for file in path.parent.glob("*"))
         raise UserError(
             f"{path} is missing: a retrieval set needs {CORPUS}, {QUERIES} and qrels/SPLIT.tsv"
             + (f"; there are {', '.join(there[:8])}" if there else "")
-        ) from error
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+        )

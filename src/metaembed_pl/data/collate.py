@@ -76,7 +76,7 @@ Inputs = dict[str, Tensor] | list[Chunk]
 """Processed rows: in one piece, or in chunks of like length."""
 
 
-class Process(Protocol):
+class Preprocess(Protocol):
     """Turns items into tensors; see `Processing`."""
 
     def __call__(self, items: Sequence[Item], side: Side) -> dict[str, Tensor]:
@@ -290,7 +290,7 @@ def with_positive_of(pair: Pair, first: Pair) -> Pair:
 
 def collate(
     questions: Sequence[Sequence[Pair]],
-    process: Process,
+    process: Preprocess,
     *,
     source: str,
     step: int,
@@ -327,9 +327,9 @@ def collate(
         candidates=processed([*positives, *negatives], "candidate"),
         positive_of=torch.tensor([c for c, asked in enumerate(questions) for _ in asked]),
         negatives_of=_padded(rows) if negatives else None,
-        asks=_padded(map(_asks, pairs), NOTHING_ASKED),
+        asks=_padded(map(_relevant_hashes, pairs), NOTHING_ASKED),
         answers=_padded(map(_answers_to, questions)),
-        negative_answers=_padded(map(_answers, negatives)) if negatives else None,
+        negative_answers=_padded(map(_answer_hashes, negatives)) if negatives else None,
         scores=_scores(pairs),
     )
 
@@ -355,7 +355,7 @@ def _distinct(items: Sequence[Sequence[Item]]) -> tuple[list[Item], list[list[in
     for group in items:
         rows.append([])
         for item in group:
-            key = item.content, item.answered, item.instruction
+            key = item.content, item.answer_ids, item.instruction
             if key not in found:
                 found[key] = len(distinct)
                 distinct.append(item)
@@ -363,9 +363,9 @@ def _distinct(items: Sequence[Sequence[Item]]) -> tuple[list[Item], list[list[in
     return distinct, rows
 
 
-def _asks(pair: Pair) -> list[int]:
+def _relevant_hashes(pair: Pair) -> list[int]:
     """What is right for a pair's query: ids, what its positive shows, what the question names."""
-    right = (*pair.asked_any, pair.positive.content, pair.question)
+    right = (*pair.relevant_ids, pair.positive.content, pair.question)
     return [stable_hash(name) for name in right]
 
 
@@ -374,12 +374,12 @@ def _answers_to(asked: Sequence[Pair]) -> list[int]:
 
     The same question may stand with another positive elsewhere in the global batch.
     """
-    found = [answer for pair in asked for answer in _answers(pair.positive)]
+    found = [answer for pair in asked for answer in _answer_hashes(pair.positive)]
     return list(dict.fromkeys([*found, *(stable_hash(pair.question) for pair in asked)]))
 
 
-def _answers(item: Item) -> list[int]:
-    return [stable_hash(answer) for answer in (*item.answered, item.content)]
+def _answer_hashes(item: Item) -> list[int]:
+    return [stable_hash(answer) for answer in (*item.answer_ids, item.content)]
 
 
 def _padded(rows: Iterable[Sequence[int]], padding: int = -1) -> Int[Tensor, "B A"]:

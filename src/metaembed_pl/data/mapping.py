@@ -164,13 +164,13 @@ class Mapped:
         right: dict[str, list[str]] = defaultdict(list)
         for pair in self.pairs(is_base64):
             with suppress(UserError):  # a missing picture is reported when its turn comes
-                right[pair.question] += [*pair.asked_any, pair.positive.uid]
+                right[pair.question] += [*pair.relevant_ids, pair.positive.uid]
         for pair in self.pairs(is_base64):
             with suppress(UserError):
-                asked = tuple(dict.fromkeys((*pair.asked_any, *right[pair.question])))
+                asked = tuple(dict.fromkeys((*pair.relevant_ids, *right[pair.question])))
                 if len(asked) > 1:
                     pair = replace(pair, asks=asked)
-                wrong = tuple(n for n in pair.negatives if not set(n.answered) & set(asked))
+                wrong = tuple(n for n in pair.negatives if not set(n.answer_ids) & set(asked))
                 pair = replace(pair, negatives=wrong)
             yield vars(pair)
 

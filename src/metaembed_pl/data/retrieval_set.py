@@ -138,20 +138,20 @@ class RetrievalSet:
             candidates.setdefault(pair.positive.uid, pair.positive)
         answering: dict[str, list[int]] = {}
         for index, candidate in enumerate(candidates.values()):
-            for answer in {*candidate.answered, candidate.content}:
+            for answer in {*candidate.answer_ids, candidate.content}:
                 answering.setdefault(answer, []).append(index)
         queries: dict[str, Item] = {}
         relevant: dict[str, set[int]] = {}
         for pair in pairs:
             positive = candidates[pair.positive.uid]
-            if not set(pair.asked_any) & set(positive.answered):
+            if not set(pair.relevant_ids) & set(positive.answer_ids):
                 raise UserError(
-                    f"{name}: pair {pair.id!r} asks {pair.asked!r}, which its positive "
+                    f"{name}: pair {pair.id!r} asks {pair.target_id!r}, which its positive "
                     f"{pair.positive.uid!r} does not answer"
                 )
             queries.setdefault(pair.question, pair.query)
             right = relevant.setdefault(pair.question, set())
-            for answer in (*pair.asked_any, positive.content):
+            for answer in (*pair.relevant_ids, positive.content):
                 right.update(answering.get(answer, ()))
         found = [sorted(right) for right in relevant.values()]
         return cls(name, list(queries.values()), list(candidates.values()), found)

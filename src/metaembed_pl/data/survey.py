@@ -18,8 +18,8 @@ from metaembed_pl.data.shards import ShardedPairs
 from metaembed_pl.errors import UserError
 from metaembed_pl.item import Item, Pair, stable_hash
 from metaembed_pl.picture import picture_size
+from metaembed_pl.samples import quantiles
 
-QUANTILES = {"min": 0.0, "5%": 0.05, "median": 0.5, "95%": 0.95, "max": 1.0}
 EXAMPLES = 3
 """Shown of what cannot be used, and of what two folders share."""
 
@@ -91,7 +91,7 @@ class Candidates:
 
 
 @dataclass
-class Side:
+class SideSurvey:
     """The queries, or the candidates, of a folder."""
 
     shapes: Counter[str] = field(default_factory=Counter)
@@ -104,9 +104,9 @@ class Side:
         """As JSON holds it; lengths in characters, sides in pixels."""
         return {
             "items": dict(self.shapes.most_common()),
-            "text_characters": _quantiles(self.text_lengths),
-            "picture_width": _quantiles(self.widths),
-            "picture_height": _quantiles(self.heights),
+            "text_characters": quantiles(self.text_lengths) or None,
+            "picture_width": quantiles(self.widths) or None,
+            "picture_height": quantiles(self.heights) or None,
             "picture_formats": dict(self.formats.most_common()),
         }
 
@@ -133,7 +133,7 @@ class Survey:
         self.pairs = pairs
         self.bad: list[str] = []
         self.num_bad = 0
-        self.sides = {"query": Side(), "candidate": Side()}
+        self.sides = {"query": SideSurvey(), "candidate": SideSurvey()}
         self.num_negatives: Counter[int] = Counter()
         self.own_positive_as_negative = 0
         # Texts and pictures of queries and positives, of both together, and of hard negatives.
@@ -176,7 +176,7 @@ class Survey:
         self._ids.add(pair.id, i)
         self._candidates.add(pair.positive, i)
 
-    def _add_item(self, item: Item, picture: "_Picture", side: Side) -> None:
+    def _add_item(self, item: Item, picture: "_Picture", side: SideSurvey) -> None:
         parts = [name for name in ("text", "image") if getattr(item, name) is not None]
         side.shapes[" and ".join(parts)] += 1
         if item.text is not None:
@@ -202,7 +202,7 @@ class Survey:
             "queries": self.sides["query"].summary(),
             "candidates": self.sides["candidate"].summary(),
             "num_candidates": len(questions),
-            "questions": _quantiles(array("q", questions)),
+            "questions": quantiles(array("q", questions)) or None,
             "differing_candidates": {
                 "count": len(differing),
                 "pairs": [[self.pairs[i].id for i in two] for two in differing[:EXAMPLES]],
@@ -260,10 +260,3 @@ def _look(item: Item, decode: bool) -> _Picture:
     if not decode:
         return _Picture(width, height, format)
     return _Picture(width, height, format, Item(image=item.load_image()))
-
-
-def _quantiles(values: array) -> dict[str, float] | None:
-    if not values:
-        return None
-    found = np.quantile(np.array(values), list(QUANTILES.values()), method="nearest").tolist()
-    return dict(zip(QUANTILES, found, strict=True))

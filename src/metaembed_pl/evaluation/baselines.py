@@ -27,10 +27,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from metaembed_pl.budget import Budget
-from metaembed_pl.data.collate import Cut
+from metaembed_pl.data.collate import Cut, Side
 from metaembed_pl.errors import UserError
 from metaembed_pl.item import Item
-from metaembed_pl.model.processing import Side
 from metaembed_pl.model.weights import fingerprint
 
 log = logging.getLogger(__name__)

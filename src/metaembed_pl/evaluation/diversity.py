@@ -3,20 +3,22 @@
 N: items    R: vectors of an item    D: width
 """
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from metaembed_pl.late_interaction import cosines
 from metaembed_pl.retrieval.store import Store
+from metaembed_pl.samples import evenly_spread
 
 NUM_ITEMS = 64
 
 
 def alikeness(queries: Float[Tensor, "Q Rq D"], store: Store) -> dict[str, list[list[float]]]:
     """For either side the mean cosine of each two vectors of an item, over some items."""
-    chosen = torch.linspace(0, len(store) - 1, min(NUM_ITEMS, len(store))).long().unique()
-    sides = {"query": queries[:NUM_ITEMS], "candidate": store.vectors(chosen.tolist())}
+    sides = {
+        "query": queries[:NUM_ITEMS],
+        "candidate": store.vectors(evenly_spread(len(store), NUM_ITEMS)),
+    }
     return {
         side: [[round(value, 4) for value in row] for row in cosines(vectors.cpu()).tolist()]
         for side, vectors in sides.items()

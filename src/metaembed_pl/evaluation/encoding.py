@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 
@@ -28,7 +27,8 @@ from metaembed_pl.model.embedder import MetaEmbedder
 from metaembed_pl.model.encoder import Encoder
 from metaembed_pl.model.encoding import Pace
 from metaembed_pl.model.identity import identity_of
-from metaembed_pl.retrieval.embedding import Entry, Prepare, embed, open_for, rank_and_world
+from metaembed_pl.ranks import wait_for_ranks
+from metaembed_pl.retrieval.embedding import Entry, Prepare, embed
 from metaembed_pl.retrieval.store import Store
 
 OnProgress = Callable[[str, int, int], None]
@@ -79,16 +79,14 @@ def encode_candidates(
     ids, skipped = uids(task.candidates), []
     if not isinstance(model, MetaEmbedder):
         return _encode_simply(model, task.candidates, ids, folder, pace, dtype, on_progress)
-    store = open_for(model, folder, dtype)
+    store = Store.open_for(model, folder, dtype)
     read = task.candidates.__getitem__
     entries = (Entry.read(id, partial(read, i)) for i, id in enumerate(ids))
     for progress in embed(store, model, entries, pace, skip_bad=True, previews=False):
         skipped = progress.skipped
         on_progress("candidates", progress.seen, len(ids))
-    if rank_and_world()[1] > 1:
-        dist.barrier()  # until rank 0, which writes, is done
-        store = Store.open(folder)
-    return store, skipped
+    wait_for_ranks()  # rank 0 writes
+    return Store.open(folder), skipped
 
 
 def encode_queries(

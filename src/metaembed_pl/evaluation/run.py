@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from metaembed_pl.budget import Budget, budgets_of, check_budget
@@ -34,7 +33,7 @@ from metaembed_pl.model.encoder import Encoder
 from metaembed_pl.model.encoding import Pace
 from metaembed_pl.model.identity import identity_of
 from metaembed_pl.ranking import Ranked
-from metaembed_pl.retrieval.embedding import gathered, rank_and_world
+from metaembed_pl.ranks import gather_objects, rank_and_world, wait_for_ranks
 from metaembed_pl.retrieval.store import Store
 
 log = logging.getLogger(__name__)
@@ -168,9 +167,8 @@ def _evaluate_task(
     # Every rank asks its share of the queries; where there are fewer than ranks, some ask none.
     rank, world = rank_and_world()
     share = torch.arange(len(found.queries)).tensor_split(world)[rank].tolist()
-    of_ranks = gathered(_ask(model, found.asking(share), store, budgets, settings))
-    if world > 1:
-        dist.barrier()  # no rank ends before rank 0 has what it sent
+    of_ranks = gather_objects(_ask(model, found.asking(share), store, budgets, settings))
+    wait_for_ranks()  # no rank ends before rank 0 has what it sent
     if rank:
         return None
     answers = [answer for answer in of_ranks if answer is not None]

@@ -15,15 +15,15 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedToken
 from metaembed_pl.data.shards import ShardedPairs
 from metaembed_pl.errors import UserError
 from metaembed_pl.item import Pair
-from metaembed_pl.model.family import Family, family_of
-from metaembed_pl.model.kernels import FP32, look_up_grids, project_patches, set_attention
-from metaembed_pl.model.options import (
+from metaembed_pl.model.backbone_options import (
     checkpoint_activations,
     compile_layers,
     nf4_weights,
     refuse_missing_flash,
     use_liger,
 )
+from metaembed_pl.model.family import Family, family_of
+from metaembed_pl.model.kernels import FP32, look_up_grids, project_patches, set_attention
 from metaembed_pl.model.processing import Processing, Prompt, load_processors
 from metaembed_pl.model.weights import load_backbone
 

@@ -45,9 +45,10 @@ from metaembed_pl.model.model_folder import (
 )
 from metaembed_pl.model.packing import packed
 from metaembed_pl.model.processing import Processing, Side
-from metaembed_pl.model.sharded import is_first_rank, unsharded
+from metaembed_pl.model.sharded import unsharded
 from metaembed_pl.model.weights import load_into, refuse_unlike
 from metaembed_pl.progress import Progress
+from metaembed_pl.ranks import rank_and_world
 
 OWN_FILE = "meta_tokens.safetensors"
 T = TypeVar("T")
@@ -58,7 +59,7 @@ Shared = Literal["gradients", "weights"]
 
 
 @dataclass(frozen=True)
-class Processor:
+class MetaTokenProcessor:
     """The processing, how many meta-token slots each side's rows end in, and pixels' dtype.
 
     Pixels are cast to what the vision tower would cast them to: in bf16 they take half of the
@@ -170,14 +171,14 @@ class MetaEmbedder(nn.Module):
             and backbone.config._attn_implementation == "flash_attention_2"
         )
 
-    def processor(self) -> "Processor":
+    def processor(self) -> "MetaTokenProcessor":
         """What turns items into the tensors `forward` takes.
 
         Holds no weights, so workers can have it.
         """
         slots = {side: self.meta_tokens.num_slots(side) for side in get_args(Side)}
         tower: Any = self.backbone.get_submodule(self.processing.family.vision_module)
-        return Processor(self.processing, slots, tower.dtype)
+        return MetaTokenProcessor(self.processing, slots, tower.dtype)
 
     def forward(
         self, inputs: dict[str, Tensor], side: Side, is_first: bool = True
@@ -317,7 +318,7 @@ class MetaEmbedder(nn.Module):
 
         Args:
             windows: see `Pace.windows`.
-            prepare: makes a window ready with `Processor.prepared`; may run in another process.
+            prepare: makes a window ready with `MetaTokenProcessor.prepared`, here or in a worker.
             side: of all items.
             num_workers: see `encoding.prepared`.
             num_ranks: likewise.
@@ -373,7 +374,7 @@ class MetaEmbedder(nn.Module):
                 read back.
         """
         tensors = self._saved_tensors()
-        if is_first_rank():
+        if rank_and_world()[0] == 0:
             with new_folder(Path(folder), overwrite) as temporary:
                 self._write(tensors, temporary, Path(folder))
 

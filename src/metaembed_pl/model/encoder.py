@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from metaembed_pl.budget import Budget
+from metaembed_pl.data.collate import Side
 from metaembed_pl.item import Item
 from metaembed_pl.model.encoding import Prepared
-from metaembed_pl.model.processing import Side
 
 T = TypeVar("T")
 

@@ -24,12 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metaembed_pl.data.collate import Side
 from metaembed_pl.errors import UserError
 from metaembed_pl.item import Item
 from metaembed_pl.model.backbone import BackboneConfig
 from metaembed_pl.model.embedder import MetaEmbedder
 from metaembed_pl.model.model_folder import read_settings
-from metaembed_pl.model.processing import Side
 
 OWN_CODE = "sentence_transformers_module.py"
 OWN_CODE_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")

@@ -22,6 +22,7 @@ from tokenizers import AddedToken
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
+from metaembed_pl.data.collate import Side
 from metaembed_pl.errors import UserError
 from metaembed_pl.item import Item
 from metaembed_pl.model.embedder import MetaEmbedder
@@ -33,7 +34,6 @@ from metaembed_pl.model.export import (
     sample_items,
     sample_vectors,
 )
-from metaembed_pl.model.processing import Side
 
 FORM, PROJECTION = "retrieval.json", "projection.safetensors"
 RESERVED = re.compile(r"<\|reserved_special_token_\d+\|>|<unused\d+>")

@@ -12,14 +12,13 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from metaembed_pl.data.collate import Cut
+from metaembed_pl.data.collate import Cut, Side
 from metaembed_pl.errors import UserError
 from metaembed_pl.files import read_json_object
 from metaembed_pl.item import Item
 from metaembed_pl.model.embedder import MetaEmbedder
 from metaembed_pl.model.export import Difference
 from metaembed_pl.model.export_transformers import FORM, PROJECTION, write_transformers
-from metaembed_pl.model.processing import Side
 
 # Our class in vLLM, and vLLM's own, which it takes where our package is not installed.
 ARCHITECTURES = {

@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from metaembed_pl.data.collate import Side
 from metaembed_pl.errors import UserError
-from metaembed_pl.model.processing import Side
 
 Layout = Literal["both", "own"]
 

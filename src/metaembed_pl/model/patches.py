@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from metaembed_pl.data.collate import Side
 from metaembed_pl.item import Item
-from metaembed_pl.model.processing import Side
 
 if TYPE_CHECKING:
     from metaembed_pl.model.embedder import MetaEmbedder

@@ -4,9 +4,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+
+from metaembed_pl.ranks import rank_and_world
 
 
 def unsharded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -20,10 +21,10 @@ def unsharded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     found = {}
     for name, tensor in tensors.items():
-        with gathered(tensor) as values:
+        with complete_tensor(tensor) as values:
             if not is_sharded(tensor):
                 found[name] = values
-            elif is_first_rank():
+            elif rank_and_world()[0] == 0:
                 found[name] = values.to("cpu", copy=True)
             else:
                 found[name] = values.to("meta")
@@ -31,7 +32,7 @@ def unsharded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def gathered(tensor: Tensor) -> Iterator[Tensor]:
+def complete_tensor(tensor: Tensor) -> Iterator[Tensor]:
     """While open, the tensor with all its values; every rank must ask."""
     if hasattr(tensor, "ds_id"):
         import deepspeed
@@ -53,8 +54,3 @@ def is_sharded(tensor: Tensor) -> bool:
     False
     """
     return hasattr(tensor, "ds_id") or isinstance(tensor, DTensor)
-
-
-def is_first_rank() -> bool:
-    """Whether this process is the one that writes files."""
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0

@@ -17,7 +17,7 @@ from transformers import AutoModel, PreTrainedModel
 from metaembed_pl.errors import UserError
 from metaembed_pl.files import read_json_object
 from metaembed_pl.model.hub_faults import why_not
-from metaembed_pl.model.sharded import gathered
+from metaembed_pl.model.sharded import complete_tensor
 
 log = logging.getLogger(__name__)
 
@@ -203,7 +203,7 @@ def fingerprint(backbone: nn.Module) -> str | None:
     for name, tensor in sorted(backbone.named_parameters()):
         if tensor.is_meta or tensor.dtype not in (torch.float32, torch.bfloat16):
             return None
-        with gathered(tensor) as values:
+        with complete_tensor(tensor) as values:
             places = torch.arange(NUM_SAMPLED) * (values.numel() - 1) // (NUM_SAMPLED - 1)
             some = values.flatten()[places.to(values.device)].to(torch.bfloat16)
         digest.update(f"{name} {tuple(values.shape)}".encode())

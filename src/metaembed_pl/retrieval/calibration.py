@@ -34,9 +34,10 @@ from metaembed_pl.late_interaction import narrowed
 from metaembed_pl.retrieval.cascade import Stage, parse_cascade, run_stages
 from metaembed_pl.retrieval.index import Index, IndexUnusable
 from metaembed_pl.retrieval.planes import read
-from metaembed_pl.retrieval.reader import Reader
-from metaembed_pl.retrieval.searchable import Kind
+from metaembed_pl.retrieval.searchable import VectorSpace
 from metaembed_pl.retrieval.snapshot import Matching, Snapshot
+from metaembed_pl.retrieval.store import Store
+from metaembed_pl.samples import evenly_spread
 
 CALIBRATION_FILE, QUERIES_FILE = "calibration.json", "queries.jsonl"
 TOP = 10
@@ -111,9 +112,9 @@ class Calibration:
     used: str
     measured: tuple[Measured, ...]
 
-    def fits(self, store: Reader) -> bool:
+    def fits(self, store: Store) -> bool:
         """Whether it still tells what the store needs: little has changed, no index was made."""
-        now = store.kind
+        now = store.description
         if now.data != self.data:
             return False
         changed = now.num_rows - self.num_rows + now.num_deleted - self.num_deleted
@@ -144,12 +145,12 @@ class Calibration:
             and (with_index or "@" not in row.plan)
         )
 
-    def save(self, store: Reader) -> None:
+    def save(self, store: Store) -> None:
         """Keep it beside the store's manifest."""
         write_text(store.folder / CALIBRATION_FILE, json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
-    def load(cls, store: Reader) -> "Calibration | None":
+    def load(cls, store: Store) -> "Calibration | None":
         """That of a store, where it was kept and still fits."""
         try:
             value = json.loads(Path(store.folder / CALIBRATION_FILE).read_text())
@@ -171,7 +172,7 @@ class Choice(NamedTuple):
 
 
 def choose(
-    store: Reader, calibration: Calibration | None, target_recall: float = TARGET, top: int = TOP
+    store: Store, calibration: Calibration | None, target_recall: float = TARGET, top: int = TOP
 ) -> Choice:
     """The cheapest plan known to reach a recall on a store; the exact one where none is known.
 
@@ -181,7 +182,7 @@ def choose(
         target_recall: of the first ten of the exact search.
         top: results.
     """
-    exact = stages_of(str(store.groups[-1]), store.kind, top)
+    exact = stages_of(str(store.groups[-1]), store.description, top)
     if _is_small(store):
         return Choice(exact, "exact: the store is small")
     if calibration is None:
@@ -199,10 +200,10 @@ def choose(
         note = f"exact: no cheaper plan reached recall {target_recall:g}, by {calibration.used}"
     else:
         note = f"recall {row.recall:.3f} +- {row.error:.3f}, measured with {calibration.used}"
-    return Choice(stages_of(row.plan, store.kind, top), note + why)
+    return Choice(stages_of(row.plan, store.description, top), note + why)
 
 
-def has_index(store: Reader) -> bool:
+def has_index(store: Store) -> bool:
     """Whether a store has an index that can be used."""
     try:
         return store.index() is not None
@@ -210,7 +211,7 @@ def has_index(store: Reader) -> bool:
         return False
 
 
-def needs_measuring(store: Reader) -> bool:
+def needs_measuring(store: Store) -> bool:
     """Whether a store that was not measured is to be measured before it is searched.
 
     A small one is not, and one so large that this takes minutes is not either.
@@ -226,7 +227,7 @@ def needs_measuring(store: Reader) -> bool:
     return 3 * NUM_QUERIES * len(store) * last.r_q * last.r_c * store.width <= LARGE
 
 
-def _is_small(store: Reader) -> bool:
+def _is_small(store: Store) -> bool:
     return len(store) * store.groups[-1].r_q * store.groups[-1].r_c <= SMALL
 
 
@@ -243,7 +244,7 @@ class Kinds(NamedTuple):
 
 
 def calibrate(
-    store: Reader,
+    store: Store,
     queries: Float[Tensor, "Q Rq D"] | None = None,
     asked_by: str = "queries",
     go_on: Callable[[], None] = lambda: None,
@@ -269,7 +270,7 @@ def calibrate(
 
 
 def measure(
-    store: Reader,
+    store: Store,
     encode: Callable[[Sequence[str]], Float[Tensor, "Q Rq D"]],
     go_on: Callable[[], None] = lambda: None,
 ) -> Calibration:
@@ -289,7 +290,7 @@ def measure(
     logged = logged_queries(store)
     if len(logged) >= LEAST_QUERIES:
         return calibrate(store, encode(logged), "queries that were logged", go_on)
-    rows = spread(len(store), 4 * NUM_QUERIES).tolist()
+    rows = evenly_spread(len(store), 4 * NUM_QUERIES)
     said = [metadata.get("asked_as") or metadata.get("text") for metadata in store.metadata(rows)]
     texts = [text for text in said if isinstance(text, str) and text.strip()]
     texts = list(dict.fromkeys(texts))[:NUM_QUERIES]
@@ -315,7 +316,7 @@ def joined(texts: Sequence[str]) -> tuple[list[str], list[str]]:
     return two, three
 
 
-def logged_queries(store: Reader) -> list[str]:
+def logged_queries(store: Store) -> list[str]:
     """The last distinct text queries, if `serve --log-queries` kept them."""
     try:
         lines = (store.folder / QUERIES_FILE).read_text(encoding="utf-8").splitlines()
@@ -333,7 +334,7 @@ def logged_queries(store: Reader) -> list[str]:
 
 
 def calibrate_kinds(
-    store: Reader, kinds: Kinds, go_on: Callable[[], None] = lambda: None
+    store: Store, kinds: Kinds, go_on: Callable[[], None] = lambda: None
 ) -> Calibration:
     """Measure plans with queries of several kinds; see `calibrate`."""
     snapshot, last = store.snapshot(), store.groups[-1]
@@ -345,7 +346,7 @@ def calibrate_kinds(
         index = None
     # With an index, plans that score every item are what is left if it is lost: a smaller sample.
     products = PRODUCTS_AT_MOST if index is None else PRODUCTS_AT_MOST / 4
-    rows = spread(len(store), max(ROWS_AT_LEAST, int(products / a_row)))
+    rows = evenly_spread(len(store), max(ROWS_AT_LEAST, int(products / a_row)))
     sample = Matching(snapshot.places[rows], snapshot.manifest.num_rows)
     sizes = [len(some) for some in kinds.vectors]
     plans = _scans(store, queries, sample, sizes, go_on)
@@ -389,7 +390,7 @@ class _Plan(NamedTuple):
 
 
 def _scans(
-    store: Reader,
+    store: Store,
     queries: Float[Tensor, "Q Rq D"],
     sample: Matching,
     sizes: Sequence[int],
@@ -428,7 +429,7 @@ def _scans(
 
 
 def _index_plans(
-    store: Reader,
+    store: Store,
     index: Index,
     kinds: Sequence[Float[Tensor, "_ Rq D"]],
     go_on: Callable[[], None],
@@ -487,7 +488,7 @@ def _exact(
 
 
 def _ranks(
-    store: Reader,
+    store: Store,
     queries: Float[Tensor, "Q Rq D"],
     places: Integer[Tensor, " N"],
     exact: Integer[Tensor, "Q T"],
@@ -565,7 +566,7 @@ def _hardest(survives: Tensor, sizes: Sequence[int]) -> tuple[float, float]:
     return min(found, key=lambda one: one[0] - one[1])
 
 
-def _worth_it(plans: Sequence[_Plan], store: Reader) -> list[_Plan]:
+def _worth_it(plans: Sequence[_Plan], store: Store) -> list[_Plan]:
     """The trained groups, and for some targets the cheapest plans, cheapest first.
 
     Once with those that ask the index and once without: it may be lost.
@@ -582,7 +583,7 @@ def _worth_it(plans: Sequence[_Plan], store: Reader) -> list[_Plan]:
 
 
 def costs(
-    plan: Sequence[Stage], store: Reader, asks: tuple[Index, float, float] | None = None
+    plan: Sequence[Stage], store: Store, asks: tuple[Index, float, float] | None = None
 ) -> tuple[float, float]:
     """The cost of a query on the complete store: dot products of full vectors, and bytes.
 
@@ -608,7 +609,7 @@ def costs(
     return products, bytes_read
 
 
-def _price(stage: Stage, store: Reader) -> float:
+def _price(stage: Stage, store: Store) -> float:
     """Dot products of full vectors for an item that is scored."""
     return stage.products * (stage.budget.width or store.width) / store.width
 
@@ -618,19 +619,19 @@ def _scaled(stages: Sequence[Stage], share: float) -> list[Stage]:
     return [stage._replace(keep=max(TOP, math.ceil(share * stage.keep))) for stage in stages]
 
 
-def stages_of(plan: str, kind: Kind, top: int) -> tuple[Stage, ...]:
+def stages_of(plan: str, space: VectorSpace, top: int) -> tuple[Stage, ...]:
     """The stages of a plan that was named, each keeping at least `top`, the last just that.
 
-    >>> kind = Kind("some model", (Budget(1, 1), Budget(4, 8)), width=128)
-    >>> [",".join(map(str, stages_of(plan, kind, 60))) for plan in ("4x1", "4x1:50,4x8:10")]
+    >>> space = VectorSpace("some model", (Budget(1, 1), Budget(4, 8)), width=128)
+    >>> [",".join(map(str, stages_of(plan, space, 60))) for plan in ("4x1", "4x1:50,4x8:10")]
     ['4x1:60', '4x1:60,4x8:60']
 
     Raises:
         UserError: not a plan, or a budget the model was not trained for.
     """
     if ":" not in plan:
-        return (Stage(check_budget(plan, kind.groups, kind.widths), top),)
-    *first, last = parse_cascade(plan, kind.groups, kind.widths)
+        return (Stage(check_budget(plan, space.groups, space.widths), top),)
+    *first, last = parse_cascade(plan, space.groups, space.widths)
     return (*(_for_top(stage, top) for stage in first), last._replace(keep=top))
 
 
@@ -646,21 +647,12 @@ def plan_name(plan: Sequence[Stage]) -> str:
     return str(plan[0].budget) if len(plan) == 1 else ",".join(map(str, plan))
 
 
-def _check_filled(store: Reader) -> None:
+def _check_filled(store: Store) -> None:
     if not len(store):
         raise UserError(f"{store.folder} is empty: no items to measure plans on")
 
 
-def _stored_queries(store: Reader) -> Float[Tensor, "Q Rq D"]:
-    vectors = store.vectors(spread(len(store), NUM_QUERIES).tolist())
+def _stored_queries(store: Store) -> Float[Tensor, "Q Rq D"]:
+    vectors = store.vectors(evenly_spread(len(store), NUM_QUERIES))
     # A query of more vectors than a candidate has asks with some of them twice.
     return vectors[:, torch.arange(store.groups[-1].r_q) % vectors.shape[1]]
-
-
-def spread(count: int, at_most: int) -> Tensor:
-    """Numbers below `count`, evenly spread, ascending.
-
-    >>> spread(100, 3), spread(2, 3)
-    (tensor([ 0, 49, 99]), tensor([0, 1]))
-    """
-    return torch.linspace(0, count - 1, min(count, at_most), dtype=torch.float64).long()

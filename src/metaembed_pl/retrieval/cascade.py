@@ -37,13 +37,15 @@ from metaembed_pl.errors import UserError
 from metaembed_pl.late_interaction import narrowed
 from metaembed_pl.retrieval.index import Index
 from metaembed_pl.retrieval.scoring import FEW, best_columns, best_rows, fast_dtype, scan, score_few
-from metaembed_pl.retrieval.searchable import Kind
+from metaembed_pl.retrieval.searchable import VectorSpace
 from metaembed_pl.retrieval.snapshot import Matching, Snapshot
 
 _STAGE = re.compile(
     r"\s*(?:poolx(?P<r_c>\d+)(?:x(?P<width>\d+))?|(?P<asks>pool|each)@(?P<reach>\d*\.?\d+)|(?P<budget>[^:@]+))"
     r"\s*:\s*(?P<keep>\d+)\s*"
 )
+PASSED_OVER = 1.2
+"""What an index spends on looking whether a filter lets a vector through, in dot products."""
 
 
 class Stage(NamedTuple):
@@ -100,7 +102,7 @@ class Hits:
     bytes_read: int = field(compare=False)
 
 
-class Found(NamedTuple):
+class StageResult(NamedTuple):
     """What stages found, by query, best first.
 
     Args:
@@ -162,7 +164,7 @@ def _parse(text: str, every: Budget) -> Stage:
 
 
 def choose_stages(
-    kind: Kind,
+    space: VectorSpace,
     budget: Budget | str | None = None,
     cascade: str | Iterable[Stage | str] | None = None,
     top: int | None = None,
@@ -172,7 +174,7 @@ def choose_stages(
     Raises:
         UserError: the model of these vectors cannot serve them.
     """
-    groups, widths = kind.groups, kind.widths
+    groups, widths = space.groups, space.widths
     if top is not None and top < 1:
         raise UserError(f"top must be at least 1, got {top}")
     if cascade is None:
@@ -191,7 +193,7 @@ def run_stages(
     stages: Sequence[Stage],
     matching: Matching,
     index: Index | None = None,
-) -> Found:
+) -> StageResult:
     """Search stage by stage.
 
     A first stage that scores every item multiplies in what the machine is fastest at. Where that is
@@ -229,7 +231,7 @@ def run_stages(
             for query, (_, places) in zip(queries, found, strict=True)
         ]
     scores, places = (torch.stack(of_all) for of_all in zip(*found, strict=True))
-    return Found(scores, places, bytes_read, time.perf_counter() - started)
+    return StageResult(scores, places, bytes_read, time.perf_counter() - started)
 
 
 def _best_of(
@@ -272,3 +274,24 @@ def _ask(
         found = [torch.cat([*both]) for both in zip(found, best.cpu(), strict=True)]
         bytes_read += len(tail) * snapshot.item_bytes(stage.budget)
     return found, bytes_read
+
+
+def for_filter(
+    stages: tuple[Stage, ...], index: Index, queries: Float[Tensor, "Q Rq D"], share: float
+) -> tuple[Stage, ...]:
+    """Stages that ask an index, where a filter lets a share of the items through.
+
+    Many more lists are read then. Where that costs more than to score them all, they are all
+    scored.
+    """
+    first, last = stages[0], stages[-1]
+    if share == 1 or first.reach is None:
+        return stages
+    all_of_them = share * index.num_rows * last.products
+    a_list = index.num_rows * index.num_slots / index.num_lists * (PASSED_OVER + share)
+    if all_of_them <= min(1 / share, index.num_lists) * a_list:
+        return (last,)  # a single list, widened, costs more: no need to look which are near
+    asked = first.asked(queries).float().cpu().numpy()
+    lists, _ = index.lists_of(asked, first.reach, 1 / share)
+    num_read = (lists >= 0).sum() / len(queries)
+    return (last,) if all_of_them <= num_read * a_list else stages

@@ -7,37 +7,36 @@ every item once, in order, as one process would.
 
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 
+from metaembed_pl.data.collate import Side
 from metaembed_pl.errors import UserError
 from metaembed_pl.item import Item, several
 from metaembed_pl.model.encoder import Engine, Preparer
 from metaembed_pl.model.encoding import Pace, Prepared
-from metaembed_pl.model.identity import identity_of
-from metaembed_pl.model.processing import Side
 from metaembed_pl.picture import small_jpeg
-from metaembed_pl.retrieval.calibration import spread
+from metaembed_pl.ranks import gather_objects, rank_and_world
 from metaembed_pl.retrieval.part_of import PartOf
 from metaembed_pl.retrieval.projection import Projection, check_width
-from metaembed_pl.retrieval.searchable import Searchable
-from metaembed_pl.retrieval.store import Store, is_empty
+from metaembed_pl.samples import evenly_spread
+
+if TYPE_CHECKING:
+    from metaembed_pl.retrieval.store import Store
 
 PREVIEW_PIXELS = 320
 SAMPLE_ITEMS = 512
 SAMPLE_BYTES = 2**27
 LEARNED_FROM = 512
 """Items that teach a projection."""
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -119,52 +118,19 @@ def shown(item: Item) -> dict[str, Any]:
     return metadata
 
 
-def open_for(
+def projection_for(
     model: Engine,
-    folder: str | Path,
-    dtype: str | None = None,
-    width: int | None = None,
-    items: Iterable["Entry | Item | str | dict"] = (),
-    skip_bad: bool = False,
-) -> Store:
-    """The store of a model: opened where it is there, made, by rank 0, where it is not.
-
-    Args:
-        model: whose vectors it holds.
-        folder: of the store.
-        dtype: of a store that is made; None: bf16.
-        width: of the vectors of a store that is made; None: the model's.
-        items: that will be embedded; some of them teach the projection to a smaller width, unless
-            the model was trained at it.
-        skip_bad: learn without items that cannot be read, instead of stopping.
-
-    Raises:
-        UserError: it holds another model's vectors, has another dtype or width than asked for, or
-            there are too few items to learn from.
-    """
-    rank, world = rank_and_world()
-    if rank == 0 and (not Path(folder).exists() or is_empty(Path(folder))):
-        projection, widths = None, model.widths
-        if width not in (None, model.width):
-            check_width(width, model.width)
-            if width in widths:
-                projection = Projection.first(model.width, width)
-            else:
-                projection = Projection.learn(_lesson(model, items, skip_bad), width)
-                widths = ()
-        settings = identity_of(model), dtype or "bf16", projection, widths
-        Store.create(folder, model.groups, model.width, *settings)
-    if world > 1:
-        dist.barrier()
-    store = Store.open(folder)
-    check_model(store, model)
-    if dtype not in (None, store.dtype):
-        raise UserError(f"{folder} stores {store.dtype}, not {dtype}: leave out the dtype")
-    if width not in (None, store.width):
-        raise UserError(
-            f"{folder} stores vectors of width {store.width}, not {width}: leave out the width"
-        )
-    return store
+    width: int | None,
+    items: Iterable["Entry | Item | str | dict"],
+    skip_bad: bool,
+) -> tuple[Projection | None, Sequence[int]]:
+    """The projection of a model's vectors to a width, and the trained widths that it keeps."""
+    if width in (None, model.width):
+        return None, model.widths
+    check_width(width, model.width)
+    if width in model.widths:
+        return Projection.first(model.width, width), model.widths
+    return Projection.learn(_lesson(model, items, skip_bad), width), ()
 
 
 def _lesson(
@@ -176,7 +142,7 @@ def _lesson(
             "a projection is learned from items all over, which are then embedded with the others: "
             "give a list of items, or what has a length and can be read twice"
         )
-    chosen = set(spread(len(items), LEARNED_FROM).tolist())
+    chosen = set(evenly_spread(len(items), LEARNED_FROM))
     entries = (Entry.of(item) for number, item in enumerate(items) if number in chosen)
     pace = Pace()
     windows = pace.windows(entries, lambda entry: entry.is_text)
@@ -185,23 +151,8 @@ def _lesson(
         yield vectors
 
 
-def check_model(store: Searchable, model: Engine) -> None:
-    """Refuse a model other than that whose vectors a store or collection holds.
-
-    Raises:
-        UserError: it is another one.
-    """
-    identity = identity_of(model)
-    if identity != store.identity:
-        raise UserError(
-            f"{store.folder} holds the vectors of another model (identity {store.identity:.12}, "
-            f"this model's is {identity:.12}): use the model it was embedded with, or embed the "
-            "items again into another store"
-        )
-
-
 def embed(
-    store: Store,
+    store: "Store",
     model: Engine,
     items: Iterable["Entry | Item | str | dict"],
     pace: Pace | int = 32,
@@ -231,7 +182,7 @@ def embed(
         UserError: the store is another model's, or an item cannot be read.
     """
     pace = Pace(pace) if isinstance(pace, int) else pace
-    check_model(store, model)
+    store.check_model(model)
     rank, world = rank_and_world()
     progress = Progress()
     prepare = Prepare(model.processor(), "candidate", pace.chunk_tokens, skip_bad, previews)
@@ -241,7 +192,7 @@ def embed(
         encoded = model.encoded(share, prepare, "candidate", pace.num_workers, _ranks_here())
         for window, vectors in encoded:
             window.about.embeddings = vectors
-            for each in gathered(window.about):
+            for each in gather_objects(window.about):
                 progress.skipped += [f"{id}: {reason}" for id, reason in each.skipped]
                 store.add(each.ids, each.embeddings, each.metadata, each.previews)
                 _sample(progress, each)
@@ -271,7 +222,7 @@ class _Look:
 
 
 def _to_do(
-    store: Store,
+    store: "Store",
     items: Iterable["Entry | Item | str | dict"],
     pace: Pace,
     again: bool,
@@ -301,7 +252,7 @@ def _to_do(
 
 
 def _looks(
-    store: Store, items: Iterable["Entry | Item | str | dict"], again: bool, progress: Progress
+    store: "Store", items: Iterable["Entry | Item | str | dict"], again: bool, progress: Progress
 ) -> Iterator[_Look]:
     known, seen = set(store.ids), set()
     for item in several(items, "items"):
@@ -336,7 +287,7 @@ def _share_of(windows: Iterator[list[Entry]], rank: int, world: int) -> Iterator
         yield step[rank] if rank < len(step) else []
 
 
-def _told_apart(store: Store, entry: Entry, known: set[str], seen: set[str]) -> Entry:
+def _told_apart(store: "Store", entry: Entry, known: set[str], seen: set[str]) -> Entry:
     """An entry of a file under an id that no other file has: with as many folders as it takes."""
     assert entry.file is not None
     id = entry.id
@@ -348,7 +299,7 @@ def _told_apart(store: Store, entry: Entry, known: set[str], seen: set[str]) -> 
     return replace(entry, id=id)
 
 
-def _kept_of(store: Store, id: str) -> dict[str, Any]:
+def _kept_of(store: "Store", id: str) -> dict[str, Any]:
     return store.metadata(store.rows_of([id]))[0]
 
 
@@ -404,36 +355,5 @@ def _sample(progress: Progress, part: Part) -> None:
         progress.sample.append((part.ids[:room], part.embeddings[:room]))
 
 
-def rank_and_world() -> tuple[int, int]:
-    """This process's rank and the number of ranks; (0, 1) outside torch.distributed."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
-
 def _ranks_here() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def gathered(part: T) -> list[T]:
-    """What all ranks give, in order, on rank 0; nothing on the others."""
-    rank, world = rank_and_world()
-    if world == 1:
-        return [part]
-    parts: list[Any] | None = None if rank else [None] * world
-    dist.gather_object(part, parts)
-    return parts or []
-
-
-@contextmanager
-def ranks() -> Iterator[tuple[int, int]]:
-    """Lets the ranks that torchrun started, if it did, talk to each other; `rank_and_world`."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield 0, 1
-        return
-    # What is sent is on the CPU: embeddings on their way to the disk.
-    dist.init_process_group("gloo")
-    try:
-        yield rank_and_world()
-    finally:
-        dist.destroy_process_group()

@@ -37,6 +37,7 @@ from metaembed_pl.retrieval.manifest import Manifest, sync_folder
 from metaembed_pl.retrieval.planes import read
 from metaembed_pl.retrieval.scoring import fast_dtype
 from metaembed_pl.retrieval.snapshot import Snapshot
+from metaembed_pl.samples import evenly_spread
 
 if TYPE_CHECKING:
     from metaembed_pl.retrieval.store import Store
@@ -192,8 +193,8 @@ def _train(faiss: Any, snapshot: Snapshot, num_lists: int, codes: str) -> Any:
     """Centres, and what the codes need to know of the vectors; by vectors from all over."""
     manifest = snapshot.manifest
     wanted = -(-TRAINED_WITH * num_lists // manifest.num_slots)
-    at = torch.linspace(0, len(snapshot.places) - 1, min(wanted, len(snapshot.places)))
-    sample = read(snapshot.planes, manifest.num_slots, snapshot.places[at.long()]).flatten(0, 1)
+    places = snapshot.places[evenly_spread(len(snapshot.places), wanted)]
+    sample = read(snapshot.planes, manifest.num_slots, places).flatten(0, 1)
     centres = faiss.IndexFlatIP(manifest.width)
     if codes == "sq8":
         kind, product = faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT

@@ -16,7 +16,7 @@ from typing import Any
 from metaembed_pl.budget import parse_groups
 from metaembed_pl.errors import UserError
 from metaembed_pl.files import new_file
-from metaembed_pl.retrieval.searchable import Kind
+from metaembed_pl.retrieval.searchable import VectorSpace
 
 FORMAT, PROJECTED_FORMAT = 1, 2
 """The second of a store with a projection: who knows nothing of them must not search it."""
@@ -26,14 +26,14 @@ DTYPES = ("fp32", "bf16", "fp16", "int8")
 
 
 @dataclass(frozen=True)
-class Manifest(Kind):
+class Manifest(VectorSpace):
     """One generation of a store.
 
     Args:
-        identity: see `Kind`.
-        groups: see `Kind`.
-        width: see `Kind`.
-        widths: see `Kind`.
+        identity: see `VectorSpace`.
+        groups: see `VectorSpace`.
+        width: see `VectorSpace`.
+        widths: see `VectorSpace`.
         dtype: of a stored vector's components.
         generation: counts the changes.
         data: the folder that holds the files; compaction begins a new one.

@@ -32,7 +32,7 @@ LEFT_OUT_KEPT = 2
 """Of what scored too close to the positive, to look at in the report."""
 
 
-class Found(NamedTuple):
+class RankedCandidate(NamedTuple):
     """A candidate: its row in the corpus, and its score over r_q, in [-1, 1]."""
 
     row: int
@@ -81,7 +81,7 @@ class Rules:
 
     def choose(
         self,
-        ranked: Sequence[Found],
+        ranked: Sequence[RankedCandidate],
         own: float,
         is_right: Callable[[int], bool],
         content_of: Callable[[int], Any] = lambda row: row,
@@ -94,10 +94,10 @@ class Rules:
             is_right: whether a row is known to answer the query.
             content_of: what a row shows: none is taken twice.
 
-        >>> ranked = [Found(0, 0.9), Found(1, 0.8), Found(2, 0.79), Found(3, 0.5), Found(4, 0.4)]
+        >>> ranked = [RankedCandidate(*pair) for pair in enumerate((0.9, 0.8, 0.79, 0.5, 0.4))]
         >>> mined = Rules(num=1, skip_top=1).choose(ranked, 0.8, lambda row: row == 1)
         >>> mined.negatives, mined.left_out
-        ([Found(row=3, score=0.5)], [Found(row=2, score=0.79)])
+        ([RankedCandidate(row=3, score=0.5)], [RankedCandidate(row=2, score=0.79)])
         """
         mined = Mined(own)
         limit = self.limit(own)
@@ -134,8 +134,8 @@ class Mined:
     """
 
     own: float
-    negatives: list[Found] = field(default_factory=list)
-    left_out: list[Found] = field(default_factory=list)
+    negatives: list[RankedCandidate] = field(default_factory=list)
+    left_out: list[RankedCandidate] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
 
 
@@ -169,7 +169,7 @@ class Corpus(Sequence[Item]):
                 if item.uid not in self.rows:
                     self.rows[item.uid] = len(self._places)
                     self._places.append((number, i))
-                    names = (*item.answered, item.content)
+                    names = (*item.answer_ids, item.content)
                     self.answers.append(frozenset(map(stable_hash, names)))
                     self.contents.append(stable_hash(item.content))
 
@@ -206,12 +206,12 @@ def ranking_for(
         depth: candidates to rank for each query.
         target_recall: share of them.
     """
-    exact = stages_of(str(store.groups[-1]), store.kind, depth)
+    exact = stages_of(str(store.groups[-1]), store.description, depth)
     wanted = store.search(queries, cascade=exact).rows
     for row in calibrate(store, queries).measured:
         if row.recall < target_recall:
             continue
-        stages = stages_of(row.plan, store.kind, depth)
+        stages = stages_of(row.plan, store.description, depth)
         found = store.search(queries, cascade=stages).rows
         shares = [len(set(a) & set(b)) / len(b) for a, b in zip(found, wanted, strict=True)]
         if (recall := sum(shares) / len(shares)) >= target_recall:
@@ -267,7 +267,7 @@ class Miner:
             except UserError:
                 continue
             wanted = self._wanted[stable_hash(pair.query.content)]
-            wanted |= set(map(stable_hash, (*pair.asked_any, pair.positive.content)))
+            wanted |= set(map(stable_hash, (*pair.relevant_ids, pair.positive.content)))
 
     def mine(self, numbers: Sequence[int]) -> list[Mined | str]:
         """The hard negatives of pairs, by number; for an unusable pair, the reason.
@@ -291,7 +291,9 @@ class Miner:
         ):
             query = stable_hash(pair.query.content)
             wanted = self._wanted[query] | {query}
-            ranked = [Found(self._row_of[r], s) for r, s in zip(rows, scores, strict=True)]
+            ranked = [
+                RankedCandidate(self._row_of[r], s) for r, s in zip(rows, scores, strict=True)
+            ]
             is_right = self._is_right(wanted)
             content_of = self.corpus.contents.__getitem__
             found[i] = self.rules.choose(ranked, score, is_right, content_of)

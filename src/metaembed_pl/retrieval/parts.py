@@ -101,7 +101,7 @@ def merge(folders: Sequence[Path], out: Path) -> Store:
         UserError: a part is missing, not complete, given twice, or not like the others.
     """
     stores = _ordered(folders)
-    first = stores[0].kind
+    first = stores[0].description
     for store in stores[1:]:
         _refuse_unlike(store, stores[0])
     new = Manifest(first.identity, first.groups, first.width, first.dtype, widths=first.widths)
@@ -166,7 +166,7 @@ def _ordered(folders: Sequence[Path]) -> list[Store]:
 
 def _refuse_unlike(store: Store, first: Store) -> None:
     for name in ("identity", "groups", "width", "dtype", "projection"):
-        mine, others = getattr(store.kind, name), getattr(first.kind, name)
+        mine, others = getattr(store.description, name), getattr(first.description, name)
         if mine != others:
             hint = (
                 "; a projection is learned anew for each part, from the same items, and other "

@@ -6,6 +6,7 @@ Q: queries    Rq: their vectors    D: width of the model's vectors    W: of the 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jaxtyping import Float
 from torch import Tensor
@@ -14,9 +15,12 @@ from metaembed_pl.budget import Budget, check_budget
 from metaembed_pl.errors import UserError
 from metaembed_pl.retrieval.projection import Projection
 
+if TYPE_CHECKING:
+    from metaembed_pl.model.encoder import Encoder, Engine
+
 
 @dataclass(frozen=True)
-class Kind:
+class VectorSpace:
     """Which vectors are held.
 
     Args:
@@ -42,7 +46,7 @@ class Searchable(ABC):
 
     @property
     @abstractmethod
-    def kind(self) -> Kind:
+    def description(self) -> VectorSpace:
         """Which vectors these are."""
 
     @property
@@ -53,17 +57,17 @@ class Searchable(ABC):
     @property
     def groups(self) -> tuple[Budget, ...]:
         """The nested groups of the model."""
-        return self.kind.groups
+        return self.description.groups
 
     @property
     def width(self) -> int:
         """Of a stored vector."""
-        return self.kind.width
+        return self.description.width
 
     @property
     def widths(self) -> tuple[int, ...]:
         """Smaller ones, that a budget may name."""
-        return self.kind.widths
+        return self.description.widths
 
     def check_budget(self, budget: Budget | str | None = None) -> Budget:
         """A budget that can be searched at; None: all vectors.
@@ -81,11 +85,27 @@ class Searchable(ABC):
     @property
     def identity(self) -> str:
         """Of the model whose vectors these are."""
-        return self.kind.identity
+        return self.description.identity
 
     def project(self, vectors: Float[Tensor, "*N D"]) -> Float[Tensor, "*N W"]:
         """Vectors of the model as they are kept, but for rounding; searches do so by themselves."""
         return vectors if self.projection is None else self.projection(vectors)
+
+    def check_model(self, model: "Engine | Encoder") -> None:
+        """Refuse a model other than that whose vectors these are.
+
+        Raises:
+            UserError: it is another one.
+        """
+        from metaembed_pl.model.identity import identity_of
+
+        identity = identity_of(model)
+        if identity != self.identity:
+            raise UserError(
+                f"{self.folder} holds the vectors of another model (identity {self.identity:.12}, "
+                f"this model's is {identity:.12}): use the model it was embedded with, or embed "
+                "the items again into another store"
+            )
 
     def accept(self, queries: Float[Tensor, "Q Rq D"]) -> Float[Tensor, "Q Rq W"]:
         """Queries of the model, to be compared with what is kept.

@@ -27,7 +27,7 @@ PDF_SCALE = 2.0
 
 
 @dataclass(frozen=True)
-class Source:
+class ItemSource:
     """Items to be embedded.
 
     Args:
@@ -47,7 +47,7 @@ class Source:
 
 def open_source(
     path: Path | str, columns: Mapping[str, str] | None = None, fetch: Fetch | None = None
-) -> Source:
+) -> ItemSource:
     """The items at a path or an address.
 
     A line of JSON Lines is an item, and may have `metadata`, an object. An item of shards is a
@@ -85,7 +85,7 @@ def open_source(
     return _files(path, files)
 
 
-def _at_address(url: str, columns: Mapping[str, str] | None, fetch: Fetch | None) -> Source:
+def _at_address(url: str, columns: Mapping[str, str] | None, fetch: Fetch | None) -> ItemSource:
     name = url.rpartition("/")[2]
     if name.endswith((".jsonl", ".json")):
         return _json_lines(kept_copy(url), url.rpartition("/")[0], fetch)
@@ -99,7 +99,9 @@ def _at_address(url: str, columns: Mapping[str, str] | None, fetch: Fetch | None
     return _table(tables.Table.open(url), columns, fetch)
 
 
-def _table(table: tables.Table, columns: Mapping[str, str] | None, fetch: Fetch | None) -> Source:
+def _table(
+    table: tables.Table, columns: Mapping[str, str] | None, fetch: Fetch | None
+) -> ItemSource:
     chosen = _item_columns(table, columns)
     others = [field.name for field in table.schema if _is_plain(field.type)]
     metadata = [name for name in others if name not in chosen.values()]
@@ -116,7 +118,7 @@ def _table(table: tables.Table, columns: Mapping[str, str] | None, fetch: Fetch 
             except UserError as error:
                 raise UserError(f"{where}: {error}") from error
 
-    return Source(table.num_rows, entries)
+    return ItemSource(table.num_rows, entries)
 
 
 def _item_columns(table: tables.Table, columns: Mapping[str, str] | None) -> dict[str, str]:
@@ -147,7 +149,7 @@ def _is_plain(kind: pa.DataType) -> bool:
     return any(test(kind) for test in (*tests, types.is_boolean))
 
 
-def _json_lines(path: Path, base: Path | str, fetch: Fetch | None) -> Source:
+def _json_lines(path: Path, base: Path | str, fetch: Fetch | None) -> ItemSource:
     total = sum(1 for _ in read_json_lines(path))
     if not total:
         raise UserError(f"{path} contains no items: expected one JSON object or string per line")
@@ -163,7 +165,7 @@ def _json_lines(path: Path, base: Path | str, fetch: Fetch | None) -> Source:
                 raise UserError(f"{path}:{number}: {error}") from error
             yield entry
 
-    return Source(total, entries)
+    return ItemSource(total, entries)
 
 
 def _of_json(value: Any, base: Path | str, fetch: Fetch | None) -> Entry:
@@ -200,7 +202,7 @@ def _with_picture(item: Item, read: Callable[[str], bytes], url: str) -> Item:
     return replace(item, image=read(url))
 
 
-def _shards(folder: Path | str) -> Source:
+def _shards(folder: Path | str) -> ItemSource:
     from metaembed_pl.data.shards import ShardedPairs
 
     pairs = ShardedPairs(folder)
@@ -211,10 +213,10 @@ def _shards(folder: Path | str) -> Source:
             asked = {} if pair.query.text is None else {"asked_as": pair.query.text}
             yield Entry.given(item.uid, item, shown(item) | asked)
 
-    return Source(len(pairs), entries)
+    return ItemSource(len(pairs), entries)
 
 
-def _files(folder: Path, files: list[Path]) -> Source:
+def _files(folder: Path, files: list[Path]) -> ItemSource:
     pdfs = (file for file in files if file.suffix.lower() == PDF_SUFFIX)
     # Of one that cannot be opened there is a page too, which says so when it is its turn.
     pages = {file: max(1, _num_pages(file)) for file in pdfs}
@@ -228,7 +230,7 @@ def _files(folder: Path, files: list[Path]) -> Source:
                 load = partial(draw_page, file, page)
                 yield Entry(f"{name}#page={page}", load, where | {"page": page}, file)
 
-    return Source(sum(pages.get(file, 1) for file in files), entries)
+    return ItemSource(sum(pages.get(file, 1) for file in files), entries)
 
 
 def _num_pages(file: Path) -> int:

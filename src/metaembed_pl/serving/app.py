@@ -135,9 +135,9 @@ async def _uploaded(form: FormData) -> bytes | None:
 
 def _add_api(app: FastAPI, service: Service) -> None:
     @app.get("/api/store")
-    def store() -> schema.Shelf:
+    def store() -> schema.StoreInfo:
         """What is served, and what a search may spend."""
-        return service.shelf()
+        return service.store_info()
 
     @app.post("/api/queries", openapi_extra={"requestBody": FORM})
     def ask(form: Annotated[_Form, Depends(_read_form)]) -> schema.Question:

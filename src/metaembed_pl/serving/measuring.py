@@ -9,7 +9,7 @@ from metaembed_pl.errors import UserError
 from metaembed_pl.retrieval.calibration import Calibration, costs, has_index, plan_name
 from metaembed_pl.retrieval.cascade import Stage
 from metaembed_pl.retrieval.store import Store
-from metaembed_pl.serving.schema import Measurement, Plan
+from metaembed_pl.serving.schema import Measurement, SearchPlan
 
 
 class _StoppedError(Exception):
@@ -88,12 +88,12 @@ class Measuring:
         self._known = found
 
 
-def choices(store: Store, calibration: Calibration | None) -> list[Plan]:
+def choices(store: Store, calibration: Calibration | None) -> list[SearchPlan]:
     """Plans to choose from, cheapest first; those that ask the index only where there is one."""
     exact = costs([Stage(store.groups[-1], 1)], store)[0] or 1
     if calibration is not None:
         return [
-            Plan(
+            SearchPlan(
                 plan=row.plan,
                 cost=row.products / exact,
                 bytes_read=int(row.bytes_read),
@@ -110,7 +110,7 @@ def choices(store: Store, calibration: Calibration | None) -> list[Plan]:
         products, bytes_read = costs(plan, store)
         found.append((products, bytes_read, plan_name(plan)))
     return [
-        Plan(
+        SearchPlan(
             plan=name,
             cost=products / exact,
             bytes_read=int(bytes_read),

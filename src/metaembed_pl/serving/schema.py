@@ -13,7 +13,7 @@ class _Shape(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True, extra="forbid", allow_inf_nan=False)
 
 
-class Plan(_Shape):
+class SearchPlan(_Shape):
     """A plan, and what it costs a query on this store."""
 
     plan: str
@@ -39,7 +39,7 @@ class Measurement(_Shape):
     """Why it failed."""
 
 
-class Shelf(_Shape):
+class StoreInfo(_Shape):
     """The store that is served."""
 
     name: str
@@ -58,7 +58,7 @@ class Shelf(_Shape):
     """Of a stored vector's components."""
     vector_bytes: int
     """Of a stored vector."""
-    plans: list[Plan]
+    plans: list[SearchPlan]
     """To choose from, cheapest first."""
     default_plan: str
     """What a search that names no plan spends."""

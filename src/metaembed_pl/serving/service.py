@@ -29,12 +29,11 @@ from metaembed_pl.retrieval.calibration import (
     choose,
     measure,
     plan_name,
-    spread,
     stages_of,
 )
-from metaembed_pl.retrieval.embedding import check_model
 from metaembed_pl.retrieval.manifest import Manifest
 from metaembed_pl.retrieval.store import Store
+from metaembed_pl.samples import evenly_spread
 from metaembed_pl.serving import schema
 from metaembed_pl.serving.explanation import Looks, looks, match
 from metaembed_pl.serving.measuring import Measuring, choices
@@ -99,7 +98,7 @@ class Service:
                 )
         self._roots = [Path(root).resolve() for root in pictures]
         self._store = Store.open(folder)
-        check_model(self._store, model)
+        self._store.check_model(model)
         self._opening, self._encoding = threading.Lock(), threading.Lock()
         self._queries = Queries()
         self.measuring = Measuring(lambda store, go_on: measure(store, self._encoded, go_on))
@@ -127,11 +126,11 @@ class Service:
                 raise NotNow(str(error)) from error
             return self._store
 
-    def shelf(self) -> schema.Shelf:
+    def store_info(self) -> schema.StoreInfo:
         """What is served."""
         store = self.store
         calibration = self.measuring.calibration(store)
-        return schema.Shelf(
+        return schema.StoreInfo(
             name=store.folder.resolve().name,
             items=len(store),
             generation=store.generation,
@@ -288,7 +287,7 @@ class Service:
     def _choice(self, store: Store, plan: str | None, top: int, target_recall: float) -> Choice:
         if plan in (None, "auto"):
             return choose(store, self.measuring.calibration(store), target_recall, top)
-        stages = stages_of(plan, store.kind, top)
+        stages = stages_of(plan, store.description, top)
         return Choice(store.stages(cascade=stages), "")
 
     def _maps(
@@ -362,7 +361,7 @@ def _said(metadata: dict[str, Any], key: str) -> str | None:
 
 def _examples(store: Store) -> list[str]:
     """Short texts of items, to ask for."""
-    rows = spread(len(store), 8 * NUM_EXAMPLES).tolist()
+    rows = evenly_spread(len(store), 8 * NUM_EXAMPLES)
     said = [_said(value, "asked_as") or _said(value, "text") for value in store.metadata(rows)]
     short = [text for text in said if text and len(text) <= EXAMPLE_LENGTH]
     return list(dict.fromkeys(short))[:NUM_EXAMPLES]

@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 
 from metaembed_pl.budget import parse_groups
-from metaembed_pl.data.collate import Cut
+from metaembed_pl.data.collate import Cut, Side
 from metaembed_pl.errors import UserError
 from metaembed_pl.files import read_json_object
 from metaembed_pl.item import Item
 from metaembed_pl.model.encoding import Prepared, prepared
 from metaembed_pl.model.export_transformers import FORM
 from metaembed_pl.model.export_vllm import VllmPrompts
-from metaembed_pl.model.processing import Side
 
 T = TypeVar("T")
 

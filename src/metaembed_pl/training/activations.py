@@ -29,7 +29,7 @@ OF_PATCHES = ("k_proj", "v_proj", "k_norm")
 
 
 @dataclass(frozen=True)
-class Widths:
+class Precision:
     """How wide numbers are, and what that costs.
 
     Args:
@@ -92,7 +92,7 @@ def activation_bytes(
     backbone: PreTrainedModel,
     family: Family,
     calls: Iterable[Rows],
-    widths: Widths,
+    precision: Precision,
     is_checkpointed: bool,
     has_mask: bool = True,
 ) -> int:
@@ -102,16 +102,16 @@ def activation_bytes(
         backbone: may be on the meta device; what is trained in it counts.
         family: says where its towers are.
         calls: the forward calls whose graphs are alive at once.
-        widths: of numbers.
+        precision: of numbers.
         is_checkpointed: each layer is computed again in the backward pass.
         has_mask: attention keeps a mask of tokens by tokens, as sdpa does where rows are padded.
     """
     vision_tower = backbone.get_submodule(family.vision_module)
-    text = _layers(backbone.get_submodule(family.text_module), widths, has_mask)
+    text = _layers(backbone.get_submodule(family.text_module), precision, has_mask)
     # A frozen tower keeps nothing: no gradient goes through it.
     is_frozen = not any(p.requires_grad for p in vision_tower.parameters())
-    vision = [] if is_frozen else _layers(vision_tower, widths, False)
-    passing = _seeing(backbone, vision_tower, widths) if is_frozen else 0.0
+    vision = [] if is_frozen else _layers(vision_tower, precision, False)
+    passing = _seeing(backbone, vision_tower, precision) if is_frozen else 0.0
     kept = beside = peak = 0.0
     for rows in calls:
         kept += rows.num_rows * rows.pixel_bytes
@@ -123,12 +123,12 @@ def activation_bytes(
                 redone = is_checkpointed and layer.is_checkpointed
                 kept += layer.input * count if redone else complete
                 beside = max(beside, (complete if redone else 0) + layer.backward * count)
-        kept += rows.num_rows * rows.num_tokens * _around(backbone, widths)
-        kept += rows.num_rows * rows.num_patches * _shown(backbone, widths)
+        kept += rows.num_rows * rows.num_tokens * _around(backbone, precision)
+        kept += rows.num_rows * rows.num_patches * _shown(backbone, precision)
     return round(max(peak, kept + beside))
 
 
-def _seeing(backbone: PreTrainedModel, tower: nn.Module, widths: Widths) -> float:
+def _seeing(backbone: PreTrainedModel, tower: nn.Module, precision: Precision) -> float:
     """Of a patch, while a frozen tower runs: its widest layer, and states that it collects.
 
     Llama 3.2 Vision reads states of several layers, for which transformers keeps those of all.
@@ -136,29 +136,29 @@ def _seeing(backbone: PreTrainedModel, tower: nn.Module, widths: Widths) -> floa
     layers = _modules(tower)
     shape = _shape(list(_parts(layers[0])))
     # A layer norm gives fp32 under autocast, and what is added to it stays so.
-    stream = FP32_BYTES if widths.has_autocast else widths.residual_bytes
+    stream = FP32_BYTES if precision.has_autocast else precision.residual_bytes
     config: Any = backbone.config.vision_config
     read = getattr(config, "intermediate_layers_indices", None)
     num_states = 2 if read is None else len(layers) + 3 * len(read) + 2
-    inside = (shape.num_copies + 1) * shape.num_inner * widths.compute_bytes
+    inside = (shape.num_copies + 1) * shape.num_inner * precision.compute_bytes
     return num_states * shape.width * stream + inside
 
 
-def _shown(backbone: PreTrainedModel, widths: Widths) -> float:
+def _shown(backbone: PreTrainedModel, precision: Precision) -> float:
     """Of a patch, what cross-attention layers look at, kept once for all of them."""
     config: Any = backbone.config.get_text_config()
     looks = getattr(config, "cross_attention_layers", None)
-    return 2 * config.hidden_size * widths.compute_bytes if looks else 0.0
+    return 2 * config.hidden_size * precision.compute_bytes if looks else 0.0
 
 
-def _around(backbone: PreTrainedModel, widths: Widths) -> float:
+def _around(backbone: PreTrainedModel, precision: Precision) -> float:
     """Of a token outside the layers: its embedding with the meta tokens, and the final norm."""
     config: Any = backbone.config.get_text_config()
-    return config.hidden_size * (2 * widths.residual_bytes + FP32_BYTES)
+    return config.hidden_size * (2 * precision.residual_bytes + FP32_BYTES)
 
 
-def _layers(tower: nn.Module, widths: Widths, has_mask: bool) -> list[LayerBytes]:
-    return [_layer_bytes(module, widths, has_mask) for module in _modules(tower)]
+def _layers(tower: nn.Module, precision: Precision, has_mask: bool) -> list[LayerBytes]:
+    return [_layer_bytes(module, precision, has_mask) for module in _modules(tower)]
 
 
 def _modules(tower: nn.Module) -> list[nn.Module]:
@@ -172,13 +172,13 @@ def _is_layer(module: nn.Module) -> bool:
     return bool(names & ATTENDED) and bool(names & INNER)
 
 
-def _layer_bytes(layer: nn.Module, widths: Widths, has_mask: bool) -> LayerBytes:
+def _layer_bytes(layer: nn.Module, precision: Precision, has_mask: bool) -> LayerBytes:
     parts = list(_parts(layer))
     shape, seen = _shape(parts), set()
-    compute = widths.compute_bytes
+    compute = precision.compute_bytes
     # Where there is a mask, sdpa repeats keys and values for every query head.
     own_keys = 0 if shape.is_cross else shape.num_attended if has_mask else shape.num_keys
-    each = {name: _part_bytes(name, part, shape, seen, widths) for name, part in parts}
+    each = {name: _part_bytes(name, part, shape, seen, precision) for name, part in parts}
     of_patches = {name for name in each if shape.is_cross and name.endswith(OF_PATCHES)}
     token = sum(size for name, size in each.items() if name not in of_patches)
     token += (2 * (shape.num_attended + own_keys) + shape.num_inner * shape.num_copies) * compute
@@ -188,8 +188,8 @@ def _layer_bytes(layer: nn.Module, widths: Widths, has_mask: bool) -> LayerBytes
         cross=2 * shape.num_attended * compute + sum(each[name] for name in of_patches)
         if shape.is_cross
         else 0,
-        input=shape.width * widths.residual_bytes,
-        backward=1.5 * shape.num_inner * compute + 2 * shape.width * widths.residual_bytes,
+        input=shape.width * precision.residual_bytes,
+        backward=1.5 * shape.num_inner * compute + 2 * shape.width * precision.residual_bytes,
         is_checkpointed=isinstance(layer, GradientCheckpointingLayer),
     )
 
@@ -237,34 +237,34 @@ def _is_norm(module: nn.Module) -> bool:
     return type(module).__name__.endswith("Norm") and hasattr(module, "weight")
 
 
-def _part_bytes(name: str, part: Any, shape: _Shape, seen: set, widths: Widths) -> float:
+def _part_bytes(name: str, part: Any, shape: _Shape, seen: set, precision: Precision) -> float:
     """Of one token."""
     parent, _, last = name.rpartition(".")
     if not _is_norm(part):
-        return _input_bytes(part, (parent, last in OUTPUTS), seen, widths)
+        return _input_bytes(part, (parent, last in OUTPUTS), seen, precision)
     of_heads = {"q_norm": shape.num_attended, "k_norm": shape.num_keys}
     size = of_heads[last] if last in of_heads else part.weight.numel()
     if isinstance(part, nn.LayerNorm):
-        return size * max(widths.residual_bytes, FP32_BYTES * widths.has_autocast)
+        return size * max(precision.residual_bytes, FP32_BYTES * precision.has_autocast)
     # An RMS norm computes in fp32 and keeps that copy; in fp32 the copy is the stream itself.
-    return size * (FP32_BYTES + widths.residual_bytes * part.weight.requires_grad)
+    return size * (FP32_BYTES + precision.residual_bytes * part.weight.requires_grad)
 
 
-def _input_bytes(linear: Any, where: tuple[str, bool], seen: set, widths: Widths) -> float:
+def _input_bytes(linear: Any, where: tuple[str, bool], seen: set, precision: Precision) -> float:
     """What a linear layer keeps of its input: nothing if frozen, a copy if it casts or drops."""
     size = linear.in_features
     adapters = getattr(linear, "lora_A", None)
     if adapters is not None:
         rank = sum(adapter.out_features for adapter in adapters.values())
         dropout = any(getattr(part, "p", 0) for part in linear.lora_dropout.values())
-        dropped = size * widths.dropped_bytes if dropout else 0
-        is_copy = dropout or widths.has_autocast
-        own = _once(where, is_copy, seen) * size * widths.compute_bytes
-        return own + dropped + rank * widths.compute_bytes
+        dropped = size * precision.dropped_bytes if dropout else 0
+        is_copy = dropout or precision.has_autocast
+        own = _once(where, is_copy, seen) * size * precision.compute_bytes
+        return own + dropped + rank * precision.compute_bytes
     if not linear.weight.requires_grad:
         return 0
-    is_copy = widths.has_autocast and widths.residual_bytes != widths.compute_bytes
-    return _once(where, is_copy, seen) * size * widths.compute_bytes
+    is_copy = precision.has_autocast and precision.residual_bytes != precision.compute_bytes
+    return _once(where, is_copy, seen) * size * precision.compute_bytes
 
 
 def _once(where: tuple[str, bool], is_copy: bool, seen: set) -> bool:

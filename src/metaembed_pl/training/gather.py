@@ -14,13 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from metaembed_pl.errors import UserError
-
-
-def rank_and_world() -> tuple[int, int]:
-    """This process's rank and the number of ranks; (0, 1) outside torch.distributed."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
+from metaembed_pl.ranks import rank_and_world
 
 
 def gather(x: Shaped[Tensor, "B ..."]) -> Shaped[Tensor, "WB ..."]:

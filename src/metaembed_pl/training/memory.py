@@ -18,7 +18,7 @@ from torch import nn
 
 from metaembed_pl.late_interaction import CPU_TILE_ELEMENTS, GPU_TILE_ELEMENTS
 from metaembed_pl.model.embedder import MetaEmbedder
-from metaembed_pl.training.activations import FP32_BYTES, Rows, Widths, activation_bytes
+from metaembed_pl.training.activations import FP32_BYTES, Precision, Rows, activation_bytes
 
 GIB = 2**30
 CUDA_BYTES = 1.5 * GIB  # context, cuBLAS workspaces, NCCL buffers
@@ -177,11 +177,11 @@ def _seen_bytes(model: MetaEmbedder, step: Step, running: Running) -> int:
     return tokens * text.hidden_size * number_widths(model, running).compute_bytes
 
 
-def number_widths(model: MetaEmbedder, running: Running) -> Widths:
+def number_widths(model: MetaEmbedder, running: Running) -> Precision:
     """How wide numbers are in the backbone, from its weights and the precision."""
     held = _held_bytes(model.backbone.get_input_embeddings(), running)
     mixed = "mixed" in running.precision and running.is_half and not running.stage
-    return Widths(
+    return Precision(
         compute_bytes=2 if running.is_half else held,
         residual_bytes=held,
         dropped_bytes=1 if running.on_gpu else FP32_BYTES,

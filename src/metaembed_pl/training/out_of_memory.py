@@ -10,8 +10,8 @@ import torch
 from metaembed_pl.data.collate import TrainBatch
 from metaembed_pl.model.embedder import MetaEmbedder
 from metaembed_pl.training.activations import Rows
-from metaembed_pl.training.fitting import would_fit
 from metaembed_pl.training.memory import GIB, Running, Step, estimate
+from metaembed_pl.training.memory_advice import memory_advice
 
 CPU_WORDS = "DefaultCPUAllocator: "  # how torch's CPU allocator begins its RuntimeError
 CACHE = "model.gradient_cache.max_tokens"
@@ -111,7 +111,7 @@ def advice(model: MetaEmbedder, step: Step, running: Running, limit: int) -> str
     memory = estimate(model, step, running)
     parts = sorted(asdict(memory).items(), key=lambda part: -part[1])
     held = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts if size > GIB / 20)
-    settings = would_fit(model, step, running, min(limit, round(LOWERED * memory.total)))
+    settings = memory_advice(model, step, running, min(limit, round(LOWERED * memory.total)))
     if not any(setting.startswith(CACHE) for setting in settings):
         settings.insert(*_smaller_chunks(step, running, settings))
     settings += ["fewer data.num_negatives"] * (step.num_negatives > 0)

@@ -1,14 +1,10 @@
-"""A collection on a Qdrant server or cluster, and what a collection is asked for.
-
-The calls are those of Qdrant's REST interface; a folder of Qdrant Edge (edge.py) answers the same.
-"""
+"""A collection on a Qdrant server or cluster, by Qdrant's REST interface."""
 
 import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from metaembed_pl.errors import Unreachable, UserError
 from metaembed_pl.retrieval.qdrant.address import ServerAddress, parse_address
@@ -27,77 +23,22 @@ TIMEOUT_S = 120
 IDS_AT_A_TIME = 10_000
 
 
-@runtime_checkable
-class Collection(Protocol):
-    """What is asked of a collection. Ids are those of points: UUIDs."""
-
-    address: str
-
-    def layout(self) -> Layout | None:
-        """What it holds; None: there is no such collection yet."""
-        ...
-
-    def create(self, layout: Layout, shards: int | None, replicas: int | None) -> None:
-        """Make it, empty."""
-        ...
-
-    def index(self, key: str, kind: models.PayloadSchemaType) -> None:
-        """Make filtering by a key of the payload fast."""
-        ...
-
-    def revisions(self, ids: Sequence[str]) -> dict[str, str]:
-        """Of those of these points that are there."""
-        ...
-
-    def upsert(self, points: Sequence[models.PointStruct]) -> None:
-        """Add points, or replace them; on disk when this returns."""
-        ...
-
-    def delete(self, ids: Sequence[str]) -> None:
-        """Remove points."""
-        ...
-
-    def ids(self) -> Iterator[list[str]]:
-        """Of all points, some at a time."""
-        ...
-
-    def count(self) -> int:
-        """How many points there are."""
-        ...
-
-    def query(self, requests: Sequence[models.QueryRequest]) -> list[list[Any]]:
-        """The scored points of each request, best first."""
-        ...
-
-    def finish(self) -> None:
-        """What is to be done when everything was added."""
-        ...
-
-    def close(self) -> None:
-        """Let go of it."""
-        ...
-
-
-def open_collection(address: str | Path) -> Collection:
+def open_collection(address: str) -> "Collection":
     """The collection at an address, which need not be there yet.
 
     Raises:
         UserError: the address is not one.
     """
-    from metaembed_pl.retrieval.qdrant.edge import EdgeCollection
-
     parsed = parse_address(address)
-    if isinstance(parsed, Path):
-        return EdgeCollection(parsed)
     key = os.environ.get(KEY_VARIABLE)
     client = QdrantClient(
         url=parsed.server, api_key=key, timeout=TIMEOUT_S, check_compatibility=False
     )
-    return ServerCollection(client, parsed)
+    return Collection(client, parsed)
 
 
-class ServerCollection:
-    """A collection on a server.
+class Collection:
+    """A collection on a server; ids are those of points: UUIDs.
 
     Args:
         client: connected to the server.
@@ -109,7 +50,7 @@ class ServerCollection:
         self.address = f"{address.server}/{address.collection}"
 
     def layout(self) -> Layout | None:
-        """See `Collection`.
+        """What it holds; None: there is no such collection yet.
 
         Raises:
             UserError: it is not one of a store.
@@ -124,7 +65,7 @@ class ServerCollection:
             raise UserError(f"{self.address}: {error}; choose another name") from error
 
     def create(self, layout: Layout, shards: int | None, replicas: int | None) -> None:
-        """See `Collection`."""
+        """Make it, empty."""
         with self._asked():
             self._client.create_collection(
                 self._name,
@@ -135,28 +76,28 @@ class ServerCollection:
             )
 
     def index(self, key: str, kind: models.PayloadSchemaType) -> None:
-        """See `Collection`."""
+        """Make filtering by a key of the payload fast."""
         with self._asked():
             self._client.create_payload_index(self._name, key, kind, wait=True)
 
     def revisions(self, ids: Sequence[str]) -> dict[str, str]:
-        """See `Collection`."""
+        """Of those of these points that are there."""
         with self._asked():
             records = self._client.retrieve(self._name, list(ids), with_payload=["revision"])
         return {str(record.id): (record.payload or {}).get("revision", "") for record in records}
 
     def upsert(self, points: Sequence[models.PointStruct]) -> None:
-        """See `Collection`."""
+        """Add points, or replace them; on disk when this returns."""
         with self._asked():
             self._client.upsert(self._name, list(points), wait=True)
 
     def delete(self, ids: Sequence[str]) -> None:
-        """See `Collection`."""
+        """Remove points."""
         with self._asked():
             self._client.delete(self._name, models.PointIdsList(points=list(ids)), wait=True)
 
     def ids(self) -> Iterator[list[str]]:
-        """See `Collection`."""
+        """Of all points, some at a time."""
         offset: Any = None
         while True:
             with self._asked():
@@ -168,21 +109,18 @@ class ServerCollection:
                 return
 
     def count(self) -> int:
-        """See `Collection`."""
+        """How many points there are."""
         with self._asked():
             return self._client.count(self._name, exact=True).count
 
     def query(self, requests: Sequence[models.QueryRequest]) -> list[list[Any]]:
-        """See `Collection`."""
+        """The scored points of each request, best first."""
         with self._asked():
             found = self._client.query_batch_points(self._name, list(requests))
         return [response.points for response in found]
 
-    def finish(self) -> None:
-        """See `Collection`: a server makes its indexes by itself."""
-
     def close(self) -> None:
-        """See `Collection`."""
+        """Close the connection."""
         self._client.close()
 
     @contextmanager

@@ -25,8 +25,8 @@ from metaembed_pl.budget import parse_groups
 from metaembed_pl.errors import UserError
 from metaembed_pl.retrieval.projection import Projection
 from metaembed_pl.retrieval.qdrant.packages import models
-from metaembed_pl.retrieval.reader import Reader
-from metaembed_pl.retrieval.searchable import Kind
+from metaembed_pl.retrieval.searchable import VectorSpace
+from metaembed_pl.retrieval.store import Store
 
 FORMAT = 1
 DTYPES = {
@@ -43,14 +43,14 @@ IDS = UUID("6f0c3f3e-6d0b-5d5c-9a52-3f0a1c0a7f11")
 
 
 @dataclass(frozen=True)
-class Layout(Kind):
+class Layout(VectorSpace):
     """What a collection holds, and how; it is kept with the collection.
 
     Args:
-        identity: see `Kind`.
-        groups: see `Kind`.
-        width: see `Kind`.
-        widths: see `Kind`; searches here read full vectors all the same.
+        identity: see `VectorSpace`.
+        groups: see `VectorSpace`.
+        width: see `VectorSpace`.
+        widths: see `VectorSpace`; searches here read full vectors all the same.
         counts: of candidate vectors that can be searched, ascending.
         dtype: of stored components, in Qdrant's words: fp32, fp16, turbo8.
         quantization: of a coarser copy of the smallest count, which is searched first; may be none.
@@ -81,7 +81,7 @@ class Layout(Kind):
                 raise UserError(f"{name} {value!r}: choose one of {', '.join(map(str, known))}")
 
     @classmethod
-    def of(cls, store: Reader, counts: Sequence[int] | None = None, **settings: Any) -> "Layout":
+    def of(cls, store: Store, counts: Sequence[int] | None = None, **settings: Any) -> "Layout":
         """That of a store: settings that are not given, or None, are the defaults.
 
         Raises:

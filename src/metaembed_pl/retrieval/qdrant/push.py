@@ -13,7 +13,7 @@ from metaembed_pl.retrieval.qdrant.collection import Collection
 from metaembed_pl.retrieval.qdrant.layout import Layout, point_id, revision
 from metaembed_pl.retrieval.qdrant.packages import models
 from metaembed_pl.retrieval.qdrant.requests import DATE, payload_key
-from metaembed_pl.retrieval.reader import Reader
+from metaembed_pl.retrieval.store import Store
 
 REQUEST_BYTES = 2**24
 """Of a request at most, about: a server takes 32 MiB."""
@@ -38,7 +38,7 @@ class Pushed:
 
 
 def push(
-    store: Reader,
+    store: Store,
     collection: Collection,
     *,
     counts: Sequence[int] | None = None,
@@ -92,7 +92,6 @@ def push(
         yield done
     if collection.count() != len(store):
         done.deleted = _delete_gone(store, collection)
-    collection.finish()
     if (count := collection.count()) != len(store):
         raise UserError(
             f"{collection.address} has {count:,} items where the store has {len(store):,}: did "
@@ -139,7 +138,7 @@ def check_layout(address: str, there: Layout, wanted: Layout, given: Iterable[st
             )
 
 
-def kind_of(store: Reader, key: str) -> models.PayloadSchemaType:
+def kind_of(store: Store, key: str) -> models.PayloadSchemaType:
     """The index that fits what a store's metadata say under a key: that of the first that do.
 
     Raises:
@@ -165,7 +164,7 @@ def _parts(count: int, step: int) -> Iterator[range]:
     return (range(start, min(start + step, count)) for start in range(0, count, step))
 
 
-def _send(store: Reader, collection: Collection, layout: Layout, rows: range) -> int:
+def _send(store: Store, collection: Collection, layout: Layout, rows: range) -> int:
     """Send those of some items that are new or changed; how many they were."""
     ids, metadata = store.ids[rows.start : rows.stop], store.metadata(rows)
     vectors = store.vectors(rows, layout.counts[-1])
@@ -184,7 +183,7 @@ def _send(store: Reader, collection: Collection, layout: Layout, rows: range) ->
     return len(changed)
 
 
-def _delete_gone(store: Reader, collection: Collection) -> int:
+def _delete_gone(store: Store, collection: Collection) -> int:
     """Delete points of items that the store does not have; how many they were."""
     kept = {point_id(id) for id in store.ids}
     deleted = 0

@@ -10,7 +10,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from jaxtyping import Float
@@ -53,11 +52,11 @@ class QdrantStore(Searchable):
         self._collection, self.layout, self.exact = collection, layout, exact
 
     @classmethod
-    def open(cls, address: str | Path, exact: bool = False) -> "QdrantStore":
+    def open(cls, address: str, exact: bool = False) -> "QdrantStore":
         """Open a collection.
 
         Args:
-            address: `http://HOST:6333/NAME` of a server, or a folder of Qdrant Edge.
+            address: `http://HOST:6333/NAME`.
             exact: a search that begins with the smallest count scores every item, instead of asking
                 the index and the coarser copy: slower, and misses nothing.
 
@@ -71,7 +70,7 @@ class QdrantStore(Searchable):
         return cls(collection, layout, exact)
 
     def close(self) -> None:
-        """Let go of the collection: only one process at a time has a folder open."""
+        """Close the connection."""
         self._collection.close()
 
     def __enter__(self) -> "QdrantStore":
@@ -86,7 +85,7 @@ class QdrantStore(Searchable):
         return self._collection.address
 
     @property
-    def kind(self) -> Layout:
+    def description(self) -> Layout:
         """What the collection says of itself."""
         return self.layout
 
@@ -111,7 +110,7 @@ class QdrantStore(Searchable):
         """
         if budget is None and cascade is None:
             budget = Budget(self.groups[-1].r_q, self.layout.counts[-1])
-        stages = choose_stages(self.kind, budget, cascade, top)
+        stages = choose_stages(self.description, budget, cascade, top)
         for stage in stages:
             if stage.budget.width is not None:
                 raise UserError(

@@ -31,7 +31,7 @@ def parse_gib(text: str) -> int:
     return round(value * GIB)
 
 
-def would_fit(model: MetaEmbedder, step: Step, running: Running, limit: int) -> list[str]:
+def memory_advice(model: MetaEmbedder, step: Step, running: Running, limit: int) -> list[str]:
     """Settings that bring the memory of a GPU under the limit: each by itself, cheapest first.
 
     Where none does, all of them together, with the largest batch that then fits.
@@ -64,7 +64,7 @@ def would_fit(model: MetaEmbedder, step: Step, running: Running, limit: int) -> 
 
 
 def last_resort(memory: Memory, limit: int) -> str:
-    """What to change where `would_fit` finds nothing: one pair a GPU is too much.
+    """What to change where `memory_advice` finds nothing: one pair a GPU is too much.
 
     Args:
         memory: the estimate; what the model itself takes is the same for every batch.

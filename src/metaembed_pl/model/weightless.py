@@ -57,7 +57,7 @@ class RoughTokenizer:
 
 
 @dataclass(frozen=True)
-class Outline:
+class WeightlessModel:
     """A model on the meta device, and what is known of it.
 
     Args:
@@ -72,7 +72,7 @@ class Outline:
 
 
 @dataclass(frozen=True)
-class Settings:
+class ModelShape:
     """What decides the shape of a model; each as in `MetaEmbedModule`."""
 
     backbone: BackboneConfig
@@ -84,7 +84,7 @@ class Settings:
     train_vision: bool
 
 
-def outline(settings: Settings, kept: Path) -> Outline:
+def weightless_model(settings: ModelShape, kept: Path) -> WeightlessModel:
     """The model that a recipe trains.
 
     Args:
@@ -104,10 +104,10 @@ def outline(settings: Settings, kept: Path) -> Outline:
         config = AutoConfig.from_pretrained(place, revision=backbone.revision)
         processing, known = _processing(backbone, prompt, config, place)
     model = _on_meta(config, backbone.dtype if backbone.path else "float32")
-    return Outline(_embedder(model, processing, settings), source, known)
+    return WeightlessModel(_embedder(model, processing, settings), source, known)
 
 
-def outline_of_folder(name: str, settings: Settings, kept: Path) -> Outline:
+def weightless_model_of_folder(name: str, settings: ModelShape, kept: Path) -> WeightlessModel:
     """The model that a recipe trains which starts from a model folder on this machine.
 
     Args:
@@ -128,7 +128,7 @@ def outline_of_folder(name: str, settings: Settings, kept: Path) -> Outline:
         place, _ = _place(path, base.get("revision"), kept, "model.start_from: its base")
     model = _on_meta(AutoConfig.from_pretrained(place), settings.backbone.dtype)
     processing = Processing.load(folder / "processing")
-    return Outline(_embedder(model, processing, settings), str(folder), True)
+    return WeightlessModel(_embedder(model, processing, settings), str(folder), True)
 
 
 def count_parameters(model: MetaEmbedder) -> dict[str, dict[str, int]]:
@@ -154,7 +154,7 @@ def count_parameters(model: MetaEmbedder) -> dict[str, dict[str, int]]:
 
 
 def _embedder(
-    backbone: PreTrainedModel, processing: Processing, settings: Settings
+    backbone: PreTrainedModel, processing: Processing, settings: ModelShape
 ) -> MetaEmbedder:
     shape = settings.groups, settings.layout, settings.projection
     with torch.device("meta"):

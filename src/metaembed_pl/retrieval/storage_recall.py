@@ -12,7 +12,7 @@ from metaembed_pl.retrieval.embedding import Progress
 from metaembed_pl.retrieval.store import Store
 
 
-def kept_recall(store: Store, progress: Progress, top: int = 10) -> tuple[float, int]:
+def storage_recall(store: Store, progress: Progress, top: int = 10) -> tuple[float, int]:
     """What storing them cost: how many of each item's nearest others are still its nearest.
 
     Each of the first items that were embedded asks for the others, with its own vectors: as the

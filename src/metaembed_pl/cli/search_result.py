@@ -6,7 +6,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """A result.
 
     Args:
@@ -36,6 +36,6 @@ class Answer:
         note: the same for people; may be empty.
     """
 
-    found: Sequence[Found]
+    found: Sequence[SearchResult]
     cost: dict[str, Any] = field(default_factory=dict)
     note: str = ""

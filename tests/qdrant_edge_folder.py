@@ -1,4 +1,4 @@
-"""A collection in a folder: Qdrant Edge, the same engine inside this process.
+"""A collection in a folder: Qdrant Edge, Qdrant's own engine inside this process, for tests.
 
 Requests are those that a server gets, put into Edge's classes word by word. One process at a time
 has a folder open, for reading too.
@@ -10,17 +10,34 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import qdrant_edge as edge
+
 from metaembed_pl.errors import UserError
 from metaembed_pl.files import new_folder, write_text
-from metaembed_pl.retrieval.qdrant.address import DESCRIPTION_FILE
+from metaembed_pl.retrieval.qdrant.collection import Collection, open_collection
 from metaembed_pl.retrieval.qdrant.layout import Layout
-from metaembed_pl.retrieval.qdrant.packages import edge, models
+from metaembed_pl.retrieval.qdrant.packages import models
+from metaembed_pl.retrieval.qdrant.store import QdrantStore
 
+DESCRIPTION_FILE = "qdrant.json"
 SHARD_FOLDER = "shard"
 IDS_AT_A_TIME = 10_000
 
 
-class EdgeCollection:
+def collection_at(address):
+    """What is at an address: a server's collection, or for a path one in a folder."""
+    return EdgeCollection(address) if isinstance(address, Path) else open_collection(address)
+
+
+def open_at(address, exact=False):
+    """`QdrantStore.open`, of folders too."""
+    if not isinstance(address, Path):
+        return QdrantStore.open(address, exact)
+    collection = EdgeCollection(address)
+    return QdrantStore(collection, collection.layout(), exact)
+
+
+class EdgeCollection(Collection):
     """A folder of Qdrant Edge, which need not be there yet.
 
     Args:
@@ -31,29 +48,13 @@ class EdgeCollection:
         self.folder, self.address = folder, str(folder)
 
     def layout(self) -> Layout | None:
-        """See `Collection`.
-
-        Raises:
-            UserError: it is not one of a store.
-        """
-        file = self.folder / DESCRIPTION_FILE
         if not self.folder.exists():
             return None
-        try:
-            return Layout.from_json(json.loads(file.read_bytes()))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{file}: {error}; choose another folder") from error
+        return Layout.from_json(json.loads((self.folder / DESCRIPTION_FILE).read_bytes()))
 
     def create(self, layout: Layout, shards: int | None, replicas: int | None) -> None:
-        """See `Collection`.
-
-        Raises:
-            UserError: shards or replicas were asked for.
-        """
-        if shards is not None or replicas is not None:
-            raise UserError(
-                f"{self.folder}: a folder is one shard without replicas; they need a server"
-            )
+        assert shards is None, "a folder is one shard"
+        assert replicas is None, "without replicas"
         with new_folder(self.folder) as temporary:
             (temporary / SHARD_FOLDER).mkdir()
             made = edge.EdgeShard.create(
@@ -64,36 +65,25 @@ class EdgeCollection:
 
     @cached_property
     def _shard(self) -> edge.EdgeShard:
-        try:
-            return edge.EdgeShard.load(str(self.folder / SHARD_FOLDER))
-        except Exception as error:  # Edge has no class of its own for its errors
-            reason = str(error).splitlines()[0]
-            if "WouldBlock" in reason:
-                reason = "another process has it open, and only one can"
-            raise UserError(f"{self.folder} cannot be opened: {reason}") from error
+        return edge.EdgeShard.load(str(self.folder / SHARD_FOLDER))
 
     def index(self, key: str, kind: models.PayloadSchemaType) -> None:
-        """See `Collection`."""
         kinds = edge.PayloadSchemaType
         schema = getattr(kinds, kind.value.capitalize())
         self._shard.update(edge.UpdateOperation.create_field_index(key, schema))
 
     def revisions(self, ids: Sequence[str]) -> dict[str, str]:
-        """See `Collection`."""
         records = self._shard.retrieve(list(ids), ["revision"], False)
         return {str(record.id): (record.payload or {}).get("revision", "") for record in records}
 
     def upsert(self, points: Sequence[models.PointStruct]) -> None:
-        """See `Collection`."""
         values = [edge.Point(str(p.id), p.vector, p.payload) for p in points]  # pyright: ignore
         self._shard.update(edge.UpdateOperation.upsert_points(values))
 
     def delete(self, ids: Sequence[str]) -> None:
-        """See `Collection`."""
         self._shard.update(edge.UpdateOperation.delete_points(list(ids)))
 
     def ids(self) -> Iterator[list[str]]:
-        """See `Collection`."""
         offset: Any = None
         while True:
             request = edge.ScrollRequest(
@@ -105,25 +95,18 @@ class EdgeCollection:
                 return
 
     def count(self) -> int:
-        """See `Collection`."""
         return self._shard.count(edge.CountRequest(exact=True))
 
     def query(self, requests: Sequence[models.QueryRequest]) -> list[list[Any]]:
-        """See `Collection`.
-
-        Raises:
-            UserError: a filter that Edge does not know.
-        """
         batch = edge.QueryBatchRequest([_query_request(request) for request in requests])
         return self._shard.query_batch(batch)
 
     def finish(self) -> None:
-        """See `Collection`: Edge builds its indexes on request."""
+        """Makes the indexes, which a server does by itself."""
         self._shard.optimize()
         self._shard.flush()
 
     def close(self) -> None:
-        """See `Collection`."""
         shard = self.__dict__.pop("_shard", None)
         if shard is not None:
             shard.close()
