@@ -95,7 +95,7 @@ def test_the_hubs_layout_in_a_folder_called_like_a_format_is_that_folder(tmp_pat
     hub.write_parquet(tmp_path / "a.parquet", [{"x": "wrong"}])
     monkeypatch.chdir(tmp_path)
     assert [row["x"] for row in read_rows("parquet", "a.parquet")] == ["right"]
-    with pytest.raises(UserError, match="no folder json"):
+    with pytest.raises(UserError, match="json is neither a folder"):
         list(read_rows("json", "a.parquet"))
 
 

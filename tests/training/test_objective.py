@@ -307,9 +307,9 @@ def test_two_ranks_equal_one_process_on_the_whole_batch(tmp_path):
         (["1x4"], {"query_spread": SpreadConfig()}, "query_spread .* at least 2 .* group is 1x4"),
         (["4x1"], {"candidate_spread": SpreadConfig()}, "candidate_spread .* at least 2"),
         (["2x2"], {"self_distillation": SelfDistillationConfig()}, "and there is 2x2 alone"),
-        (["2x2"], {"widths": [32, 64]}, r"nested, largest first, at least 1; got \[32, 64\]"),
+        (["2x2"], {"widths": [32, 64]}, r"nested, largest first and at least 1.*; got \[32, 64\]"),
         (["2x2"], {"widths": [32, 32]}, r"nested"),
-        (["2x2"], {"widths": [0]}, r"at least 1; got \[0\]"),
+        (["2x2"], {"widths": [0]}, r"at least 1.*; got \[0\]"),
     ],
 )
 def test_refuses_what_the_groups_have_no_use_for(groups, config, message):
