@@ -5,7 +5,8 @@
 #
 # Each part is a process with its own time limit, and writes FOLDER/PART.jsonl row by row: what a part
 # has found stays, whatever ends it. On a machine without a GPU all parts run on tiny stand-ins.
-# The limits add up to eight minutes and forty seconds. Set PYTHON to choose the interpreter.
+# The limits add up to eight minutes and forty seconds. Set PYTHON to choose the interpreter,
+# PATIENCE=4 to allow each part four times as long.
 #
 # Python 3.11 or newer, torch >= 2.11 and transformers >= 5.17 must be there, and what pyproject.toml
 # lists as dependencies; deepspeed for `zero`; sentence-transformers and colpali-engine for the peers
@@ -34,7 +35,7 @@ run() { # SECONDS PART [FLAGS...]
     local limit="$1" part="$2" start="$SECONDS" status=0
     shift 2
     echo "== $part (at most $limit s)"
-    timeout --kill-after=5 "$limit" "$python" benchmarks/gpu_day.py "$part" --out "$out" "$@" \
+    timeout --kill-after=5 "$((limit * ${PATIENCE:-1}))" "$python" benchmarks/gpu_day.py "$part" --out "$out" "$@" \
         2>"$out/$part.err" || status=$?
     echo "{\"part\": \"$part\", \"status\": $status, \"seconds\": $((SECONDS - start))}" |
         tee -a "$out/parts.jsonl"

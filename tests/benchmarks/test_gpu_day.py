@@ -18,7 +18,7 @@ def rows(tmp_path_factory) -> dict[str, list[dict]]:
     done = subprocess.run(
         ["bash", "benchmarks/gpu_day.sh", str(out), "--steps", "1", "--min_s", "0"],
         cwd=ROOT,
-        env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "PATIENCE": "4"},
         capture_output=True,
         text=True,
         timeout=600,
@@ -31,7 +31,7 @@ def rows(tmp_path_factory) -> dict[str, list[dict]]:
 
 
 @pytest.mark.slow
-def test_every_part_ends_well_and_within_its_limit(rows):
+def test_every_part_ends_well(rows):
     assert [row["part"] for row in rows["parts"]] == ["roof", "train", "loss", "zero", "search"]
     assert {row["status"] for row in rows["parts"]} == {0}
 

@@ -59,7 +59,7 @@ CHANGED_AT_MOST = 0.1
 TARGETS = (0.5, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 1)
 """The cheapest plan is kept for each."""
 KEPT = (50, 200, 1000, 4000, 16_000)
-REACH = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.5, 0.4, 0.3, 0.2)
+REACH = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2)
 LISTS_AT_MOST = 0.25
 """Share of an index's lists above which a plan that reads them is not worth measuring."""
 HITS = {True: (50, 100, 200, 400, 800, 1600), False: (25, 50, 100, 200, 400)}
