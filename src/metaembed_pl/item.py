@@ -25,7 +25,7 @@ from metaembed_pl.errors import UserError
 from metaembed_pl.files import as_on_disk, read_lines, refuse_special_file
 from metaembed_pl.picture import PICTURE_SUFFIXES, files_below, open_picture
 
-_ITEM_KEYS = ("text", "image", "id", "answers", "instruction", "score")
+ITEM_KEYS = ("text", "image", "id", "answers", "instruction", "score")
 _PAIR_KEYS = ("id", "asks", "query", "positive", "negatives")
 
 
@@ -97,7 +97,7 @@ class Item:
             return value
         if isinstance(value, str):
             return cls(text=value)
-        value = _checked_keys(value, _ITEM_KEYS, "an item")
+        value = _checked_keys(value, ITEM_KEYS, "an item")
         if isinstance(value.get("image"), str) and folder is not None:
             value["image"] = _path_below(value["image"], folder)
         return cls(**value)

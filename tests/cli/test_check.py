@@ -84,6 +84,19 @@ def test_a_recipe_that_would_run_gives_its_numbers_and_0(recipe, capsys):
     assert found["faults"] == []
 
 
+def test_a_second_recipe_is_laid_over_the_first(recipe, tmp_path, capsys):
+    first, over = recipe(), tmp_path / "over.yaml"
+    over.write_text("data: {global_batch_size: 4}\nmodel: {groups: [1x1]}\n")
+    assert check("--config", first, "--config", over, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["recipe"] == f"{first}, {over}"
+    assert found["steps"]["global_batch_size"] == 4
+    assert found["parameters"]["meta tokens"]["total"] == 2 * 32
+    over.write_text("data: {global_batch: 4}\n")
+    assert check("--config", first, "--config", over) == 2
+    assert "no such key; did you mean 'global_batch_size'" in capsys.readouterr().err
+
+
 def test_the_report_is_readable_and_has_no_faults(recipe, capsys):
     assert check("--config", recipe()) == 0
     out, err = capsys.readouterr()

@@ -40,8 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--config",
         required=True,
+        action="append",
         metavar="RECIPE",
-        help="a recipe file, or the name of a built-in recipe",
+        help="a recipe file, or the name of a built-in recipe; given again, laid over the first",
     )
     add("--gpus", type=int, metavar="N", help="total number of GPUs (default: as in the recipe)")
     add(
@@ -74,20 +75,21 @@ def run(args: argparse.Namespace) -> None:
     """
     if args.gpus is not None and args.gpus < 1:
         raise UserError(f"--gpus must be at least 1, got {args.gpus}")
-    path = Path(find_recipe(args.config))
+    paths = [Path(find_recipe(config)) for config in args.config]
+    path = ", ".join(map(str, paths))
     from metaembed_pl.cli.recipe_faults import read_recipe
     from metaembed_pl.training.memory_advice import parse_gib
 
     target = _target(args)
     if args.gpu_memory is not None:
         target = replace(target, limit=parse_gib(args.gpu_memory))
-    recipe = read_recipe(path, args.set)
+    recipe = read_recipe(paths, args.set)
     report, faults = _checked(recipe, target)
     faults = [*recipe.faults, *faults]
     if args.json:
-        print(json.dumps({"recipe": str(path), **report, "faults": faults}, indent=2))
+        print(json.dumps({"recipe": path, **report, "faults": faults}, indent=2))
     else:
-        print_report(str(path), report)
+        print_report(path, report)
         for fault in faults:
             print(f"fault: {fault}", file=sys.stderr)
     if faults:

@@ -51,22 +51,22 @@ class Recipe:
     run: RunConfig | None = None
 
 
-def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+def read_recipe(paths: Path | Sequence[Path], overrides: Sequence[str] = ()) -> Recipe:
     """Parses a recipe; faulty keys are noted and left out.
 
     Args:
-        path: the file.
+        paths: the file, or several: each is laid over those before it, key by key, as in `fit`.
         overrides: `key=value`, as flags of training have them.
 
     Raises:
         UserError: the file is no YAML of keys and values, or an override is not of that form.
     """
-    values = _load(path)
-    for part, kind in PARTS.items():
-        if isinstance(values.get(part), dict):
-            values[part] = inlined(values[part], kind, path.parent)
+    paths = [paths] if isinstance(paths, Path) else paths
+    values: dict[str, Any] = {}
+    for path in paths:
+        values = _laid_over(values, _load(path))
     for override in overrides:
-        _set(values, override, path.parent)
+        _set(values, override, paths[0].parent)
     faults = list(faults_of(values))
     found = Recipe([str(fault) for fault in faults])
     for fault in reversed(faults):  # so that a list's later elements keep their places
@@ -101,7 +101,21 @@ def _load(path: Path) -> dict[str, Any]:
     values = read_yaml(path)
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a recipe with keys such as run, model, data and trainer")
+    for part, kind in PARTS.items():
+        if isinstance(values.get(part), dict):
+            values[part] = inlined(values[part], kind, path.parent)
     return values
+
+
+def _laid_over(values: Any, others: Any) -> Any:
+    """Keys of a second recipe replace those of a first; lists are replaced as one.
+
+    >>> _laid_over({"a": {"b": 1, "c": [1, 2]}}, {"a": {"c": [3]}, "d": 4})
+    {'a': {'b': 1, 'c': [3]}, 'd': 4}
+    """
+    if not isinstance(values, dict) or not isinstance(others, dict):
+        return others
+    return values | {key: _laid_over(values.get(key), other) for key, other in others.items()}
 
 
 def _set(values: dict[str, Any], override: str, folder: Path) -> None:

@@ -36,7 +36,13 @@ RANGE_KEYS = {"low", "high", "log", "step"}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of the verb."""
     add = parser.add_argument
-    add("--config", required=True, metavar="RECIPE", help="recipe to tune")
+    add(
+        "--config",
+        required=True,
+        action="append",
+        metavar="RECIPE",
+        help="recipe to tune; given again, laid over the first",
+    )
     add("--space", type=Path, required=True, help="YAML of keys and values to search")
     add("--trials", type=int, default=20, help="number of trials, earlier ones included (20)")
     add(
@@ -183,7 +189,8 @@ def _command(args: argparse.Namespace, folder: Path, settings: dict[str, Any]) -
         "class_path": "metaembed_pl.training.callbacks.WritesHeadline",
         "init_args": {"file": str(folder / HEADLINES)},
     }
-    command = [sys.executable, "-m", "metaembed_pl", "fit", "--config", args.config]
+    command = [sys.executable, "-m", "metaembed_pl", "fit"]
+    command += [flag for config in args.config for flag in ("--config", config)]
     command += [f"--{key}={json.dumps(value)}" for key, value in settings.items()]
     command += [f"--trainer.callbacks+={json.dumps(reports)}"]
     command += [f"--run.folder={folder.parent}", f"--run.name={folder.name}"]

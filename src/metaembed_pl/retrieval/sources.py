@@ -16,7 +16,7 @@ from metaembed_pl.data import tables
 from metaembed_pl.data.fetch import Fetch
 from metaembed_pl.data.remote import address_below, is_remote, kept_copy, read_bytes
 from metaembed_pl.errors import Unreachable, UserError
-from metaembed_pl.item import Item, check_unique, read_json_lines
+from metaembed_pl.item import ITEM_KEYS, Item, check_unique, read_json_lines
 from metaembed_pl.picture import MAX_PIXELS, files_below, is_picture
 from metaembed_pl.retrieval.embedding import Entry, shown
 
@@ -182,6 +182,11 @@ def _of_json(value: Any, base: Path | str, fetch: Fetch | None) -> Entry:
         metadata = value.pop("metadata", None) or {}
         if not isinstance(metadata, dict):
             raise UserError(f"an item's metadata must be an object, not {type(metadata).__name__}")
+        if others := [key for key in value if key not in ITEM_KEYS]:
+            raise UserError(
+                f"an item has unknown key {others[0]!r}; known are {', '.join(ITEM_KEYS)}, and "
+                f"metadata for your own: {{'metadata': {{{others[0]!r}: ...}}}}"
+            )
         if isinstance(image := value.get("image"), str):
             is_address = is_remote(image) and fetch is not None
             if is_address or isinstance(base, str):
