@@ -36,7 +36,7 @@ def draw_maps(looks: Sequence[Looks]) -> Figure:
     num_maps = max(len(one.maps) for one in looks)
     width = 1.5 * MARGIN + QUERY_WIDTH + (1 + num_maps) * (CELL + GAP) + 0.3
     said = (
-        "Attention of a candidate's first vectors. Violet: average, bright: twice the average. "
+        "Attention of a candidate's first vectors. Violet: average, bright: twice that. "
         "Green: matched by the query."
     )
     height = TOP + ROW * len(looks) + MARGIN / 2
