@@ -1,4 +1,4 @@
-"""Count on a CPU what a GPU would compute and keep, for a model of real shape without weights.
+"""Count, on a CPU, the work and memory of a model of real shape on a GPU, without its weights.
 
 Floating-point tensors are fake: they have a shape and a dtype but no content. Integers (token ids,
 masks, picture sizes) are real, so the model takes the same branches as in training. Layers,

@@ -74,9 +74,9 @@ def _ours(case: shapes.Case, options: argparse.Namespace, roof_tflops: float) ->
         name: found[name]
         for name in ("step_s", "pairs_per_s", "tokens_per_s", "memory_bytes", "parts_s")
     }
-    told = _check_bytes(case, options)
-    of_check = row["memory_bytes"] and row["memory_bytes"] / told
-    return {**row, "share_of_roof": found["mfu"], "check_bytes": told, "memory_of_check": of_check}
+    estimate = _check_bytes(case, options)
+    row |= {"share_of_roof": found["mfu"], "check_bytes": estimate}
+    return row | {"memory_of_check": row["memory_bytes"] and row["memory_bytes"] / estimate}
 
 
 def _check_bytes(case: shapes.Case, options: argparse.Namespace) -> int:

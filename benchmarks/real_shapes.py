@@ -615,8 +615,8 @@ PARTS = {
 def parts(name: str, row: dict[str, Any]) -> str:
     """What was counted of a GPU's memory in GiB, beside what `check` estimates of the same.
 
-    `check` counts gradients twice under DDP, whose buckets are not seen here, and shares out under
-    ZeRO what is complete here: where a strategy does, the two are compared before it.
+    `check` counts gradients twice under DDP, for its buckets, which are not visible here. For
+    strategies that shard, both numbers are those before sharding.
     """
     counted, estimated = row["memory"]["counted"], row["memory"]["check_alone"]
     found = []

@@ -197,7 +197,7 @@ def right(found: list[list[int]], asked: np.ndarray, tiles: np.ndarray) -> float
 
 
 def unjudged(_kind: str, _found: list[list[int]]) -> None:
-    """Items of which nobody knows what they show."""
+    """No judgement: the contents of these items are unknown."""
 
 
 def run(

@@ -240,18 +240,18 @@ def shares(runs: Runs) -> str:
     lines = ["| setting | candidates | bytes | of bf16 | " + " | ".join(sets) + " |"]
     lines.append("|---|---|---:|---:|" + "---:|" * len(sets))
     for name, of_seeds in runs.items():
-        whole, width = of_seeds[0]["groups"][-1], of_seeds[0]["width"]
+        largest, width = of_seeds[0]["groups"][-1], of_seeds[0]["width"]
         for form, first, bits in FORMS:
             components = first or width
             vector_bytes = 2 * components if bits is None else components * bits // 8
             vector_bytes += 4 * (bits == 8)
             if vector_bytes > QUARTER * 2 * width:
                 continue
-            size = int(whole.partition("x")[2]) * vector_bytes
-            cells = [_cell(of_seeds, dataset, f"{whole}{form}", by=whole) for dataset in sets]
+            size = int(largest.partition("x")[2]) * vector_bytes
+            cells = [_cell(of_seeds, dataset, f"{largest}{form}", by=largest) for dataset in sets]
             share = f"{size:,} | {vector_bytes / (2 * width):.2f}"
             if any(cells):
-                lines.append(f"| {name} | {whole}{form} | {share} | " + " | ".join(cells) + " |")
+                lines.append(f"| {name} | {largest}{form} | {share} | " + " | ".join(cells) + " |")
     return "a quarter of the bytes: share of the recall kept\n\n" + "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""What the scripts of this folder share: flags, exit statuses, what is printed."""
+"""Shared by the scripts of this folder: flags, exit statuses, output."""
 
 import argparse
 import shlex
