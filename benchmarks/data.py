@@ -40,7 +40,6 @@ from metaembed_pl.data.plan import Plan, PlannedSource
 from metaembed_pl.data.shards import ShardedPairs, ShardWriter
 from metaembed_pl.item import Item, Pair
 from metaembed_pl.model.backbone import train_tokenizer
-from metaembed_pl.model.embedder import MetaTokenProcessor
 from metaembed_pl.model.family import family_of
 from metaembed_pl.model.processing import Processing
 
@@ -99,7 +98,7 @@ def ours(folder: Path, num_workers: int) -> Iterable[Any]:
     """Batches by the plan."""
     tokenizer, image_processor = parts()
     processing = Processing(family_of("qwen2_5_vl"), tokenizer, image_processor)
-    process = MetaTokenProcessor(processing, {"query": 16, "candidate": 64})
+    process = processing.with_slots({"query": 16, "candidate": 64})
     pairs = ShardedPairs(folder)
     plan = Plan([PlannedSource("s", tuple(pairs.shard_sizes))], BATCH)
     batches = TrainingBatches([pairs], [1], plan, process)

@@ -1,5 +1,8 @@
 """The errors a user can cause: one line that says what was expected, what came and what to do."""
 
+import difflib
+from collections.abc import Iterable, Iterator
+
 
 class UserError(ValueError):
     """Wrong input. The command line prints its one line on stderr and exits with 2."""
@@ -25,3 +28,32 @@ class BadSample(UserError):
     def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
         # DataLoader workers send exceptions to the main process by pickling their arguments.
         return type(self), (self.shard, self.key, self.reason)
+
+
+def first_line(error: BaseException) -> str:
+    r"""The first line of an error's message; its type if it has none.
+
+    >>> first_line(OSError("no such file\nhint: ...")), first_line(MemoryError())
+    ('no such file', 'MemoryError')
+    """
+    lines = filter(None, map(str.strip, str(error).splitlines()))
+    return next(lines, type(error).__name__)
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those it was raised from, the last one first."""
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        yield error
+        seen.append(error)
+        error = error.__cause__ or error.__context__
+
+
+def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """The end of a message about an unknown name; empty if no known one is close.
+
+    >>> did_you_mean("ddp_", ["auto", "ddp"])
+    "; did you mean 'ddp'?"
+    """
+    near = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from metaembed_pl.errors import UserError
+from metaembed_pl.errors import UserError, causes
 
 
 @contextmanager
@@ -198,16 +198,15 @@ def disk_error(error: BaseException | None) -> str | None:
     >>> disk_error(OSError(errno.EROFS, "Read-only file system", "shelf/a"))
     'shelf/a: Read-only file system: choose a writable place, or change its permissions'
     """
-    while error is not None:
-        number = error.errno if isinstance(error, OSError) else None
-        said = _SAID.search(str(error))
+    for each in causes(error):
+        number = each.errno if isinstance(each, OSError) else None
+        said = _SAID.search(str(each))
         if number in (*_FULL, *_FORBIDDEN) or said:
-            file = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+            file = f"{each.filename}: " if isinstance(each, OSError) and each.filename else ""
             said = os.strerror(number) if number else said[0] if said else ""
             if number in _FORBIDDEN or said in map(os.strerror, _FORBIDDEN):
                 return f"{file}{said}: choose a writable place, or change its permissions"
             return f"{file}{said}: free some space, then run it again"
-        if isinstance(error, OSError) and error.filename and error.strerror:
-            return f"{error.filename}: {error.strerror}"
-        error = error.__cause__ or error.__context__
+        if isinstance(each, OSError) and each.filename and each.strerror:
+            return f"{each.filename}: {each.strerror}"
     return None

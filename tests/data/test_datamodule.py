@@ -16,6 +16,7 @@ from metaembed_pl.data.batches import EvaluationBatches, TrainingBatches
 from metaembed_pl.data.beir import RetrievalSetWriter
 from metaembed_pl.data.collate import (
     Chunk,
+    Cut,
     EvalBatch,
     Instructions,
     TrainBatch,
@@ -36,6 +37,8 @@ from metaembed_pl.item import Item, Pair, stable_hash
 
 class CountItems:
     """Stands in for a processing where only the pairs matter."""
+
+    cut = Cut()
 
     def __call__(self, items, side):
         return {"count": torch.tensor(len(items))}

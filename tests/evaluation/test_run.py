@@ -18,8 +18,8 @@ from metaembed_pl.evaluation.report import write_report
 from metaembed_pl.evaluation.run import Settings, evaluate, parse_budgets
 from metaembed_pl.item import Item
 from metaembed_pl.late_interaction import nested_scores
-from metaembed_pl.model.embedder import MetaTokenProcessor
 from metaembed_pl.model.encoding import Pace
+from metaembed_pl.model.processing import Processing
 from metaembed_pl.ranking import ranking_metrics
 from metaembed_pl.retrieval.store import Store
 from ranks import on_two_ranks
@@ -103,13 +103,13 @@ def work(rank):
     from pathlib import Path
 
     sets, out = Path(os.environ["SETS"]), Path(os.environ["OUT"])
-    asked, prepared = [], MetaTokenProcessor.prepared
+    asked, prepared = [], Processing.prepared
 
     def counted(self, items, side, *a):
         asked.extend(items if side == "query" else ())
         return prepared(self, items, side, *a)
 
-    MetaTokenProcessor.prepared = counted
+    Processing.prepared = counted
     outcomes = [evaluated(sets, out / name, name, pace=Pace(2)) for name in ("broken", "alone")]
     return [outcome and told(outcome) for outcome in outcomes], len(asked)
 
@@ -130,13 +130,13 @@ def test_batch_sizes_and_ranks_change_nothing(sets, outcome, tmp_path, monkeypat
 
 
 def test_a_corpus_is_encoded_once_for_all_tasks_and_budgets(sets, tmp_path, monkeypatch):
-    model, seen, prepared = tiny.embedder(), [], MetaTokenProcessor.prepared
+    model, seen, prepared = tiny.embedder(), [], Processing.prepared
 
     def counted(self, items, side, *a):
         seen.extend(items if side == "candidate" else ())
         return prepared(self, items, side, *a)
 
-    monkeypatch.setattr(MetaTokenProcessor, "prepared", counted)
+    monkeypatch.setattr(Processing, "prepared", counted)
     benchmark = open_benchmark(f"beir:{sets}/pages", sets)
     twice = type(benchmark)(
         "twice",

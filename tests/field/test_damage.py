@@ -16,7 +16,7 @@ from metaembed_pl.data.recipe_sources import EvalSource, TrainSource
 from metaembed_pl.data_prep import pairs as pairs_script
 from metaembed_pl.errors import UserError
 from metaembed_pl.model.embedder import MetaEmbedder
-from metaembed_pl.training.checkpoints import WholeFiles
+from metaembed_pl.training.checkpoints import AtomicCheckpointIO
 from metaembed_pl.training.module import MetaEmbedModule
 from metaembed_pl.training.optimizer import OptimizerConfig
 
@@ -87,7 +87,7 @@ def test_a_checkpoint_that_is_none_is_one_line_that_names_it(tmp_path, how):
         "pipe": lambda: os.mkfifo(file),
     }[how]()
     with pytest.raises(UserError, match=r"x\.ckpt: not a checkpoint of this package"):
-        WholeFiles().load_checkpoint(file, weights_only=True)
+        AtomicCheckpointIO().load_checkpoint(file, weights_only=True)
 
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(

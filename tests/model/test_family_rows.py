@@ -68,6 +68,6 @@ def test_the_limit_bounds_the_tiles(max_pixels, num_tokens):
     config = tiny.CONFIGS["idefics3"]
     processing = tiny.processing(config)
     processing.family.set_up(processing.image_processor, config, None, max_pixels)
-    batch = processing([Item(image=tiny.picture(1))], "candidate", num_slots=1)
+    batch = processing.with_slots({"candidate": 1})([Item(image=tiny.picture(1))], "candidate")
     image_id = processing.tokenizer.convert_tokens_to_ids("<image>")
     assert (batch["input_ids"] == image_id).sum() == num_tokens

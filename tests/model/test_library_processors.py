@@ -77,7 +77,7 @@ def library_inputs(name, processing, item):
 @pytest.mark.parametrize("item", ITEMS, ids=lambda item: item.text)
 def test_the_tensors_are_those_of_the_librarys_processor(name, item):
     processing = tiny.processing(tiny.CONFIGS[name])
-    ours = processing([item], "query", num_slots=2)
+    ours = processing.with_slots({"query": 2})([item], "query")
     library = library_inputs(name, processing, item)
     length = ours["input_ids"].shape[1] - 2
     assert library.keys() - ours.keys() <= {"labels"}

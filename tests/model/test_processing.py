@@ -21,7 +21,7 @@ def processing() -> Processing:
 
 
 def test_a_row_is_prefix_image_text_suffix_slots(processing):
-    batch = processing([Item("red apple", tiny.picture(0))], "query", num_slots=3)
+    batch = processing.with_slots({"query": 3})([Item("red apple", tiny.picture(0))], "query")
     ids = batch["input_ids"][0].tolist()
     told = processing.tokenizer.decode(ids[:-3])
     assert told == (
@@ -33,24 +33,28 @@ def test_a_row_is_prefix_image_text_suffix_slots(processing):
 
 
 def test_only_queries_get_the_query_words(processing):
-    batch = processing([Item("red")], "candidate", num_slots=1)
+    batch = processing.with_slots({"candidate": 1})([Item("red")], "candidate")
     assert "Query" not in processing.tokenizer.decode(batch["input_ids"][0])
 
 
 def test_an_image_alone_gets_the_image_only_words(processing):
-    batch = processing([Item(image=tiny.picture(0))], "candidate", num_slots=1)
+    batch = processing.with_slots({"candidate": 1})([Item(image=tiny.picture(0))], "candidate")
     assert "Describe the image." in processing.tokenizer.decode(batch["input_ids"][0])
 
 
 def test_a_users_text_cannot_forge_an_image_placeholder(processing):
-    batch = processing([Item(f"a {IMAGE_PAD} b", tiny.picture(0))], "candidate", num_slots=1)
+    batch = processing.with_slots({"candidate": 1})(
+        [Item(f"a {IMAGE_PAD} b", tiny.picture(0))], "candidate"
+    )
     assert batch["mm_token_type_ids"].sum() == 4
 
 
 def test_too_long_a_text_is_cut_but_no_image_token_or_slot_is():
     processing = tiny.processing(max_text_tokens=5)
-    short = processing([Item("red", tiny.picture(0))], "candidate", num_slots=2)
-    long = processing([Item("red " * 1000, tiny.picture(0))], "candidate", num_slots=2)
+    short = processing.with_slots({"candidate": 2})([Item("red", tiny.picture(0))], "candidate")
+    long = processing.with_slots({"candidate": 2})(
+        [Item("red " * 1000, tiny.picture(0))], "candidate"
+    )
     assert long["mm_token_type_ids"].sum() == short["mm_token_type_ids"].sum() == 4
     assert long["slot_index"].shape == (1, 2)
     assert long["input_ids"].shape[1] < short["input_ids"].shape[1] + 5
@@ -59,7 +63,9 @@ def test_too_long_a_text_is_cut_but_no_image_token_or_slot_is():
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_is_masked_on_either_side(side):
     processing = tiny.processing(padding_side=side)
-    batch = processing([Item("red"), Item("red green blue apple")], "candidate", num_slots=2)
+    batch = processing.with_slots({"candidate": 2})(
+        [Item("red"), Item("red green blue apple")], "candidate"
+    )
     lengths = batch["attention_mask"].sum(dim=1)
     assert lengths[0] < lengths[1] == batch["input_ids"].shape[1]
     padded = batch["attention_mask"][0, 0 if side == "left" else -1]
@@ -72,14 +78,14 @@ def test_what_is_saved_loads_to_the_same_tensors(tmp_path):
     processing.save(tmp_path)
     loaded = Processing.load(tmp_path)
     items = [Item("red apple flag moon star sun fish bird"), Item(image=tiny.picture(1))]
-    before, after = (p(items, "query", 4) for p in (processing, loaded))
+    before, after = (p(items, "query") for p in (processing, loaded))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_a_prompt_given_in_part_keeps_the_rest_of_its_familys():
     processing = tiny.processing(tiny.CONFIGS["mllama"], prompt=Prompt(query="Find: "))
-    batch = processing([Item("red")], "query", num_slots=1)
+    batch = processing.with_slots({"query": 1})([Item("red")], "query")
     assert processing.tokenizer.decode(batch["input_ids"][0, :-1]) == (
         "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nFind: red<|eot_id|>"
     )
@@ -91,7 +97,9 @@ def test_refuses_marks_that_the_tokenizer_would_read_as_letters():
     parts = family_of("idefics3"), other, smol.image_processor
     with pytest.raises(UserError, match=r"idefics3 has <\S+>.* set prompt\.prefix"):
         Processing(*parts)
-    batch = Processing(*parts, Prompt(prefix="<bos>", suffix=""))([Item("red")], "query", 1)
+    batch = Processing(*parts, Prompt(prefix="<bos>", suffix="")).with_slots({"query": 1})(
+        [Item("red")], "query"
+    )
     assert batch["input_ids"][0, 0] == other.convert_tokens_to_ids("<bos>")
 
 
@@ -102,8 +110,8 @@ def test_the_tokenizer_tells_which_marks_a_model_has():
     assert idefics.prompt.prefix == "<|begin_of_text|>User:"
     found = Processing(family_of("idefics3"), smol.tokenizer, smol.image_processor)
     items = [Item("red"), Item("blue", image=tiny.picture(1))]
-    for name, tensor in smol(items, "query", 2).items():
-        assert torch.equal(found(items, "query", 2)[name], tensor), name
+    for name, tensor in smol(items, "query").items():
+        assert torch.equal(found(items, "query")[name], tensor), name
     assert Processing(*_parts(found), Prompt(prefix="Ask:")).prompt.suffix == smol.prompt.suffix
 
 
@@ -113,7 +121,7 @@ def _parts(processing: Processing) -> tuple:
 
 def test_a_prompt_may_be_empty():
     prompt = Prompt(prefix="", query="", image_only="", suffix="")
-    batch = tiny.processing(prompt=prompt)([Item("red")], "query", num_slots=1)
+    batch = tiny.processing(prompt=prompt).with_slots({"query": 1})([Item("red")], "query")
     assert batch["input_ids"].shape == (1, 2)
 
 
@@ -128,27 +136,29 @@ def test_the_smallest_picture_is_one_tile_or_one_token(name):
     else:
         assert smallest["pixel_values"].shape[-2:] == (28, 28)
         assert smallest["pixel_values"].numel() == 3 * 28 * 28
-    picture = processing([Item(image=tiny.picture(0, (90, 40)))], "query", 1)
+    picture = processing.with_slots({"query": 1})([Item(image=tiny.picture(0, (90, 40)))], "query")
     assert smallest.keys() == set(processing.family.picture_inputs) <= picture.keys()
 
 
 def test_names_the_size_of_an_image_that_cannot_be_prepared(processing, monkeypatch):
     monkeypatch.setattr(picture, "MAX_ASPECT", 1000)
     with pytest.raises(UserError, match=r"images of 300 x 1: .* aspect ratio"):
-        processing([Item(image=tiny.picture(0, (300, 1)))], "query", 1)
+        processing.with_slots({"query": 1})([Item(image=tiny.picture(0, (300, 1)))], "query")
 
 
 @pytest.mark.parametrize("name", tiny.CONFIGS)
 @pytest.mark.parametrize("size", [(1, 1), (1, 3), (MAX_ASPECT, 1), (25, 25 * MAX_ASPECT)], ids=str)
 def test_every_family_takes_any_shape_that_is_read(name, size):
     processing = tiny.processing(tiny.CONFIGS[name])
-    batch = processing([Item(image=tiny.picture(0, size)), Item("red")], "candidate", 2)
+    batch = processing.with_slots({"candidate": 2})(
+        [Item(image=tiny.picture(0, size)), Item("red")], "candidate"
+    )
     assert all(x.isfinite().all() for x in batch.values())
 
 
 def test_an_instruction_is_read_before_the_text_and_in_place_of_none(processing):
     def words(item, side="query"):
-        row = processing([item], side, num_slots=1)["input_ids"][0, :-1]
+        row = processing.with_slots({side: 1})([item], side)["input_ids"][0, :-1]
         return processing.tokenizer.decode(row)
 
     assert words(Item("red", instruction="Find:")) == words(Item("Find: red"))
@@ -186,7 +196,7 @@ def test_refuses_a_tokenizer_without_its_words():
 
 def test_refuses_no_items(processing):
     with pytest.raises(UserError, match="at least one item"):
-        processing([], "query", 1)
+        processing.with_slots({"query": 1})([], "query")
 
 
 def test_names_the_folder_without_processor_files(tmp_path):

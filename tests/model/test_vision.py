@@ -217,7 +217,10 @@ def test_pixels_come_in_what_the_tower_computes_in_and_change_nothing(name):
     model = trainee(name).eval()
     model.backbone.to(torch.bfloat16)
     process = model.processor()
-    cast, whole = process(ITEMS, "candidate"), model.processing(ITEMS, "candidate", 12)
+    cast, whole = (
+        process(ITEMS, "candidate"),
+        model.processing.with_slots({"candidate": 12})(ITEMS, "candidate"),
+    )
     assert cast["pixel_values"].dtype == torch.bfloat16
     assert whole["pixel_values"].dtype == torch.float32
     (chunk,) = process.in_chunks(ITEMS, "candidate", max_tokens=10**6)

@@ -11,7 +11,7 @@ from metaembed_pl.item import Item, Pair
 from metaembed_pl.model import processing
 from metaembed_pl.model.lora import LoraConfig, set_trainable
 from metaembed_pl.model.processing import chunked
-from metaembed_pl.training.chunks import encode
+from metaembed_pl.training.gradient_cache import encode
 from metaembed_pl.training.loss import MMRLoss
 
 

@@ -20,7 +20,7 @@ import tiny
 from metaembed_pl.cli.failures import failures_in_one_line
 from metaembed_pl.cli.main import main
 from metaembed_pl.errors import UserError
-from metaembed_pl.training.checkpoints import WholeFiles
+from metaembed_pl.training.checkpoints import AtomicCheckpointIO
 from metaembed_pl.training.watchdog import Watch
 from ranks import command_line
 
@@ -160,7 +160,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_one_that_reads(tmp_path):
     """SIGKILL at random moments of a process that writes one checkpoint after the other."""
     path = tmp_path / "last.ckpt"
     state = {"weights": torch.zeros(1_000_000)}
-    WholeFiles().save_checkpoint(state | {"global_step": -1}, path)
+    AtomicCheckpointIO().save_checkpoint(state | {"global_step": -1}, path)
     chance = random.Random(0)
     cut_off = 0
     for kill in range(20):
@@ -169,7 +169,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_one_that_reads(tmp_path):
             step = 1000 * kill
             while True:
                 state["weights"].fill_(step)
-                WholeFiles().save_checkpoint(state | {"global_step": step}, path)
+                AtomicCheckpointIO().save_checkpoint(state | {"global_step": step}, path)
                 step += 1
         time.sleep(chance.uniform(0.02, 0.08))
         os.kill(child, signal.SIGKILL)

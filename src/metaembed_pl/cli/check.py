@@ -171,26 +171,19 @@ def _has_fault(recipe: "Recipe", key: str) -> bool:
 
 def _weightless_model(recipe: "Recipe", faults: list[str]) -> "WeightlessModel | None":
     """The model on the meta device; None where it cannot be built."""
-    from metaembed_pl.model.weightless import (
-        ModelShape,
-        weightless_model,
-        weightless_model_of_folder,
-    )
+    from metaembed_pl.model.weightless import weightless_model
 
     module = recipe.model
     if module is None:
         return None
-    backbone, kept = module.backbone_config, recipe_folder() / "configs"
+    backbone = module.backbone_config
     if not (module.start_from or backbone.path or backbone.scratch):
         if not _has_fault(recipe, "model.backbone"):
             faults.append("model.backbone: give a backbone, or a model to start_from")
         return None
-    shape = module.groups, module.layout, module.projection
-    settings = ModelShape(backbone, module.prompt, *shape, module.lora, module.train_vision)
+    shapes = recipe_folder() / "configs"
     try:
-        if module.start_from is not None:
-            return weightless_model_of_folder(module.start_from, settings, kept)
-        return weightless_model(settings, kept)
+        return weightless_model(module.assemble, backbone, module.prompt, module.start_from, shapes)
     except UserError as error:
         faults.append(str(error) if str(error).startswith("model.") else f"model: {error}")
         return None

@@ -1,6 +1,5 @@
 """Checks of the machine and of the folder that a recipe runs in."""
 
-import difflib
 from importlib.util import find_spec
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 from lightning.pytorch.strategies import StrategyRegistry
 
 from metaembed_pl.cli.recipe_faults import Recipe
+from metaembed_pl.errors import did_you_mean
 
 
 def run_faults(recipe: Recipe) -> list[str]:
@@ -24,12 +24,7 @@ def run_faults(recipe: Recipe) -> list[str]:
     if isinstance(strategy, str):
         known = {"auto", *StrategyRegistry.available_strategies()}
         if strategy not in known:
-            near = difflib.get_close_matches(strategy, known, n=1)
-            hint = (
-                f"; did you mean {near[0]!r}?"
-                if near
-                else f"; known are {', '.join(sorted(known))}"
-            )
+            hint = did_you_mean(strategy, known) or f"; known are {', '.join(sorted(known))}"
             faults.append(f"trainer.strategy: no strategy {strategy!r}{hint}")
         elif "deepspeed" in strategy and find_spec("deepspeed") is None:
             faults.append(

@@ -13,7 +13,8 @@ from metaembed_pl.data.collate import chosen_negatives, decoded
 from metaembed_pl.data.shards import ShardedPairs
 from metaembed_pl.errors import UserError
 from metaembed_pl.item import Pair
-from metaembed_pl.model.embedder import MetaEmbedder, MetaTokenProcessor
+from metaembed_pl.model.embedder import MetaEmbedder
+from metaembed_pl.model.processing import Processing
 from metaembed_pl.samples import evenly_spread
 
 AT_MOST_S = 1.5
@@ -71,7 +72,7 @@ def _places(sources: list[tuple[ShardedPairs, int]]) -> Iterator[tuple[ShardedPa
         yield from found
 
 
-def _prepare(pair: Pair, process: MetaTokenProcessor) -> int:
+def _prepare(pair: Pair, process: Processing) -> int:
     """Prepares a pair as training does; how many pictures it shows."""
     pair = decoded(pair)
     candidates = [pair.positive, *pair.negatives]

@@ -24,7 +24,7 @@ from metaembed_pl.cli.model import (
     pace_of,
     tell_cut,
 )
-from metaembed_pl.errors import UserError
+from metaembed_pl.errors import UserError, first_line
 from metaembed_pl.files import write_text
 from metaembed_pl.progress import Progress
 
@@ -213,11 +213,10 @@ def _log(outcome: "Outcome", files: list[Path], uri: str) -> None:
             for file in files:
                 mlflow.log_artifact(str(file))
     except Exception as error:  # whatever a server or a network may do
-        said = str(error).strip().splitlines() or [type(error).__name__]
         logging.getLogger(__name__).warning(
             "MLflow at %s cannot be reached (%s): the report is saved; run it again to log it",
             uri,
-            said[0][:200],
+            first_line(error)[:200],
         )
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.distributed import DistError
 
-from metaembed_pl.errors import UserError
+from metaembed_pl.errors import UserError, first_line
 from metaembed_pl.training.out_of_memory import is_out_of_memory
 from metaembed_pl.training.watchdog import Watch
 
@@ -44,7 +44,7 @@ def failures_in_one_line(watch: Watch) -> Iterator[None]:
 
 
 def _message(error: Exception, watch: Watch) -> str | None:
-    first = next(iter(str(error).splitlines()), type(error).__name__)
+    first = first_line(error)
     if isinstance(error, MisconfigurationException):  # of Lightning: no GPU here, say
         return " ".join(str(error).split())
     if missing := _missing_package(error):

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from metaembed_pl.errors import UserError
+from metaembed_pl.errors import UserError, first_line
 from metaembed_pl.model.hub_faults import could_not_reach
 
 
@@ -97,8 +97,7 @@ def _ask(repository: str, do: Callable[..., Any], *args: Any, **kwargs: Any) -> 
     try:
         return do(*args, **kwargs)
     except (http_error, OSError, ValueError) as error:
-        lines = [line for line in str(error).splitlines() if line.strip()] or [repr(error)]
-        said = lines[0].strip()
+        said = first_line(error)
         if could_not_reach(error):
             raise UserError(
                 f"{repository}: the hub could not be reached ({said}); run the command again "

@@ -5,7 +5,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-from metaembed_pl.errors import UserError
+from metaembed_pl.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from metaembed_pl.model.embedder import MetaEmbedder
@@ -160,6 +160,5 @@ def find_device(name: str | None) -> str:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"device {name} is not available: {reason}") from error
+        raise UserError(f"device {name} is not available: {first_line(error)}") from error
     return name

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import difflib
 import inspect
 import types
 import typing
@@ -18,6 +17,7 @@ from lightning.pytorch import Trainer
 from metaembed_pl.cli.recipe_path import read_yaml
 from metaembed_pl.cli.train import RunConfig
 from metaembed_pl.data.datamodule import RetrievalDataModule
+from metaembed_pl.errors import did_you_mean
 from metaembed_pl.training.module import MetaEmbedModule
 
 PARTS: dict[str, type] = {
@@ -164,9 +164,8 @@ def in_words(kind: Any) -> str:
 
 
 def _unknown(path: Where, valid: list[str]) -> Fault:
-    near = difflib.get_close_matches(str(path[-1]), valid, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else f"valid are {', '.join(sorted(valid))}"
-    return Fault(path, f"no such key; {hint}")
+    hint = did_you_mean(str(path[-1]), valid, 0.5) or f"; valid are {', '.join(sorted(valid))}"
+    return Fault(path, f"no such key{hint}")
 
 
 def dotted(path: Sequence[str | int]) -> str:

@@ -33,7 +33,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from omegaconf.errors import OmegaConfBaseException
 from transformers.utils import logging as transformers_logging
@@ -54,9 +54,9 @@ from metaembed_pl.training.callbacks import (
     ProgressBar,
     ProgressLines,
     Speed,
-    TellsWatch,
+    WatchdogCallback,
 )
-from metaembed_pl.training.checkpoints import WholeFiles
+from metaembed_pl.training.checkpoints import AtomicCheckpointIO
 from metaembed_pl.training.module import MetaEmbedModule
 from metaembed_pl.training.muon import computes_in_bf16
 from metaembed_pl.training.out_of_memory import OutOfMemory
@@ -95,6 +95,13 @@ QUIET = (  # what libraries warn of and a user of this package can do nothing ab
     ".*WeightAveraging callback with a model that overrides.*",  # sharding: docs/study.md
     ".*torch.distributed.* is deprecated.*",  # their successors came with torch 2.13
 )
+
+REFUSED_CALLBACKS: dict[type, str] = {
+    StochasticWeightAveraging: "averages over epochs, but runs count steps: use "
+    "lightning.pytorch.callbacks.EMAWeightAveraging instead",
+    BatchSizeFinder: "changes the batch, and with it the negatives of a query: use "
+    "`check --gpu-memory 80GB`, which says what fits",
+}
 
 
 @dataclass
@@ -355,16 +362,10 @@ class RecipeCLI(LightningCLI):
         kwargs["default_root_dir"] = str(self.run.path)
         kwargs["precision"] = _precision(config)
         given = config.get("callbacks") or []
-        if any(isinstance(callback, StochasticWeightAveraging) for callback in given):
-            raise UserError(
-                "StochasticWeightAveraging averages over epochs, but runs count steps: use "
-                "lightning.pytorch.callbacks.EMAWeightAveraging instead"
-            )
-        if any(isinstance(callback, BatchSizeFinder) for callback in given):
-            raise UserError(
-                "BatchSizeFinder changes the batch, and with it the negatives of a query: use "
-                "`check --gpu-memory 80GB`, which says what fits"
-            )
+        for callback in given:
+            for kind, why in REFUSED_CALLBACKS.items():
+                if isinstance(callback, kind):
+                    raise UserError(f"{kind.__name__} {why}")
         kwargs["callbacks"] = [*given, *self._callbacks(config)]
         if isinstance(config.get("val_check_interval"), int):
             kwargs["check_val_every_n_epoch"] = None  # count steps of the run, not of an epoch
@@ -374,11 +375,11 @@ class RecipeCLI(LightningCLI):
         kwargs["enable_model_summary"] = False
         trainer = super().instantiate_trainer(**kwargs)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-            trainer.strategy.checkpoint_io = WholeFiles()
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         return trainer
 
     def _callbacks(self, config: Any) -> list[Callback]:
-        watches = [TellsWatch(self._watch, self.run.stall_timeout_s), self._stops]
+        watches = [WatchdogCallback(self._watch, self.run.stall_timeout_s), self._stops]
         if self.subcommand != "fit":
             return watches
         speed = Speed()
@@ -407,22 +408,18 @@ class RecipeCLI(LightningCLI):
         if given is False or self.subcommand != "fit":
             return given or False
         others = [] if given in (None, True) else given if isinstance(given, list) else [given]
-        if self.run.mlflow_uri is None and others:
+        run = self.run
+        if run.mlflow_uri is not None and not mlflow_missing():
+            resuming = bool(self._get(self.config, "ckpt_path"))
+            own = MLflowRun(run.mlflow_uri, run.experiment, run.name, run.path, resuming)
+            return [own, *others]
+        if run.mlflow_uri is None and others:
             return others
-        return [self._logger(), *others]
-
-    def _logger(self) -> Logger:
-        if self.run.mlflow_uri is None:
-            return CSVLogger(self.run.path, name="csv", version="")
-        if mlflow_missing():
+        if run.mlflow_uri is not None:
             log.info(
                 "MLflow is not installed (pip install metaembed-pl[mlflow]): metrics go to CSV"
             )
-            return CSVLogger(self.run.path, name="csv", version="")
-        resuming = bool(self._get(self.config, "ckpt_path"))
-        return MLflowRun(
-            self.run.mlflow_uri, self.run.experiment, self.run.name, self.run.path, resuming
-        )
+        return [CSVLogger(run.path, name="csv", version=""), *others]
 
     def after_fit(self) -> None:
         """Exports the model, tests it and reports."""

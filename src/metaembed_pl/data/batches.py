@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
@@ -60,9 +60,7 @@ class TrainingBatches(IterableDataset):
         """This rank's batch of a step."""
         planned = self.plan.rank_batch(step, self.rank, self.num_ranks, self._costs)
         faults: list[tuple[str, str, str]] = []
-        processing: Any = getattr(self.process, "processing", None)
-        if processing is not None:
-            processing.cut = Cut()
+        self.process.cut = Cut()
         questions = [
             self._usable(planned.source, positions.tolist(), step, faults)
             for positions in planned.questions
@@ -75,9 +73,7 @@ class TrainingBatches(IterableDataset):
             in_chunks=self.in_chunks,
             max_chunk_tokens=self.max_chunk_tokens,
         )
-        batch.faults = faults
-        if processing is not None:
-            batch.cut = processing.cut
+        batch.faults, batch.cut = faults, self.process.cut
         return batch
 
     def _costs(self, batch: PlannedBatch) -> list[int]:

@@ -79,6 +79,8 @@ Inputs = dict[str, Tensor] | list[Chunk]
 class Preprocess(Protocol):
     """Turns items into tensors; see `Processing`."""
 
+    cut: "Cut"
+
     def __call__(self, items: Sequence[Item], side: Side) -> dict[str, Tensor]:
         """Tensors of a batch of items of one side."""
         ...

@@ -30,7 +30,7 @@ from typing import Any
 from metaembed_pl.data.remote import HUB_ID, is_remote
 from metaembed_pl.data.shard_index import sha256_of
 from metaembed_pl.data.tables import CONVERTED, SUFFIX, Table, picture_bytes
-from metaembed_pl.errors import Unreachable, UserError
+from metaembed_pl.errors import Unreachable, UserError, first_line
 from metaembed_pl.files import refuse_special_file
 from metaembed_pl.item import Pair, parse_json, read_json_lines
 
@@ -246,7 +246,7 @@ def _on_hub(id: str, files: str) -> Table:
     except RepositoryNotFoundError as error:
         raise UserError(f"the dataset {id} does not exist on the hub, or is private") from error
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise Unreachable(f"cannot read {id}: the hub cannot be reached: {reason}") from error
     raise UserError(f"{id} has no Parquet files that match {files}")
 

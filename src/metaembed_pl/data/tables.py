@@ -20,7 +20,7 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from metaembed_pl.data.remote import filesystem_of, is_remote
-from metaembed_pl.errors import Unreachable, UserError
+from metaembed_pl.errors import Unreachable, UserError, first_line
 
 SUFFIX = ".parquet"
 ROWS_AT_A_TIME = 256  # pictures and all
@@ -136,8 +136,8 @@ def _opened(path: str) -> Iterator[parquet.ParquetFile]:
             with parquet.ParquetFile(path) as file:
                 yield file
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
-        said = str(error).splitlines() or [type(error).__name__]
-        raise UserError(f"{path} is not a complete Parquet file: {said[0]}") from error
+        reason = first_line(error)
+        raise UserError(f"{path} is not a complete Parquet file: {reason}") from error
 
 
 def _on_disk(path: Path) -> list[str]:
@@ -161,8 +161,7 @@ def _at_address(url: str) -> list[str]:
         try:
             found = sorted(filesystem.glob(inner))
         except Exception as error:  # each kind of address has errors of its own
-            reason = str(error).splitlines() or [type(error).__name__]
-            raise Unreachable(f"{url} cannot be listed: {reason[0]}") from error
+            raise Unreachable(f"{url} cannot be listed: {first_line(error)}") from error
         if found:
             return [file if is_remote(file) else f"{scheme}://{file}" for file in map(str, found)]
     return []

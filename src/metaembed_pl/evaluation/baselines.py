@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from metaembed_pl.budget import Budget
 from metaembed_pl.data.collate import Cut, Side
-from metaembed_pl.errors import UserError
+from metaembed_pl.errors import UserError, first_line
 from metaembed_pl.item import Item
 from metaembed_pl.model.weights import fingerprint
 
@@ -95,8 +95,8 @@ class Baseline:
         try:
             of_items = self.vectors_of(items, side)
         except (ValueError, TypeError, KeyError, NotImplementedError) as error:
-            first = next(iter(str(error).splitlines()), type(error).__name__)
-            raise UserError(f"{self.name} could not encode a {side}: {first}") from error
+            reason = first_line(error)
+            raise UserError(f"{self.name} could not encode a {side}: {reason}") from error
         for place, vectors in enumerate(of_items):
             vectors = torch.as_tensor(vectors).float().cpu().reshape(-1, self.width)
             if COMPARES[self.compares]:
@@ -130,8 +130,8 @@ class SentenceTransformersBaseline(Baseline):
         try:
             self.model: Any = kind(folder, device=device)
         except (OSError, ValueError, ImportError) as error:
-            first = next(iter(str(error).splitlines()), type(error).__name__)
-            raise UserError(f"sentence-transformers could not load {folder}: {first}") from error
+            reason = first_line(error)
+            raise UserError(f"sentence-transformers could not load {folder}: {reason}") from error
         compares = "maxsim" if many else str(self.model.similarity_fn_name or "cosine")
         width = int(self.model.get_embedding_dimension())
         super().__init__(folder, compares, (vectors or MANY) if many else None, width)
@@ -299,5 +299,4 @@ def _of_mteb(name: str, device: str) -> Any:
     try:
         return mteb.get_model(name, device=device)
     except Exception as error:  # whatever loaders of many authors raise
-        first = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"mteb could not load {name}: {first}") from error
+        raise UserError(f"mteb could not load {name}: {first_line(error)}") from error

@@ -13,7 +13,6 @@ Shape letters: B items of a batch, N items, R meta embeddings an item (R_q or R_
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from metaembed_pl.budget import Budget, check_budget, parse_groups
-from metaembed_pl.data.collate import Chunk, Cut
+from metaembed_pl.data.collate import Side
 from metaembed_pl.environment import versions
 from metaembed_pl.errors import UserError
 from metaembed_pl.files import new_folder
@@ -44,7 +43,7 @@ from metaembed_pl.model.model_folder import (
     save_backbone,
 )
 from metaembed_pl.model.packing import packed
-from metaembed_pl.model.processing import Processing, Side
+from metaembed_pl.model.processing import Processing
 from metaembed_pl.model.sharded import unsharded
 from metaembed_pl.model.weights import load_into, refuse_unlike
 from metaembed_pl.progress import Progress
@@ -56,54 +55,6 @@ Pooling = Literal["meta_tokens", "last", "mean"]
 """Where vectors are read: at meta tokens, at the last token, or as the mean over all tokens."""
 Shared = Literal["gradients", "weights"]
 """What the ranks of a run wait for: DDP for gradients, ZeRO-3 and FSDP2 for weights as well."""
-
-
-@dataclass(frozen=True)
-class MetaTokenProcessor:
-    """The processing, how many meta-token slots each side's rows end in, and pixels' dtype.
-
-    Pixels are cast to what the vision tower would cast them to: in bf16 they take half of the
-    memory that workers hand them over in.
-    """
-
-    processing: Processing
-    num_slots: dict[Side, int]
-    pixel_dtype: torch.dtype = torch.float32
-
-    def __call__(self, items: Sequence[Item], side: Side) -> dict[str, Tensor]:
-        """The tensors `MetaEmbedder.forward` takes."""
-        return self._cast(self.processing(items, side, self.num_slots[side]))
-
-    def in_chunks(
-        self, items: Sequence[Item], side: Side, max_tokens: int | None = None
-    ) -> list[Chunk]:
-        """The same in chunks of like length, the longest first; see `Processing.in_chunks`."""
-        chunks = self.processing.in_chunks(items, side, self.num_slots[side], max_tokens)
-        return [replace(chunk, inputs=self._cast(chunk.inputs)) for chunk in chunks]
-
-    def smallest_row(self, side: Side) -> dict[str, Tensor]:
-        """The tensors of a row that shows nothing."""
-        return self.processing.smallest_row(self.num_slots[side])
-
-    def rough_length(self, item: Item, side: Side) -> int:
-        """About how many tokens an item's row has; see `Processing.rough_length`."""
-        return self.processing.rough_length(item, side) + self.num_slots[side]
-
-    def prepared(
-        self, items: Sequence[Item], side: Side, chunk_tokens: int, about: Any = None
-    ) -> Prepared:
-        """The same as a window that `MetaEmbedder.encoded` takes; of no items, too."""
-        own, self.processing.cut = self.processing.cut, Cut()
-        try:
-            chunks = self.in_chunks(items, side, chunk_tokens) if items else []
-            return Prepared(chunks, len(items), self.processing.cut, about)
-        finally:
-            self.processing.cut = own
-
-    def _cast(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        if "pixel_values" not in inputs:
-            return inputs
-        return inputs | {"pixel_values": inputs["pixel_values"].to(self.pixel_dtype)}
 
 
 class MetaEmbedder(nn.Module):
@@ -171,14 +122,11 @@ class MetaEmbedder(nn.Module):
             and backbone.config._attn_implementation == "flash_attention_2"
         )
 
-    def processor(self) -> "MetaTokenProcessor":
-        """What turns items into the tensors `forward` takes.
-
-        Holds no weights, so workers can have it.
-        """
+    def processor(self) -> Processing:
+        """Turns items into the tensors `forward` takes; has no weights, so workers can hold it."""
         slots = {side: self.meta_tokens.num_slots(side) for side in get_args(Side)}
         tower: Any = self.backbone.get_submodule(self.processing.family.vision_module)
-        return MetaTokenProcessor(self.processing, slots, tower.dtype)
+        return self.processing.with_slots(slots, tower.dtype)
 
     def forward(
         self, inputs: dict[str, Tensor], side: Side, is_first: bool = True
@@ -318,7 +266,7 @@ class MetaEmbedder(nn.Module):
 
         Args:
             windows: see `Pace.windows`.
-            prepare: makes a window ready with `MetaTokenProcessor.prepared`, here or in a worker.
+            prepare: makes a window ready with `Processing.prepared`, here or in a worker.
             side: of all items.
             num_workers: see `encoding.prepared`.
             num_ranks: likewise.

@@ -5,7 +5,6 @@ the token sequence, the inputs of the model, the layers that LoRA adapts. To add
 to `FAMILIES`; the functions of its row are in family_*.py.
 """
 
-import difflib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
-from metaembed_pl.errors import UserError
+from metaembed_pl.errors import UserError, did_you_mean
 from metaembed_pl.model import family_idefics as idefics
 from metaembed_pl.model import family_mllama as mllama
 from metaembed_pl.model import family_qwen as qwen
@@ -283,8 +282,7 @@ def family_of(model_type: str) -> Family:
     """
     if model_type in FAMILIES:
         return FAMILIES[model_type]
-    near = difflib.get_close_matches(model_type, FAMILIES, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
     raise UserError(
-        f"backbone family {model_type!r} is not supported; supported: {', '.join(FAMILIES)}{hint}"
+        f"backbone family {model_type!r} is not supported; supported: {', '.join(FAMILIES)}"
+        f"{did_you_mean(model_type, FAMILIES)}"
     )

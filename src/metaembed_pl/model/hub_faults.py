@@ -1,7 +1,5 @@
 """One-line messages for failed hub downloads, with the next step."""
 
-from collections.abc import Iterator
-
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -10,6 +8,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+
+from metaembed_pl.errors import causes, first_line
 
 HUB = "https://huggingface.co"
 
@@ -21,7 +21,7 @@ def why_not(path: str, error: BaseException) -> str:
         path: the folder or hub id that was asked for.
         error: what the library raised; its causes are looked at too.
     """
-    kinds = [type(each) for each in _causes(error)]
+    kinds = [type(each) for each in causes(error)]
     repository = "/".join(path.split("/")[:2])
 
     def has(*wanted: type) -> bool:
@@ -42,12 +42,12 @@ def why_not(path: str, error: BaseException) -> str:
             "it is not on this machine, and the hub could not be reached: run `hf download "
             f"{repository}` with network access, or give a local folder"
         )
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    return first_line(error)
 
 
 def could_not_reach(error: BaseException) -> bool:
     """Whether the network is to blame: no answer came from the hub."""
-    kinds = [type(each) for each in _causes(error)]
+    kinds = [type(each) for each in causes(error)]
     names = ("Connect", "Timeout", "ProxyError")
     return any(
         issubclass(kind, (OfflineModeIsEnabled, ConnectionError, TimeoutError))
@@ -62,12 +62,3 @@ def must_be_accepted(repository: str) -> str:
         f"its weights are gated: accept the licence at {HUB}/{repository}, then log in with `hf "
         "auth login` (or set HF_TOKEN)"
     )
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    seen: list[BaseException] = []
-    found: BaseException | None = error
-    while found is not None and found not in seen:
-        seen.append(found)
-        found = found.__cause__ or found.__context__
-    yield from seen

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from metaembed_pl.errors import UserError
+from metaembed_pl.errors import UserError, first_line
 from metaembed_pl.model.family import Family
 from metaembed_pl.model.sharded import is_sharded
 from metaembed_pl.model.weights import fingerprint, load_into, refuse_unlike
@@ -118,7 +118,7 @@ def _inject(backbone: Any, config: Any) -> None:
     except ValueError as error:
         raise UserError(
             f"lora.targets {config.target_modules!r} matches modules that cannot be adapted: "
-            f"{str(error).splitlines()[0]}"
+            f"{first_line(error)}"
         ) from error
     # peft makes adapters in the backbone's dtype: in bf16, updates of 1e-4 would be rounded away.
     cast_adapter_dtype(backbone, "default")
@@ -207,8 +207,7 @@ def load_adapter(backbone: Any, folder: Path) -> None:
     try:
         config = PeftConfig.from_pretrained(str(folder))
     except (OSError, ValueError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{folder}: not a readable LoRA adapter: {reason}") from error
+        raise UserError(f"{folder}: not a readable LoRA adapter: {first_line(error)}") from error
     if config.base_model_name_or_path is not None:
         config.base_model_name_or_path = backbone.config.name_or_path
     try:

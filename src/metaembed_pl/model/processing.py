@@ -7,13 +7,14 @@ one out when it is too long.
 Shape letters: B rows, L tokens of the longest row, K slots a row.
 """
 
+import copy
 import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -21,16 +22,16 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from metaembed_pl.data.collate import Chunk, Cut
+from metaembed_pl.data.collate import Chunk, Cut, Side
 from metaembed_pl.errors import UserError
 from metaembed_pl.files import read_json_object
 from metaembed_pl.item import Item
+from metaembed_pl.model.encoding import Prepared
 from metaembed_pl.model.family import Family, Template, family_of
 from metaembed_pl.model.hub_faults import why_not
 from metaembed_pl.model.image_processors import load_image_processor
 from metaembed_pl.picture import picture_size
 
-Side = Literal["query", "candidate"]
 PASS_TOKENS = 128
 """What a pass through the layers costs beside its tokens: to save fewer, it is not worth one."""
 BYTES_A_TOKEN = 4
@@ -76,6 +77,9 @@ class Processing:
         prompt: the words around an item.
         max_text_tokens: longer texts are cut at their end; image placeholders and slots never are.
         padding_side: changes nothing but the place of the padding.
+
+    Attributes:
+        cut: how many texts were cut so far.
     """
 
     def __init__(
@@ -98,14 +102,29 @@ class Processing:
         self.max_text_tokens = max_text_tokens
         self.cut = Cut()
         self.padding_side = padding_side
+        self._num_slots: dict[Side, int] = dict.fromkeys(get_args(Side), 0)
+        self._pixel_dtype = torch.float32
 
-    def __call__(self, items: Sequence[Item], side: Side, num_slots: int) -> dict[str, Tensor]:
-        """Tensors of a batch of items.
+    def with_slots(
+        self, num_slots: dict[Side, int], pixel_dtype: torch.dtype = torch.float32
+    ) -> "Processing":
+        """A copy for a model with meta tokens.
+
+        Args:
+            num_slots: K of each side, places for meta tokens after each row's last token.
+            pixel_dtype: what the vision tower casts pixels to: as bf16 they take half of the memory
+                in which workers hand them over.
+        """
+        made = copy.copy(self)
+        made._num_slots, made._pixel_dtype = num_slots, pixel_dtype
+        return made
+
+    def __call__(self, items: Sequence[Item], side: Side) -> dict[str, Tensor]:
+        """Tensors of a batch of items, as `MetaEmbedder.forward` takes them.
 
         Args:
             items: at least one.
             side: queries get the prompt's `query` words.
-            num_slots: K, places for meta tokens after each row's last token.
 
         Returns:
             `input_ids`, `attention_mask` (B, L), `slot_index` (K columns of each row), and what
@@ -119,23 +138,23 @@ class Processing:
         seen = self._see([images[i] for i in with_image], self.family.image_options)
         shown = dict(zip(with_image, self._image_text(seen), strict=True))
         rows = self._rows([shown.get(i, "") for i in range(len(images))], texts)
-        return self._assembled(rows, seen, with_image, num_slots)
+        return self._assembled(rows, seen, with_image, self._num_slots[side])
 
     def in_chunks(
-        self, items: Sequence[Item], side: Side, num_slots: int, max_tokens: int | None = None
+        self, items: Sequence[Item], side: Side, max_tokens: int | None = None
     ) -> list[Chunk]:
         """Tensors of a batch in chunks of like length, longest first: little of them is padding.
 
         Args:
             items: at least one.
             side: as for a batch.
-            num_slots: likewise.
             max_tokens: see `chunked`.
 
         Raises:
             UserError: an image does not decode, or its family cannot take its shape.
         """
         images, texts = self._images_and_texts(items, side)
+        num_slots = self._num_slots[side]
         seen = [
             self._see([] if image is None else [image], self.family.image_options)
             for image in images
@@ -151,15 +170,26 @@ class Processing:
             chunks.append(Chunk(torch.tensor(chosen), inputs))
         return chunks
 
+    def prepared(
+        self, items: Sequence[Item], side: Side, chunk_tokens: int, about: Any = None
+    ) -> Prepared:
+        """The same as a window for `MetaEmbedder.encoded`; also of no items."""
+        own, self.cut = self.cut, Cut()
+        try:
+            chunks = self.in_chunks(items, side, chunk_tokens) if items else []
+            return Prepared(chunks, len(items), self.cut, about)
+        finally:
+            self.cut = own
+
     def rough_length(self, item: Item, side: Side) -> int:
-        """About how many tokens an item has, slots aside; nothing is decoded."""
+        """About how many tokens an item's row has; nothing is decoded."""
         num_bytes = len((self._before(side) + self._words(item)).encode())
         text = min(self.max_text_tokens, num_bytes // BYTES_A_TOKEN)
-        if item.image is None:
-            return text
-        return text + self._picture_length(item)
+        return text + self._picture_length(item) + self._num_slots[side]
 
     def _picture_length(self, item: Item) -> int:
+        if item.image is None:
+            return 0
         if not self.family.packs_images:
             return PICTURE_TOKENS
         if isinstance(item.image, Image.Image):
@@ -189,9 +219,9 @@ class Processing:
             seen = self._see([Image.new("RGB", (1, 1), "gray")], options)
         return {name: seen[name] for name in self.family.picture_inputs}
 
-    def smallest_row(self, num_slots: int) -> dict[str, Tensor]:
+    def smallest_row(self, side: Side) -> dict[str, Tensor]:
         """Tensors of a row that shows nothing, as short as it can be."""
-        return self._assembled([[self._slot_id]], {}, [], num_slots)
+        return self._assembled([[self._slot_id]], {}, [], self._num_slots[side])
 
     def _rows(self, shown: list[str], texts: list[list[int]]) -> list[list[int]]:
         """Token ids without slots: [prefix ; image ; text ; suffix]."""
@@ -241,10 +271,11 @@ class Processing:
         # One list an item: some families take a flat list for the images of a single row.
         nested = [[image] for image in images]
         try:
-            return self.image_processor(images=nested, return_tensors="pt", **options)
+            seen = self.image_processor(images=nested, return_tensors="pt", **options)
         except ValueError as error:
             sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
             raise UserError(f"images of {sizes}: preprocessing failed: {error}") from error
+        return seen | {"pixel_values": seen["pixel_values"].to(self._pixel_dtype)}
 
     def _image_text(self, seen: Mapping[str, Any]) -> list[str]:
         return self.family.image_text(self.image_processor, seen) if seen else []

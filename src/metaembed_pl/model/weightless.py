@@ -4,8 +4,8 @@ The config of a pretrained backbone comes from the first of these that has it: i
 hub cache, the shapes in the package (recipes/configs), the hub. Weights are never read.
 """
 
-import difflib
 import re
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +16,12 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 
-from metaembed_pl.budget import Budget
-from metaembed_pl.errors import UserError
+from metaembed_pl.errors import UserError, did_you_mean
 from metaembed_pl.model.backbone import BackboneConfig, build_processing, scratch_config
 from metaembed_pl.model.embedder import MetaEmbedder
 from metaembed_pl.model.family import family_of
 from metaembed_pl.model.hub_faults import why_not
 from metaembed_pl.model.image_processors import load_image_processor
-from metaembed_pl.model.lora import LoraConfig, set_trainable
-from metaembed_pl.model.meta_tokens import Layout
 from metaembed_pl.model.model_folder import find_model_folder, read_settings
 from metaembed_pl.model.processing import Processing, Prompt
 
@@ -71,64 +68,51 @@ class WeightlessModel:
     counts_tokens: bool
 
 
-@dataclass(frozen=True)
-class ModelShape:
-    """What decides the shape of a model; each as in `MetaEmbedModule`."""
-
-    backbone: BackboneConfig
-    prompt: Prompt
-    groups: tuple[Budget, ...]
-    layout: Layout
-    projection: int | None
-    lora: LoraConfig | None
-    train_vision: bool
-
-
-def weightless_model(settings: ModelShape, kept: Path) -> WeightlessModel:
+def weightless_model(
+    assemble: Callable[[PreTrainedModel, Processing], MetaEmbedder],
+    backbone: BackboneConfig,
+    prompt: Prompt,
+    start_from: str | None,
+    shapes: Path,
+) -> WeightlessModel:
     """The model that a recipe trains.
 
     Args:
-        settings: the recipe's.
-        kept: the shapes that come with the package: a folder for each hub id.
+        assemble: makes the embedder, from a backbone and its preprocessing.
+        backbone: the recipe's.
+        prompt: the recipe's.
+        start_from: a model folder on this machine; None: a new model.
+        shapes: the configs that come with the package, in a folder for each hub id.
 
     Raises:
         UserError: no such model, an unsupported family, a setting that does not fit the model.
     """
-    backbone, prompt = settings.backbone, settings.prompt
-    if backbone.path is None:
-        processing = build_processing(backbone, prompt)
+    counts_tokens = True
+    if start_from is not None:
+        folder, source = find_model_folder(start_from), start_from
+        config = AutoConfig.from_pretrained(_backbone_place(folder, shapes))
+        processing = Processing.load(folder / "processing")
+    elif backbone.path is None:
+        processing, source = build_processing(backbone, prompt), "its config in the recipe"
         config = scratch_config(backbone.scratch or {}, processing)
-        source, known = "its config in the recipe", True
     else:
-        place, source = _place(backbone.path, backbone.revision, kept)
+        place, source = _place(backbone.path, backbone.revision, shapes)
         config = AutoConfig.from_pretrained(place, revision=backbone.revision)
-        processing, known = _processing(backbone, prompt, config, place)
-    model = _on_meta(config, backbone.dtype if backbone.path else "float32")
-    return WeightlessModel(_embedder(model, processing, settings), source, known)
+        processing, counts_tokens = _processing(backbone, prompt, config, place)
+    is_new = start_from is None and backbone.path is None
+    model = _on_meta(config, "float32" if is_new else backbone.dtype)
+    with torch.device("meta"):
+        return WeightlessModel(assemble(model, processing), source, counts_tokens)
 
 
-def weightless_model_of_folder(name: str, settings: ModelShape, kept: Path) -> WeightlessModel:
-    """The model that a recipe trains which starts from a model folder on this machine.
-
-    Args:
-        name: the folder.
-        settings: the recipe's, with the folder's groups, layout and projection.
-        kept: as in `outline`.
-
-    Raises:
-        UserError: no such folder, or a setting that does not fit the model.
-    """
-    folder = find_model_folder(name)
+def _backbone_place(folder: Path, shapes: Path) -> str:
+    """Where the config of a model folder's backbone is."""
     base = read_settings(folder).get("backbone")
     if base is None:
-        place = str(folder / "backbone")
-    else:
-        path = base["path"]
-        path = str((folder / path).resolve()) if path.startswith(".") else path
-        place, _ = _place(path, base.get("revision"), kept, "model.start_from: its base")
-    model = _on_meta(AutoConfig.from_pretrained(place), settings.backbone.dtype)
-    processing = Processing.load(folder / "processing")
-    return WeightlessModel(_embedder(model, processing, settings), str(folder), True)
+        return str(folder / "backbone")
+    path = base["path"]
+    path = str((folder / path).resolve()) if path.startswith(".") else path
+    return _place(path, base.get("revision"), shapes, "model.start_from: its base")[0]
 
 
 def count_parameters(model: MetaEmbedder) -> dict[str, dict[str, int]]:
@@ -153,15 +137,6 @@ def count_parameters(model: MetaEmbedder) -> dict[str, dict[str, int]]:
     return {"all": sums, **parts}
 
 
-def _embedder(
-    backbone: PreTrainedModel, processing: Processing, settings: ModelShape
-) -> MetaEmbedder:
-    shape = settings.groups, settings.layout, settings.projection
-    with torch.device("meta"):
-        set_trainable(backbone, processing.family, settings.lora, settings.train_vision)
-        return MetaEmbedder(backbone, processing, *shape)
-
-
 def _on_meta(config: Any, dtype: str) -> PreTrainedModel:
     with torch.device("meta"):
         return AutoModel.from_config(
@@ -170,7 +145,7 @@ def _on_meta(config: Any, dtype: str) -> PreTrainedModel:
 
 
 def _place(
-    path: str, revision: str | None, kept: Path, key: str = "model.backbone.path"
+    path: str, revision: str | None, shapes: Path, key: str = "model.backbone.path"
 ) -> tuple[str, str]:
     """What `from_pretrained` is to read a config from, and that in words.
 
@@ -183,14 +158,13 @@ def _place(
         cached = try_to_load_from_cache(path, "config.json", revision=revision)
         if isinstance(cached, str):
             return str(Path(cached).parent), "the hub's cache on this machine"
-    if (kept / path / "config.json").is_file():
-        return str(kept / path), "the shapes that come with the package"
+    if (shapes / path / "config.json").is_file():
+        return str(shapes / path), "the shapes that come with the package"
     try:
         AutoConfig.from_pretrained(path, revision=revision)
     except (OSError, ValueError) as error:
-        known = [f.parent.relative_to(kept).as_posix() for f in kept.rglob("config.json")]
-        near = difflib.get_close_matches(path, known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        known = [f.parent.relative_to(shapes).as_posix() for f in shapes.rglob("config.json")]
+        hint = did_you_mean(path, known)
         raise UserError(f"{key}: {path}: no such folder; {why_not(path, error)}{hint}") from error
     return path, "the hub"
 

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import re
+from collections.abc import Mapping, Set
 from itertools import accumulate, takewhile
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,22 @@ def refuse_faults(path: str | Path, faults: dict[str, list[str]]) -> None:
         )
 
 
+def refuse_misfit(
+    path: str | Path,
+    expected: Mapping[str, Tensor],
+    found: Mapping[str, Tensor],
+    optional: Set[str] = frozenset(),
+) -> None:
+    """Raises one UserError about all tensors that are missing, unexpected or mis-shaped."""
+    both = expected.keys() & found.keys()
+    faults = {
+        "missing": sorted(expected.keys() - found.keys() - optional),
+        "unexpected": sorted(found.keys() - expected.keys()),
+        "mis-shaped": sorted(name for name in both if expected[name].shape != found[name].shape),
+    }
+    refuse_faults(path, faults)
+
+
 def load_into(tensors: dict[str, Tensor], file: Path) -> None:
     """Fills tensors from a safetensors file; every one must be there and fit, and no other.
 
@@ -162,15 +179,7 @@ def load_into(tensors: dict[str, Tensor], file: Path) -> None:
         found = load_file(file)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file}: not a readable safetensors file: {error}") from error
-    both = tensors.keys() & found.keys()
-    refuse_faults(
-        file,
-        {
-            "missing": sorted(tensors.keys() - found.keys()),
-            "unexpected": sorted(found.keys() - tensors.keys()),
-            "mis-shaped": sorted(n for n in both if tensors[n].shape != found[n].shape),
-        },
-    )
+    refuse_misfit(file, tensors, found)
     with torch.no_grad():
         for name, tensor in tensors.items():
             tensor.copy_(found[name])

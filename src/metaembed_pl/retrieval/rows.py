@@ -14,7 +14,7 @@ import pyarrow as pa
 from jaxtyping import Integer
 from torch import Tensor
 
-from metaembed_pl.errors import UserError
+from metaembed_pl.errors import UserError, first_line
 from metaembed_pl.retrieval.manifest import Manifest
 from metaembed_pl.retrieval.mapped import MappedFiles
 from metaembed_pl.retrieval.planes import append_bytes
@@ -80,7 +80,7 @@ def map_rows(files: MappedFiles, manifest: Manifest) -> pa.Table:
         with pa.ipc.open_stream(pa.py_buffer(content)) as stream:
             table = stream.read_all()
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{file} is damaged: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{file} is damaged: {first_line(error)}") from error
     if table.schema != SCHEMA or len(table) != manifest.num_rows:
         raise UserError(
             f"{file} holds {len(table):,} rows of {', '.join(table.schema.names)}; its store's "

@@ -1,4 +1,4 @@
-"""Progress of a run: a bar in a terminal, plain lines in a pipe; and progress for the watchdog."""
+"""Progress of a run: a bar in a terminal, lines in a pipe, notes for the watchdog."""
 
 import json
 import logging
@@ -20,7 +20,7 @@ NUM_KEYS = 5  # of a batch's pairs, as messages name them
 
 
 class Speed(pl.Callback):
-    """Pairs a second over all ranks, as a smoothed mean, and the time left until the last step."""
+    """Pairs per second over all ranks, as a moving average, and the time left in training."""
 
     def __init__(self) -> None:
         self.pairs_per_s = 0.0
@@ -29,7 +29,7 @@ class Speed(pl.Callback):
         self._step_s = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Starts the clock after set-up, so that the first step is not charged with it."""
+        """Starts the clock after set-up, which is not part of the first step."""
         self._last = time.perf_counter()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -37,12 +37,7 @@ class Speed(pl.Callback):
         self._last = time.perf_counter()
 
     def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: TrainBatch,
-        batch_idx: int,
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: TrainBatch, *_: Any
     ) -> None:
         """Updates speed and time left, and logs the speed."""
         now = time.perf_counter()
@@ -62,13 +57,10 @@ class Speed(pl.Callback):
 
 
 class DrawnPairs(pl.Callback):
-    """Says at the end of a run how many pairs came from each source, in all its parts.
-
-    In the logs and, as `data/SOURCE/pairs`, in MLflow.
-    """
+    """Logs at the end of a run how many pairs came from each source, resumed parts included."""
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Logs what the data module has counted."""
+        """Logs the counts of the data module, also as the metrics `data/SOURCE/pairs`."""
         # Lightning sets `datamodule` from outside its class.
         data: RetrievalDataModule = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         if not trainer.is_global_zero:
@@ -104,7 +96,7 @@ class ProgressBar(TQDMProgressBar):
 
 
 class ProgressLines(pl.Callback):
-    """One line every so many steps, for logs and pipes."""
+    """One line every `every_n_steps` steps, for logs and pipes."""
 
     def __init__(self, speed: Speed, every_n_steps: int):
         self._speed = speed
@@ -112,12 +104,7 @@ class ProgressLines(pl.Callback):
         self._losses: list[float] = []
 
     def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: TrainBatch,
-        batch_idx: int,
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: TrainBatch, *_: Any
     ) -> None:
         """Logs step, mean loss since the last line, speed and time left."""
         step = trainer.global_step
@@ -135,36 +122,38 @@ class ProgressLines(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Logs the headline metric."""
-        value = trainer.callback_metrics.get("val/headline")
-        if value is not None and not trainer.sanity_checking and trainer.is_global_zero:
-            log.info("validated at step %d: val/headline %.3f", trainer.global_step, float(value))
+        if (value := _new_headline(trainer)) is not None:
+            log.info("validated at step %d: val/headline %.3f", trainer.global_step, value)
+
+
+def _new_headline(trainer: pl.Trainer) -> float | None:
+    """The headline metric of a validation that just ended, on the first rank."""
+    value = trainer.callback_metrics.get("val/headline")
+    if value is None or trainer.sanity_checking or not trainer.is_global_zero:
+        return None
+    return float(value)
 
 
 class WritesHeadline(pl.Callback):
-    """Appends the headline of each validation to a file, for whoever waits for it.
-
-    Args:
-        file: gets a JSON object a line: step, headline.
-    """
+    """Appends step and headline of each validation to a file of JSON Lines, which `tune` reads."""
 
     def __init__(self, file: str):
         self._file = Path(file)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Writes a line."""
-        value = trainer.callback_metrics.get("val/headline")
-        if value is not None and not trainer.sanity_checking and trainer.is_global_zero:
-            said = json.dumps({"step": trainer.global_step, "headline": float(value)})
+        if (value := _new_headline(trainer)) is not None:
+            said = json.dumps({"step": trainer.global_step, "headline": value})
             with self._file.open("a") as file:
                 file.write(said + "\n")
 
 
-class TellsWatch(pl.Callback):
-    """Tells the watch of this rank each thing that the trainer begins.
+class WatchdogCallback(pl.Callback):
+    """Reports each step of training and evaluation to the watchdog of this rank.
 
     Args:
-        watch: see `Watch`.
-        stall_timeout_s: nothing may stand still for longer, from the end of set-up on.
+        watch: the watchdog.
+        stall_timeout_s: longest time without progress, from the end of set-up on.
     """
 
     def __init__(self, watch: Watch, stall_timeout_s: float):
@@ -172,11 +161,11 @@ class TellsWatch(pl.Callback):
         watch.timeout_s = stall_timeout_s
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """The rank is known now; loading weights may take its time."""
+        """Names the rank; loading weights may take any time."""
         self._watch.rank = f"rank {trainer.global_rank} of {trainer.world_size}"
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """What rank 0 writes alone at the end may take its time."""
+        """Rank 0 may take any time to write the results."""
         self._watch.rest()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -194,12 +183,7 @@ class TellsWatch(pl.Callback):
         self._watch.note(f"{self._watch.doing}, with its gradients")
 
     def on_train_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: TrainBatch,
-        batch_idx: int,
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: TrainBatch, *_: Any
     ) -> None:
         """The next batch is waited for."""
         self._watch.note(f"training, after step {batch.step}, {_named(batch)}")
@@ -207,35 +191,24 @@ class TellsWatch(pl.Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """A checkpoint is about to be written; that of the end may take its time."""
+        """A checkpoint is about to be written; the last one may take any time."""
         if not self._watch.rests:
             self._watch.note(f"writing the checkpoint of step {trainer.global_step}")
 
     def on_validation_batch_start(
         self,
         trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
+        pl_module: Any,
         batch: EvalBatch,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """A validation batch is there."""
-        self._evaluates("validation", batch, batch_idx)
-
-    def on_test_batch_start(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        batch: EvalBatch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """A test batch is there."""
-        self._evaluates("test", batch, batch_idx)
-
-    def _evaluates(self, what: str, batch: EvalBatch, number: int) -> None:
+        """A validation or test batch is there."""
+        what = "test" if trainer.testing else "validation"
         # Not the items' numbers: they may be on a GPU, and this thread must not wait for it.
-        self._watch.note(f"{what}, batch {number} of {batch.dataset}, {batch.side}")
+        self._watch.note(f"{what}, batch {batch_idx} of {batch.dataset}, {batch.side}")
+
+    on_test_batch_start = on_validation_batch_start
 
 
 def _named(batch: TrainBatch) -> str:

@@ -14,24 +14,24 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 
-from metaembed_pl.errors import UserError
+from metaembed_pl.errors import UserError, causes, first_line
 from metaembed_pl.files import new_file, refuse_special_file
-from metaembed_pl.model.weights import refuse_faults
+from metaembed_pl.model import weights
 
 BASE = "base_fingerprint"
 
 
-class WholeFiles(TorchCheckpointIO):
-    """Writes a checkpoint beside its place, and then gives it its name.
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes checkpoints atomically, through a temporary file in the same folder.
 
-    Lightning's own form writes into the machine's temporary folder: where that is another disk than
-    the run's, the last step is a copy, and a kill in the middle leaves half a checkpoint.
+    Lightning writes into the machine's temporary folder: if that is on another disk, the last step
+    is a copy, and a kill in the middle leaves half a checkpoint.
     """
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
-        """Writes the file; if it cannot, what had its name before is as it was.
+        """Writes the file; if that fails, an earlier one of its name remains.
 
         Raises:
             UserError: the disk is full, or the file cannot be written for another reason.
@@ -44,9 +44,10 @@ class WholeFiles(TorchCheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
         except (OSError, RuntimeError) as error:
-            reason = _disk_error(error) or error
+            # torch hides what the disk said behind an error of its own zip writer.
+            reason = next((e for e in causes(error) if isinstance(e, OSError)), error)
             raise UserError(
-                f"{path} could not be written: {str(reason).splitlines()[0]}; what had this name "
+                f"{path} could not be written: {first_line(reason)}; what had this name "
                 "before is as it was: free some space, then resume with --ckpt_path last"
             ) from error
 
@@ -54,7 +55,7 @@ class WholeFiles(TorchCheckpointIO):
         """Reads the file.
 
         Raises:
-            UserError: it is not there, or no checkpoint of this package.
+            UserError: it does not exist or is not a checkpoint of this package.
         """
         try:
             if not Path(path).exists():
@@ -65,19 +66,12 @@ class WholeFiles(TorchCheckpointIO):
             if missing:
                 raise UserError(f"it has no {min(missing)!r}")
         except (UserError, OSError, RuntimeError, EOFError, pickle.UnpicklingError, TypeError) as e:
-            said = (str(e).strip() or type(e).__name__).splitlines()[0]
             raise UserError(
                 f"{path}: not a checkpoint of this package: it is broken or holds Python objects, "
-                f"which could run code when loaded ({said:.200}); give a .ckpt that `fit` wrote"
+                f"which could run code when loaded ({first_line(e):.200}); give a "
+                ".ckpt that `fit` wrote"
             ) from e
         return found
-
-
-def _disk_error(error: BaseException | None) -> OSError | None:
-    """What the disk said: torch hides it behind an error of its own zip writer."""
-    while error is not None and not isinstance(error, OSError):
-        error = error.__cause__ or error.__context__
-    return error
 
 
 def leave_out_frozen(module: nn.Module, checkpoint: dict[str, Any], base: str | None) -> None:
@@ -88,18 +82,14 @@ def leave_out_frozen(module: nn.Module, checkpoint: dict[str, Any], base: str | 
         checkpoint: Lightning's.
         base: fingerprint of the base model; None where it could not be taken.
     """
-    state, kept = checkpoint["state_dict"], _kept(module)
-    if state.keys() - kept:
-        checkpoint["state_dict"] = {name: state[name] for name in state if name in kept}
+    state, trained = checkpoint["state_dict"], _trained_names(module)
+    if state.keys() - trained:
+        checkpoint["state_dict"] = {name: state[name] for name in state if name in trained}
         checkpoint[BASE] = base
 
 
 def refuse_other_base(checkpoint: dict[str, Any], base: str | None) -> None:
-    """Makes sure that the weights a checkpoint leaves out are those it was trained on.
-
-    Raises:
-        UserError: the fingerprint of the base model at hand is another one.
-    """
+    """Raises a UserError if a checkpoint without frozen weights is from another base model."""
     saved = checkpoint.get(BASE)
     if saved and base and saved != base:
         raise UserError(
@@ -109,27 +99,16 @@ def refuse_other_base(checkpoint: dict[str, Any], base: str | None) -> None:
 
 
 def refuse_misfit(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """Makes sure that a checkpoint's weights are those of the module, but for frozen ones.
-
-    Raises:
-        UserError: a weight is missing, unexpected or mis-shaped.
-    """
+    """Raises a UserError if a checkpoint's weights do not fit; frozen ones may be missing."""
     own = module.state_dict()
-    both = state.keys() & own.keys()
-    refuse_faults(
-        "the checkpoint",
-        {
-            "missing": sorted(_kept(module) - state.keys()),
-            "unexpected": sorted(state.keys() - own.keys()),
-            "mis-shaped": sorted(name for name in both if state[name].shape != own[name].shape),
-        },
+    weights.refuse_misfit(
+        "the checkpoint", own, state, optional=own.keys() - _trained_names(module)
     )
 
 
-def _kept(module: nn.Module) -> set[str]:
-    """Names of what training changes, as a state dict has them."""
+def _trained_names(module: nn.Module) -> set[str]:
+    """Names of trained weights and persistent buffers, as in a state dict."""
     named = module.named_parameters(remove_duplicate=False)
-    trained = {name for name, parameter in named if parameter.requires_grad}
     buffers = {name for name, _ in module.named_buffers(remove_duplicate=False)}
     persistent = buffers & module.state_dict().keys()
-    return trained | persistent
+    return persistent | {name for name, parameter in named if parameter.requires_grad}

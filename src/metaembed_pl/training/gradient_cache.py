@@ -1,7 +1,8 @@
-"""Gradient caching: the gradient of a large batch, in the memory of a few rows.
+"""Encode a batch in chunks of similar length, with or without gradient caching.
 
-The loss needs the meta embeddings of the complete batch, but their backward pass can go through the
-backbone in chunks:
+Chunks reduce padding. Gradient caching computes the gradient of a large batch in the memory of one
+chunk. The loss needs the meta embeddings of the complete batch, but their backward pass can go
+through the backbone in chunks:
 
 1. encode the batch chunk by chunk, keeping only the meta embeddings;
 2. compute the loss and its gradient at the meta embeddings;
@@ -25,11 +26,49 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from metaembed_pl.data.collate import Chunk, Side
+from metaembed_pl.data.collate import Chunk, Inputs, Side
 from metaembed_pl.errors import UserError
 from metaembed_pl.model.embedder import MetaEmbedder
-from metaembed_pl.model.vision import Inputs, Seen
-from metaembed_pl.training.chunks import in_order, in_step
+from metaembed_pl.model.vision import Seen
+from metaembed_pl.ranks import maximum_over_ranks
+
+
+def encode(embedder: MetaEmbedder, inputs: Inputs, side: Side) -> Float[Tensor, "N R D"]:
+    """Meta embeddings of all rows of one side, in their order; one graph for all chunks."""
+    if isinstance(inputs, dict):
+        return embedder(inputs, side)
+    parts: list[Tensor] = []
+    nothing: Tensor | float = 0.0
+    for number, (chunk, weight) in enumerate(in_step(embedder, inputs, side)):
+        found = embedder(chunk.inputs_on(embedder.device), side, is_first=number == 0)
+        if weight:
+            parts.append(found)
+        else:
+            nothing = nothing + 0 * found.sum()
+    return in_order(inputs, parts) + nothing
+
+
+def in_step(
+    embedder: MetaEmbedder, chunks: Sequence[Chunk], side: Side
+) -> Iterator[tuple[Chunk, float]]:
+    """The chunks with the weight 1, and the passes that only keep step with weight 0.
+
+    Where weights are shared out every rank must make equally many passes, or the others wait for
+    ever: one with fewer chunks encodes a row that shows nothing.
+    """
+    missing = 0
+    if embedder.shared == "weights":
+        missing = maximum_over_ranks(len(chunks), embedder.device) - len(chunks)
+    yield from ((chunk, 1.0) for chunk in chunks)
+    if missing:
+        nothing = Chunk(torch.arange(0), embedder.processor().smallest_row(side))
+        yield from ((nothing, 0.0) for _ in range(missing))
+
+
+def in_order(chunks: Sequence[Chunk], parts: Sequence[Tensor]) -> Float[Tensor, "N R D"]:
+    """What was found of each chunk as rows of the batch."""
+    found = torch.cat(list(parts))
+    return found[torch.cat([chunk.rows for chunk in chunks]).argsort().to(found.device)]
 
 
 @dataclass
@@ -129,7 +168,7 @@ class GradientCache:
         embedder: Any = self._embedder
         see, known = embedder.see, iter(tuple(seen))
 
-        def see_once(pictures: Inputs) -> Seen:
+        def see_once(pictures: dict[str, Tensor]) -> Seen:
             found = next(known, None)
             if found is None:
                 found = see(pictures)

@@ -24,12 +24,12 @@ from metaembed_pl.budget import Budget, parse_groups
 from metaembed_pl.data.collate import NOTHING_ASKED
 from metaembed_pl.errors import UserError
 from metaembed_pl.late_interaction import nested_scores, paired_scores
-from metaembed_pl.ranks import rank_and_world
-from metaembed_pl.training.gather import (
+from metaembed_pl.ranks import (
     gather,
     gather_ragged,
     gather_with_gradient,
     maximum_over_ranks,
+    rank_and_world,
 )
 
 PADDING = -1

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel
 
 from metaembed_pl.budget import PAPER_GROUPS, Budget, budgets_of
 from metaembed_pl.data.collate import EvalBatch, TrainBatch
@@ -23,15 +24,14 @@ from metaembed_pl.model.embedder import MetaEmbedder, Pooling
 from metaembed_pl.model.lora import LoraConfig, merge_adapter, set_trainable
 from metaembed_pl.model.meta_tokens import Layout
 from metaembed_pl.model.model_folder import settings_to_start_from
-from metaembed_pl.model.processing import Prompt
+from metaembed_pl.model.processing import Processing, Prompt
 from metaembed_pl.model.weights import fingerprint
 from metaembed_pl.training.checkpoints import (
     leave_out_frozen,
     refuse_misfit,
     refuse_other_base,
 )
-from metaembed_pl.training.chunks import encode
-from metaembed_pl.training.gradient_cache import GradientCache, GradientCacheConfig
+from metaembed_pl.training.gradient_cache import GradientCache, GradientCacheConfig, encode
 from metaembed_pl.training.loss import MMRLossOutput
 from metaembed_pl.training.metrics import RetrievalMetrics, check_headline, headline
 from metaembed_pl.training.objective import LossConfig, Objective, check_widths
@@ -117,23 +117,24 @@ class MetaEmbedModule(pl.LightningModule):
         self.start_from, self.lora, self.train_vision = start_from, lora, train_vision
         if self.backbone_config.quantization and lora is None:
             raise UserError("quantization: nf4 freezes the weights: it needs `lora` to train")
+        head = {
+            "layout": layout,
+            "projection": projection,
+            "meta_token_std": meta_token_std,
+            "meta_tokens_orthogonal": meta_tokens_orthogonal or None,
+            "pooling": pooling,
+            "bidirectional": bidirectional,
+        }
         if start_from is not None:
-            given = {"groups": groups, "layout": layout, "projection": projection}
-            given |= {"meta_token_std": meta_token_std, "prompt": prompt}
-            given |= {"meta_tokens_orthogonal": meta_tokens_orthogonal or None}
-            given |= {"pooling": pooling, "bidirectional": bidirectional}
+            given = {"groups": groups, **head, "prompt": prompt}
             own = settings_to_start_from(start_from, self.backbone_config, given)
-            groups, layout, projection = own["groups"], own["layout"], own["projection"]
+            groups = own["groups"]
+            head |= {name: own[name] for name in head.keys() & own.keys()}
         if projection is not None and projection < 1:
             raise UserError(f"model.projection must be at least 1, got {projection}")
         if meta_token_std is not None and not 0 < meta_token_std < float("inf"):
             raise UserError(f"model.meta_token_std must be positive, got {meta_token_std}")
-        self.layout: Layout = layout or "both"
-        self.projection = projection
-        self.meta_token_std = meta_token_std
-        self.meta_tokens_orthogonal = meta_tokens_orthogonal
-        self.pooling: Pooling = pooling or "meta_tokens"
-        self.bidirectional = bool(bidirectional)
+        self._head: Any = {name: value for name, value in head.items() if value is not None}
         self.prompt = prompt or Prompt()
         self.optimizer_config = optimizer or OptimizerConfig()
         self.loss = Objective(PAPER_GROUPS if groups is None else groups, loss)
@@ -168,8 +169,6 @@ class MetaEmbedModule(pl.LightningModule):
         self.embedder = self._new() if self.start_from is None else self._started()
         self.embedder.widths = tuple(self.loss.widths)
         check_widths(self.loss.widths, self.embedder.width)
-        family = self.embedder.processing.family
-        set_trainable(self.embedder.backbone, family, self.lora, self.train_vision)
         strategy = self._trainer and self._trainer.strategy
         self.embedder.shared = shared_by(self._trainer) if self._trainer else None
         if isinstance(strategy, Fsdp2Strategy):
@@ -184,17 +183,13 @@ class MetaEmbedModule(pl.LightningModule):
         processing = build_processing(self.backbone_config, self.prompt)
         backbone = build_backbone(self.backbone_config, processing)
         self._base = fingerprint(backbone)
-        return MetaEmbedder(
-            backbone,
-            processing,
-            self.groups,
-            self.layout,
-            self.projection,
-            self.meta_token_std,
-            self.meta_tokens_orthogonal,
-            self.pooling,
-            self.bidirectional,
-        )
+        return self.assemble(backbone, processing)
+
+    def assemble(self, backbone: PreTrainedModel, processing: Processing) -> MetaEmbedder:
+        """The embedder around a new backbone, with the recipe's parameters trainable."""
+        embedder = MetaEmbedder(backbone, processing, self.groups, **self._head)
+        set_trainable(backbone, processing.family, self.lora, self.train_vision)
+        return embedder
 
     def _started(self) -> MetaEmbedder:
         assert self.start_from is not None
@@ -203,6 +198,8 @@ class MetaEmbedModule(pl.LightningModule):
         merge_adapter(embedder.backbone)
         if self.lora is None:
             embedder.backbone.requires_grad_(True)  # an adapter had it frozen
+        family = embedder.processing.family
+        set_trainable(embedder.backbone, family, self.lora, self.train_vision)
         return embedder.train()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

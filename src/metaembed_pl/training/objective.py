@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from metaembed_pl.budget import Budget
 from metaembed_pl.errors import UserError
 from metaembed_pl.late_interaction import narrowed, nested_scores, paired_scores
-from metaembed_pl.ranks import rank_and_world
-from metaembed_pl.training.gather import gather
+from metaembed_pl.ranks import gather, rank_and_world
 from metaembed_pl.training.loss import MMRLoss, MMRLossOutput, OfTerm, Term
 from metaembed_pl.training.loss_terms import (
     QuantizationConfig,

@@ -17,7 +17,7 @@ from metaembed_pl.errors import BadSample, UserError
 from metaembed_pl.model.embedder import MetaEmbedder
 from metaembed_pl.model.model_folder import find_model_folder, read_settings
 from metaembed_pl.model.processing import Processing
-from metaembed_pl.training.chunks import encode
+from metaembed_pl.training.gradient_cache import encode
 from metaembed_pl.training.objective import Taught
 
 NUM_LOOKED_AT = 8

@@ -23,6 +23,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import Logger
 
 from metaembed_pl.environment import commit, versions
+from metaembed_pl.errors import first_line
 from metaembed_pl.files import read_json_object, write_text
 
 log = logging.getLogger(__name__)
@@ -187,7 +188,7 @@ class MLflowRun(Logger):
                 self._send(batch)
         except Exception as error:  # whatever a server, a network or a disk may do
             if batch and getattr(error, "error_code", "") == "INVALID_PARAMETER_VALUE":
-                log.warning("MLflow rejects the records: %s", str(error).splitlines()[0][:200])
+                log.warning("MLflow rejects the records: %s", first_line(error)[:200])
                 self._forget(len(batch))  # it would be refused again
                 return
             if not self._failures:
@@ -195,7 +196,7 @@ class MLflowRun(Logger):
                     "MLflow at %s cannot be reached (%s): training goes on, and what is logged is "
                     "kept in %s until it can be sent",
                     self._uri,
-                    str(error).strip().splitlines()[0][:200] or type(error).__name__,
+                    first_line(error)[:200],
                     self._unsent,
                 )
             with self._changed:

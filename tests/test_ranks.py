@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from metaembed_pl.errors import UserError
-from metaembed_pl.ranks import rank_and_world
-from metaembed_pl.training.gather import (
+from metaembed_pl.ranks import (
     gather,
     gather_with_gradient,
     maximum_over_ranks,
+    rank_and_world,
 )
 from ranks import on_two_ranks
 
