@@ -1,13 +1,17 @@
 """Queries that name two or three things: the right scenes are those that show all of them.
 
-Nine pictures and nine others are cut into as many parts as a query names things. Taking each part
-from the one or from the other makes a family of scenes: four for two things, eight for three. A
-query names a picture of each part, so exchanging one part leaves a scene that holds all but one of
-them: a hard negative, and the right answer of other queries.
+Test: nine pictures and nine others are cut into as many parts as a query names things. Taking each
+part from one or the other makes a family of scenes: four for two things, eight for three. A query
+names a picture from each part, so exchanging one part leaves a scene that holds all but one of
+them: a hard negative, and the right answer to other queries.
+
+Training: the scenes of a shard show the same few pictures in ever new combinations. A batch then
+has many scenes that hold all but one of the things that a query names: hard negatives that need no
+encoding of their own.
 """
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations, count, islice, product
@@ -21,7 +25,9 @@ from metaembed_pl.progress import with_progress
 
 NUM_THINGS = {"emoji_scene_two": 2, "emoji_scene_three": 3}
 NUM_TEST_SCENES = 800
-NUM_QUERIES = {"train": 6, "test": 1}  # of a scene
+NUM_QUERIES = 12  # of a training scene; test scenes have one
+NUM_RELATED = 6 * NUM_TILES  # pictures that the scenes of a shard share
+NUM_SCENES_RELATED = 84  # with all their queries about a shard
 Choice = tuple[int, ...]  # of each part: 0 from the first pictures, 1 from the second
 Things = tuple[str, ...]  # ids, as a query names them
 
@@ -57,50 +63,82 @@ class Family:
 
 
 def make_families(
-    pictures: dict[str, Picture], ids: list[str], num_train: int, seed: int, num_things: int
-) -> dict[str, list[Family]]:
-    """Deal the pictures into families, round after round; the first rounds are the test's.
-
-    What a test scene is asked for, no training scene is.
+    pictures: dict[str, Picture], ids: list[str], seed: int, num_things: int
+) -> list[Family]:
+    """Deal the pictures into test families, round after round.
 
     Args:
         pictures: by id.
         ids: what scenes may show.
-        num_train: training scenes, at least; families are whole.
         seed: decides the deal.
         num_things: that a query names.
     """
     rng = random.Random(f"emoji scenes of {num_things} things {seed}")
-    taken: set[frozenset[str]] = set()
-    families: dict[str, list[Family]] = {"test": [], "train": []}
     if len(ids) < 2 * NUM_TILES:
-        return families
-    for split, num_scenes in (("test", NUM_TEST_SCENES), ("train", num_train)):
-        num_families = -(-num_scenes // 2**num_things)
-        if split == "test":  # a small trial has a small test
-            num_families = min(num_families, len(ids) // NUM_TILES)
-        dealt = (
-            _family(pictures, tiles, rng, num_things, NUM_QUERIES[split], taken)
-            for tiles in _deals(ids, rng)
-        )
-        families[split] = list(islice(dealt, num_families))
-        taken = {frozenset(things) for things in _asked(families["test"])}
-    return families
+        return []
+    # A small trial has a small test.
+    num_families = min(-(-NUM_TEST_SCENES // 2**num_things), len(ids) // NUM_TILES)
+    deals = islice(_deals(ids, rng, 2 * NUM_TILES), num_families)
+    return [_family(pictures, tiles, rng, num_things) for tiles in deals]
 
 
-def several_pairs(
-    drawn: Drawn, split: str, families: list[Family], num_jobs: int
+def make_related_scenes(
+    pictures: dict[str, Picture], ids: list[str], num_scenes: int, seed: int, test: list[Family]
+) -> dict[Things, list[Things]]:
+    """Deal training scenes, a shard's from a few pictures, and choose what each is asked for.
+
+    Args:
+        pictures: by id.
+        ids: what scenes may show.
+        num_scenes: how many.
+        seed: decides the deal.
+        test: no training scene is asked for what these are asked for.
+
+    Returns:
+        Scenes (ids row by row), and for each the ids that its queries name.
+    """
+    if not test:
+        return {}
+    num_things = len(test[0].parts)
+    taken = {frozenset(things) for things in _asked(test)}
+    rng = random.Random(f"related emoji scenes of {num_things} things {seed}")
+    found: dict[Things, list[Things]] = {}
+    for tiles in islice(_related_deals(ids, rng), num_scenes):
+        named = [id for id in tiles if pictures[id].names]
+        free = [t for t in combinations(named, num_things) if frozenset(t) not in taken]
+        chosen = rng.sample(free, min(NUM_QUERIES, len(free)))
+        found[tiles] = [tuple(rng.sample(things, num_things)) for things in chosen]
+    return found
+
+
+def related_pairs(
+    drawn: Drawn, scenes: dict[Things, list[Things]], num_things: int, num_jobs: int
 ) -> Iterator[Pair]:
-    """Names of some pictures -> scene; the hard negatives hold all of these but one."""
+    """Names of some pictures -> scene, for training; no hard negatives of their own."""
+    shown = {id for tiles in scenes for id in tiles}
+    pictures = {id: drawn.shown[id] for id in sorted(shown)}
+    asked = {frozenset(things) for of_scene in scenes.values() for things in of_scene}
+    layouts = ([tiles] for tiles in scenes)
+    composed = in_order(partial(compose, pictures, drawn.palette), layouts, num_jobs)
+    watched = with_progress(composed, f"scenes of {num_things} things", len(scenes))
+    for number, ((tiles, questions), [png]) in enumerate(zip(scenes.items(), watched, strict=True)):
+        id = f"train-scene-for-{num_things}-{number:05d}"
+        scene = Item(image=png, id=id, answers=tuple(_answers(tiles, num_things, asked)))
+        for things in questions:
+            yield _pair(drawn, things, scene)
+
+
+def family_pairs(drawn: Drawn, families: list[Family], num_jobs: int) -> Iterator[Pair]:
+    """Names of some pictures -> scene, for tests; the hard negatives hold all of these but one."""
     shown = {id for family in families for ids in family.pictures for id in ids}
     tiles = {id: drawn.shown[id] for id in sorted(shown)}
     asked = {frozenset(things) for things in _asked(families)}
     layouts = ([family.scene(choice) for choice in family.asked] for family in families)
     composed = in_order(partial(compose, tiles, drawn.palette), layouts, num_jobs)
     num_things = len(families[0].parts) if families else 0
-    watched = with_progress(composed, f"{split} families", len(families))
+    watched = with_progress(composed, "test families", len(families))
     for number, (family, pngs) in enumerate(zip(families, watched, strict=True)):
-        name = f"{split}-scene-for-{num_things}-{number:05d}"
+        name = f"test-scene-for-{num_things}-{number:05d}"
         scenes = {
             choice: Item(
                 image=png,
@@ -112,28 +150,32 @@ def several_pairs(
         for choice, questions in family.asked.items():
             negatives = tuple(scenes[other] for other in family.neighbours(choice))
             for things in questions:
-                query, asks = Item(_words(drawn, things)), _together(things)
-                pair_id = f"{scenes[choice].id}/{asks}"
-                yield Pair(pair_id, query, scenes[choice], negatives, asks=asks)
+                yield _pair(drawn, things, scenes[choice], negatives)
 
 
-def _deals(ids: list[str], rng: random.Random) -> Iterator[Things]:
-    """Eighteen pictures at a time; in a round each picture is dealt once."""
+def _pair(drawn: Drawn, things: Things, scene: Item, negatives: tuple[Item, ...] = ()) -> Pair:
+    asks = _together(things)
+    return Pair(f"{scene.id}/{asks}", Item(_words(drawn, things)), scene, negatives, asks=asks)
+
+
+def _deals(ids: Sequence[str], rng: random.Random, num: int) -> Iterator[Things]:
+    """So many pictures at a time, without end; in a round each picture is dealt once."""
     for _ in count():
         deck = rng.sample(ids, len(ids))
-        for start in range(0, len(deck) - 2 * NUM_TILES + 1, 2 * NUM_TILES):
-            yield tuple(deck[start : start + 2 * NUM_TILES])
+        for start in range(0, len(deck) - num + 1, num):
+            yield tuple(deck[start : start + num])
+
+
+def _related_deals(ids: list[str], rng: random.Random) -> Iterator[Things]:
+    """Scenes of nine, a shard's from the same few pictures."""
+    for related in _deals(ids, rng, min(NUM_RELATED, len(ids))):
+        yield from islice(_deals(related, rng, NUM_TILES), NUM_SCENES_RELATED)
 
 
 def _family(
-    pictures: dict[str, Picture],
-    tiles: Things,
-    rng: random.Random,
-    num_things: int,
-    num_queries: int,
-    taken: set[frozenset[str]],
+    pictures: dict[str, Picture], tiles: Things, rng: random.Random, num_things: int
 ) -> Family:
-    """A family of eighteen pictures, which asks for nothing that is taken."""
+    """A family of eighteen pictures, each scene with one question."""
     places = rng.sample(range(NUM_TILES), NUM_TILES)
     parts = tuple(tuple(places[part::num_things]) for part in range(num_things))
     first, second = (
@@ -146,8 +188,8 @@ def _family(
     for choice in product((0, 1), repeat=num_things):
         scene = family.scene(choice)
         named = [[scene[place] for place in part if pictures[scene[place]].names] for part in parts]
-        free = [things for things in product(*named) if frozenset(things) not in taken]
-        chosen = rng.sample(free, min(num_queries, len(free)))
+        possible = list(product(*named))
+        chosen = rng.sample(possible, min(1, len(possible)))
         family.asked[choice] = [tuple(rng.sample(things, num_things)) for things in chosen]
     return family
 

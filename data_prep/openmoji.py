@@ -9,7 +9,7 @@
 | emoji_edit | picture + "with dark skin tone" -> picture | the unchanged picture, and others |
 | emoji_scene | name of one thing -> scene of nine | the scene with that picture replaced |
 | emoji_scene_1x2, emoji_scene_2x2 | the same with two and four, for training only | likewise |
-| emoji_scene_two, _three | names of 2 or 3 things -> scene of nine | scenes with all but one |
+| emoji_scene_two, _three | names of 2 or 3 things -> scene of nine | in test: all but one |
 
 One picture in ten is held out, by a hash of its id. Pictures and names are real; the layout of the
 scenes is random, and the wording of the edits is generated.
@@ -35,8 +35,8 @@ SEVERAL = ("emoji_scene_two", "emoji_scene_three")
 TESTED = ("emoji_t2i", "emoji_i2t", "emoji_edit", "emoji_scene", *SEVERAL)
 SOURCES = {"train": (*TESTED, "emoji_scene_1x2", "emoji_scene_2x2"), "test": TESTED}
 SMALL_SHARE = 6  # large scenes for one of each small kind
-SEVERAL_SHARE = {2: 4, 3: 10}  # large scenes for one that is asked for so many things
-RECIPE = 5  # raise it when the same settings make other pairs
+SEVERAL_SHARE = {2: 2, 3: 10}  # large scenes for one that is asked for so many things
+RECIPE = 6  # raise it when the same settings make other pairs
 LICENCE = "CC-BY-SA-4.0"
 
 
@@ -144,7 +144,13 @@ def _makers(options: argparse.Namespace) -> dict[str, Callable[..., Iterable[Pai
         scene_pairs,
         scene_pictures,
     )
-    from metaembed_pl.data_prep._emoji_several import NUM_THINGS, make_families, several_pairs
+    from metaembed_pl.data_prep._emoji_several import (
+        NUM_THINGS,
+        family_pairs,
+        make_families,
+        make_related_scenes,
+        related_pairs,
+    )
     from metaembed_pl.data_prep._openmoji import load_pictures
     from metaembed_pl.data_prep._raster import draw
 
@@ -162,9 +168,12 @@ def _makers(options: argparse.Namespace) -> dict[str, Callable[..., Iterable[Pai
         return scene_pairs(drawn, split, dealt, jobs)
 
     def several(split: str, num_things: int) -> Iterable[Pair]:
+        test = make_families(drawn.pictures, shown, options.seed, num_things)
+        if split == "test":
+            return family_pairs(drawn, test, jobs)
         num_train = -(-options.scenes // SEVERAL_SHARE[num_things])
-        dealt = make_families(drawn.pictures, shown, num_train, options.seed, num_things)
-        return several_pairs(drawn, split, dealt[split], jobs)
+        train = make_related_scenes(drawn.pictures, shown, num_train, options.seed, test)
+        return related_pairs(drawn, train, num_things, jobs)
 
     named = {"drawn": drawn, "languages": languages, "seed": options.seed}
     return {

@@ -26,7 +26,12 @@ from metaembed_pl.data_prep import _openmoji, _raster  # noqa: E402
 from metaembed_pl.data_prep import openmoji as script  # noqa: E402
 from metaembed_pl.data_prep._emoji_pairs import edit_pairs, name_pairs, picture_pairs  # noqa: E402
 from metaembed_pl.data_prep._emoji_scenes import make_scenes, make_small_scenes, scene_pairs  # noqa: E402
-from metaembed_pl.data_prep._emoji_several import make_families, several_pairs  # noqa: E402
+from metaembed_pl.data_prep._emoji_several import (  # noqa: E402
+    family_pairs,
+    make_families,
+    make_related_scenes,
+    related_pairs,
+)
 
 
 def make(folder, *options):
@@ -260,24 +265,50 @@ def tiles_of(drawn, item):
 
 
 @pytest.mark.parametrize("num_things", [2, 3])
-def test_the_right_scene_shows_all_that_is_asked_for_and_its_negatives_all_but_one(num_things):
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_the_right_scene_shows_all_that_is_asked_for(split, num_things):
     pictures = _openmoji.load_pictures(["en"])
     ids = [id for id in pictures if id.startswith("1F34") and len(id) == 5]
     ids += [id for id in pictures if id.startswith("1F41") and len(id) == 5]  # food, animals
     drawn = draw(*ids)
-    families = make_families(drawn.pictures, ids, 2**num_things, 0, num_things)["train"]
-    found = list(several_pairs(drawn, "train", families, num_jobs=1))
+    families = make_families(drawn.pictures, ids, 0, num_things)[:1]
+    if split == "test":
+        found = list(family_pairs(drawn, families, num_jobs=1))
+        assert len(found) == 2**num_things
+    else:
+        dealt = make_related_scenes(drawn.pictures, ids, 8, 0, families)
+        found = list(related_pairs(drawn, dealt, num_things, num_jobs=1))
+        assert len(found) > 8 * 10
     scenes = {pair.positive.id: tiles_of(drawn, pair.positive) for pair in found}
-    assert len(scenes) == 2**num_things
     for pair in found:
         asked = set(pair.asks.split(" & "))
         assert len(asked) == num_things
         words = pair.query.text.replace(" and ", ", ").split(", ")
         assert sorted(words) == sorted(pictures[id].names["en"] for id in asked)
         assert asked <= scenes[pair.positive.id]
-        assert [len(asked & scenes[n.id]) for n in pair.negatives] == [num_things - 1] * num_things
         for scene in (pair.positive, *pair.negatives):
             assert (pair.asks in scene.answers) == (asked <= scenes[scene.id])
+        if split == "test":  # the hard negatives show all but one
+            shared = [len(asked & scenes[negative.id]) for negative in pair.negatives]
+            assert shared == [num_things - 1] * num_things
+
+
+def test_training_scenes_of_a_shard_hold_one_of_two_things_far_more_often_than_by_chance():
+    ids = [f"{number:04X}" for number in range(1800)]
+    pictures = {id: _openmoji.Picture(id, {"en": f"thing {id}"}) for id in ids}
+    test = make_families(pictures, ids, 0, 2)
+    scenes = make_related_scenes(pictures, ids, 500, 0, test)
+    assert len(scenes) == 500
+    in_test = {frozenset(asked) for family in test for [asked] in family.asked.values()}
+    shard = list(scenes)[:84]
+    assert len({id for tiles in shard for id in tiles}) == 54
+    for tiles in shard[::10]:
+        assert len(scenes[tiles]) == 12
+        for things in scenes[tiles]:
+            assert set(things) < set(tiles)
+            assert frozenset(things) not in in_test
+            near = sum(len(set(things) & set(other)) == 1 for other in shard)
+            assert near > 15  # chance: 84 * 2 * 9 / 1800, less than one
 
 
 @pytest.mark.parametrize(("source", "num_things"), SEVERAL.items())
@@ -288,8 +319,8 @@ def test_what_several_things_are_asked_for_in_test_is_not_in_training(pairs, sou
     }
     assert len(asked["test"]) > 50
     assert not asked["train"] & asked["test"]
-    families = {pair.positive.id.rpartition("-")[0] for pair in pairs["train", source]}
-    assert len(families) == {2: 4, 3: 1}[num_things]  # a quarter and a tenth of 60 scenes, whole
+    scenes = {pair.positive.id for pair in pairs["train", source]}
+    assert len(scenes) == {2: 30, 3: 6}[num_things]  # a half and a tenth of 60 scenes
     assert {len(things) for split in asked for things in asked[split]} == {num_things}
 
 
