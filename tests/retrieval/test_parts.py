@@ -7,7 +7,7 @@ import tiny
 from metaembed_pl.cli.main import main
 from metaembed_pl.errors import UserError
 from metaembed_pl.retrieval import embedding
-from metaembed_pl.retrieval.part_of import PartOf
+from metaembed_pl.retrieval.embedding import PartOf
 from metaembed_pl.retrieval.parts import PART_FILE, PartNote
 from metaembed_pl.retrieval.store import Store
 

@@ -11,7 +11,7 @@ import torch
 
 from metaembed_pl.budget import parse_groups
 from metaembed_pl.errors import UserError
-from metaembed_pl.retrieval import store as store_module
+from metaembed_pl.retrieval import writing
 from metaembed_pl.retrieval.manifest import Manifest
 from metaembed_pl.retrieval.store import Store
 from unchecked import shapes_unchecked
@@ -56,7 +56,7 @@ def test_gives_back_what_was_added(tmp_path, dtype):
 
 @pytest.mark.parametrize("dtype", ["bf16", "int8"])
 def test_a_thousand_random_changes_leave_what_a_dictionary_would_hold(tmp_path, dtype, monkeypatch):
-    monkeypatch.setattr(store_module, "COPIED_AT_A_TIME", 7)
+    monkeypatch.setattr(writing, "COPIED_AT_A_TIME", 7)
     # Waiting for the disk is what the other tests are for.
     monkeypatch.setattr("os.fsync", lambda file: None)
     rng, known = random.Random(0), {}

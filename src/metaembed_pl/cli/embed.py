@@ -165,7 +165,7 @@ def embed_here(args: argparse.Namespace) -> dict[str, Any] | None:
     The engine that computes the vectors is a `MetaEmbedder`, or vLLM in its place.
     """
     from metaembed_pl.data.tables import parse_columns
-    from metaembed_pl.retrieval.part_of import PartOf
+    from metaembed_pl.retrieval.embedding import PartOf
     from metaembed_pl.retrieval.sources import open_source
 
     # What costs nothing to check comes first: a model takes seconds to load.

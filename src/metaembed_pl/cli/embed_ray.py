@@ -34,7 +34,7 @@ def embed_on_ray(args: argparse.Namespace, total: int, embed: Embed) -> dict[str
     Raises:
         UserError: Ray is missing, the store is there already, or a part cannot be embedded.
     """
-    from metaembed_pl.retrieval.part_of import PartOf
+    from metaembed_pl.retrieval.embedding import PartOf
     from metaembed_pl.retrieval.parts import PartNote, merge
 
     if args.parts is not None and args.parts < 1:

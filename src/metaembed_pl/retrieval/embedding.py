@@ -7,6 +7,7 @@ every item once, in order, as one process would.
 
 import itertools
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
@@ -25,7 +26,6 @@ from metaembed_pl.model.encoder import Engine, Preparer
 from metaembed_pl.model.encoding import Pace, Prepared
 from metaembed_pl.picture import small_jpeg
 from metaembed_pl.ranks import gather_objects, rank_and_world
-from metaembed_pl.retrieval.part_of import PartOf
 from metaembed_pl.retrieval.projection import Projection, check_width
 from metaembed_pl.samples import evenly_spread
 
@@ -88,6 +88,41 @@ def _same(item: Item) -> Item:
 
 def _raise(error: UserError) -> Item:
     raise error
+
+
+@dataclass(frozen=True)
+class PartOf:
+    """Which part of the items.
+
+    Args:
+        number: counted from 1.
+        of: how many parts there are.
+
+    >>> PartOf.parse("2/4")
+    PartOf(number=2, of=4)
+    """
+
+    number: int
+    of: int
+
+    @classmethod
+    def parse(cls, text: str) -> "PartOf":
+        """A part such as `3/8`.
+
+        Raises:
+            UserError: it is none.
+        """
+        match = re.fullmatch(r"([0-9]+)/([0-9]+)", text)
+        if match is None or not 1 <= int(match[1]) <= int(match[2]):
+            raise UserError(f"expected a part such as 3/8, from 1/8 to 8/8; got {text!r}")
+        return cls(int(match[1]), int(match[2]))
+
+    def has(self, position: int, total: int) -> bool:
+        """Whether the window that begins at an item is in this part."""
+        return min(position, total - 1) * self.of // total == self.number - 1
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.of}"
 
 
 @dataclass

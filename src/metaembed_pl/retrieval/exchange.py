@@ -10,7 +10,6 @@ N: items    R: their vectors    W: width
 import base64
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,8 @@ from metaembed_pl.budget import Budget, parse_groups
 from metaembed_pl.errors import UserError
 from metaembed_pl.files import new_file, new_folder
 from metaembed_pl.retrieval.manifest import Manifest
-from metaembed_pl.retrieval.planes import append_bytes, append_vectors
-from metaembed_pl.retrieval.projection import PROJECTION_FILE, digest_of
-from metaembed_pl.retrieval.rows import append_rows
 from metaembed_pl.retrieval.store import Store
+from metaembed_pl.retrieval.writing import append_items, begin_store
 
 PARQUET, LANCE = ".parquet", ".lance"
 ABOUT = b"metaembed"
@@ -130,21 +127,14 @@ def import_store(source: str | Path, out: str | Path) -> Store:
     about = _about(source, schema)
     manifest, projection = _manifest(source, about)
     with new_folder(out) as temporary:
-        data = temporary / manifest.data
-        data.mkdir()
-        if projection is not None:
-            append_bytes(temporary / PROJECTION_FILE, projection, 0)
+        data, manifest = begin_store(temporary, manifest, projection)
         seen: set[str] = set()
         for batch in batches:
             ids, vectors = _items(source, batch, manifest, seen)
-            append_vectors(data, manifest, vectors)
             metadata = [json.loads(text) for text in batch.column("metadata").to_pylist()]
             has_previews = "preview" in batch.schema.names
             previews = batch.column("preview").to_pylist() if has_previews else [None] * len(ids)
-            rows_bytes = append_rows(data, manifest, ids, metadata, previews)
-            manifest = replace(
-                manifest, num_rows=manifest.num_rows + len(ids), rows_bytes=rows_bytes
-            )
+            manifest = append_items(data, manifest, ids, vectors, metadata, previews)
         manifest.write(temporary)
     return Store.open(out)
 
@@ -184,8 +174,7 @@ def _manifest(source: Path, about: dict[str, Any]) -> tuple[Manifest, bytes | No
             about["dtype"],
             widths=tuple(about.get("widths") or ()),
         )
-        digest = None if content is None else digest_of(content)
-        return replace(manifest, projection=digest), content
+        return manifest, content
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{source}: its metadata are damaged: {error}") from error
 

@@ -31,7 +31,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 
 from metaembed_pl.errors import UserError
-from metaembed_pl.retrieval.manifest import Manifest
+from metaembed_pl.retrieval.manifest import Manifest, checksum_of
 from metaembed_pl.retrieval.snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ class IndexManifest:
     def to_text(self) -> str:
         """As it is kept."""
         value = {"format": FORMAT, **asdict(self)}
-        return json.dumps(value | {"checksum": _checksum(value)}, indent=1) + "\n"
+        return json.dumps(value | {"checksum": checksum_of(value)}, indent=1) + "\n"
 
     @classmethod
     def read(cls, file: Path, folder: Path) -> "IndexManifest":
@@ -120,7 +120,7 @@ class IndexManifest:
         try:
             value = json.loads(file.read_bytes())
             checksum, version = value.pop("checksum"), value["format"]
-            if version != FORMAT or checksum != _checksum(value):
+            if version != FORMAT or checksum != checksum_of(value):
                 raise ValueError(f"its format is {version}, or its checksum does not match")
             del value["format"]
             segments = tuple(Segment(**segment) for segment in value.pop("segments"))
@@ -400,7 +400,3 @@ def _mapped(faiss: Any, file: Path) -> "faiss.IndexIVF":
     # Threads that read ahead cost more than they save where the lists are in memory.
     faiss.downcast_InvertedLists(found.invlists).prefetch_nthread = 0
     return found
-
-
-def _checksum(value: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -8,8 +8,8 @@ N: items    R: their vectors    D: width
 """
 
 import math
-import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,6 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 
 from metaembed_pl.errors import UserError
-from metaembed_pl.files import new_file
 from metaembed_pl.retrieval.index import (
     CODES,
     FILE,
@@ -33,7 +32,7 @@ from metaembed_pl.retrieval.index import (
     fingerprint,
     index_folder,
 )
-from metaembed_pl.retrieval.manifest import Manifest, sync_folder
+from metaembed_pl.retrieval.manifest import Manifest, sync, write_synced
 from metaembed_pl.retrieval.planes import read
 from metaembed_pl.retrieval.scoring import fast_dtype
 from metaembed_pl.retrieval.snapshot import Snapshot
@@ -119,17 +118,8 @@ def extend(store: "Store", on_progress: OnProgress = lambda done, of: None) -> b
             first = kept.pop().first
         folder, number = index_folder(snapshot), old.number + 1
         added = _segments(faiss, snapshot, folder, old.trained, number, first, on_progress)
-        manifest = IndexManifest(
-            number=number,
-            first_row=old.first_row,
-            last_row=fingerprint(snapshot, num_rows - 1),
-            codes=old.codes,
-            num_lists=old.num_lists,
-            num_slots=old.num_slots,
-            trained=old.trained,
-            trained_on=old.trained_on,
-            segments=(*kept, *added),
-        )
+        last_row, segments = fingerprint(snapshot, num_rows - 1), (*kept, *added)
+        manifest = replace(old, number=number, last_row=last_row, segments=segments)
         _commit(folder, manifest, snapshot)
         return True
 
@@ -172,12 +162,9 @@ def carry(old: Snapshot, data: Path, manifest: Manifest) -> None:
     if not segments:
         return
     snapshot = Snapshot.of(data, manifest)
-    changed = {
-        "first_row": fingerprint(snapshot, 0),
-        "last_row": fingerprint(snapshot, segments[-1].end - 1),
-        "segments": tuple(segments),
-    }
-    _commit(folder, IndexManifest(**{**vars(kept), **changed}), snapshot)
+    first_row, last_row = (fingerprint(snapshot, row) for row in (0, segments[-1].end - 1))
+    carried = replace(kept, first_row=first_row, last_row=last_row, segments=tuple(segments))
+    _commit(folder, carried, snapshot)
 
 
 def lists_for(num_vectors: int) -> int:
@@ -293,22 +280,15 @@ def _move(faiss: Any, source: Any, target: Any, new_places: np.ndarray, num_slot
 
 def _write(faiss: Any, made: Any, file: Path) -> None:
     faiss.write_index(made, str(file))
-    opened = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
+    sync(file)
 
 
 def _described(file: Path, made: Any, first: int, end: int, closeness: float) -> Segment:
     size = file.stat().st_size
     # The lists come last: of every vector its code and its number.
     head_bytes = size - made.ntotal * (made.code_size + 8)
-    opened = os.open(file, os.O_RDONLY)
-    try:
-        head = digest_of_head(opened, head_bytes)
-    finally:
-        os.close(opened)
+    with file.open("rb") as opened:
+        head = digest_of_head(opened.fileno(), head_bytes)
     return Segment(file.name, first, end, size, head_bytes, head, closeness)
 
 
@@ -320,11 +300,7 @@ def _number(folder: Path) -> int:
 
 def _commit(folder: Path, manifest: IndexManifest, snapshot: Snapshot) -> Index:
     """Make this the index, and remove what it does not need."""
-    with new_file(folder / FILE) as temporary, temporary.open("w") as file:
-        file.write(manifest.to_text())
-        file.flush()
-        os.fsync(file.fileno())
-    sync_folder(folder)
+    write_synced(folder / FILE, manifest.to_text())
     needed = {FILE, manifest.trained, *(segment.file for segment in manifest.segments)}
     for other in folder.iterdir():
         if other.name not in needed:

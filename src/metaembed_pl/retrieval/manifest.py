@@ -83,11 +83,7 @@ class Manifest(VectorSpace):
     def write(self, folder: Path) -> None:
         """Make this the manifest of a store, in one step, on disk when this returns."""
         text = json.dumps(self._to_json(), indent=2) + "\n"
-        with new_file(folder / MANIFEST_FILE) as temporary, temporary.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        sync_folder(folder)
+        write_synced(folder / MANIFEST_FILE, text)
 
     def _to_json(self) -> dict[str, Any]:
         value = {**asdict(self), "groups": [str(group) for group in self.groups]}
@@ -95,7 +91,7 @@ class Manifest(VectorSpace):
             if not value[name]:
                 del value[name]  # what is no news to an older version reads as before
         value = {"format": FORMAT if self.projection is None else PROJECTED_FORMAT, **value}
-        return value | {"checksum": _checksum(value)}
+        return value | {"checksum": checksum_of(value)}
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
@@ -117,7 +113,7 @@ class Manifest(VectorSpace):
         if not isinstance(value, dict) or value.get("format") not in known:
             raise UserError(f"{file} is not a store's manifest of format {FORMAT} or {known[1]}")
         checksum = value.pop("checksum", None)
-        if checksum != _checksum(value):
+        if checksum != checksum_of(value):
             raise UserError(
                 f"{file} was edited or damaged: its checksum is {checksum!r:.24}..., its content's "
                 "another; restore a copy, or embed the items again"
@@ -133,14 +129,23 @@ class Manifest(VectorSpace):
             raise UserError(f"{file} is malformed: {error}") from error
 
 
-def sync_folder(folder: Path) -> None:
-    """Wait until a folder's names are on disk: a renamed file is not safe before."""
-    handle = os.open(folder, os.O_RDONLY)
+def write_synced(file: Path, text: str) -> None:
+    """Write a file atomically; it is on disk when this returns."""
+    with new_file(file) as temporary:
+        temporary.write_text(text)
+        sync(temporary)
+    sync(file.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on disk: a renamed file is not before."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
 
 
-def _checksum(value: dict[str, Any]) -> str:
+def checksum_of(value: dict[str, Any]) -> str:
+    """The SHA-256 of what a file holds as JSON."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -17,12 +17,11 @@ import torch
 
 from metaembed_pl.errors import UserError
 from metaembed_pl.files import new_folder, read_json_object, write_text
+from metaembed_pl.retrieval.embedding import PartOf
 from metaembed_pl.retrieval.manifest import Manifest
-from metaembed_pl.retrieval.part_of import PartOf
-from metaembed_pl.retrieval.planes import append_bytes, copy_vectors
 from metaembed_pl.retrieval.projection import PROJECTION_FILE
-from metaembed_pl.retrieval.rows import append_table
-from metaembed_pl.retrieval.store import COPIED_AT_A_TIME, Store
+from metaembed_pl.retrieval.store import Store
+from metaembed_pl.retrieval.writing import begin_store, copy_items
 
 PART_FILE = "part.json"
 
@@ -105,33 +104,20 @@ def merge(folders: Sequence[Path], out: Path) -> Store:
     for store in stores[1:]:
         _refuse_unlike(store, stores[0])
     new = Manifest(first.identity, first.groups, first.width, first.dtype, widths=first.widths)
-    new = replace(new, projection=first.projection)
+    projection = stores[0].folder / PROJECTION_FILE
+    content = None if first.projection is None else projection.read_bytes()
     if (out / PART_FILE).exists() or (out.exists() and any(out.iterdir())):
         raise UserError(f"{out} is not empty: choose another --out")
     with new_folder(out, overwrite=out.is_dir()) as temporary:
-        data = temporary / new.data
-        data.mkdir()
-        if first.projection is not None:
-            append_bytes(
-                temporary / PROJECTION_FILE, (stores[0].folder / PROJECTION_FILE).read_bytes(), 0
-            )
+        data, new = begin_store(temporary, new, content)
         seen: set[str] = set()
         for store in stores:
-            new = _copied(store, data, new, seen)
-        new.write(temporary)
+            snapshot = store.snapshot()
+            is_first = torch.tensor([id not in seen for id in snapshot.ids], dtype=torch.bool)
+            seen.update(snapshot.ids)
+            new = copy_items(data, new, snapshot, snapshot.places[is_first])
+        replace(new, generation=len(stores)).write(temporary)
     return Store.open(out)
-
-
-def _copied(store: Store, data: Path, new: Manifest, seen: set[str]) -> Manifest:
-    snapshot = store.snapshot()
-    is_first = [id not in seen for id in snapshot.ids]
-    seen.update(snapshot.ids)
-    for places in snapshot.places[torch.tensor(is_first, dtype=torch.bool)].split(COPIED_AT_A_TIME):
-        if len(places):
-            copy_vectors(data, new, snapshot.planes, places)
-            rows_bytes = append_table(data, new, snapshot.table, places)
-            new = replace(new, num_rows=new.num_rows + len(places), rows_bytes=rows_bytes)
-    return replace(new, generation=new.generation + 1)
 
 
 def _ordered(folders: Sequence[Path]) -> list[Store]:

@@ -84,24 +84,19 @@ def vector_bytes(manifest: Manifest, width: int | None = None) -> int:
     return size + 4 if manifest.dtype == "int8" else size
 
 
-def append_vectors(folder: Path, manifest: Manifest, embeddings: Float[Tensor, "N R D"]) -> None:
-    """Write the vectors of new items after those that the manifest counts."""
-    for first, end in spans(manifest.groups):
-        vectors, scales = quantized(embeddings[:, first:end].cpu(), manifest.dtype)
-        _append(folder / _name(first, end, manifest.dtype), vectors, manifest.num_rows)
-        if scales is not None:
-            _append(folder / _name(first, end, "scale"), scales, manifest.num_rows)
-
-
-def copy_vectors(
-    folder: Path, manifest: Manifest, planes: Sequence[Plane], rows: Integer[Tensor, " n"]
+def append_plane(
+    folder: Path,
+    manifest: Manifest,
+    span: tuple[int, int],
+    vectors: Shaped[Tensor, "N S D"],
+    scales: Float[Tensor, "N S 1"] | None,
 ) -> None:
-    """Write stored vectors of another folder, as they are, after those that the manifest counts."""
-    for plane, (first, end) in zip(planes, spans(manifest.groups), strict=True):
-        vectors = plane.vectors[rows]
-        _append(folder / _name(first, end, manifest.dtype), vectors, manifest.num_rows)
-        if plane.scales is not None:
-            _append(folder / _name(first, end, "scale"), plane.scales[rows], manifest.num_rows)
+    """Write stored vectors of some slots after those that the manifest counts."""
+    for suffix, values in ((manifest.dtype, vectors), ("scale", scales)):
+        if values is not None:
+            content = values.contiguous().view(torch.uint8).numpy().tobytes()
+            row_bytes = values.itemsize * values.shape[1] * values.shape[2]
+            append_bytes(folder / _name(*span, suffix), content, manifest.num_rows * row_bytes)
 
 
 def append_bytes(file: Path, content: bytes, start: int) -> None:
@@ -112,12 +107,6 @@ def append_bytes(file: Path, content: bytes, start: int) -> None:
         opened.write(content)
         opened.flush()
         os.fsync(opened.fileno())
-
-
-def _append(file: Path, values: Shaped[Tensor, "N S D"], num_rows: int) -> None:
-    values = values.contiguous()
-    row_bytes = values.itemsize * values.shape[1] * values.shape[2]
-    append_bytes(file, values.view(torch.uint8).numpy().tobytes(), num_rows * row_bytes)
 
 
 def quantized(

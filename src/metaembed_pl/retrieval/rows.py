@@ -1,18 +1,15 @@
 """Ids, metadata and previews of a store: an Arrow stream that grows by one batch per change.
 
 Metadata are kept as JSON text, since items of a store may have different metadata.
-
-n: some rows
 """
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from jaxtyping import Integer
-from torch import Tensor
 
 from metaembed_pl.errors import UserError, first_line
 from metaembed_pl.retrieval.manifest import Manifest
@@ -29,41 +26,30 @@ SCHEMA = pa.schema(
 )
 
 
-def append_rows(
-    folder: Path,
-    manifest: Manifest,
+def table_of(
     ids: Sequence[str],
     metadata: Sequence[dict[str, Any] | None],
     previews: Sequence[bytes | None],
-) -> int:
-    """Write what is known of new items after what the manifest counts.
-
-    Returns:
-        Bytes of the file.
+) -> pa.Table:
+    """Rows of new items.
 
     Raises:
-        UserError: metadata that are not JSON.
+        UserError: metadata that JSON cannot hold.
     """
     texts = [_to_json(id, value) for id, value in zip(ids, metadata, strict=True)]
-    table = pa.table([list(ids), texts, list(previews)], schema=SCHEMA)
-    return _append(folder, manifest, table)
+    return pa.table([list(ids), texts, list(previews)], schema=SCHEMA)
 
 
-def append_table(
-    folder: Path, manifest: Manifest, table: pa.Table, rows: Integer[Tensor, " n"]
-) -> int:
-    """Write some rows of another store, as `append_rows` does."""
-    return _append(folder, manifest, table.take(pa.array(rows.numpy())))
-
-
-def _append(folder: Path, manifest: Manifest, table: pa.Table) -> int:
+def append_table(folder: Path, manifest: Manifest, table: pa.Table) -> Manifest:
+    """Write rows after those that the manifest counts; the manifest that counts them as well."""
     # A stream is its schema and then its batches, one behind the other.
     batches = table.combine_chunks().to_batches()
     content = b"".join(bytes(batch.serialize()) for batch in batches)
     if manifest.rows_bytes == 0:
         content = bytes(SCHEMA.serialize()) + content
     append_bytes(folder / ROWS_FILE, content, manifest.rows_bytes)
-    return manifest.rows_bytes + len(content)
+    rows_bytes = manifest.rows_bytes + len(content)
+    return replace(manifest, num_rows=manifest.num_rows + len(table), rows_bytes=rows_bytes)
 
 
 def map_rows(files: MappedFiles, manifest: Manifest) -> pa.Table:

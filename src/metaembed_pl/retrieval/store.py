@@ -13,7 +13,6 @@ keeps seeing the state that it opened.
 N: items    R: their vectors    Q: queries    Rq: their vectors    D: width
 """
 
-import fcntl
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,7 +21,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -38,20 +36,25 @@ from metaembed_pl.retrieval.filters import Filters
 from metaembed_pl.retrieval.index import Index, IndexUnusable, index_version
 from metaembed_pl.retrieval.index_build import carry
 from metaembed_pl.retrieval.manifest import MANIFEST_FILE, Manifest
-from metaembed_pl.retrieval.planes import append_bytes, append_vectors, copy_vectors, read
-from metaembed_pl.retrieval.projection import PROJECTION_FILE, Projection, digest_of
-from metaembed_pl.retrieval.rows import append_rows, append_table
+from metaembed_pl.retrieval.planes import read
+from metaembed_pl.retrieval.projection import PROJECTION_FILE, Projection
 from metaembed_pl.retrieval.scoring import scan
 from metaembed_pl.retrieval.searchable import Searchable
-from metaembed_pl.retrieval.snapshot import ATTEMPTS, DELETED_FILE, Matching, Snapshot
+from metaembed_pl.retrieval.snapshot import ATTEMPTS, Matching, Snapshot
+from metaembed_pl.retrieval.writing import (
+    append_deleted,
+    append_items,
+    begin_store,
+    check_items,
+    copy_items,
+    only_writer,
+)
 
 if TYPE_CHECKING:
     from metaembed_pl.item import Item
     from metaembed_pl.model.embedder import MetaEmbedder
     from metaembed_pl.model.encoder import Engine
     from metaembed_pl.retrieval.embedding import Entry
-
-COPIED_AT_A_TIME = 4096
 
 
 class Store(Searchable):
@@ -72,8 +75,8 @@ class Store(Searchable):
         self._read: tuple[str, Projection] | None = None  # a digest and its projection
         self._filters: tuple[Snapshot, Filters] | None = None
         self._index: tuple[tuple, Index | None] | None = None  # which it is, and the index
-        self._depth = 0  # of `writing` blocks
-        _ = self.projection  # of a store without its own nothing can be searched
+        self._is_writing = False
+        _ = self.projection  # refuse now what cannot be searched
 
     @classmethod
     def open(cls, folder: str | Path) -> "Store":
@@ -112,21 +115,18 @@ class Store(Searchable):
         folder = Path(folder)
         if (folder / MANIFEST_FILE).exists():
             raise UserError(f"{folder} is already a store: open it, or choose another folder")
-        kept = width if projection is None else projection.width
-        widths = tuple(some for some in widths if some < kept)
+        content = None
+        if projection is not None:
+            if projection.model_width != width:
+                raise UserError(
+                    f"the projection takes vectors of width {projection.model_width}, the model's "
+                    f"have {width}"
+                )
+            content, width = projection.to_bytes(), projection.width
+        widths = tuple(narrower for narrower in widths if narrower < width)
         manifest = Manifest(identity, parse_groups(groups), width, dtype, widths=widths)
         with new_folder(folder, overwrite=is_empty(folder)) as temporary:
-            (temporary / manifest.data).mkdir()
-            if projection is not None:
-                if projection.model_width != width:
-                    raise UserError(
-                        f"the projection is of vectors of width {projection.model_width}, the "
-                        f"model's have {width}"
-                    )
-                content = projection.to_bytes()
-                append_bytes(temporary / PROJECTION_FILE, content, 0)
-                digest = digest_of(content)
-                manifest = replace(manifest, width=projection.width, projection=digest)
+            _, manifest = begin_store(temporary, manifest, content)
             manifest.write(temporary)
         return cls(folder)
 
@@ -485,135 +485,74 @@ class Store(Searchable):
         ids = list(several(ids, "ids"))
         metadata = [None] * len(ids) if metadata is None else metadata
         previews = [None] * len(ids) if previews is None else previews
-        self._check_items(ids, embeddings, metadata, previews)
+        shape = self._manifest.num_slots, self.model_width
+        check_items(self.folder, ids, embeddings, metadata, previews, shape)
         if not ids:
             return
         with self.writing() as old:
             places = self._places_by_id()
-            replaced = [places[id] for id in ids if id in places]
             data = self.folder / old.data
-            append_vectors(data, old, self.project(embeddings))
-            rows_bytes = append_rows(data, old, ids, metadata, previews)
-            _append_deleted(data, old, replaced)
-            self._commit(
-                replace(
-                    old,
-                    generation=old.generation + 1,
-                    num_rows=old.num_rows + len(ids),
-                    num_deleted=old.num_deleted + len(replaced),
-                    rows_bytes=rows_bytes,
-                )
-            )
-            places.update(zip(ids, range(old.num_rows, old.num_rows + len(ids)), strict=True))
+            new = append_items(data, old, ids, self.project(embeddings), metadata, previews)
+            self._commit(append_deleted(data, new, [places[id] for id in ids if id in places]))
+            places.update(zip(ids, range(old.num_rows, new.num_rows), strict=True))
 
     def delete(self, ids: Iterable[str]) -> None:
-        """Delete items, all or none of them; their bytes are freed by `compact`.
+        """Delete items, all or none of them; `compact` frees their space.
 
         Raises:
-            UserError: an id that is not there, or another process writes to the store.
+            UserError: an id is not in the store, or another process is writing to it.
         """
         ids = list(dict.fromkeys(several(ids, "ids")))
         if not ids:
             return
         with self.writing() as old:
             deleted = [self._place_of(id) for id in ids]
-            _append_deleted(self.folder / old.data, old, deleted)
-            num_deleted = old.num_deleted + len(ids)
-            self._commit(replace(old, generation=old.generation + 1, num_deleted=num_deleted))
+            self._commit(append_deleted(self.folder / old.data, old, deleted))
             for id in ids:
                 del self._places_by_id()[id]
 
     def compact(self) -> None:
-        """Write the store anew without what was deleted.
+        """Rewrite the store without its deleted items.
 
         Raises:
-            UserError: another process writes to it.
+            UserError: another process is writing to it.
         """
         with self.writing() as old:
             snapshot = self.snapshot()
-            generation = old.generation + 1
-            new = replace(
-                old,
-                generation=generation,
-                data=f"data-{generation:04d}",
-                num_rows=0,
-                num_deleted=0,
-                rows_bytes=0,
-            )
-            data = self.folder / new.data
+            name = f"data-{old.generation + 1:04d}"
+            new = replace(old, data=name, num_rows=0, num_deleted=0, rows_bytes=0)
+            data = self.folder / name
             shutil.rmtree(data, ignore_errors=True)  # left by a process that was killed
             data.mkdir()
-            for places in snapshot.places.split(COPIED_AT_A_TIME):
-                copy_vectors(data, new, snapshot.planes, places)
-                rows_bytes = append_table(data, new, snapshot.table, places)
-                new = replace(new, num_rows=new.num_rows + len(places), rows_bytes=rows_bytes)
+            new = copy_items(data, new, snapshot, snapshot.places)
             carry(snapshot, data, new)
             self._commit(new)
             self._places = None
             for other in self.folder.glob("data-*"):
-                if other.name != new.data:
+                if other.name != name:
                     shutil.rmtree(other)
 
     @contextmanager
     def writing(self) -> Iterator[Manifest]:
-        """Keep other processes from writing; `add`, `delete` and `compact` do so by themselves.
+        """Keep other processes from writing; `add`, `delete` and `compact` do this themselves.
 
         Raises:
-            UserError: another process writes to the store.
+            UserError: another process is writing to the store.
         """
-        if self._depth:
+        if self._is_writing:
             yield self._manifest
             return
-        with (self.folder / ".lock").open("a") as lock:
-            try:
-                # Of a process that is killed, the system takes the lock back.
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(
-                    f"another process is writing to {self.folder}: wait for it"
-                ) from error
+        with only_writer(self.folder):
             current = Manifest.read(self.folder)
             if current != self._manifest:
                 self._manifest, self._snapshot, self._places = current, None, None
-            self._depth = 1
+            self._is_writing = True
             try:
                 yield self._manifest
             finally:
-                self._depth = 0
-                # Workers that were forked meanwhile hold the file open as well.
-                fcntl.flock(lock, fcntl.LOCK_UN)
+                self._is_writing = False
 
     def _commit(self, manifest: Manifest) -> None:
+        manifest = replace(manifest, generation=manifest.generation + 1)
         manifest.write(self.folder)
         self._manifest, self._snapshot = manifest, None
-
-    def _check_items(
-        self, ids: list[str], embeddings: Tensor, metadata: Sequence, previews: Sequence
-    ) -> None:
-        expected = len(ids), self._manifest.num_slots, self.model_width
-        if tuple(embeddings.shape) != expected:
-            raise UserError(
-                f"embeddings must be {' x '.join(map(str, expected))} for {len(ids)} ids in "
-                f"{self.folder}, got {' x '.join(map(str, embeddings.shape))}"
-            )
-        if not len(ids) == len(metadata) == len(previews):
-            raise UserError(
-                f"got {len(ids)} ids, metadata of {len(metadata)} and previews of {len(previews)}"
-            )
-        seen: set[str] = set()
-        for id in ids:
-            if not isinstance(id, str) or not id:
-                raise UserError(f"an id must be a text that is not empty, got {id!r}")
-            if id in seen:
-                raise UserError(f"id {id!r} is given twice")
-            seen.add(id)
-        finite = embeddings.isfinite().flatten(1).all(dim=1)
-        if not finite.all():
-            bad = ids[int(finite.logical_not().nonzero()[0, 0])]
-            raise UserError(f"the embeddings of {bad!r} hold NaN or infinity")
-
-
-def _append_deleted(data: Path, manifest: Manifest, places: Sequence[int]) -> None:
-    if places:
-        content = np.array(places, dtype=np.int64).tobytes()
-        append_bytes(data / DELETED_FILE, content, 8 * manifest.num_deleted)
