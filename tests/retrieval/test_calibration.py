@@ -11,7 +11,6 @@ from metaembed_pl.retrieval import cascade as cascade_module
 from metaembed_pl.retrieval.calibration import (
     CALIBRATION_FILE,
     Calibration,
-    Kinds,
     calibrate,
     joined,
     logged_queries,
@@ -103,7 +102,7 @@ def test_a_large_store_is_sampled_and_it_says_so(store, tmp_path, monkeypatch):
     monkeypatch.setattr(calibration_module, "PRODUCTS_AT_MOST", 1)
     monkeypatch.setattr(calibration_module, "ROWS_AT_LEAST", 100)
     monkeypatch.setattr(calibration_module, "TARGETS", tuple(i / 100 for i in range(101)))
-    monkeypatch.setattr(calibration_module, "KEPT", (50, 60, 70, 80, 90))
+    monkeypatch.setattr(calibration_module, "KEEPS", (50, 60, 70, 80, 90))
     sampled = calibrate(store)
     assert sampled.used == "32 stored items, by their own vectors, on 100 of 300 items"
     exact = next(row for row in sampled.measured if row.plan == "4x8")
@@ -125,7 +124,7 @@ def test_a_large_store_is_sampled_and_it_says_so(store, tmp_path, monkeypatch):
 
 def test_the_first_stages_of_all_kinds_are_measured(store, monkeypatch):
     monkeypatch.setattr(calibration_module, "TARGETS", tuple(i / 200 for i in range(201)))
-    monkeypatch.setattr(calibration_module, "KEPT", (12, 14, 20, 40, 100))
+    monkeypatch.setattr(calibration_module, "KEEPS", (12, 14, 20, 40, 100))
     monkeypatch.setattr(cascade_module, "fast_dtype", lambda device: torch.float32)
     queries = store.vectors(range(0, 300, 10))[:, :4]
     found = calibrate(store, queries)
@@ -137,9 +136,8 @@ def test_the_first_stages_of_all_kinds_are_measured(store, monkeypatch):
 def test_recall_is_that_of_the_hardest_kind(store):
     queries = store.vectors(range(32))[:, :4]
     several = [torch.nn.functional.normalize(queries + queries.roll(i, 0), dim=-1) for i in (1, 2)]
-    kinds = Kinds([queries, *several], "names")
-    together = calibration_module.calibrate_kinds(store, kinds)
-    apart = [calibrate(store, some) for some in kinds.vectors]
+    together = calibrate(store, [queries, *several], "names")
+    apart = [calibrate(store, some) for some in (queries, *several)]
     for plan in ("1x1", "4x1", "2x4"):
         rows = [next(row for row in one.measured if row.plan == plan) for one in apart]
         hardest = min(rows, key=lambda row: row.recall - row.error)

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metaembed_pl.cli.model import add_model_arguments, add_pace_arguments
-from metaembed_pl.cli.search_result import Answer, SearchResult
+from metaembed_pl.cli.search_items import search_items
+from metaembed_pl.cli.search_store import Answer, SearchResult, search_store
 from metaembed_pl.display import plain
 from metaembed_pl.errors import UserError
 from metaembed_pl.retrieval.qdrant.address import is_qdrant
@@ -77,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Search, and print what is found.
+    """Search, and print the results.
 
     Raises:
         UserError: a flag, the model, the store or an item is not valid.
@@ -85,23 +86,17 @@ def run(args: argparse.Namespace) -> None:
     # What costs nothing to check comes first: loading a model takes seconds, encoding hours.
     _check(args)
     query = _read_query(args.query, args.image)
-    # Results alone go to standard output, whatever libraries have to say meanwhile.
+    # Standard output is for results alone, whatever libraries print meanwhile.
     with redirect_stdout(sys.stderr):
-        if args.store is None:
-            from metaembed_pl.cli.search_items import search
-        elif is_qdrant(args.store):
-            from metaembed_pl.cli.search_qdrant import search
-        else:
-            from metaembed_pl.cli.search_store import search
-        answer = search(args, query)
+        answer = (search_items if args.store is None else search_store)(args, query)
     if args.json:
         print(json.dumps(_as_json(query, answer)))
     else:
         if answer.note:
             print(answer.note, file=sys.stderr)
-        if not answer.found and args.where:
+        if not answer.results and args.where:
             print(f"no item matches --where {' --where '.join(args.where)}", file=sys.stderr)
-        _print_table([_row(place, found) for place, found in enumerate(answer.found, start=1)])
+        _print_table([_row(place, found) for place, found in enumerate(answer.results, start=1)])
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -164,13 +159,13 @@ def _as_json(query: "Item", answer: Answer) -> dict[str, Any]:
                 "image": found.image,
                 **({} if found.metadata is None else {"metadata": found.metadata}),
             }
-            for place, found in enumerate(answer.found, start=1)
+            for place, found in enumerate(answer.results, start=1)
         ],
     }
 
 
 def _row(place: int, found: SearchResult) -> tuple[str, str, str, str]:
-    """A result in words; for a picture, what asks for it or where it is."""
+    """A row of the table; for a picture, the query it answers or its path as text."""
     asked = f"answers {found.asked_as}" if found.asked_as else ""
     text = found.text or asked or found.image or ""
     name = "" if found.id.startswith("sha256:") else found.id

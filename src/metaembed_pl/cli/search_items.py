@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from metaembed_pl.cli.model import load_model, tell_cut
-from metaembed_pl.cli.search_result import Answer, SearchResult
+from metaembed_pl.cli.search_store import Answer, SearchResult
 from metaembed_pl.errors import UserError
 
 if TYPE_CHECKING:
     from metaembed_pl.item import Item
 
 
-def search(args: argparse.Namespace, query: "Item") -> Answer:
+def search_items(args: argparse.Namespace, query: "Item") -> Answer:
     """Encode all items and rank them.
 
     Raises:
@@ -26,26 +26,20 @@ def search(args: argparse.Namespace, query: "Item") -> Answer:
 
     model = load_model(args)
     budget = check_budget(args.budget or model.groups[-1], model.groups, model.widths)
-    (hits,) = rank(
-        model, [query], items, budget, args.top, args.batch_size, progress=sys.stderr.isatty()
-    )
+    shows_progress = sys.stderr.isatty()
+    (hits,) = rank(model, [query], items, budget, args.top, args.batch_size, shows_progress)
     tell_cut(model)
-    found = [
-        SearchResult(
-            item.uid,
-            score,
-            item.text,
-            # A picture inside a shard has no path of its own.
-            str(item.image) if isinstance(item.image, Path) else None,
-            ", ".join(f'"{text}"' for text in asked_as.get(item.uid, [])),
-        )
-        for item, score in ((items[hit.candidate], hit.score) for hit in hits)
-    ]
-    return Answer(found, {"budget": str(budget)})
+    results = []
+    for item, score in ((items[hit.candidate], hit.score) for hit in hits):
+        # A picture inside a shard has no path of its own.
+        image = str(item.image) if isinstance(item.image, Path) else None
+        asked = ", ".join(f'"{text}"' for text in asked_as.get(item.uid, []))
+        results.append(SearchResult(item.uid, score, item.text, image, asked))
+    return Answer(results, {"budget": str(budget)})
 
 
 def _read_pool(path: Path) -> "tuple[list[Item], dict[str, list[str]]]":
-    """What is searched, and for items of shards the texts of the queries that ask for them."""
+    """The items to search and, for items of shards, the texts of the queries that they answer."""
     from metaembed_pl.item import read_items
 
     if not path.is_dir() or not any(path.glob("*.tar")):

@@ -1,11 +1,14 @@
-"""`search --store`: at a budget, in a cascade, or with the measured plan."""
+"""`search --store`: at a budget, in a cascade, or with the measured plan; also in Qdrant."""
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from metaembed_pl.cli.index import measured
 from metaembed_pl.cli.model import load_model, tell_cut
-from metaembed_pl.cli.search_result import Answer, SearchResult
+from metaembed_pl.errors import UserError
+from metaembed_pl.retrieval.qdrant.address import is_qdrant
 
 if TYPE_CHECKING:
     from metaembed_pl.item import Item
@@ -14,44 +17,88 @@ if TYPE_CHECKING:
     from metaembed_pl.retrieval.store import Store
 
 
-def search(args: argparse.Namespace, query: "Item") -> Answer:
-    """Search a store.
+class SearchResult(NamedTuple):
+    """A result.
+
+    Args:
+        id: of the item; begins with sha256: if it has none of its own.
+        score: higher is better.
+        text: of the item.
+        image: path of its picture, if it has one.
+        asked_as: the texts of the queries that it answers, if known.
+        metadata: of an item in a store; None: it is in no store.
+    """
+
+    id: str
+    score: float
+    text: str | None
+    image: str | None
+    asked_as: str = ""
+    metadata: dict[str, Any] | None = None
+
+
+class Answer(NamedTuple):
+    """The results of a query, best first, and the cost of the search for machines and people."""
+
+    results: Sequence[SearchResult]
+    cost: dict[str, Any]
+    note: str = ""
+
+
+def search_store(args: argparse.Namespace, query: "Item") -> Answer:
+    """Search a store, in a folder or in Qdrant.
 
     Raises:
         UserError: the store is damaged or another model's, or a flag does not fit it.
     """
     from metaembed_pl.retrieval.store import Store
 
-    store = Store.open(args.store)
-    automatic = not args.exact and args.cascade is None and args.budget in (None, "auto")
-    if not automatic:
-        store.stages(args.budget, args.cascade)  # before the model, which takes seconds
-    model = load_model(args, store)
-    budget, cascade, note = args.budget, args.cascade, ""
-    if automatic:
-        stages, note = _choice(store, model, args)
-        budget, cascade = None, stages
-    queries = model.encode_query([query], args.batch_size).to(model.device)
-    tell_cut(model)
-    hits = store.search(
-        queries,
-        budget,
-        cascade=cascade,
-        top=None if args.cascade else args.top,
-        where=args.where or (),
-        normalised=args.normalised,
-    )
-    rows = hits.rows[0][: args.top]
-    found = list(map(found_of, hits.ids[0], hits.scores[0], store.metadata(rows)))
-    plan = ",".join(map(str, hits.stages))
-    cost: dict[str, Any] = {"plan": plan, "milliseconds": hits.milliseconds}
-    cost |= {"bytes_read": hits.bytes_read, "items": len(store), "note": note}
-    notes = [f"{plan}: {hits.milliseconds:.1f} ms, {hits.bytes_read:,} bytes read"]
-    return Answer(found, cost, "; ".join([*notes, note] if note else notes))
+    in_qdrant = is_qdrant(args.store)
+    is_automatic = args.budget in (None, "auto") and not (in_qdrant or args.cascade or args.exact)
+    with ExitStack() as stack:
+        store: Any = stack.enter_context(_collection(args)) if in_qdrant else Store.open(args.store)
+        if not is_automatic:
+            store.stages(args.budget, args.cascade)  # before the model, which takes seconds
+        model = load_model(args, store)
+        budget, cascade, note = args.budget, args.cascade, ""
+        if is_automatic:
+            budget, (cascade, note) = None, _choice(store, model, args)
+        queries = model.encode_query([query], args.batch_size).to(model.device)
+        tell_cut(model)
+        hits = store.search(
+            queries,
+            budget,
+            cascade=cascade,
+            top=None if args.cascade else args.top,
+            where=args.where or (),
+            normalised=args.normalised,
+        )
+        plan = ",".join(map(str, hits.stages))
+        cost = {"plan": plan, "milliseconds": hits.milliseconds, "items": len(store)}
+        notes = [f"{plan}: {hits.milliseconds:.1f} ms"]
+        if in_qdrant:
+            metadata = hits.metadata[0]
+        else:
+            metadata = store.metadata(hits.rows[0])
+            cost |= {"bytes_read": hits.bytes_read, "note": note}
+            notes = [f"{notes[0]}, {hits.bytes_read:,} bytes read", *filter(None, [note])]
+    results = list(map(_result, hits.ids[0], hits.scores[0], metadata))[: args.top]
+    return Answer(results, cost, "; ".join(notes))
+
+
+def _collection(args: argparse.Namespace) -> Any:
+    if args.budget == "auto":
+        raise UserError(
+            "--budget auto only works on a store in a folder: search there without an index, and "
+            "pass the plan that it chooses as --cascade"
+        )
+    from metaembed_pl.retrieval.qdrant.store import QdrantStore
+
+    return QdrantStore.open(args.store, args.exact)
 
 
 def _choice(store: "Store", model: "MetaEmbedder", args: argparse.Namespace) -> "Choice":
-    """What a search without a budget does; measured now where that takes seconds."""
+    """The plan of a search without a budget; plans are measured now if that takes seconds."""
     from metaembed_pl.retrieval.calibration import TARGET, Calibration, choose, needs_measuring
 
     calibration = Calibration.load(store)
@@ -61,11 +108,11 @@ def _choice(store: "Store", model: "MetaEmbedder", args: argparse.Namespace) -> 
     return choose(store, calibration, target, args.top)
 
 
-def found_of(id: str, score: float, metadata: dict[str, Any]) -> SearchResult:
-    """A result, by what its store keeps of it."""
-    where = metadata.get("image") or metadata.get("file")
-    if where is not None and "page" in metadata:
-        where = f"{where}, page {metadata['page']}"
+def _result(id: str, score: float, metadata: dict[str, Any]) -> SearchResult:
+    image = metadata.get("image") or metadata.get("file")
+    if image is not None and "page" in metadata:
+        image = f"{image}, page {metadata['page']}"
     asked = metadata.get("asked_as")
-    text = metadata.get("text")
-    return SearchResult(id, score, text, where, f'"{asked}"' if asked else "", metadata)
+    return SearchResult(
+        id, score, metadata.get("text"), image, f'"{asked}"' if asked else "", metadata
+    )

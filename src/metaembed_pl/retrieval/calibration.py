@@ -1,16 +1,17 @@
-"""The recall and cost of each plan, measured on the store itself.
+"""The recall and cost of each search plan, measured on the store itself.
 
-Some queries are searched for with all vectors; a plan's recall is the share of their first ten that
-it finds too. One pass over some rows gives, for every first stage that there is, the place of each
-of these ten in its order, and so the recall of any number kept. In a sample of a tenth of the rows
-a stage keeps a tenth of its items, which is harder, because the ten best then reach ten times as
-far down the ranking. Plans that use an index are measured on all rows.
+Some queries are searched with all vectors; the recall of a plan is the share of their ten best
+results that it finds as well. For plans that score every item, one pass over a sample of the rows
+ranks these ten under every possible first stage, which gives the recall for any number of items
+kept. In a sample of a tenth of the rows, a stage keeps a tenth of its items; that is harder, since
+the ten best then reach ten times as far down the ranking. Plans that use an index are measured on
+all rows.
 
-Queries for several things are harder than those for one, and texts of items ask for one thing each:
-so two and three of them are joined to one query as well. A plan's recall is that of the kind of
-query it does worst at.
+Queries for several things are harder than queries for one thing, and texts of items ask for one:
+so texts are joined by two and by three as well. The recall of a plan is that of the kind of query
+it does worst at.
 
-Q: queries    Rq: their vectors    A: questions of a query    D: width    T: the first ten
+Q: queries    Rq: their vectors    A: questions of a query    D: width    T: the ten best
 """
 
 import itertools
@@ -19,12 +20,11 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Integer
+from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
 from metaembed_pl.budget import Budget, check_budget
@@ -35,33 +35,33 @@ from metaembed_pl.retrieval.cascade import Stage, parse_cascade, run_stages
 from metaembed_pl.retrieval.index import Index, IndexUnusable
 from metaembed_pl.retrieval.planes import read
 from metaembed_pl.retrieval.searchable import VectorSpace
-from metaembed_pl.retrieval.snapshot import Matching, Snapshot
+from metaembed_pl.retrieval.snapshot import Matching
 from metaembed_pl.retrieval.store import Store
 from metaembed_pl.samples import evenly_spread
 
 CALIBRATION_FILE, QUERIES_FILE = "calibration.json", "queries.jsonl"
 TOP = 10
 TARGET = 0.98
-"""Recall that a search without a budget is to reach."""
-NUM_QUERIES, LEAST_QUERIES, ASKED_AT_A_TIME = 32, 16, 8
+"""Recall that a search without a budget should reach."""
+NUM_QUERIES, LEAST_QUERIES, QUERIES_AT_A_TIME = 32, 16, 8
 LOGGED_QUERIES = 96
 JOINED_LENGTH = 80
-"""Characters of each text that is joined with others to one query."""
+"""Characters of a text that is joined with others."""
 PRODUCTS_AT_MOST, PRODUCTS_WITH_INDEX = 2.5e11, 2e12
-"""Multiplications that the exact search may take: some seconds on a core or two, or half a minute
-where an index was built, which took minutes."""
+"""Multiplications of the exact search: some seconds on a core or two, or half a minute with an
+index, which took minutes to build."""
 SMALL, LARGE = 1e6, 1e12
-"""Dot products of an exact search that takes some ten milliseconds, and multiplications of a
-measurement that takes longer than a search may wait for."""
+"""Dot products of an exact search that takes some ten milliseconds; multiplications of a
+measurement that takes too long to start it before a search."""
 ROWS_AT_LEAST = 1000
 CHANGED_AT_MOST = 0.1
-"""Share of the items that may come or go before the plans are measured anew."""
+"""Share of the items that may come or go before plans are measured again."""
 TARGETS = (0.5, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 1)
-"""The cheapest plan is kept for each."""
-KEPT = (50, 200, 1000, 4000, 16_000)
+"""The cheapest plan for each is saved."""
+KEEPS = (50, 200, 1000, 4000, 16_000)
 REACH = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2)
 LISTS_AT_MOST = 0.25
-"""Share of an index's lists above which a plan that reads them is not worth measuring."""
+"""Share of an index's lists; plans that read more are not measured."""
 HITS = {True: (50, 100, 200, 400, 800, 1600), False: (25, 50, 100, 200, 400)}
 """Vectors for each question: for the sum of a query's vectors, and for each of them."""
 TIMED = 3
@@ -69,17 +69,20 @@ BLOCK = 2**22
 """Products held at a time."""
 
 
+Stages = tuple[Stage, ...]
+
+
 class Measured(NamedTuple):
-    """A plan, and what came of it.
+    """A search plan with its recall and cost.
 
     Args:
         plan: a budget, or the stages of a cascade.
-        recall: share of the first ten of the exact search, over the queries of the hardest kind.
-        error: standard error of it.
-        products: dot products per query on the complete store; half the components count half,
-            reading a code of the index 1.
+        recall: share of the exact search's ten best, for the hardest kind of query.
+        error: standard error of the recall.
+        products: dot products per query on the complete store; a product of half the components
+            counts half, a code of the index 1.
         bytes_read: per query, on the complete store.
-        milliseconds: a query by itself, on the rows that were searched.
+        milliseconds: for one query, on the rows that were searched.
     """
 
     plan: str
@@ -87,21 +90,21 @@ class Measured(NamedTuple):
     error: float
     products: float
     bytes_read: float
-    milliseconds: float
+    milliseconds: float = 0.0
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Plans for a store, cheapest first.
+    """Search plans for a store, cheapest first.
 
     Args:
-        groups: of its model.
+        groups: of the store's model.
         data: folder of the store's data.
-        num_rows: items ever added to it.
-        num_deleted: of these.
-        index: number of the index that was asked; None: there was none.
-        used: which queries and rows were measured, in words.
-        measured: each plan.
+        num_rows: items ever added to the store.
+        num_deleted: how many of them were deleted.
+        index: number of the index that was used; None: there was none.
+        used: the queries and rows that were used, in words.
+        measured: the plans.
     """
 
     groups: tuple[str, ...]
@@ -113,24 +116,17 @@ class Calibration:
     measured: tuple[Measured, ...]
 
     def fits(self, store: Store) -> bool:
-        """Whether it still tells what the store needs: little has changed, no index was made."""
+        """Whether it is still valid: few items came or went, and the store got no first index."""
         now = store.description
-        if now.data != self.data:
-            return False
         changed = now.num_rows - self.num_rows + now.num_deleted - self.num_deleted
-        try:
-            index = store.index()
-        except IndexUnusable:
-            index = None
-        same = index is None or index.manifest.number == self.index
-        grown = index is not None and self.index is not None
-        return (same or grown) and changed <= CHANGED_AT_MOST * self.num_rows
+        is_same = now.data == self.data and changed <= CHANGED_AT_MOST * self.num_rows
+        return is_same and (self.index is not None or usable_index(store) is None)
 
     def best(self, target_recall: float, with_index: bool = True) -> Measured:
-        """The cheapest plan that finds at least so many of the first ten.
+        """The cheapest plan whose recall reaches a target.
 
-        Its recall less its standard error must reach the target: of many plans that are measured
-        with few queries, the cheapest that seems to reach it is often one that was lucky.
+        The recall less its standard error must reach it: among many plans that are measured with
+        few queries, the cheapest that seems to reach the target was often lucky.
 
         Raises:
             UserError: the target is not a share.
@@ -146,40 +142,38 @@ class Calibration:
         )
 
     def save(self, store: Store) -> None:
-        """Keep it beside the store's manifest."""
+        """Save it beside the store's manifest."""
         write_text(store.folder / CALIBRATION_FILE, json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
     def load(cls, store: Store) -> "Calibration | None":
-        """That of a store, where it was kept and still fits."""
+        """The saved calibration of a store; None: there is none, or it is no longer valid."""
         try:
-            value = json.loads(Path(store.folder / CALIBRATION_FILE).read_text())
-            measured = tuple(Measured(*row) for row in value.pop("measured"))
-            groups = tuple(value.pop("groups"))
-            found = cls(**value, groups=groups, measured=measured)
+            value = json.loads((store.folder / CALIBRATION_FILE).read_text())
+            measured = tuple(Measured(*row) for row in value["measured"])
+            found = cls(**{**value, "groups": tuple(value["groups"]), "measured": measured})
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
-        return (
-            found if found.groups == tuple(map(str, store.groups)) and found.fits(store) else None
-        )
+        is_of_model = found.groups == tuple(map(str, store.groups))
+        return found if is_of_model and found.fits(store) else None
 
 
 class Choice(NamedTuple):
-    """What a search without a budget does, and why, in words."""
+    """The stages of a search without a budget, and the reason in words."""
 
-    stages: tuple[Stage, ...]
+    stages: Stages
     note: str
 
 
 def choose(
     store: Store, calibration: Calibration | None, target_recall: float = TARGET, top: int = TOP
 ) -> Choice:
-    """The cheapest plan known to reach a recall on a store; the exact one where none is known.
+    """The cheapest plan known to reach a recall on a store; the exact search if none is known.
 
     Args:
         store: to be searched.
-        calibration: of it; None: it was not measured.
-        target_recall: of the first ten of the exact search.
+        calibration: of this store; None: it was not measured.
+        target_recall: share of the exact search's ten best.
         top: results.
     """
     exact = stages_of(str(store.groups[-1]), store.description, top)
@@ -203,25 +197,22 @@ def choose(
     return Choice(stages_of(row.plan, store.description, top), note + why)
 
 
-def has_index(store: Store) -> bool:
-    """Whether a store has an index that can be used."""
+def usable_index(store: Store) -> Index | None:
+    """The index of a store, unless it has none or an unusable one."""
     try:
-        return store.index() is not None
+        return store.index()
     except IndexUnusable:
-        return False
+        return None
 
 
 def needs_measuring(store: Store) -> bool:
-    """Whether a store that was not measured is to be measured before it is searched.
+    """Whether to measure an unmeasured store before it is searched.
 
-    A small one is not, and one so large that this takes minutes is not either.
+    Not if it is small, or has an index and is so large that measuring takes minutes.
     """
     if _is_small(store):
         return False
-    try:
-        if store.index() is None:
-            return True
-    except IndexUnusable:
+    if usable_index(store) is None:
         return True
     last = store.groups[-1]
     return 3 * NUM_QUERIES * len(store) * last.r_q * last.r_c * store.width <= LARGE
@@ -231,42 +222,63 @@ def _is_small(store: Store) -> bool:
     return len(store) * store.groups[-1].r_q * store.groups[-1].r_c <= SMALL
 
 
-class Kinds(NamedTuple):
-    """Queries to measure with.
-
-    Args:
-        vectors: by kind, as the store accepted them.
-        said: what they are, in words.
-    """
-
-    vectors: list[Float[Tensor, "_ Rq D"]]
-    said: str
-
-
 def calibrate(
     store: Store,
-    queries: Float[Tensor, "Q Rq D"] | None = None,
+    queries: Float[Tensor, "Q Rq D"] | Sequence[Float[Tensor, "_ Rq D"]] | None = None,
     asked_by: str = "queries",
     go_on: Callable[[], None] = lambda: None,
 ) -> Calibration:
-    """Measure plans on a store.
+    """Measure search plans on a store.
 
     Args:
         store: not empty.
-        queries: such as will be asked, of the store's model, some dozens; None: stored items ask,
-            with their own vectors.
+        queries: some dozens, such as users will ask, encoded by the store's model; or several such
+            tensors, one for each kind of query. None: vectors of stored items.
         asked_by: what the queries are, in words.
-        go_on: called every second or so; what it raises ends the measurement.
+        go_on: called about every second; an exception that it raises ends the measurement.
 
     Raises:
         UserError: the store is empty.
     """
-    _check_filled(store)
+    if not len(store):
+        raise UserError(f"{store.folder} is empty: no items to measure plans on")
     if queries is None:
-        queries, asked_by = _stored_queries(store), "stored items, by their own vectors"
+        kinds, asked_by = [_stored_queries(store)], "stored items, by their own vectors"
     else:
-        queries = store.accept(queries)
-    return calibrate_kinds(store, Kinds([queries], f"{len(queries)} {asked_by}"), go_on)
+        kinds = [queries] if isinstance(queries, Tensor) else queries
+        kinds = [store.accept(some) for some in kinds]
+    trial, index, snapshot = _Trial(store, kinds, go_on), usable_index(store), store.snapshot()
+    last = store.groups[-1]
+    a_row = len(trial.queries) * last.r_q * last.r_c * store.width
+    # With an index, plans that score every item serve only if it is lost: a smaller sample.
+    products = PRODUCTS_AT_MOST if index is None else PRODUCTS_AT_MOST / 4
+    rows = evenly_spread(len(store), max(ROWS_AT_LEAST, int(products / a_row)))
+    sample = Matching(snapshot.places[rows], snapshot.manifest.num_rows)
+    plans = trial.scans(sample)
+    if index is not None:
+        every_nth = math.ceil(a_row * len(store) / PRODUCTS_WITH_INDEX)
+        fewer = _Trial(store, [some[::every_nth] for some in kinds], go_on)
+        plans |= fewer.index_plans(index)
+    measured = []
+    for stages, row in _worth_it(plans, store).items():
+        go_on()
+        matching = snapshot.every
+        if stages[0].reach is None:
+            stages, matching = _scaled(stages, len(rows) / len(store)), sample
+        query = trial.queries[:1]
+        times = [run_stages(snapshot, query, stages, matching, index) for _ in range(TIMED)]
+        seconds = min(result.seconds for result in times)
+        measured.append(row._replace(milliseconds=1000 * seconds))
+    used = f"{len(kinds[0])} {asked_by}, on {len(rows):,} of {len(store):,} items"
+    return Calibration(
+        tuple(map(str, store.groups)),
+        snapshot.manifest.data,
+        snapshot.manifest.num_rows,
+        snapshot.manifest.num_deleted,
+        None if index is None else index.manifest.number,
+        used if index is None else f"{used} (plans that ask the index: on all)",
+        tuple(measured),
+    )
 
 
 def measure(
@@ -274,19 +286,19 @@ def measure(
     encode: Callable[[Sequence[str]], Float[Tensor, "Q Rq D"]],
     go_on: Callable[[], None] = lambda: None,
 ) -> Calibration:
-    """Measure plans with what users asked, where `serve --log-queries` kept it.
+    """Measure search plans with the queries that `serve --log-queries` saved.
 
-    Else with texts that items have, alone and joined; where few have one, with stored items.
+    If there are few, with texts of the items, alone and joined; if few items have one, with the
+    vectors of items.
 
     Args:
         store: not empty.
-        encode: gives texts' vectors, as queries of the store's model.
+        encode: encodes texts as queries, with the store's model.
         go_on: see `calibrate`.
 
     Raises:
         UserError: the store is empty.
     """
-    _check_filled(store)
     logged = logged_queries(store)
     if len(logged) >= LEAST_QUERIES:
         return calibrate(store, encode(logged), "queries that were logged", go_on)
@@ -296,13 +308,13 @@ def measure(
     texts = list(dict.fromkeys(texts))[:NUM_QUERIES]
     if len(texts) < LEAST_QUERIES:
         return calibrate(store, go_on=go_on)
-    queries = [store.accept(encode(some)) for some in (texts, *joined(texts))]
-    said = f"{len(texts)} texts of its items, alone and joined by two and by three"
-    return calibrate_kinds(store, Kinds(queries, said), go_on)
+    kinds = [encode(some) for some in (texts, *joined(texts))]
+    asked_by = "texts of its items, alone and joined by two and by three"
+    return calibrate(store, kinds, asked_by, go_on)
 
 
 def joined(texts: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Queries for two things and for three, made of texts that ask for one each.
+    """Queries for two things and for three, made of texts that ask for one thing each.
 
     >>> joined(["cat", "dog", "owl"])
     (['cat and owl', 'dog and cat', 'owl and dog'],
@@ -333,203 +345,140 @@ def logged_queries(store: Store) -> list[str]:
     return list(dict.fromkeys(reversed(texts)))[:LOGGED_QUERIES]
 
 
-def calibrate_kinds(
-    store: Store, kinds: Kinds, go_on: Callable[[], None] = lambda: None
-) -> Calibration:
-    """Measure plans with queries of several kinds; see `calibrate`."""
-    snapshot, last = store.snapshot(), store.groups[-1]
-    queries = torch.cat(kinds.vectors)
-    a_row = len(queries) * last.r_q * last.r_c * store.width
-    try:
-        index = store.index()
-    except IndexUnusable:
-        index = None
-    # With an index, plans that score every item are what is left if it is lost: a smaller sample.
-    products = PRODUCTS_AT_MOST if index is None else PRODUCTS_AT_MOST / 4
-    rows = evenly_spread(len(store), max(ROWS_AT_LEAST, int(products / a_row)))
-    sample = Matching(snapshot.places[rows], snapshot.manifest.num_rows)
-    sizes = [len(some) for some in kinds.vectors]
-    plans = _scans(store, queries, sample, sizes, go_on)
-    if index is not None:
-        every_nth = math.ceil(a_row * len(store) / PRODUCTS_WITH_INDEX)
-        asked = [some[::every_nth] for some in kinds.vectors]
-        plans += _index_plans(store, index, asked, go_on)
-    share = len(rows) / len(store)
-    measured = []
-    for plan in _worth_it(plans, store):
-        go_on()
-        on_all = plan.stages[0].reach is not None
-        stages = plan.stages if on_all else _scaled(plan.stages, share)
-        matching = snapshot.every if on_all else sample
-        seconds = min(
-            run_stages(snapshot, queries[:1], stages, matching, index).seconds for _ in range(TIMED)
-        )
-        cost = plan.products, plan.bytes_read
-        name = plan_name(plan.stages)
-        measured.append(Measured(name, plan.recall, plan.error, *cost, 1000 * seconds))
-    on = f"on {len(rows):,} of {len(store):,} items"
-    if index is not None:
-        on += " (plans that ask the index: on all)"
-    return Calibration(
-        tuple(map(str, store.groups)),
-        snapshot.manifest.data,
-        snapshot.manifest.num_rows,
-        snapshot.manifest.num_deleted,
-        None if index is None else index.manifest.number,
-        f"{kinds.said}, {on}",
-        tuple(measured),
-    )
+class _Trial:
+    """Measures plans with queries of several kinds."""
 
+    def __init__(
+        self, store: Store, kinds: Sequence[Float[Tensor, "_ Rq D"]], go_on: Callable[[], None]
+    ):
+        self.store, self.snapshot, self.go_on = store, store.snapshot(), go_on
+        self.queries, self.sizes = torch.cat([*kinds]), [len(some) for some in kinds]
+        self.end = Stage(store.groups[-1], TOP)
 
-class _Plan(NamedTuple):
-    stages: tuple[Stage, ...]
-    recall: float
-    error: float
-    products: float
-    bytes_read: float
+    def scans(self, sample: Matching) -> dict[Stages, Measured]:
+        """Plans that score every item in their first stage."""
+        exact = self._exact(sample)
+        ranks = self._ranks(sample.places, exact)
+        share = len(sample.places) / len(self.store)
+        found: dict[Stages, Measured] = {}
 
+        def add(*stages: Stage) -> None:
+            # What is among the best of all is among the best of those that an earlier stage leaves.
+            survives = torch.ones(exact.shape, dtype=torch.bool)
+            for stage, scaled in zip(stages, _scaled(stages, share), strict=True):
+                survives &= ranks[stage._replace(keep=0)] < scaled.keep
+            found[stages] = self._measured(stages, survives)
 
-def _scans(
-    store: Store,
-    queries: Float[Tensor, "Q Rq D"],
-    sample: Matching,
-    sizes: Sequence[int],
-    go_on: Callable[[], None],
-) -> list[_Plan]:
-    """Plans that score every item in their first stage."""
-    snapshot, last = store.snapshot(), store.groups[-1]
-    exact = _exact(snapshot, queries, Stage(last, TOP), sample, go_on)
-    ranks = _ranks(store, queries, sample.places, exact, go_on)
-    share = len(sample.places) / len(store)
-    found = []
-
-    def add(*stages: Stage) -> None:
-        # What is among the best of all is among the best of those that an earlier stage leaves.
-        survives = torch.ones(exact.shape, dtype=torch.bool)
-        for stage, scaled in zip(stages, _scaled(stages, share), strict=True):
-            survives &= ranks[stage._replace(keep=0)] < scaled.keep
-        recall = _hardest(survives, sizes)
-        found.append(_Plan(stages, *recall, *costs(stages, store)))
-
-    end = Stage(last, TOP)
-    price = {stage: _price(stage, store) for stage in (end, *ranks)}
-    for first in ranks:
-        if not first.pooled:
-            add(first._replace(keep=TOP))
-        for keep in KEPT if price[first] < price[end] else ():
-            if keep >= len(store):
-                break
-            begun = first._replace(keep=keep)
-            add(begun, end)
-            for between in ranks if keep >= 10 * KEPT[0] else ():
-                is_whole = between.budget.width is None
-                if is_whole and price[first] < price[between] < price[end]:
-                    add(begun, between._replace(keep=keep // 10), end)
-    return found
-
-
-def _index_plans(
-    store: Store,
-    index: Index,
-    kinds: Sequence[Float[Tensor, "_ Rq D"]],
-    go_on: Callable[[], None],
-) -> list[_Plan]:
-    """Plans that ask an index: how far down its answers the ten best stand."""
-    snapshot, end = store.snapshot(), Stage(store.groups[-1], TOP)
-    queries, sizes = torch.cat([*kinds]), [len(some) for some in kinds]
-    exact = _exact(snapshot, queries, end, snapshot.every, go_on).numpy()
-    allowed = snapshot.every.allowed(index.num_rows, index.num_slots)
-    in_any_case = torch.from_numpy(exact >= index.num_rows)
-    found = []
-    for pooled, hits in HITS.items():
-        for reach in REACH:
-            go_on()
-            stage = Stage(store.groups[-1], hits[-1], pooled, reach)
-            asked = stage.asked(queries).float().cpu().numpy()
-            lists, products = index.lists_of(asked, reach)
-            num_read = (lists >= 0).sum() / len(queries)
-            if num_read > LISTS_AT_MOST * index.num_lists * asked.shape[1]:
-                break
-            ids = index.nearest(asked, lists, products, hits[-1], allowed)
-            items = np.where(ids < 0, -1, ids // index.num_slots)
-            depth = torch.from_numpy(_depth(items, exact))
-            for some in hits:
-                recall = _hardest((depth < some) | in_any_case, sizes)
-                rescored = float(np.mean([len(np.unique(one[:, :some])) for one in items]))
-                stages = stage._replace(keep=some), end
-                asks = index, num_read, rescored
-                found.append(_Plan(stages, *recall, *costs(stages, store, asks)))
-    return found
-
-
-def _depth(items: Integer[np.ndarray, "Q A K"], wanted: Integer[np.ndarray, "Q T"]) -> np.ndarray:
-    """Where in the best of its query's answers an item first stands; beyond them if nowhere."""
-    depth = np.full(wanted.shape, items.shape[2])
-    for query, item in np.ndindex(*wanted.shape):
-        places = np.nonzero(items[query] == wanted[query, item])[1]
-        if len(places):
-            depth[query, item] = places.min()
-    return depth
-
-
-def _exact(
-    snapshot: Snapshot,
-    queries: Float[Tensor, "Q Rq D"],
-    stage: Stage,
-    matching: Matching,
-    go_on: Callable[[], None],
-) -> Integer[Tensor, "Q T"]:
-    """Places of the ten best."""
-    found = []
-    for some in queries.split(ASKED_AT_A_TIME):
-        go_on()
-        found.append(run_stages(snapshot, some, [stage], matching).places)
-    return torch.cat(found).cpu()
-
-
-def _ranks(
-    store: Store,
-    queries: Float[Tensor, "Q Rq D"],
-    places: Integer[Tensor, " N"],
-    exact: Integer[Tensor, "Q T"],
-    go_on: Callable[[], None],
-) -> dict[Stage, Integer[Tensor, "Q T"]]:
-    """How many of some items each first stage puts before each of the ten best.
-
-    One product of all vectors, for each width, serves every stage: the maximum runs over the
-    candidate's vectors and the sum over the query's, and stops at each trained count.
-    """
-    planes, groups = store.snapshot().planes, store.groups
-    last = groups[-1].r_c
-    columns: dict[int | None, Tensor] = {}
-    for width in (None, *store.widths):
-        asked = narrowed(queries, width).float()
-        columns[width] = torch.cat([asked, asked.sum(dim=1, keepdim=True)], dim=1)
-
-    def first_scores(places: Integer[Tensor, " n"]) -> dict[Stage, Float[Tensor, "n Q"]]:
-        vectors, found = read(planes, last, places), {}
-        for width, asked in columns.items():
-            found |= _first_scores(narrowed(vectors, width), asked, groups, width)
+        end = self.end
+        price = {stage: _price(stage, self.store) for stage in (end, *ranks)}
+        for first in ranks:
+            if not first.pooled:
+                add(first._replace(keep=TOP))
+            for keep in KEEPS if price[first] < price[end] else ():
+                if keep >= len(self.store):
+                    break
+                begun = first._replace(keep=keep)
+                add(begun, end)
+                for between in ranks if keep >= 10 * KEEPS[0] else ():
+                    has_all_components = between.budget.width is None
+                    if has_all_components and price[first] < price[between] < price[end]:
+                        add(begun, between._replace(keep=keep // 10), end)
         return found
 
-    own = first_scores(exact.flatten())
-    pick = torch.arange(len(queries)).repeat_interleave(exact.shape[1])
-    rows = torch.arange(len(pick))
-    limits = {
-        # The same product may come out a little different among others.
-        first: (scores[rows, pick] + 1e-5).view(exact.shape)
-        for first, scores in own.items()
-    }
-    before = {first: torch.zeros(exact.shape, dtype=torch.long) for first in limits}
-    step = max(1, BLOCK // (len(queries) * (queries.shape[1] + 1) * last))
-    last_report = time.perf_counter()
-    for some in places.split(step):
-        for first, scores in first_scores(some).items():
-            before[first] += (scores.unsqueeze(2) > limits[first].to(scores)).sum(dim=0).cpu()
-        if time.perf_counter() - last_report > 1:
-            go_on()
-            last_report = time.perf_counter()
-    return before
+    def index_plans(self, index: Index) -> dict[Stages, Measured]:
+        """Plans whose first stage asks an index."""
+        every = self.snapshot.every
+        exact = self._exact(every).numpy()
+        allowed = every.allowed(index.num_rows, index.num_slots)
+        is_not_indexed = torch.from_numpy(exact >= index.num_rows)
+        found: dict[Stages, Measured] = {}
+        for pooled, hits in HITS.items():
+            for reach in REACH:
+                self.go_on()
+                stage = Stage(self.store.groups[-1], hits[-1], pooled, reach)
+                questions = stage.asked(self.queries).float().cpu().numpy()
+                lists, products = index.lists_of(questions, reach)
+                num_read = (lists >= 0).sum() / len(self.queries)
+                if num_read > LISTS_AT_MOST * index.num_lists * questions.shape[1]:
+                    break
+                ids = index.nearest(questions, lists, products, hits[-1], allowed)
+                items = np.where(ids < 0, -1, ids // index.num_slots)
+                depth = torch.from_numpy(_depth(items, exact))
+                for keep in hits:
+                    rescored = float(np.mean([len(np.unique(one[:, :keep])) for one in items]))
+                    stages = stage._replace(keep=keep), self.end
+                    survives = (depth < keep) | is_not_indexed
+                    found[stages] = self._measured(stages, survives, (index, num_read, rescored))
+        return found
+
+    def _exact(self, matching: Matching) -> Integer[Tensor, "Q T"]:
+        """Places of the ten best."""
+        found = []
+        for some in self.queries.split(QUERIES_AT_A_TIME):
+            self.go_on()
+            found.append(run_stages(self.snapshot, some, [self.end], matching).places)
+        return torch.cat(found).cpu()
+
+    def _measured(
+        self,
+        stages: Stages,
+        survives: Bool[Tensor, "Q T"],
+        asks: tuple[Index, float, float] | None = None,
+    ) -> Measured:
+        """A plan, with the recall of the kind of query that it does worst at."""
+        found = []
+        for some in survives.double().mean(dim=1).split(self.sizes):
+            error = some.std().item() / math.sqrt(len(some)) if len(some) > 1 else 0.0
+            found.append((some.mean().item(), error))
+        recall, error = min(found, key=lambda one: one[0] - one[1])
+        return Measured(plan_name(stages), recall, error, *costs(stages, self.store, asks))
+
+    def _ranks(
+        self, places: Integer[Tensor, " N"], exact: Integer[Tensor, "Q T"]
+    ) -> dict[Stage, Integer[Tensor, "Q T"]]:
+        """How many of some items each first stage ranks before each of the ten best.
+
+        One product of all vectors, for each width, serves every stage: the maximum runs over the
+        candidate's vectors and the sum over the query's, and stops at each trained count.
+        """
+        planes, groups, queries = self.snapshot.planes, self.store.groups, self.queries
+        last = groups[-1].r_c
+        columns: dict[int | None, Tensor] = {}
+        for width in (None, *self.store.widths):
+            asked = narrowed(queries, width).float()
+            columns[width] = torch.cat([asked, asked.sum(dim=1, keepdim=True)], dim=1)
+
+        def first_scores(places: Integer[Tensor, " n"]) -> dict[Stage, Float[Tensor, "n Q"]]:
+            vectors, found = read(planes, last, places), {}
+            for width, asked in columns.items():
+                found |= _first_scores(narrowed(vectors, width), asked, groups, width)
+            return found
+
+        pick = torch.arange(len(queries)).repeat_interleave(exact.shape[1])
+        rows = torch.arange(len(pick))
+        limits = {
+            # The same product may come out a little different among others.
+            first: (scores[rows, pick] + 1e-5).view(exact.shape)
+            for first, scores in first_scores(exact.flatten()).items()
+        }
+        before = {first: torch.zeros(exact.shape, dtype=torch.long) for first in limits}
+        step = max(1, BLOCK // (len(queries) * (queries.shape[1] + 1) * last))
+        last_report = time.perf_counter()
+        for some in places.split(step):
+            for first, scores in first_scores(some).items():
+                before[first] += (scores.unsqueeze(2) > limits[first].to(scores)).sum(dim=0).cpu()
+            if time.perf_counter() - last_report > 1:
+                self.go_on()
+                last_report = time.perf_counter()
+        return before
+
+
+def _depth(
+    items: Integer[np.ndarray, "Q A K"], wanted: Integer[np.ndarray, "Q T"]
+) -> Integer[np.ndarray, "Q T"]:
+    """The first rank of each wanted item in the best of its query's results; K: it is in none."""
+    is_found = (items[:, None] == wanted[:, :, None, None]).any(axis=2)
+    return np.where(is_found.any(axis=2), is_found.argmax(axis=2), items.shape[2])
 
 
 def _first_scores(
@@ -538,7 +487,7 @@ def _first_scores(
     groups: Sequence[Budget],
     width: int | None,
 ) -> dict[Stage, Float[Tensor, "n Q"]]:
-    """Scores of every first stage that there is at a width."""
+    """Scores of every possible first stage at a width."""
     num_queries, num_columns, _ = columns.shape
     r_q = num_columns - 1
     vectors = vectors.to(columns.device)
@@ -557,29 +506,20 @@ def _first_scores(
     return found
 
 
-def _hardest(survives: Tensor, sizes: Sequence[int]) -> tuple[float, float]:
-    """Recall of the kind of query that does worst, and its standard error."""
-    found = []
-    for some in survives.double().mean(dim=1).split(list(sizes)):
-        error = some.std().item() / math.sqrt(len(some)) if len(some) > 1 else 0.0
-        found.append((some.mean().item(), error))
-    return min(found, key=lambda one: one[0] - one[1])
+def _worth_it(plans: dict[Stages, Measured], store: Store) -> dict[Stages, Measured]:
+    """The trained groups, and the cheapest plan for each target; cheapest first.
 
-
-def _worth_it(plans: Sequence[_Plan], store: Store) -> list[_Plan]:
-    """The trained groups, and for some targets the cheapest plans, cheapest first.
-
-    Once with those that ask the index and once without: it may be lost.
+    With and without plans that ask the index: it may be lost.
     """
-    plans = sorted(plans, key=lambda plan: (plan.products, plan.bytes_read))
+    ordered = sorted(plans, key=lambda stages: plans[stages][3:5])
     single = Budget(store.groups[-1].r_q, store.groups[0].r_c)
     names = {str(group) for group in (*store.groups, single)}
-    chosen = {plan.stages for plan in plans if plan_name(plan.stages) in names}
-    for some in (plans, [plan for plan in plans if plan.stages[0].reach is None]):
+    chosen = {stages for stages in ordered if plans[stages].plan in names}
+    for some in (ordered, [stages for stages in ordered if stages[0].reach is None]):
         for target in TARGETS:
-            reach = (plan.stages for plan in some if plan.recall - plan.error >= target)
+            reach = (it for it in some if plans[it].recall - plans[it].error >= target)
             chosen.update(itertools.islice(reach, 1))
-    return [plan for plan in plans if plan.stages in chosen]
+    return {stages: plans[stages] for stages in ordered if stages in chosen}
 
 
 def costs(
@@ -590,13 +530,13 @@ def costs(
     Args:
         plan: its stages.
         store: that is searched.
-        asks: where its first stage asks an index: that, the lists that a query reads of it, and the
-            items that this leaves.
+        asks: if the first stage asks an index: the index, how many of its lists a query reads, and
+            how many items it finds.
     """
     snapshot, products, bytes_read = store.snapshot(), 0.0, 0.0
     scored, stages = [len(store), *(stage.keep for stage in plan)], list(plan)
     if plan[0].reach is not None:
-        assert asks is not None, "its cost depends on the index"
+        assert asks is not None, "the cost depends on the index"
         index, num_read, left = asks
         questions = 1 if plan[0].pooled else plan[0].budget.r_q
         share = num_read / index.num_lists
@@ -614,13 +554,13 @@ def _price(stage: Stage, store: Store) -> float:
     return stage.products * (stage.budget.width or store.width) / store.width
 
 
-def _scaled(stages: Sequence[Stage], share: float) -> list[Stage]:
-    """The same for a share of the items."""
-    return [stage._replace(keep=max(TOP, math.ceil(share * stage.keep))) for stage in stages]
+def _scaled(stages: Sequence[Stage], share: float) -> Stages:
+    """The same stages for a share of the items."""
+    return tuple(stage._replace(keep=max(TOP, math.ceil(share * stage.keep))) for stage in stages)
 
 
-def stages_of(plan: str, space: VectorSpace, top: int) -> tuple[Stage, ...]:
-    """The stages of a plan that was named, each keeping at least `top`, the last just that.
+def stages_of(plan: str, space: VectorSpace, top: int) -> Stages:
+    """The stages of a named plan: each keeps at least `top` items, the last exactly so many.
 
     >>> space = VectorSpace("some model", (Budget(1, 1), Budget(4, 8)), width=128)
     >>> [",".join(map(str, stages_of(plan, space, 60))) for plan in ("4x1", "4x1:50,4x8:10")]
@@ -638,18 +578,13 @@ def stages_of(plan: str, space: VectorSpace, top: int) -> tuple[Stage, ...]:
 def _for_top(stage: Stage, top: int) -> Stage:
     if stage.reach is None:
         return stage._replace(keep=max(stage.keep, top))
-    # It was measured for ten: for more results it looks as much farther.
+    # It was measured for ten results: for more it looks proportionally farther.
     return stage._replace(keep=math.ceil(stage.keep * max(1, top / TOP)))
 
 
 def plan_name(plan: Sequence[Stage]) -> str:
-    """A plan as a user would ask for it: a budget, or the stages of a cascade."""
+    """A plan as users write it: a budget, or the stages of a cascade."""
     return str(plan[0].budget) if len(plan) == 1 else ",".join(map(str, plan))
-
-
-def _check_filled(store: Store) -> None:
-    if not len(store):
-        raise UserError(f"{store.folder} is empty: no items to measure plans on")
 
 
 def _stored_queries(store: Store) -> Float[Tensor, "Q Rq D"]:

@@ -1,12 +1,12 @@
 """Background measurement of the plans of a served store, on request."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 
 from metaembed_pl.budget import Budget, budgets_of
 from metaembed_pl.errors import UserError
-from metaembed_pl.retrieval.calibration import Calibration, costs, has_index, plan_name
+from metaembed_pl.retrieval.calibration import Calibration, costs, plan_name, usable_index
 from metaembed_pl.retrieval.cascade import Stage
 from metaembed_pl.retrieval.store import Store
 from metaembed_pl.serving.schema import Measurement, SearchPlan
@@ -89,38 +89,25 @@ class Measuring:
 
 
 def choices(store: Store, calibration: Calibration | None) -> list[SearchPlan]:
-    """Plans to choose from, cheapest first; those that ask the index only where there is one."""
-    exact = costs([Stage(store.groups[-1], 1)], store)[0] or 1
+    """Plans to choose from, cheapest first; those that ask the index only if there is one."""
     if calibration is not None:
-        return [
-            SearchPlan(
-                plan=row.plan,
-                cost=row.products / exact,
-                bytes_read=int(row.bytes_read),
-                recall=row.recall,
-                milliseconds=row.milliseconds,
-            )
-            for row in calibration.measured
-            if "@" not in row.plan or has_index(store)
-        ]
-    found = []
-    every = budgets_of(store.groups, store.widths)
-    for budget in dict.fromkeys([*every, _summed(store.groups)]):
-        plan = [Stage(budget, 1)]
-        products, bytes_read = costs(plan, store)
-        found.append((products, bytes_read, plan_name(plan)))
+        has_index = usable_index(store) is not None
+        rows = [row for row in calibration.measured if has_index or "@" not in row.plan]
+        known = [(*row[3:5], row.plan, row.recall, row.milliseconds) for row in rows]
+    else:
+        # All query vectors with the first of each item: as cheap as 1x1, and finds more.
+        summed = Budget(store.groups[-1].r_q, store.groups[0].r_c)
+        budgets = dict.fromkeys([*budgets_of(store.groups, store.widths), summed])
+        plans = [[Stage(budget, 1)] for budget in budgets]
+        known = sorted((*costs(plan, store), plan_name(plan), None, None) for plan in plans)
+    exact = costs([Stage(store.groups[-1], 1)], store)[0] or 1
     return [
         SearchPlan(
-            plan=name,
+            plan=plan,
             cost=products / exact,
             bytes_read=int(bytes_read),
-            recall=None,
-            milliseconds=None,
+            recall=recall,
+            milliseconds=milliseconds,
         )
-        for products, bytes_read, name in sorted(found)
+        for products, bytes_read, plan, recall, milliseconds in known
     ]
-
-
-def _summed(groups: Sequence[Budget]) -> Budget:
-    """All query vectors with the first of each item: as cheap as 1x1, and finds more."""
-    return Budget(groups[-1].r_q, groups[0].r_c)
