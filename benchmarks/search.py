@@ -41,7 +41,7 @@ from torch.nn.functional import normalize
 from metaembed_pl.budget import PAPER_GROUPS, parse_groups
 from metaembed_pl.retrieval import calibration
 from metaembed_pl.retrieval.index_build import build
-from metaembed_pl.retrieval.mining import ranking_for
+from metaembed_pl.retrieval.mining import stages_for
 from metaembed_pl.retrieval.store import Store
 
 SCENE_GROUPS = ["1x1", "2x4", "4x8", "8x16"]
@@ -95,7 +95,7 @@ def of_halves(folder: Path, scenes: Path, count: int) -> Store:
     return store
 
 
-def of_topics(folder: Path, count: int, width: int) -> tuple[Store, Queries, calibration.Kinds]:
+def of_topics(folder: Path, count: int, width: int) -> tuple[Store, Queries, list[Tensor]]:
     """A store of made items, queries for some of them, and others to calibrate with."""
     draw = torch.Generator().manual_seed(0)
     normal = partial(torch.randn, generator=draw)
@@ -114,11 +114,11 @@ def of_topics(folder: Path, count: int, width: int) -> tuple[Store, Queries, cal
     order = torch.rand(num_queries, r_c, generator=draw).argsort(dim=1)[:, :r_q, None]
     seen = asked.gather(1, order.expand(-1, -1, width))
     queries = normalize(seen + 0.8 * normalize(normal(*seen.shape), dim=-1), dim=-1)
-    others = calibration.Kinds([queries[NUM_ASKED:]], f"{calibration.NUM_QUERIES} queries")
+    others = [queries[NUM_ASKED:]]
     return store, {"one item": queries[:NUM_ASKED]}, others
 
 
-def scene_queries(scenes: Path) -> tuple[Queries, calibration.Kinds, dict[str, np.ndarray]]:
+def scene_queries(scenes: Path) -> tuple[Queries, list[Tensor], dict[str, np.ndarray]]:
     """Queries for one, two and three things, others to calibrate with, the pictures asked for."""
     kept = np.load(scenes / "queries.npz")
     queries, asked, others = {}, {}, []
@@ -126,8 +126,7 @@ def scene_queries(scenes: Path) -> tuple[Queries, calibration.Kinds, dict[str, n
         vectors = torch.from_numpy(kept[f"vectors_{count}"]).float()
         queries[name], asked[name] = vectors[:NUM_ASKED], kept[f"asked_{count}"][:NUM_ASKED]
         others.append(vectors[-calibration.NUM_QUERIES :])
-    said = f"{calibration.NUM_QUERIES} names, alone and joined by two and by three"
-    return queries, calibration.Kinds(others, said), asked
+    return queries, others, asked
 
 
 class PeakMemory(threading.Thread):
@@ -203,7 +202,7 @@ def unjudged(_kind: str, _found: list[list[int]]) -> None:
 def run(
     store: Store,
     queries: Queries,
-    others: calibration.Kinds,
+    others: list[Tensor],
     judge: Callable[[str, list[list[int]]], float | None],
     codes: str,
 ) -> dict[str, Any]:
@@ -245,11 +244,11 @@ def built(store: Store, codes: str) -> dict[str, Any]:
 
 
 def calibrated(
-    store: Store, others: calibration.Kinds
+    store: Store, others: list[Tensor]
 ) -> tuple[calibration.Calibration, dict[str, Any]]:
     """Measure plans on the store: that, and what it takes."""
     started, cpu = time.perf_counter(), time.process_time()
-    measured = calibration.calibrate_kinds(store, others)
+    measured = calibration.calibrate(store, others)
     took = time.perf_counter() - started, time.process_time() - cpu
     spent = {"calibrated_s": took[0], "calibrated_cpu_s": took[1], "measured_with": measured.used}
     return measured, spent
@@ -335,15 +334,15 @@ def filtered(
 def mined(store: Store, queries: Tensor) -> dict[str, Any]:
     """Candidates of hard negatives: how they are ranked, what that finds, minutes for 100,000."""
     started = time.process_time()
-    ranking = ranking_for(store, queries[: NUM_ASKED // 2], DEPTH, 0.95)
+    stages, _ = stages_for(store, queries[: NUM_ASKED // 2], DEPTH, 0.95)
     chosen_s = time.process_time() - started
     others = queries[NUM_ASKED // 2 :]
     exact = store.search(others, str(store.groups[-1]), top=DEPTH).rows
     started = time.process_time()
-    found = store.search(others, cascade=ranking.stages).rows
+    found = store.search(others, cascade=stages).rows
     seconds = (time.process_time() - started) / len(others)
     row = {
-        "plan": ",".join(map(str, ranking.stages)),
+        "plan": ",".join(map(str, stages)),
         "chosen_cpu_s": chosen_s,
         "recall": recall(found, exact),
         "minutes": 100_000 * seconds / 60,

@@ -44,16 +44,16 @@ HITS = 200
 """Vectors taken from a plain vector index before re-ranking."""
 
 
-def ours(store: Store, _vectors: Tensor, others: calibration.Kinds, _folder: Path) -> Any:
+def ours(store: Store, _vectors: Tensor, others: list[Tensor], _folder: Path) -> Any:
     """The chosen plan."""
     index = build(store)
-    plan = calibration.calibrate_kinds(store, others).best(0.98).plan
+    plan = calibration.calibrate(store, others).best(0.98).plan
     yield plan, index.size_bytes, lambda some: store.search(some, cascade=plan).rows
     every = str(store.groups[-1])
     yield f"exact, {every}", 0, lambda some: store.search(some, every, top=TOP).rows
 
 
-def usearch(_store: Store, vectors: Tensor, _others: calibration.Kinds, folder: Path) -> Any:
+def usearch(_store: Store, vectors: Tensor, _others: list[Tensor], folder: Path) -> Any:
     """HNSW over all vectors, in int8."""
     from usearch.index import Index  # pyright: ignore
 
@@ -73,7 +73,7 @@ def usearch(_store: Store, vectors: Tensor, _others: calibration.Kinds, folder: 
         yield f"HNSW16, i8, expansion {expansion}", size, search
 
 
-def lancedb(_store: Store, vectors: Tensor, _others: calibration.Kinds, folder: Path) -> Any:
+def lancedb(_store: Store, vectors: Tensor, _others: list[Tensor], folder: Path) -> Any:
     """Multivectors of LanceDB."""
     import lancedb  # pyright: ignore
     import pyarrow as pa
@@ -101,7 +101,7 @@ def lancedb(_store: Store, vectors: Tensor, _others: calibration.Kinds, folder: 
         yield f"IVF_PQ, nprobes {nprobes}, refine {refine}", size, search
 
 
-def qdrant_edge(store: Store, _vectors: Tensor, _others: calibration.Kinds, folder: Path) -> Any:
+def qdrant_edge(store: Store, _vectors: Tensor, _others: list[Tensor], folder: Path) -> Any:
     """All vectors of an item as one multivector with HNSW, asked with the sum, then with each."""
     sys.path.append(str(Path(__file__).parents[1] / "tests"))
     from metaembed_pl.retrieval.qdrant.push import push
@@ -123,7 +123,7 @@ def qdrant_edge(store: Store, _vectors: Tensor, _others: calibration.Kinds, fold
             yield plan, size, search
 
 
-def fast_plaid(_store: Store, vectors: Tensor, _others: calibration.Kinds, folder: Path) -> Any:
+def fast_plaid(_store: Store, vectors: Tensor, _others: list[Tensor], folder: Path) -> Any:
     """PLAID."""
     from fast_plaid.search import FastPlaid  # pyright: ignore
 
@@ -137,7 +137,7 @@ def fast_plaid(_store: Store, vectors: Tensor, _others: calibration.Kinds, folde
     yield "defaults", size, search
 
 
-def pylate(_store: Store, vectors: Tensor, _others: calibration.Kinds, folder: Path) -> Any:
+def pylate(_store: Store, vectors: Tensor, _others: list[Tensor], folder: Path) -> Any:
     """HNSW of PyLate."""
     from pylate import indexes, retrieve  # pyright: ignore
 
@@ -157,7 +157,7 @@ def pylate(_store: Store, vectors: Tensor, _others: calibration.Kinds, folder: P
         yield f"Voyager, k_token {hits}", size, search
 
 
-def maxsim_cpu(_store: Store, vectors: Tensor, _others: calibration.Kinds, _folder: Path) -> Any:
+def maxsim_cpu(_store: Store, vectors: Tensor, _others: list[Tensor], _folder: Path) -> Any:
     """Exact scores of all candidates."""
     import maxsim_cpu as library  # pyright: ignore
 

@@ -299,7 +299,7 @@ def test_says_how_many_of_the_nearest_it_kept(model, items, tmp_path):
         (32, None, f"stores vectors of width {NARROW}, not 32"),
         (33, "list", "between 1 and 31 components, as the model's vectors have 32; got 33"),
         (20, "two", "to 20 components is learned from at least as many vectors; got 16"),
-        (20, "stream", "give a list of items"),
+        (20, "stream", "give a list, or"),
     ],
 )
 def test_refuses_widths_that_cannot_be(built, model, items, tmp_path, width, given, message):

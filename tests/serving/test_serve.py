@@ -29,7 +29,7 @@ from metaembed_pl.retrieval.sources import draw_page, open_source
 from metaembed_pl.retrieval.store import Store
 from metaembed_pl.serving.app import make_app
 from metaembed_pl.serving.measuring import Measuring
-from metaembed_pl.serving.queries import KEPT, Asked, Queries
+from metaembed_pl.serving.queries import MOST_QUERIES, EncodedQuery, RecentQueries
 from metaembed_pl.serving.service import MAX_TEXT, MAX_TOP, NotNow, NotThere, Service
 from tiny_pdf import make_pdf
 
@@ -400,11 +400,11 @@ def test_a_measurement_that_fails_is_told_and_tried_again(model, tmp_path):
 
 
 def test_of_many_queries_the_one_unused_for_longest_is_forgotten():
-    queries, asked = Queries(), Asked("a", False, torch.zeros(1, 1, 1))
-    for i in range(KEPT):
-        queries.keep(str(i), asked)
+    queries, asked = RecentQueries(), EncodedQuery("a", False, torch.zeros(1, 1, 1))
+    for i in range(MOST_QUERIES):
+        queries.add(str(i), asked)
     assert queries.get("0") is asked
-    queries.keep("one more", asked)
+    queries.add("one more", asked)
     assert queries.get("1") is None
     assert None not in (queries.get("0"), queries.get("2"), queries.get("one more"))
 

@@ -21,6 +21,7 @@ from metaembed_pl.cli.index import chosen, in_words, indexed, measured
 from metaembed_pl.cli.model import (
     add_model_arguments,
     add_pace_arguments,
+    check_at_least,
     load_model,
     pace_of,
     tell_cut,
@@ -125,8 +126,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UserError: a flag, the model, the store or an item is not valid.
     """
-    if args.width is not None and args.width < 1:
-        raise UserError(f"--width must be at least 1, got {args.width}")
+    check_at_least(args, 1, "width")
     with redirect_stdout(sys.stderr):
         summary = _embed_on_ray(args) if args.engine == "ray" else embed_here(args)
     if summary is None:
@@ -209,7 +209,7 @@ def embed_here(args: argparse.Namespace) -> dict[str, Any] | None:
             tell_cut(model)
             return None
         with Progress("embedding", len(source)) as progress:
-            done = embedding.Progress()
+            done = embedding.EmbedStatus()
             for done in steps:
                 progress.update(done.seen)
         tell_cut(model)
@@ -286,7 +286,7 @@ def _index(store: Any, model: Any, args: argparse.Namespace) -> dict[str, Any] |
     return summary | chosen(store, calibration)
 
 
-def _summary(store: Any, done: "embedding.Progress") -> dict[str, Any]:
+def _summary(store: Any, done: "embedding.EmbedStatus") -> dict[str, Any]:
     from metaembed_pl.retrieval.storage_recall import storage_recall
 
     kept, sample = storage_recall(store, done) if done.sample else (1.0, 0)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from metaembed_pl.cli.model import check_at_least
 from metaembed_pl.errors import UserError
 from metaembed_pl.progress import Progress
 
@@ -37,8 +38,7 @@ def embed_on_ray(args: argparse.Namespace, total: int, embed: Embed) -> dict[str
     from metaembed_pl.retrieval.embedding import PartOf
     from metaembed_pl.retrieval.parts import PartNote, merge
 
-    if args.parts is not None and args.parts < 1:
-        raise UserError(f"--parts must be at least 1, got {args.parts}")
+    check_at_least(args, 1, "parts")
     ray = _ray()
     if args.store.exists():
         raise UserError(

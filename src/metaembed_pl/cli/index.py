@@ -15,7 +15,12 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metaembed_pl.cli.model import add_model_arguments, add_pace_arguments, load_model
+from metaembed_pl.cli.model import (
+    add_model_arguments,
+    add_pace_arguments,
+    check_at_least,
+    load_model,
+)
 from metaembed_pl.errors import UserError
 from metaembed_pl.progress import Progress
 
@@ -54,8 +59,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UserError: a flag, the model or the store is not valid, or faiss is missing.
     """
-    if args.batch_size < 1:
-        raise UserError(f"--batch-size must be at least 1, got {args.batch_size}")
+    check_at_least(args, 1, "batch_size")
 
     from metaembed_pl.item import read_items
     from metaembed_pl.retrieval.index import faiss_module

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from metaembed_pl.cli.model import (
     add_model_arguments,
     add_pace_arguments,
+    check_at_least,
     load_model,
     pace_of,
     tell_cut,
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
 NUM_EXAMPLES = 12
 DIGITS = 6
-"""Of a score that is kept."""
+"""Of a saved score."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -109,20 +110,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Mine each folder of shards, and report.
-
-    Raises:
-        UserError: a flag, the model or the shards are not valid.
-    """
+    """Mine each folder of shards, and report."""
     from metaembed_pl.data.collate import Instructions
     from metaembed_pl.data.shards import ShardedPairs
 
-    # What costs nothing to check comes first: encoding takes hours.
+    # Cheap checks come first: encoding takes hours.
     sources = [ShardedPairs(folder) for folder in args.shards]
     rules = _rules(args, [source.name for source in sources])
     instructions = Instructions(args.instruction, args.candidate_instruction)
-    if args.depth < 1:
-        raise UserError(f"--depth must be at least 1, got {args.depth}")
+    check_at_least(args, 1, "depth")
     pace_of(args)
     if sum(given is not None for given in (args.budget, args.cascade, args.target_recall)) > 1:
         raise UserError("give only one of --budget, --cascade and --target-recall")
@@ -135,8 +131,9 @@ def run(args: argparse.Namespace) -> None:
 
         faiss_module()
     extra = [_read_corpus(path) for path in args.corpus]
-    for source in sources:
-        _check_new(args.out / source.name, args.overwrite)
+    for folder in (args.out / source.name for source in sources):
+        if folder.exists() and not args.overwrite:
+            raise UserError(f"{folder} exists already: choose another --out, or --overwrite")
     with redirect_stdout(sys.stderr):
         reports = _mine_all(args, sources, rules, extra, instructions)
     for report in reports:
@@ -173,11 +170,6 @@ def _read_corpus(path: str) -> "Sequence[Item] | ShardedPairs":
     return read_items(Path(path))
 
 
-def _check_new(folder: Path, overwrite: bool) -> None:
-    if folder.exists() and not overwrite:
-        raise UserError(f"{folder} exists already: choose another --out, or --overwrite")
-
-
 def _mine_all(
     args: argparse.Namespace,
     sources: "list[ShardedPairs]",
@@ -192,7 +184,7 @@ def _mine_all(
     from metaembed_pl.retrieval.cascade import parse_cascade
     from metaembed_pl.retrieval.mining import Corpus, Miner
 
-    # The place is the same for all processes, and for a run that goes on after it was killed.
+    # The same folder for all processes, and for a resumed run.
     stores = args.store or args.out.with_name(f".{args.out.name}.stores")
     with connected_ranks() as (rank, _):
         model = load_model(args)
@@ -223,7 +215,7 @@ def _mine_all(
                 _write(args, pairs, corpus, rules[pairs.name], report, results)
                 reports.append(report)
             else:
-                assert not list(results), "rank 0 alone is given what was found"
+                assert not list(results), "only rank 0 gets results"
         tell_cut(model)
         if rank == 0:
             save_report(args.out / "report", reports)
@@ -233,16 +225,16 @@ def _mine_all(
 
 
 def _embedded(model: "MetaEmbedder", folder: Path, corpus: "Corpus", pace: "Pace") -> "Store":
-    """The store of a corpus, embedded by all processes as far as it is not there yet."""
+    """The store of a corpus; all processes embed what is missing."""
     from metaembed_pl.ranks import wait_for_ranks
     from metaembed_pl.retrieval.embedding import embed
     from metaembed_pl.retrieval.store import Store
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    store = Store.open_for(model, folder)  # all ranks meet in there
+    store = Store.open_for(model, folder)  # waits for all ranks
     steps = embed(store, model, corpus.entries(), pace, skip_bad=True, previews=False)
-    for progress in with_progress(steps, f"embedding {folder.name}", len(corpus), lambda p: p.seen):
-        skipped = progress.skipped
+    for status in with_progress(steps, f"embedding {folder.name}", len(corpus), lambda s: s.seen):
+        skipped = status.skipped
     if skipped:
         print(f"{len(skipped)} candidates cannot be read, the first: {skipped[0]}", file=sys.stderr)
     wait_for_ranks()
@@ -252,7 +244,7 @@ def _embedded(model: "MetaEmbedder", folder: Path, corpus: "Corpus", pace: "Pace
 def _results(
     miner: "Miner", pairs: "ShardedPairs", batch_size: int
 ) -> "Iterator[tuple[int, Mined | str]]":
-    """What was found for each pair, in order, on rank 0; each process mines its share."""
+    """The results of all pairs in order, on rank 0; each process mines its share."""
     from metaembed_pl.ranks import gather_objects, rank_and_world
 
     rank, world = rank_and_world()
@@ -266,13 +258,13 @@ def _results(
 
 
 def _rank_cheaply(miner: "Miner", args: argparse.Namespace) -> None:
-    """Index the corpus, and choose how to rank by what that finds for some of the queries."""
+    """Index the corpus, and choose the cheapest search that reaches the target recall."""
     import torch.distributed as dist
 
     from metaembed_pl.cli.index import indexed
     from metaembed_pl.ranks import rank_and_world
     from metaembed_pl.retrieval.calibration import NUM_QUERIES, plan_name
-    from metaembed_pl.retrieval.mining import ranking_for
+    from metaembed_pl.retrieval.mining import stages_for
     from metaembed_pl.samples import evenly_spread
 
     rank, world = rank_and_world()
@@ -280,14 +272,13 @@ def _rank_cheaply(miner: "Miner", args: argparse.Namespace) -> None:
     if rank == 0:
         indexed(miner.store)
         queries = miner.queries(evenly_spread(len(miner.pairs), NUM_QUERIES))
-        ranking = ranking_for(miner.store, queries, args.depth, args.target_recall)
+        stages, recall = stages_for(miner.store, queries, args.depth, args.target_recall)
         print(
-            f"{miner.pairs.name}: ranked by {plan_name(ranking.stages)}, which finds "
-            f"{ranking.recall:.3f} of the first {args.depth} of the exact ranking, by "
-            f"{len(queries)} of its queries",
+            f"{miner.pairs.name}: ranked by {plan_name(stages)}, which finds {recall:.3f} of the "
+            f"first {args.depth} of the exact ranking, by {len(queries)} of its queries",
             file=sys.stderr,
         )
-        chosen = [ranking.stages]
+        chosen = [stages]
     if world > 1:
         dist.broadcast_object_list(chosen)
     miner.rank_by(chosen[0])
@@ -318,7 +309,7 @@ def _write(
 
 
 def _with_negatives(pair: "Pair", mined: "Mined", corpus: "Corpus", keep: bool) -> "Pair":
-    # Rounded, so that the last bits, which depend on the machine, make no other shards.
+    # Rounded, so that the last bits, which depend on the machine, do not change the shards.
     negatives = tuple(replace(corpus[row], score=round(s, DIGITS)) for row, s in mined.negatives)
     old = pair.negatives if keep else ()
     positive = replace(pair.positive, score=round(mined.own, DIGITS))

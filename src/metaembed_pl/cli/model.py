@@ -79,17 +79,22 @@ def add_pace_arguments(parser: argparse.ArgumentParser, workers: bool = True) ->
     )
 
 
+def check_at_least(args: argparse.Namespace, least: int, *names: str) -> None:
+    """Refuse flags that are given and below `least`."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+
+
 def pace_of(args: argparse.Namespace) -> "Pace":
     """What the flags of `add_pace_arguments` say.
 
     Raises:
         UserError: one is out of range.
     """
-    for name, least in (("batch_size", 1), ("chunk_tokens", 1), ("workers", 0)):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            flag = name.replace("_", "-")
-            raise UserError(f"--{flag} must be at least {least}, got {value}")
+    check_at_least(args, 1, "batch_size", "chunk_tokens")
+    check_at_least(args, 0, "workers")
 
     from metaembed_pl.model.encoding import CHUNK_TOKENS, Pace
 

@@ -15,6 +15,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from metaembed_pl.cli.model import check_at_least
 from metaembed_pl.errors import UserError
 from metaembed_pl.retrieval.qdrant.address import parse_address
 
@@ -70,10 +71,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UserError: a flag or the store is not valid, or the collection is not for it.
     """
-    for name in ("shards", "replicas", "batch_size"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    check_at_least(args, 1, "shards", "replicas", "batch_size")
     if (args.to is None) != args.plan:
         raise UserError("give the destination with --to ADDRESS, or --plan to see the cost")
     counts = None if args.counts is None else _parse_counts(args.counts)

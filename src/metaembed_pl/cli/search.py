@@ -21,7 +21,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metaembed_pl.cli.model import add_model_arguments, add_pace_arguments
+from metaembed_pl.cli.model import add_model_arguments, add_pace_arguments, check_at_least
 from metaembed_pl.cli.search_items import search_items
 from metaembed_pl.cli.search_store import Answer, SearchResult, search_store
 from metaembed_pl.display import plain
@@ -107,16 +107,13 @@ def _check(args: argparse.Namespace) -> None:
     if args.store is None:
         for name in OF_STORES:
             if getattr(args, name):
-                flag = name.replace("_", "-")
-                raise UserError(f"--{flag} needs a --store: build one with `embed`")
+                flag = f"--{name.replace('_', '-')}"
+                raise UserError(f"{flag} needs a --store: build one with `embed`")
     named = args.budget is not None and (args.store is None or args.budget != "auto")
     if args.budget is not None and named:
         Budget.parse(args.budget)
     _check_plan(args, named)
-    for name in ("top", "batch_size"):
-        if getattr(args, name) < 1:
-            flag = name.replace("_", "-")
-            raise UserError(f"--{flag} must be at least 1, got {getattr(args, name)}")
+    check_at_least(args, 1, "top", "batch_size")
 
 
 def _check_plan(args: argparse.Namespace, named: bool) -> None:

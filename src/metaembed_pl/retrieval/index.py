@@ -4,13 +4,13 @@ It is a faiss inverted file. The vectors are in lists, each around a centre, wit
 one bit per component; a query reads the lists with the nearest centres. The results are scored
 again with the store's own vectors, so the index only selects items.
 
-    data-0000/index/index.json              what counts, replaced in one step
+    data-0000/index/index.json              the manifest, replaced atomically
                     trained-0001.faiss      centres and ranges, without vectors
-                    segment-0001-0.faiss    the vectors of some rows; mapped, not read
+                    segment-0001-0.faiss    the vectors of some rows; memory-mapped
 
-Deleted items are masked when it is asked. Items that were added since are in no segment: a search
-scores them all, and `index_build.extend` writes them into a segment of their own. The index lies in
-the folder of data that it is about, so it cannot outlive a compaction.
+Deleted items are masked in searches. Items added since the index was built are in no segment: a
+search scores all of them, and `index_build.extend` writes them into a new segment. The index is in
+the folder of the data it was built from, so it cannot outlive a compaction.
 
 Q: queries    A: questions of a query    D: width    L: lists    K: vectors found for a question
 """
@@ -40,15 +40,15 @@ if TYPE_CHECKING:
 FORMAT = 1
 FOLDER, FILE = "index", "index.json"
 CODES = ("sq8", "rabitq")
-"""How a vector is kept: a byte a component, or a bit with corrections of 8 bytes in all."""
+"""Codes of a vector: a byte per component, or a bit per component and 8 bytes of corrections."""
 REBUILD = "rebuild it with `index --store {} --again`"
 DRIFTED_BY = 0.05
-"""Vectors added later are this much farther from their centres, in cosine: rebuilding pays."""
+"""Rebuilding pays if vectors added later are this much farther from their centres, in cosine."""
 GROWN_BY = 4
 
 
 class IndexUnusable(UserError):
-    """There is an index, but it is damaged, of another store, or faiss is missing."""
+    """The index is damaged or another store's, or faiss is missing."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,12 @@ class Segment:
 
     Args:
         file: its name.
-        first: row of the store that it begins with.
-        end: and the row after the last.
-        size_bytes: of the file.
-        head_bytes: of all that precedes the vectors: what faiss trusts when it maps the file.
-        head: digest of these.
-        closeness: mean product of its vectors with their centres.
+        first: the store's row it begins with.
+        end: the row after its last.
+        size_bytes: size of the file.
+        head_bytes: size of the part before the vectors, which faiss trusts when it maps the file.
+        head: digest of that part.
+        closeness: mean dot product of its vectors with their centres.
     """
 
     file: str
@@ -76,18 +76,18 @@ class Segment:
 
 @dataclass(frozen=True)
 class IndexManifest:
-    """What an index holds.
+    """The manifest of an index.
 
     Args:
-        number: counts the times it was written.
+        number: counts the versions of the index.
         first_row: fingerprint of the store and its first row.
-        last_row: likewise of the last row that is indexed.
-        codes: how vectors are kept, one of `CODES`.
-        num_lists: that vectors lie in.
+        last_row: fingerprint of the store and the last indexed row.
+        codes: one of `CODES`.
+        num_lists: number of lists.
         num_slots: vectors of an item.
         trained: file of the centres.
-        trained_on: items of the store when they were made.
-        segments: in order of their rows, without gaps.
+        trained_on: items in the store when the centres were trained.
+        segments: ascending by row, without gaps.
     """
 
     number: int
@@ -102,20 +102,20 @@ class IndexManifest:
 
     @property
     def num_rows(self) -> int:
-        """Rows of the store that it knows."""
+        """The first rows of the store, which are indexed."""
         return self.segments[-1].end
 
     def to_text(self) -> str:
-        """As it is kept."""
+        """The content of its file."""
         value = {"format": FORMAT, **asdict(self)}
         return json.dumps(value | {"checksum": checksum_of(value)}, indent=1) + "\n"
 
     @classmethod
     def read(cls, file: Path, folder: Path) -> "IndexManifest":
-        """Read it, of the store in `folder`.
+        """Read the manifest of the index of the store in `folder`.
 
         Raises:
-            IndexUnusable: it was damaged, edited or written by another version.
+            IndexUnusable: the file was damaged, edited or written by another version.
         """
         try:
             value = json.loads(file.read_bytes())
@@ -145,12 +145,12 @@ def faiss_module() -> Any:
 
 
 def index_folder(snapshot: Snapshot) -> Path:
-    """Where the index of a store is, if it has one."""
+    """The folder of a store's index, which may not exist."""
     return snapshot.files.folder / FOLDER
 
 
 def index_version(snapshot: Snapshot) -> tuple[int, ...] | None:
-    """Tells one index of a store from the one that replaces it; None: there is none."""
+    """Changes when a store's index is replaced; None: there is none."""
     try:
         found = os.stat(os.path.join(snapshot.files.folder, FOLDER, FILE))
     except FileNotFoundError:
@@ -159,7 +159,7 @@ def index_version(snapshot: Snapshot) -> tuple[int, ...] | None:
 
 
 def fingerprint(snapshot: Snapshot, row: int) -> str:
-    """Of a store's model and form, and the first vectors of a row."""
+    """A digest of a store's model and format, and of the first vectors of a row."""
     manifest = snapshot.manifest
     settings = repr([manifest.identity, manifest.width, manifest.dtype, manifest.groups])
     vectors = snapshot.planes[0].vectors[row].contiguous().view(torch.uint8).numpy()
@@ -167,24 +167,24 @@ def fingerprint(snapshot: Snapshot, row: int) -> str:
 
 
 def is_of(manifest: IndexManifest, snapshot: Snapshot, folder: Path) -> bool:
-    """Whether an index is that of a store: of this generation, an older or a newer one."""
+    """Whether an index belongs to a store: to this generation, an older or a newer one."""
     num_rows = snapshot.manifest.num_rows
     if not num_rows or fingerprint(snapshot, 0) != manifest.first_row:
         return False
     if manifest.num_rows <= num_rows:
         return fingerprint(snapshot, manifest.num_rows - 1) == manifest.last_row
-    # Who goes on reading an older generation finds the index of a newer one: it knows more rows.
+    # A reader of an older generation finds the index of a newer one, which has more rows.
     now = Manifest.read(folder)
     return now.data == snapshot.manifest.data and manifest.num_rows <= now.num_rows
 
 
 class Index:
-    """An index that was opened; `Index.open`. Safe to ask from many threads.
+    """An open index; use `Index.open`. Thread-safe.
 
     Args:
-        manifest: what it holds.
-        segments: faiss's, mapped.
-        files: the same, open, so that each can be asked for its size.
+        manifest: of the index.
+        segments: memory-mapped, as faiss's objects.
+        files: descriptors of the same files, to check their sizes.
     """
 
     def __init__(self, manifest: IndexManifest, segments: Sequence[Any], files: Sequence[int]):
@@ -196,10 +196,10 @@ class Index:
 
     @classmethod
     def open(cls, snapshot: Snapshot) -> "Index | None":
-        """The index of a store, mapped; None: it has none.
+        """The index of a store, memory-mapped; None: there is none.
 
         Raises:
-            IndexUnusable: it cannot be used, and why.
+            IndexUnusable: the index cannot be used.
         """
         folder = index_folder(snapshot)
         store = folder.parent.parent
@@ -225,7 +225,7 @@ class Index:
 
     @property
     def num_rows(self) -> int:
-        """Rows of the store that it knows."""
+        """The first rows of the store, which are indexed."""
         return self.manifest.num_rows
 
     @property
@@ -235,21 +235,21 @@ class Index:
 
     @property
     def num_lists(self) -> int:
-        """Lists that the vectors lie in."""
+        """Number of lists."""
         return self.manifest.num_lists
 
     @cached_property
     def size_bytes(self) -> int:
-        """Of its segments."""
+        """Size of its segments."""
         return sum(segment.size_bytes for segment in self.manifest.segments)
 
     def is_whole(self) -> bool:
-        """Whether all that was mapped is still there: who reads beyond is killed by the system."""
+        """Whether the mapped files are still complete; reading past their end kills the process."""
         pairs = zip(self._files, self.manifest.segments, strict=True)
         return all(os.fstat(file).st_size >= segment.size_bytes for file, segment in pairs)
 
     def drift(self) -> str | None:
-        """Why it is time to rebuild it; None: it is not."""
+        """The reason to rebuild the index; None: there is none."""
         first, *later = self.manifest.segments
         if self.num_rows > GROWN_BY * self.manifest.trained_on:
             return (
@@ -270,16 +270,16 @@ class Index:
 
     @cached_property
     def centres(self) -> Float[np.ndarray, "L D"]:
-        """Of the lists; all segments have the same."""
+        """Centres of the lists, the same in all segments."""
         return self._segments[0].quantizer.reconstruct_n(0, self.num_lists)
 
     def lists_of(
         self, questions: Float[np.ndarray, "Q A D"], reach: float, widened: float = 1
     ) -> tuple[Integer[np.ndarray, "QA L"], Float[np.ndarray, "QA L"]]:
-        """The lists that each question reads, nearest first, filled up with -1, and their products.
+        """The lists that each question reads, nearest first and padded with -1, and their products.
 
-        A question that few centres are near to reads few lists, and one that stands between many
-        reads many: that is why one `reach` serves queries for one thing and for several.
+        A question close to few centres reads few lists, a question between many centres reads many:
+        so one `reach` serves queries for one thing and for several.
         """
         asked = questions.reshape(-1, questions.shape[2])
         products = asked @ self.centres.T
@@ -301,16 +301,16 @@ class Index:
     ) -> tuple[list[Integer[Tensor, " _"]], int]:
         """The items of the vectors nearest to each query's questions, ascending, and bytes read.
 
-        Where these are fewer than `at_least`, more lists are read and more vectors taken.
+        If these are fewer than `at_least`, more lists are read and more vectors taken.
 
         Args:
             questions: compared by dot product.
-            reach: a question reads the lists whose centres score at least this share of what the
-                best centre scores; in [0, 1].
+            reach: a question reads the lists whose centres score at least this share of the best
+                centre's score; in [0, 1].
             hits: vectors to take for each question.
-            allowed: a bit for each vector, as `Matching.allowed` gives it; None: all.
-            at_least: items for each query; not more than are allowed.
-            widened: read so many times more lists.
+            allowed: a bit for each vector, see `Matching.allowed`; None: all.
+            at_least: items for each query; at most the number of allowed items.
+            widened: factor on the number of lists to read.
         """
         vectors = questions.float().cpu().numpy()
         found: list[np.ndarray] = [np.empty(0, dtype=np.int64)] * len(vectors)
@@ -338,7 +338,7 @@ class Index:
         hits: int,
         allowed: np.ndarray | None = None,
     ) -> Integer[np.ndarray, "Q A K"]:
-        """The vectors nearest to each question, by number, nearest first; -1: there are no more."""
+        """The numbers of the vectors nearest to each question, nearest first, padded with -1."""
         faiss = faiss_module()
         asked = np.ascontiguousarray(questions.reshape(-1, questions.shape[2]), np.float32)
         lists = np.ascontiguousarray(lists, np.int64)
@@ -368,7 +368,7 @@ class Index:
 def _near(
     products: Float[np.ndarray, " L"], reach: float, widened: float
 ) -> Integer[np.ndarray, " l"]:
-    """The lists whose centres score at least a share of what the best does, best first."""
+    """The lists whose centres score at least a share of the best score, best first."""
     best = products.max()
     near = np.flatnonzero(products >= best - (1 - reach) * abs(best))
     if widened > 1:
@@ -378,7 +378,7 @@ def _near(
 
 
 def _checked(file: Path, segment: Segment) -> int:
-    """The file, open, if it is as long as its index says and its head was not changed."""
+    """Open a file; refuse one of another size, or with a changed head."""
     opened = os.open(file, os.O_RDONLY)
     found = os.fstat(opened).st_size
     problem = f"has {found:,} bytes instead of {segment.size_bytes:,}"

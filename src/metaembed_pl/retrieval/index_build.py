@@ -1,8 +1,7 @@
-"""Makes the index of a store, adds to it, and takes it along when the store is compacted.
+"""Builds the index of a store, extends it, and carries it over when the store is compacted.
 
-Everything is written beside what counts, and counts when `index.json` is replaced, in one step: who
-is killed leaves files that nobody reads, and the next one removes them. Who has an older index open
-goes on reading it.
+New files take effect when `index.json` is replaced, atomically. A killed process leaves files that
+nobody reads, which the next one removes. Readers of an older index keep reading it.
 
 N: items    R: their vectors    D: width
 """
@@ -42,13 +41,13 @@ if TYPE_CHECKING:
     from metaembed_pl.retrieval.store import Store
 
 TRAINED_WITH = 40
-"""Vectors a centre."""
+"""Vectors per centre."""
 ITERATIONS = 8
 ROWS_AT_A_TIME, VECTORS_AT_A_TIME = 2048, 512
 SEGMENT_BYTES = 2**30
-"""About the most: a segment is made in memory, where its lists take up to twice as much."""
+"""Approximate limit: a segment is built in memory, where its lists take up to twice as much."""
 LEFT_OUT_AT_MOST = 4096
-"""Items that are not in the index yet: to score them all takes a few milliseconds."""
+"""Items not yet in the index: scoring all of them takes a few milliseconds."""
 
 OnProgress = Callable[[int, int], None]
 
@@ -56,15 +55,15 @@ OnProgress = Callable[[int, int], None]
 def build(
     store: "Store", codes: str = "sq8", on_progress: OnProgress = lambda done, of: None
 ) -> Index:
-    """Make the index of a store, anew if it has one.
+    """Build the index of a store, or rebuild it.
 
     Args:
-        store: not empty. Nobody else writes to it meanwhile; others go on searching.
-        codes: how vectors are kept: "sq8" is fast, "rabitq" takes a quarter of the bytes.
-        on_progress: is called with rows that are done, and all there are.
+        store: not empty. Other processes cannot write to it meanwhile, but can search it.
+        codes: "sq8" is fast, "rabitq" takes a quarter of the bytes.
+        on_progress: called with the number of rows done, and of all rows.
 
     Raises:
-        UserError: the store is empty, or another process writes to it, or faiss is missing.
+        UserError: the store is empty, another process is writing to it, or faiss is missing.
     """
     if codes not in CODES:
         raise UserError(f"codes are one of {', '.join(CODES)}, got {codes!r}")
@@ -95,16 +94,15 @@ def build(
 
 
 def extend(store: "Store", on_progress: OnProgress = lambda done, of: None) -> bool:
-    """Put into the index of a store what was added since, where that is much.
+    """Add new items to the index of a store, if there are many.
 
-    Segments that are smaller than what is added are written anew together with it, so that there
-    are few.
+    Segments smaller than the addition are rewritten together with it, so that segments stay few.
 
     Returns:
-        Whether there was something to do.
+        Whether anything was added.
 
     Raises:
-        UserError: another process writes to the store, or the index cannot be used.
+        UserError: another process is writing to the store, or the index cannot be used.
     """
     with store.writing():
         snapshot = store.snapshot()
@@ -113,26 +111,26 @@ def extend(store: "Store", on_progress: OnProgress = lambda done, of: None) -> b
         if index is None or num_rows - index.num_rows <= LEFT_OUT_AT_MOST:
             return False
         faiss, old = faiss_module(), index.manifest
-        kept, first = list(old.segments), index.num_rows
-        while len(kept) > 1 and kept[-1].end - kept[-1].first <= num_rows - first:
-            first = kept.pop().first
+        segments, first = list(old.segments), index.num_rows
+        while len(segments) > 1 and segments[-1].end - segments[-1].first <= num_rows - first:
+            first = segments.pop().first
         folder, number = index_folder(snapshot), old.number + 1
-        added = _segments(faiss, snapshot, folder, old.trained, number, first, on_progress)
-        last_row, segments = fingerprint(snapshot, num_rows - 1), (*kept, *added)
-        manifest = replace(old, number=number, last_row=last_row, segments=segments)
-        _commit(folder, manifest, snapshot)
+        segments += _segments(faiss, snapshot, folder, old.trained, number, first, on_progress)
+        last_row = fingerprint(snapshot, num_rows - 1)
+        new = replace(old, number=number, last_row=last_row, segments=tuple(segments))
+        _commit(folder, new, snapshot)
         return True
 
 
 def carry(old: Snapshot, data: Path, manifest: Manifest) -> None:
-    """Write the index of a store that is compacted into its new folder of data.
+    """Copy the index of a store that is being compacted into its new folder of data.
 
-    An unusable index stays behind: the store is searched without it.
+    An unusable index is left behind: the store is searched without one.
 
     Args:
-        old: before; rows of `data` are its items that are there.
-        data: the new folder.
-        manifest: of the store, when that counts.
+        old: the store before compaction.
+        data: the new folder; its rows are the items of `old` that were not deleted.
+        manifest: of the compacted store.
     """
     try:
         index = Index.open(old)
@@ -145,30 +143,30 @@ def carry(old: Snapshot, data: Path, manifest: Manifest) -> None:
     new_places[old.places.numpy()] = np.arange(len(old.places))
     folder, source = data / FOLDER, index_folder(old)
     folder.mkdir()
-    kept = index.manifest
-    trained = faiss.read_index(str(source / kept.trained))
-    _write(faiss, trained, folder / kept.trained)
+    trained = faiss.read_index(str(source / index.manifest.trained))
+    _write(faiss, trained, folder / index.manifest.trained)
     segments = []
-    for segment in kept.segments:
+    for segment in index.manifest.segments:
         moved = faiss.clone_index(trained)
         mapped = faiss.read_index(str(source / segment.file), faiss.IO_FLAG_MMAP)
-        _move(faiss, mapped, moved, new_places, kept.num_slots)
-        first, end = np.searchsorted(old.places.numpy(), [segment.first, segment.end])
+        _move(faiss, mapped, moved, new_places, index.num_slots)
+        first, end = np.searchsorted(old.places.numpy(), [segment.first, segment.end]).tolist()
         if first < end:
-            _write(faiss, moved, folder / segment.file)
-            segments.append(
-                _described(folder / segment.file, moved, int(first), int(end), segment.closeness)
-            )
+            file = folder / segment.file
+            _write(faiss, moved, file)
+            segments.append(_described(file, moved, first, end, segment.closeness))
     if not segments:
         return
     snapshot = Snapshot.of(data, manifest)
     first_row, last_row = (fingerprint(snapshot, row) for row in (0, segments[-1].end - 1))
-    carried = replace(kept, first_row=first_row, last_row=last_row, segments=tuple(segments))
+    carried = replace(
+        index.manifest, first_row=first_row, last_row=last_row, segments=tuple(segments)
+    )
     _commit(folder, carried, snapshot)
 
 
 def lists_for(num_vectors: int) -> int:
-    """A power of two near twice the root of the vectors.
+    """A power of two close to twice the square root of the number of vectors.
 
     >>> lists_for(960_000), lists_for(16_000_000), lists_for(4)
     (2048, 8192, 4)
@@ -177,7 +175,7 @@ def lists_for(num_vectors: int) -> int:
 
 
 def _train(faiss: Any, snapshot: Snapshot, num_lists: int, codes: str) -> Any:
-    """Centres, and what the codes need to know of the vectors; by vectors from all over."""
+    """An index without vectors, trained on a sample spread over the store."""
     manifest = snapshot.manifest
     wanted = -(-TRAINED_WITH * num_lists // manifest.num_slots)
     places = snapshot.places[evenly_spread(len(snapshot.places), wanted)]
@@ -203,7 +201,7 @@ def _segments(
     first: int,
     on_progress: OnProgress,
 ) -> list[Segment]:
-    """Write the items from a row on; those that were deleted are left out."""
+    """Write the items from a row on, except deleted ones."""
     empty = faiss.read_index(str(folder / trained))
     num_rows = snapshot.manifest.num_rows
     row_bytes = snapshot.manifest.num_slots * (empty.code_size + 8)
@@ -235,7 +233,7 @@ def _items(
 def _add(
     faiss: Any, segment: Any, places: Integer[Tensor, " n"], vectors: Float[np.ndarray, "n R D"]
 ) -> float:
-    """Add the vectors of some items; the sum of their products with their centres."""
+    """Add the vectors of some items; return the sum of their products with their centres."""
     num_slots, width = vectors.shape[1:]
     ids = (places.numpy()[:, None] * num_slots + np.arange(num_slots)).reshape(-1)
     flat = np.ascontiguousarray(vectors.reshape(-1, width))
@@ -251,7 +249,7 @@ def _nearest_centres(
     if fast_dtype(torch.device("cpu")) == torch.float32:
         products, lists = centres.search(vectors, 1)
         return products[:, 0], np.ascontiguousarray(lists[:, 0])
-    # Twice as fast, and of two centres that are as near in bf16 either will do.
+    # Twice as fast; of two centres equally near in bf16 either will do.
     columns = torch.from_numpy(centres.reconstruct_n(0, centres.ntotal)).bfloat16().T
     parts = torch.from_numpy(vectors).bfloat16().split(VECTORS_AT_A_TIME)
     found = [(part @ columns).max(dim=1) for part in parts]
@@ -260,7 +258,7 @@ def _nearest_centres(
 
 
 def _move(faiss: Any, source: Any, target: Any, new_places: np.ndarray, num_slots: int) -> None:
-    """Copy the vectors of items that are kept, under their new numbers."""
+    """Copy the vectors of remaining items, under their new numbers."""
     lists = source.invlists
     for number in range(source.nlist):
         size = lists.list_size(number)
@@ -269,13 +267,11 @@ def _move(faiss: Any, source: Any, target: Any, new_places: np.ndarray, num_slot
         ids = faiss.rev_swig_ptr(lists.get_ids(number), size)
         codes = faiss.rev_swig_ptr(lists.get_codes(number), size * source.code_size)
         places = new_places[ids // num_slots]
-        kept = places >= 0
-        new_ids = np.ascontiguousarray((places * num_slots + ids % num_slots)[kept])
-        some = np.ascontiguousarray(codes.reshape(size, -1)[kept])
-        target.invlists.add_entries(
-            number, len(new_ids), faiss.swig_ptr(new_ids), faiss.swig_ptr(some)
-        )
-        target.ntotal += len(new_ids)
+        remains = places >= 0
+        ids = np.ascontiguousarray((places * num_slots + ids % num_slots)[remains])
+        codes = np.ascontiguousarray(codes.reshape(size, -1)[remains])
+        target.invlists.add_entries(number, len(ids), *map(faiss.swig_ptr, (ids, codes)))
+        target.ntotal += len(ids)
 
 
 def _write(faiss: Any, made: Any, file: Path) -> None:
@@ -285,7 +281,7 @@ def _write(faiss: Any, made: Any, file: Path) -> None:
 
 def _described(file: Path, made: Any, first: int, end: int, closeness: float) -> Segment:
     size = file.stat().st_size
-    # The lists come last: of every vector its code and its number.
+    # The lists come last: the code and the number of each vector.
     head_bytes = size - made.ntotal * (made.code_size + 8)
     with file.open("rb") as opened:
         head = digest_of_head(opened.fileno(), head_bytes)
@@ -293,13 +289,13 @@ def _described(file: Path, made: Any, first: int, end: int, closeness: float) ->
 
 
 def _number(folder: Path) -> int:
-    """Of the index that is there; one that cannot be read counts by its files."""
+    """Number of the existing index, by its files: it may be unreadable."""
     numbers = [int(file.name.split("-")[1][:4]) for file in folder.glob("*-[0-9][0-9][0-9][0-9]*")]
     return max(numbers, default=0)
 
 
 def _commit(folder: Path, manifest: IndexManifest, snapshot: Snapshot) -> Index:
-    """Make this the index, and remove what it does not need."""
+    """Make this the index, and remove files that it does not need."""
     write_synced(folder / FILE, manifest.to_text())
     needed = {FILE, manifest.trained, *(segment.file for segment in manifest.segments)}
     for other in folder.iterdir():

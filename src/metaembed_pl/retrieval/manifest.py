@@ -1,8 +1,8 @@
-"""The manifest of a store: what it holds, and how much of each of its files counts.
+"""The manifest of a store: its settings, and the valid length of each of its files.
 
-The files of a store only ever grow. A change appends to them, and then replaces the manifest, in
-one step, by one that counts the new bytes as well: so whatever happens before that step did not
-happen, and a reader of the older manifest goes on reading what it read.
+The files of a store only grow. A change appends to them, and then atomically replaces the manifest
+by one that counts the new bytes as well. A change that is interrupted before has no effect, and
+readers of the older manifest are not disturbed.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from metaembed_pl.files import new_file
 from metaembed_pl.retrieval.searchable import VectorSpace
 
 FORMAT, PROJECTED_FORMAT = 1, 2
-"""The second of a store with a projection: who knows nothing of them must not search it."""
+"""Stores with a projection have the second: versions without projections must not search them."""
 MANIFEST_FILE = "manifest.json"
 DATA = re.compile(r"data-[0-9]{4,}")
 DTYPES = ("fp32", "bf16", "fp16", "int8")
@@ -30,17 +30,13 @@ class Manifest(VectorSpace):
     """One generation of a store.
 
     Args:
-        identity: see `VectorSpace`.
-        groups: see `VectorSpace`.
-        width: see `VectorSpace`.
-        widths: see `VectorSpace`.
         dtype: of a stored vector's components.
         generation: counts the changes.
-        data: the folder that holds the files; compaction begins a new one.
-        num_rows: items that were ever added to it.
-        num_deleted: how many of these were deleted or replaced since.
-        rows_bytes: of the file of ids and metadata.
-        projection: digest of the file that holds it; None: there is none.
+        data: the folder of the files; compaction begins a new one.
+        num_rows: items that were ever added.
+        num_deleted: how many of them were deleted or replaced since.
+        rows_bytes: length of the file of ids and metadata.
+        projection: digest of the projection's file; None: there is no projection.
     """
 
     dtype: str
@@ -77,25 +73,24 @@ class Manifest(VectorSpace):
 
     @property
     def num_items(self) -> int:
-        """Items that are there to be found."""
+        """Items that were not deleted."""
         return self.num_rows - self.num_deleted
 
     def write(self, folder: Path) -> None:
-        """Make this the manifest of a store, in one step, on disk when this returns."""
-        text = json.dumps(self._to_json(), indent=2) + "\n"
-        write_synced(folder / MANIFEST_FILE, text)
+        """Make this the manifest of a store, atomically; it is on disk when this returns."""
+        write_synced(folder / MANIFEST_FILE, json.dumps(self._to_json(), indent=2) + "\n")
 
     def _to_json(self) -> dict[str, Any]:
         value = {**asdict(self), "groups": [str(group) for group in self.groups]}
         for name in ("projection", "widths"):
             if not value[name]:
-                del value[name]  # what is no news to an older version reads as before
+                del value[name]  # readable by older versions if not used
         value = {"format": FORMAT if self.projection is None else PROJECTED_FORMAT, **value}
         return value | {"checksum": checksum_of(value)}
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
-        """The manifest of a store.
+        """Read the manifest of a store.
 
         Raises:
             UserError: there is no store, or its manifest was damaged or edited.

@@ -1,8 +1,8 @@
-"""Hard negatives: what a trained model takes for an answer, and is none.
+"""Hard negatives: candidates that a trained model takes for answers, although they are not.
 
-For each query the candidates of a corpus are ranked by the model. What is known to answer it is
-masked: by id, by equal content, by the other pairs that ask the same. What scores too close to the
-positive is left out as an answer that nobody marked. The best of the rest are its hard negatives.
+The model ranks the candidates of a corpus for each query. Known answers are masked: by id, by equal
+content, and by other pairs with the same query. Candidates that score too close to the positive are
+left out as possible answers that nobody labelled. The best of the rest are the hard negatives.
 
 N: pairs of a batch    Q: queries    Rq, Rc: vectors of a query, of a candidate    D: width
 """
@@ -28,8 +28,8 @@ from metaembed_pl.retrieval.cascade import Stage
 from metaembed_pl.retrieval.embedding import Entry
 from metaembed_pl.retrieval.store import Store
 
-LEFT_OUT_KEPT = 2
-"""Of what scored too close to the positive, to look at in the report."""
+SHOWN_LEFT_OUT = 2
+"""Candidates too close to the positive that the report shows."""
 
 
 class RankedCandidate(NamedTuple):
@@ -44,18 +44,18 @@ class Rules:
     """Which of the ranked candidates become hard negatives.
 
     Args:
-        num: how many of each query.
-        skip_top: leave out so many of the best that are not known answers.
-        margin: leave out what scores above the positive's score less this, over r_q; None: no such
-            limit.
-        ratio: leave out what scores above this share of the positive's score; where that is not
-            above 0, what scores above the positive. Infinity: no such limit.
+        num: hard negatives per query.
+        skip_top: skip so many of the best candidates that are not known answers.
+        margin: skip candidates scoring above (positive score - margin), divided by r_q; None: no
+            such limit.
+        ratio: skip candidates scoring above this share of the positive's score; if that is not
+            above 0, candidates scoring above the positive. Infinity: no such limit.
 
     Raises:
-        UserError: a number out of range.
+        UserError: a number is out of range.
 
-    Source: NV-Retriever, arXiv 2407.15831: limits relative to the positive keep out most false
-    negatives, and 95 % of its score was the best of them.
+    Source: NV-Retriever, arXiv 2407.15831: limits relative to the positive exclude most false
+    negatives; 95 % of its score was the best limit.
     """
 
     num: int = 4
@@ -70,7 +70,7 @@ class Rules:
                 raise UserError(f"{name} must be at least 0, got {value}")
 
     def limit(self, own: float) -> float:
-        """The highest score that a hard negative of a positive with the score `own` may have.
+        """The highest score of a hard negative, if the positive's score is `own`.
 
         >>> Rules(margin=0.25, ratio=0.95).limit(0.5), Rules(ratio=0.5).limit(-0.25)
         (0.25, -0.25)
@@ -92,7 +92,7 @@ class Rules:
             ranked: candidates, best first.
             own: the positive's score.
             is_right: whether a row is known to answer the query.
-            content_of: what a row shows: none is taken twice.
+            content_of: the content of a row; no content is taken twice.
 
         >>> ranked = [RankedCandidate(*pair) for pair in enumerate((0.9, 0.8, 0.79, 0.5, 0.4))]
         >>> mined = Rules(num=1, skip_top=1).choose(ranked, 0.8, lambda row: row == 1)
@@ -111,7 +111,7 @@ class Rules:
                 num_skipped += 1
                 mined.counts["skipped"] += 1
             elif found.score > limit:
-                if len(mined.left_out) < LEFT_OUT_KEPT:
+                if len(mined.left_out) < SHOWN_LEFT_OUT:
                     mined.left_out.append(found)
                 mined.counts["too close to the positive"] += 1
             elif content_of(found.row) in taken:
@@ -124,13 +124,13 @@ class Rules:
 
 @dataclass
 class Mined:
-    """What was found for one query.
+    """The hard negatives of one query.
 
     Args:
         own: the positive's score.
-        negatives: the hard negatives, best first.
-        left_out: the first few of what scored too close to the positive, best first.
-        counts: of the candidates that were passed over, and why.
+        negatives: best first.
+        left_out: the first few candidates that score too close to the positive, best first.
+        counts: skipped candidates by reason.
     """
 
     own: float
@@ -140,10 +140,10 @@ class Mined:
 
 
 class Corpus(Sequence[Item]):
-    """The candidates to mine from, each once, read from where they lie when asked for.
+    """The candidates to mine from, without duplicates; read from their source when needed.
 
     Args:
-        sources: items, or pairs whose positives are meant.
+        sources: items, or pairs, whose positives are taken.
         instructions: added to each item.
     """
 
@@ -181,30 +181,19 @@ class Corpus(Sequence[Item]):
         return _candidate(self._sources[number][i])
 
     def entries(self) -> Iterator[Entry]:
-        """What `embed` makes a store of."""
+        """The candidates as `embed` takes them."""
         for uid, row in self.rows.items():
             yield Entry.read(
                 uid, lambda row=row: self._instructions.with_instruction(self[row], "candidate")
             )
 
 
-class Ranking(NamedTuple):
-    """How candidates are ranked, and how much of the exact ranking that finds."""
-
-    stages: tuple[Stage, ...]
-    recall: float
-
-
-def ranking_for(
+def stages_for(
     store: Store, queries: Float[Tensor, "Q Rq D"], depth: int, target_recall: float
-) -> Ranking:
-    """The cheapest ranking that finds so much of the first `depth` of the exact one.
+) -> tuple[tuple[Stage, ...], float]:
+    """The cheapest search that finds a share of the exact search's first `depth` hits; its recall.
 
-    Args:
-        store: of the corpus; with an index, if it has one.
-        queries: some of those that will be mined for.
-        depth: candidates to rank for each query.
-        target_recall: share of them.
+    It is measured with `queries`, some of those to mine for.
     """
     exact = stages_of(str(store.groups[-1]), store.description, depth)
     wanted = store.search(queries, cascade=exact).rows
@@ -215,22 +204,22 @@ def ranking_for(
         found = store.search(queries, cascade=stages).rows
         shares = [len(set(a) & set(b)) / len(b) for a, b in zip(found, wanted, strict=True)]
         if (recall := sum(shares) / len(shares)) >= target_recall:
-            return Ranking(stages, recall)
-    return Ranking(exact, 1.0)
+            return stages, recall
+    return exact, 1.0
 
 
 class Miner:
     """Finds hard negatives for the pairs of a source.
 
     Args:
-        model: ranks.
-        store: of the corpus, made by the model.
-        corpus: what is in the store.
-        pairs: those to mine for.
-        rules: what is left out.
-        budget: of the scores; None spends all vectors. Or
-        cascade: the stages of a search, see `Store.search`; the last one's budget counts.
-        depth: candidates to rank for each query; a cascade's last stage says it itself.
+        model: encodes the queries.
+        store: of the corpus, embedded by the model.
+        corpus: the items in the store.
+        pairs: to mine for.
+        rules: of choosing.
+        budget: to rank at; None: all vectors.
+        cascade: instead of a budget, see `Store.search`; scores are those of the last stage.
+        depth: candidates to rank for each query; with a cascade, its last stage sets it.
         instructions: added to each query.
     """
 
@@ -259,20 +248,20 @@ class Miner:
                 f"{store.folder} holds other items than the corpus: remove it, or give another "
                 "--store"
             )
-        # All that is known to answer a query: other pairs may ask the same.
-        self._wanted: defaultdict[int, set[int]] = defaultdict(set)
+        # All known answers of a query: other pairs may have the same query.
+        self._answers: defaultdict[int, set[int]] = defaultdict(set)
         for i in range(len(pairs)):
             try:
                 pair = pairs[i]
             except UserError:
                 continue
-            wanted = self._wanted[stable_hash(pair.query.content)]
-            wanted |= set(map(stable_hash, (*pair.relevant_ids, pair.positive.content)))
+            names = (*pair.relevant_ids, pair.positive.content)
+            self._answers[stable_hash(pair.query.content)].update(map(stable_hash, names))
 
     def mine(self, numbers: Sequence[int]) -> list[Mined | str]:
         """The hard negatives of pairs, by number; for an unusable pair, the reason.
 
-        A query that is itself a candidate is none of its own negatives.
+        A query that is a candidate as well is not its own negative.
         """
         pairs, reasons = self._readable(numbers)
         if not pairs:
@@ -283,34 +272,31 @@ class Miner:
         r_q, r_c, width = hits.stages[-1].budget
         positives = self.store.rows_of(pair.positive.uid for pair in pairs.values())
         vectors = self.store.vectors(positives, r_c, width).to(queries.device)
-        asked = narrowed(self.store.accept(queries)[:, :r_q], width)
-        own = paired_scores(asked, vectors[:, None], [Budget(r_q, r_c)])[0, :, 0]
+        projected = narrowed(self.store.accept(queries)[:, :r_q], width)
+        own = paired_scores(projected, vectors[:, None], [Budget(r_q, r_c)])[0, :, 0]
         found: dict[int, Mined | str] = {**reasons}
         for (i, pair), rows, scores, score in zip(
             pairs.items(), hits.rows, hits.scores, (own / r_q).tolist(), strict=True
         ):
             query = stable_hash(pair.query.content)
-            wanted = self._wanted[query] | {query}
-            ranked = [
-                RankedCandidate(self._row_of[r], s) for r, s in zip(rows, scores, strict=True)
-            ]
-            is_right = self._is_right(wanted)
+            ranked = list(map(RankedCandidate, [self._row_of[row] for row in rows], scores))
+            is_right = self._is_one_of(self._answers[query] | {query})
             content_of = self.corpus.contents.__getitem__
             found[i] = self.rules.choose(ranked, score, is_right, content_of)
         return [found[i] for i in numbers]
 
     def queries(self, numbers: Sequence[int]) -> Float[Tensor, "Q Rq D"]:
-        """The queries of pairs, encoded; unusable ones are left out."""
+        """The encoded queries of pairs, except unusable ones."""
         pairs, _ = self._readable(numbers)
         found = self.model.encode_query([pair.query for pair in pairs.values()], 32)
         return found.to(self.model.device)
 
     def rank_by(self, stages: Sequence[Stage]) -> None:
-        """Rank candidates by these stages from now on."""
+        """Rank candidates with these stages from now on."""
         self._search = {"cascade": tuple(stages)}
 
-    def _is_right(self, wanted: set[int]) -> Callable[[int], bool]:
-        return lambda row: not wanted.isdisjoint(self.corpus.answers[row])
+    def _is_one_of(self, answers: set[int]) -> Callable[[int], bool]:
+        return lambda row: not answers.isdisjoint(self.corpus.answers[row])
 
     def _readable(self, numbers: Sequence[int]) -> tuple[dict[int, Pair], dict[int, str]]:
         pairs: dict[int, Pair] = {}

@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class VectorSpace:
-    """Which vectors are held.
+    """The kind of vectors in a store or collection.
 
     Args:
-        identity: of the model whose meta embeddings these are, as `identity_of` tells it.
+        identity: of the model that made them, see `identity_of`.
         groups: the model's nested groups.
         width: of a stored vector.
-        widths: below that, at which the model was trained: a search may read no more components.
+        widths: smaller widths the model was trained at, for searches that read fewer components.
     """
 
     identity: str
@@ -37,22 +37,22 @@ class VectorSpace:
 
 
 class Searchable(ABC):
-    """Holds the vectors of one model, and takes queries of that model alone."""
+    """Vectors of one model, searchable with queries of the same model."""
 
     @property
     @abstractmethod
     def folder(self) -> Path | str:
-        """Where it is."""
+        """Its folder or address."""
 
     @property
     @abstractmethod
     def description(self) -> VectorSpace:
-        """Which vectors these are."""
+        """The kind of its vectors."""
 
     @property
     @abstractmethod
     def projection(self) -> Projection | None:
-        """To fewer components than the model's vectors have; None: they are kept as they are."""
+        """The projection of its vectors to fewer components; None: they have all of the model's."""
 
     @property
     def groups(self) -> tuple[Budget, ...]:
@@ -61,16 +61,16 @@ class Searchable(ABC):
 
     @property
     def width(self) -> int:
-        """Of a stored vector."""
+        """Width of a stored vector."""
         return self.description.width
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Smaller ones, that a budget may name."""
+        """Smaller widths that a budget may have."""
         return self.description.widths
 
     def check_budget(self, budget: Budget | str | None = None) -> Budget:
-        """A budget that can be searched at; None: all vectors.
+        """Check a budget; None: all vectors.
 
         Raises:
             UserError: the model was not trained for it.
@@ -79,23 +79,23 @@ class Searchable(ABC):
 
     @property
     def model_width(self) -> int:
-        """Of the model's vectors: of queries, and of what is added."""
+        """Width of the model's vectors: of queries, and of vectors to add."""
         return self.width if self.projection is None else self.projection.model_width
 
     @property
     def identity(self) -> str:
-        """Of the model whose vectors these are."""
+        """Identity of the model."""
         return self.description.identity
 
     def project(self, vectors: Float[Tensor, "*N D"]) -> Float[Tensor, "*N W"]:
-        """Vectors of the model as they are kept, but for rounding; searches do so by themselves."""
+        """Project vectors of the model to the stored width; searches do this themselves."""
         return vectors if self.projection is None else self.projection(vectors)
 
     def check_model(self, model: "Engine | Encoder") -> None:
-        """Refuse a model other than that whose vectors these are.
+        """Refuse another model than the one that made the vectors.
 
         Raises:
-            UserError: it is another one.
+            UserError: it is another model.
         """
         from metaembed_pl.model.identity import identity_of
 
@@ -108,16 +108,16 @@ class Searchable(ABC):
             )
 
     def accept(self, queries: Float[Tensor, "Q Rq D"]) -> Float[Tensor, "Q Rq W"]:
-        """Queries of the model, to be compared with what is kept.
+        """Check queries of the model, and project them to the stored width.
 
         Raises:
             UserError: they have another shape, or are not finite.
         """
         expected = self.groups[-1].r_q, self.model_width
         if queries.ndim != 3 or tuple(queries.shape[1:]) != expected:
-            kept = "" if self.projection is None else f" (they are projected to {self.width} here)"
+            hint = "" if self.projection is None else f" (they are projected to {self.width} here)"
             raise UserError(
-                f"queries must be N x {expected[0]} x {expected[1]} for {self.folder}{kept}, "
+                f"queries must be N x {expected[0]} x {expected[1]} for {self.folder}{hint}, "
                 f"got {' x '.join(map(str, queries.shape))}: encode them with the store's model"
             )
         if not queries.isfinite().all():

@@ -18,7 +18,7 @@ from metaembed_pl.data.remote import address_below, is_remote, kept_copy, read_b
 from metaembed_pl.errors import Unreachable, UserError
 from metaembed_pl.item import ITEM_KEYS, Item, check_unique, read_json_lines
 from metaembed_pl.picture import MAX_PIXELS, files_below, is_picture
-from metaembed_pl.retrieval.embedding import Entry, shown
+from metaembed_pl.retrieval.embedding import Entry, metadata_of
 
 PDF_SUFFIX = ".pdf"
 ITEM_COLUMNS = ("text", "image", "id", "instruction")
@@ -193,13 +193,13 @@ def _of_json(value: Any, base: Path | str, fetch: Fetch | None) -> Entry:
                 url = image if is_address else address_below(str(base), image)
                 return _elsewhere(value, url, fetch if is_address else read_bytes, metadata)
     item = Item.parse(value, base if isinstance(base, Path) else None)
-    return Entry.given(item.uid, item, shown(item) | metadata)
+    return Entry.given(item.uid, item, metadata_of(item) | metadata)
 
 
 def _elsewhere(value: dict[str, Any], url: str, read: Any, metadata: dict[str, Any]) -> Entry:
     """An entry whose picture is read from an address when it is its turn; named by it."""
     item = Item.parse({**value, "image": b"not read yet", "id": value.get("id") or url})
-    known = {**shown(item), "image": url}
+    known = {**metadata_of(item), "image": url}
     return Entry(item.uid, partial(_with_picture, item, read, url), known | metadata)
 
 
@@ -216,7 +216,7 @@ def _shards(folder: Path | str) -> ItemSource:
         for pair in pairs:
             item = pair.positive
             asked = {} if pair.query.text is None else {"asked_as": pair.query.text}
-            yield Entry.given(item.uid, item, shown(item) | asked)
+            yield Entry.given(item.uid, item, metadata_of(item) | asked)
 
     return ItemSource(len(pairs), entries)
 

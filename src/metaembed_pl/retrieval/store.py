@@ -4,11 +4,11 @@
     store.add(["a", "b"], model.encode_candidate(items), [{"lang": "de"}, {"lang": "en"}])
     store.search(model.encode_query(["a red apple"]), "4x8", top=10, where=["lang=de"])
 
-A store is a folder: `manifest.json`, a projection where vectors are kept with fewer components, and
+A store is a folder: `manifest.json`, a projection if vectors are stored with fewer components, and
 a folder of data with one file of vectors for each nested group of slots, the ids and metadata
-(`rows.arrows`) and the rows that were deleted (`deleted.i64`). Files only grow, and the manifest
-records their valid length: see manifest.py. One process writes at a time, any number read; a reader
-keeps seeing the state that it opened.
+(`rows.arrows`) and the deleted rows (`deleted.i64`). Files only grow, and the manifest records
+their valid length: see manifest.py. One process writes at a time, any number read; a reader keeps
+seeing the state that it opened.
 
 N: items    R: their vectors    Q: queries    Rq: their vectors    D: width
 """
@@ -62,28 +62,25 @@ class Store(Searchable):
 
     Rows are numbers from 0 to `len(store) - 1`, in the order in which items were added. They change
     when items are deleted or replaced: keep ids, not rows.
-
-    Args:
-        folder: the store's.
     """
 
     def __init__(self, folder: Path):
         self._folder = Path(folder)
         self._snapshot: Snapshot | None = Snapshot.open(self.folder)
         self._manifest = self._snapshot.manifest
-        self._places: dict[str, int] | None = None  # of the ids; made when first needed
-        self._read: tuple[str, Projection] | None = None  # a digest and its projection
+        self._places: dict[str, int] | None = None  # by id; made when first needed
+        self._read: tuple[str, Projection] | None = None  # with its digest
         self._filters: tuple[Snapshot, Filters] | None = None
-        self._index: tuple[tuple, Index | None] | None = None  # which it is, and the index
+        self._index: tuple[tuple, Index | None] | None = None  # with its version
         self._is_writing = False
         _ = self.projection  # refuse now what cannot be searched
 
     @classmethod
     def open(cls, folder: str | Path) -> "Store":
-        """Open a store, to read or to change it.
+        """Open a store for reading and writing.
 
         Raises:
-            UserError: there is none, or a part of it is damaged or missing.
+            UserError: there is no store, or a part of it is damaged or missing.
         """
         return cls(Path(folder))
 
@@ -98,16 +95,17 @@ class Store(Searchable):
         projection: Projection | None = None,
         widths: Sequence[int] = (),
     ) -> "Store":
-        """Make an empty store.
+        """Create an empty store.
 
         Args:
             folder: must not exist, or be empty.
             groups: the model's nested groups.
             width: of the model's vectors.
-            identity: of the model, as `identity_of` tells it.
-            dtype: of the stored components: fp32, bf16, fp16, or int8 with a scale a vector.
-            projection: of the model's vectors to what is stored; None: all components are.
-            widths: at which the first stored components were trained, see `VectorSpace`.
+            identity: of the model, see `identity_of`.
+            dtype: of the stored components: fp32, bf16, fp16, or int8 with a scale per vector.
+            projection: from the model's vectors to the stored ones; None: all components are
+                stored.
+            widths: trained widths of the stored vectors, see `VectorSpace`.
 
         Raises:
             UserError: the folder exists, or a setting is not valid.
@@ -140,20 +138,20 @@ class Store(Searchable):
         items: "Iterable[Entry | Item | str | dict]" = (),
         skip_bad: bool = False,
     ) -> "Store":
-        """The store of a model: opened where it is there, made, by rank 0, where it is not.
+        """Open the store of a model; rank 0 creates it if it does not exist.
 
         Args:
-            model: whose vectors it holds.
+            model: that embedded its items, or will.
             folder: of the store.
-            dtype: of a store that is made; None: bf16.
-            width: of the vectors of a store that is made; None: the model's.
-            items: that will be embedded; some of them teach the projection to a smaller width,
-                unless the model was trained at it.
-            skip_bad: learn without items that cannot be read, instead of stopping.
+            dtype: of a new store; None: bf16.
+            width: of the vectors of a new store; None: the model's.
+            items: to be embedded; a projection to a width that the model was not trained at is
+                learned from some of them.
+            skip_bad: skip items that cannot be read, instead of stopping.
 
         Raises:
-            UserError: it holds another model's vectors, has another dtype or width than asked for,
-                or there are too few items to learn from.
+            UserError: the store is another model's or has another dtype or width, or there are too
+                few items to learn from.
         """
         from metaembed_pl.model.identity import identity_of
         from metaembed_pl.retrieval.embedding import projection_for
@@ -184,18 +182,18 @@ class Store(Searchable):
         dtype: str | None = None,
         width: int | None = None,
     ) -> "Store":
-        """Embed items into a store; what it holds already is not embedded again.
+        """Embed items into a store, except items that it has already.
 
-        For progress, metadata and more see `embedding.embed`, which this calls.
+        `embedding.embed`, which this calls, reports progress and has more options.
 
         Args:
-            folder: of the store; made where there is none.
+            folder: of the store; created if it does not exist.
             model: encodes the items, as candidates.
             items: texts, `{"text": ..., "image": ...}` or `Item`s, in order.
             batch_size: items that are encoded and committed at a time.
-            dtype: of a store that is made; None: bf16.
-            width: of the vectors of a store that is made, by a projection that some of the items
-                teach; None: the model's.
+            dtype: of a new store; None: bf16.
+            width: of the vectors of a new store, by a projection learned from some of the items;
+                None: the model's.
 
         Raises:
             UserError: an item cannot be read, or the store is another model's.
@@ -209,12 +207,12 @@ class Store(Searchable):
 
     @property
     def folder(self) -> Path:
-        """Where the store is."""
+        """The store's folder."""
         return self._folder
 
     @property
     def description(self) -> Manifest:
-        """What the store says of itself."""
+        """The store's manifest."""
         return self._manifest
 
     @property
@@ -234,7 +232,7 @@ class Store(Searchable):
 
     @property
     def dtype(self) -> str:
-        """Of the stored components: fp32, bf16, fp16 or int8."""
+        """Dtype of the stored components: fp32, bf16, fp16 or int8."""
         return self._manifest.dtype
 
     @property
@@ -250,20 +248,20 @@ class Store(Searchable):
 
     @property
     def ids(self) -> list[str]:
-        """Of all items, by row."""
+        """Ids of all items, by row."""
         return self.snapshot().ids
 
     def rows_of(self, ids: Iterable[str]) -> list[int]:
         """The rows of items.
 
         Raises:
-            UserError: an id that is not there.
+            UserError: an id is not in the store.
         """
         places = torch.tensor([self._place_of(id) for id in ids], dtype=torch.long)
         return self.snapshot().rows_of(places).tolist()
 
     def metadata(self, rows: Sequence[int] | None = None) -> list[dict[str, Any]]:
-        """What was said of items when they were added; None: of all."""
+        """The metadata of items; None: of all."""
         snapshot = self.snapshot()
         try:
             return [json.loads(text) for text in snapshot.column("metadata", self._at(rows))]
@@ -271,7 +269,7 @@ class Store(Searchable):
             raise UserError(f"metadata in {self.folder} are damaged: {error}") from error
 
     def previews(self, rows: Sequence[int]) -> list[bytes | None]:
-        """The small pictures of items, as encoded JPEG, where they have one."""
+        """The previews of items, encoded as JPEG; None for items without one."""
         return self.snapshot().column("preview", self._at(rows))
 
     def vectors(
@@ -280,12 +278,12 @@ class Store(Searchable):
         r_c: int | None = None,
         width: int | None = None,
     ) -> Float[Tensor, "N r_c _"]:
-        """The first `r_c` meta embeddings of items as they are kept, float32; None: all.
+        """The first `r_c` meta embeddings of items as they are stored, float32.
 
         Args:
             rows: of the items; None: all.
             r_c: vectors of an item; None: all.
-            width: of them the first components, as unit vectors; None: all.
+            width: first components of each vector, as unit vectors; None: all.
 
         Raises:
             UserError: the model was not trained at `r_c` or `width`.
@@ -300,7 +298,7 @@ class Store(Searchable):
         """Scores of every item for every query, some rows at a time, in order.
 
         Args:
-            queries: of the store's model, all R_q vectors; where they are is where scores are made.
+            queries: of the store's model, all R_q vectors, on the device to compute on.
             budget: None spends all vectors.
 
         Yields:
@@ -330,21 +328,21 @@ class Store(Searchable):
         """Find the best items for each query.
 
         Args:
-            queries: of the store's model, all R_q vectors; where they are is where scores are made.
+            queries: of the store's model, all R_q vectors, on the device to compute on.
             budget: every item is scored at it, exactly; None spends all vectors. With a width, such
-                as "4x8x64", no more components of each vector are read.
-            cascade: instead of a budget, stages such as "poolx8:200,16x64:10", see cascade.py.
-                Where `where` leaves so few items that scoring them all is cheaper than asking the
-                index, that is done; the hits' `stages` say so.
-            top: hits of a query; None: what the cascade's last stage keeps, or 10.
+                as "4x8x64", only the first components of each vector are read.
+            cascade: instead of a budget, stages such as "poolx8:200,16x64:10", see cascade.py. If
+                `where` leaves so few items that scoring all of them is cheaper than the index, they
+                are scored; `stages` of the hits shows this.
+            top: hits per query; None: the number that the cascade's last stage keeps, or 10.
             where: conditions on metadata, such as "lang=de"; all must hold.
-            normalised: divide scores by r_q: they then lie in [-1, 1] at any budget.
+            normalised: divide scores by r_q, into [-1, 1] at any budget.
 
         Returns:
             The hits; of equal scores the earlier row comes first.
 
         Raises:
-            UserError: the store is empty, or any of these is not valid.
+            UserError: the store is empty, or an argument is not valid.
         """
         stages = choose_stages(self.description, budget, cascade, top)
         index = self._index_for(stages)
@@ -372,10 +370,10 @@ class Store(Searchable):
         )
 
     def snapshot(self) -> Snapshot:
-        """The generation that this object knows, mapped, and there to be read.
+        """The open generation of the store, memory-mapped.
 
         Raises:
-            UserError: a file of it was made shorter meanwhile.
+            UserError: one of its files was truncated meanwhile.
         """
         snapshot = self._snapshot
         if snapshot is not None and not snapshot.files.are_whole():
@@ -409,23 +407,23 @@ class Store(Searchable):
         return self._filters[1].matching(where)
 
     def index(self) -> Index | None:
-        """The index, which others may build or replace meanwhile; None: there is none.
+        """The current index, which other processes may build or replace; None: there is none.
 
         Raises:
-            IndexUnusable: there is one unusable, and why.
+            IndexUnusable: the index cannot be used.
         """
         snapshot, known = self.snapshot(), self._index
         for attempt in range(ATTEMPTS):
             version = snapshot.manifest.data, index_version(snapshot)
             if known is not None and (known[1] is None or known[1].is_whole()):
-                # A compaction may have removed the folder: what is mapped goes on.
+                # A compaction may have removed the folder: the mapped index remains usable.
                 gone = version[1] is None and known[1] is not None
                 if known[0] == version or (gone and known[0][0] == version[0]):
                     return known[1]
             try:
                 self._index = version, Index.open(snapshot)
             except IndexUnusable:
-                # It may have been replaced meanwhile: then there is a newer one.
+                # If it was replaced meanwhile, there is a newer one.
                 newer = index_version(snapshot) != version[1]
                 if not newer or attempt == ATTEMPTS - 1:
                     self._index = None
@@ -440,18 +438,18 @@ class Store(Searchable):
         cascade: str | Sequence[Stage | str] | None = None,
         top: int | None = None,
     ) -> tuple[Stage, ...]:
-        """What `search` does with these.
+        """The stages of a `search` with these arguments.
 
         Raises:
-            UserError: the store's model cannot serve them.
-            IndexUnusable: they ask the index, and there is none, or it cannot be used.
+            UserError: the model was not trained for them.
+            IndexUnusable: they need an index, and there is none, or it cannot be used.
         """
         stages = choose_stages(self.description, budget, cascade, top)
         self._index_for(stages)
         return stages
 
     def _index_for(self, stages: Sequence[Stage]) -> Index | None:
-        """The index, where stages ask it."""
+        """The index, if the stages use it."""
         if stages[0].reach is None:
             return None
         index = self.index()
@@ -469,18 +467,18 @@ class Store(Searchable):
         metadata: Sequence[dict[str, Any] | None] | None = None,
         previews: Sequence[bytes | None] | None = None,
     ) -> None:
-        """Add items, all or none of them; on disk when this returns.
+        """Add items, atomically; they are on disk when this returns.
 
-        An id that is there already is replaced, and moves to the end.
+        An item with an id that is in the store is replaced, and moves to the end.
 
         Args:
-            ids: one an item, none twice.
-            embeddings: all R_c vectors of each.
-            metadata: one object an item, of what JSON can hold.
-            previews: a small picture an item, encoded.
+            ids: one per item, without duplicates.
+            embeddings: all R_c vectors of each item.
+            metadata: one JSON object per item.
+            previews: an encoded small picture per item.
 
         Raises:
-            UserError: they do not fit each other or the store, or another process writes to it.
+            UserError: they do not fit each other or the store, or another process is writing to it.
         """
         ids = list(several(ids, "ids"))
         metadata = [None] * len(ids) if metadata is None else metadata
@@ -497,7 +495,7 @@ class Store(Searchable):
             places.update(zip(ids, range(old.num_rows, new.num_rows), strict=True))
 
     def delete(self, ids: Iterable[str]) -> None:
-        """Delete items, all or none of them; `compact` frees their space.
+        """Delete items, atomically; `compact` frees their space.
 
         Raises:
             UserError: an id is not in the store, or another process is writing to it.

@@ -4,7 +4,7 @@ Handlers are plain functions, which run on a few threads; what they do is in `se
 """
 
 import logging
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import Annotated, Any, NamedTuple
@@ -15,11 +15,12 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
+from starlette.routing import Route
 
 from metaembed_pl import __version__
 from metaembed_pl.errors import UserError
 from metaembed_pl.serving import schema
-from metaembed_pl.serving.guard import LOOPBACK, Guard
+from metaembed_pl.serving.guard import LOOPBACK, Guard, problem
 from metaembed_pl.serving.service import MAX_TOP, NotNow, NotThere, Service, TooLarge
 
 NUM_THREADS = 8
@@ -50,7 +51,7 @@ FORM = {
 }
 
 Id = Annotated[str, Query(max_length=2000, description="of an item")]
-Asked = Annotated[str, Query(max_length=64, description="id of a query that was asked")]
+QueryId = Annotated[str, Query(max_length=64, description="id of a query that was asked")]
 Where = Annotated[str, Query(max_length=500)]
 
 
@@ -88,17 +89,10 @@ def _add_page(app: FastAPI) -> None:
     # Read once, by name: no path of a request is ever opened.
     folder = files("metaembed_pl.serving") / "page"
     for name, media_type in PAGE.items():
-        content = (folder / name).read_bytes()
+        headers = {"Cache-Control": "no-cache"}
+        response = Response((folder / name).read_bytes(), media_type=media_type, headers=headers)
         path = "/" if name == "index.html" else f"/{name}"
-
-        app.add_api_route(path, _sender(content, media_type), include_in_schema=False)
-
-
-def _sender(content: bytes, media_type: str) -> Callable[[], Response]:
-    def send() -> Response:
-        return Response(content, media_type=media_type, headers={"Cache-Control": "no-cache"})
-
-    return send
+        app.router.routes.append(Route(path, response, methods=["GET"], include_in_schema=False))
 
 
 class _Form(NamedTuple):
@@ -146,7 +140,7 @@ def _add_api(app: FastAPI, service: Service) -> None:
 
     @app.get("/api/search")
     def search(
-        query: Asked,
+        query: QueryId,
         plan: Annotated[
             str | None, Query(max_length=200, description="a budget or a cascade; default: auto")
         ] = None,
@@ -163,7 +157,7 @@ def _add_api(app: FastAPI, service: Service) -> None:
 
     @app.get("/api/explanation")
     def explanation(
-        query: Asked,
+        query: QueryId,
         item: Id,
         budget: Annotated[str | None, Query(max_length=32, description="such as 4x8")] = None,
     ) -> schema.Explanation:
@@ -199,23 +193,19 @@ def _answer_errors(app: FastAPI, service: Service) -> None:
     def refuse(_request: Request, error: UserError) -> JSONResponse:
         # Where the store lies on this machine is nobody else's business.
         message = str(error).replace(str(service.folder), service.folder.name)
-        return _problem(STATUS.get(type(error), 422), " ".join(message.split()))
+        return problem(STATUS.get(type(error), 422), " ".join(message.split()))
 
     @app.exception_handler(HTTPException)
     def refuse_request(_request: Request, error: HTTPException) -> JSONResponse:
-        return _problem(error.status_code, str(error.detail))
+        return problem(error.status_code, str(error.detail))
 
     @app.exception_handler(RequestValidationError)
     def refuse_values(_request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"][1:])
-        return _problem(422, f"{name}: {first['msg'][:1].lower()}{first['msg'][1:]}")
+        return problem(422, f"{name}: {first['msg'][:1].lower()}{first['msg'][1:]}")
 
     @app.exception_handler(Exception)
     def fail(request: Request, error: Exception) -> JSONResponse:
         logging.getLogger(__name__).error("%s failed", request.url.path, exc_info=error)
-        return _problem(500, "internal error; see the service log")
-
-
-def _problem(status: int, sentence: str) -> JSONResponse:
-    return JSONResponse({"error": sentence}, status)
+        return problem(500, "internal error; see the service log")

@@ -62,16 +62,16 @@ class Guard:
     def _refused(self, path: str, headers: Headers) -> JSONResponse | None:
         host = headers.get("host", "")
         if self.hosts is not None and _name(host) not in self.hosts:
-            return _problem(421, f"this service does not answer to the name {_name(host)[:80]!r}")
+            return problem(421, f"this service does not answer to the name {_name(host)[:80]!r}")
         origin = headers.get("origin")
         # A link on another site may lead to the page; nothing else may be asked from there.
         foreign = headers.get("sec-fetch-site", "none") not in ("same-origin", "none")
         own = origin is None or _site(origin) == host or self._is_named(_name(_site(origin)))
         if (foreign and path != "/") or not own:
-            return _problem(403, "requests from other sites are refused")
+            return problem(403, "requests from other sites are refused")
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > self.max_body_bytes:
-            return _problem(413, self._too_large)
+            return problem(413, self._too_large)
         return None
 
     def _is_named(self, name: str) -> bool:
@@ -121,5 +121,6 @@ def _site(origin: str) -> str:
         return ""
 
 
-def _problem(status: int, sentence: str) -> JSONResponse:
+def problem(status: int, sentence: str) -> JSONResponse:
+    """The answer to a request that failed."""
     return JSONResponse({"error": sentence}, status)

@@ -2,47 +2,40 @@
 
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor
 
-KEPT = 256
+MOST_QUERIES = 256
 
 
-@dataclass(frozen=True)
-class Asked:
-    """A query that was encoded.
-
-    Args:
-        text: of it.
-        has_picture: whether a picture is part of it.
-        vectors: its meta embeddings, where searches are to be done.
-    """
+class EncodedQuery(NamedTuple):
+    """A query with its meta embeddings, on the device that searches."""
 
     text: str | None
     has_picture: bool
     vectors: Float[Tensor, "1 Rq D"]
 
 
-class Queries:
-    """The last queries, by id; of more than `KEPT` the one unused for longest goes."""
+class RecentQueries:
+    """The last `MOST_QUERIES` queries that were used, by id."""
 
     def __init__(self) -> None:
-        self._asked: OrderedDict[str, Asked] = OrderedDict()
+        self._by_id: OrderedDict[str, EncodedQuery] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, id: str) -> Asked | None:
-        """A query that is kept."""
+    def get(self, id: str) -> EncodedQuery | None:
+        """The query, if it is still here."""
         with self._lock:
-            if id in self._asked:
-                self._asked.move_to_end(id)
-            return self._asked.get(id)
+            if id in self._by_id:
+                self._by_id.move_to_end(id)
+            return self._by_id.get(id)
 
-    def keep(self, id: str, asked: Asked) -> None:
-        """Keep a query."""
+    def add(self, id: str, query: EncodedQuery) -> None:
+        """Add a query; the one that was unused for longest is dropped."""
         with self._lock:
-            self._asked[id] = asked
-            self._asked.move_to_end(id)
-            while len(self._asked) > KEPT:
-                self._asked.popitem(last=False)
+            self._by_id[id] = query
+            self._by_id.move_to_end(id)
+            while len(self._by_id) > MOST_QUERIES:
+                self._by_id.popitem(last=False)

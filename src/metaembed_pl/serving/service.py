@@ -35,16 +35,10 @@ from metaembed_pl.retrieval.manifest import Manifest
 from metaembed_pl.retrieval.store import Store
 from metaembed_pl.samples import evenly_spread
 from metaembed_pl.serving import schema
-from metaembed_pl.serving.explanation import Looks, looks, match
+from metaembed_pl.serving.explanation import attention_maps
 from metaembed_pl.serving.measuring import Measuring, choices
-from metaembed_pl.serving.pictures import (
-    Encoded,
-    as_jpeg,
-    media_type,
-    original,
-    without_paths,
-)
-from metaembed_pl.serving.queries import Asked, Queries
+from metaembed_pl.serving.pictures import Encoded, as_jpeg, media_type, original, without_paths
+from metaembed_pl.serving.queries import EncodedQuery, RecentQueries
 
 MAX_TEXT = 20_000
 MAX_TOP = 200
@@ -100,7 +94,7 @@ class Service:
         self._store = Store.open(folder)
         self._store.check_model(model)
         self._opening, self._encoding = threading.Lock(), threading.Lock()
-        self._queries = Queries()
+        self._queries = RecentQueries()
         self.measuring = Measuring(lambda store, go_on: measure(store, self._encoded, go_on))
 
     @property
@@ -160,22 +154,18 @@ class Service:
             raise TooLarge(f"the picture is larger than {self.max_upload_bytes:,} bytes")
         item = Item((text or "").strip() or None, picture)
         id = item.content.removeprefix("sha256:")[:32]
-        asked, seconds = self._queries.get(id), 0.0
-        if asked is None:
+        query, seconds = self._queries.get(id), 0.0
+        if query is None:
             started = time.perf_counter()
-            asked = Asked(item.text, picture is not None, self._encoded([item]))
+            query = EncodedQuery(item.text, picture is not None, self._encoded([item]))
             seconds = time.perf_counter() - started
-            self._queries.keep(id, asked)
-            if self._log_queries and asked.text:
-                self._log(asked.text)
+            self._queries.add(id, query)
+            if self._log_queries and query.text:
+                with (self.folder / QUERIES_FILE).open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"text": query.text}, ensure_ascii=False) + "\n")
         return schema.Question(
-            query=id, text=asked.text, has_picture=asked.has_picture, milliseconds=1000 * seconds
+            query=id, text=query.text, has_picture=query.has_picture, milliseconds=1000 * seconds
         )
-
-    def _log(self, text: str) -> None:
-        line = json.dumps({"text": text}, ensure_ascii=False) + "\n"
-        with (self.folder / QUERIES_FILE).open("a", encoding="utf-8") as file:
-            file.write(line)
 
     def search(
         self,
@@ -203,18 +193,16 @@ class Service:
         """
         if not 1 <= top <= MAX_TOP:
             raise UserError(f"top must be between 1 and {MAX_TOP}, got {top}")
-        asked, store = self._asked(query), self.store
+        encoded, store = self._known(query), self.store
         stages, note = self._choice(store, plan, top, target_recall)
-        hits = store.search(asked.vectors, cascade=stages, where=where, normalised=normalised)
+        hits = store.search(encoded.vectors, cascade=stages, where=where, normalised=normalised)
         rows = hits.rows[0]
-        known = zip(
-            hits.ids[0], hits.scores[0], store.metadata(rows), store.previews(rows), strict=True
-        )
+        found = hits.ids[0], hits.scores[0], store.metadata(rows), store.previews(rows)
         return schema.Answer(
             plan=plan_name(hits.stages),
             note=note,
             budget=str(stages[-1].budget),
-            results=[_result(*one) for one in known],
+            results=list(map(_result, *found)),
             milliseconds=hits.milliseconds,
             bytes_read=hits.bytes_read,
             items=len(store),
@@ -228,19 +216,20 @@ class Service:
             NotThere: the query is not kept (any more), or there is no such item.
             UserError: the model was not trained for the budget.
         """
-        asked, store = self._asked(query), self.store
+        encoded, store = self._known(query), self.store
         r_q, r_c, width = spent = store.check_budget(budget)
         row = _row(store, item)
         (metadata,), (preview,) = store.metadata([row]), store.previews([row])
         vectors = store.vectors([row], r_c)[0]
-        own = store.accept(asked.vectors)[0, :r_q].cpu()
-        found = match(narrowed(own, width), narrowed(vectors, width))
+        own = store.accept(encoded.vectors)[0, :r_q].cpu()
+        products = narrowed(own, width) @ narrowed(vectors, width).T
+        score = products.amax(dim=1).sum().item()
         maps, why = self._maps(store, metadata, preview, vectors)
         return schema.Explanation(
-            item=_result(item, found.score, metadata, preview),
+            item=_result(item, score, metadata, preview),
             budget=str(spent),
-            products=found.products.tolist(),
-            winners=found.winners.tolist(),
+            products=products.tolist(),
+            winners=products.argmax(dim=1).tolist(),
             maps=maps,
             why_no_maps=why,
         )
@@ -271,11 +260,11 @@ class Service:
             picture = original(metadata, self._roots)
         return self.preview(item) if picture is None else as_jpeg(picture)
 
-    def _asked(self, query: str) -> Asked:
-        asked = self._queries.get(query)
-        if asked is None:
+    def _known(self, id: str) -> EncodedQuery:
+        query = self._queries.get(id)
+        if query is None:
             raise NotThere("unknown or expired query: send it again")
-        return asked
+        return query
 
     def _encoded(self, queries: Sequence[Item | str]) -> Float[Tensor, "Q Rq D"]:
         with self._encoding:
@@ -299,40 +288,22 @@ class Service:
     ) -> tuple[schema.Maps | None, str | None]:
         with self._encoding:
             picture = original(metadata, self._roots)
-            shown = picture or preview
+            shown, drawn_from = (preview, "preview") if picture is None else (picture, "picture")
+            if shown is None and "image" not in metadata and "file" not in metadata:
+                return None, "the item has no picture"
             if shown is None:
-                has_picture = "image" in metadata or "file" in metadata
-                return None, _why_no_picture(has_picture)
+                return None, (
+                    "the store keeps no picture of this item: embed with previews, or allow the "
+                    "folder of its original with --pictures"
+                )
             item = Item(_said(metadata, "text"), shown, instruction=_said(metadata, "instruction"))
-            found = looks(self.model, item, store, vectors)
-        if found is None:
+            maps = attention_maps(self.model, item, store, vectors, drawn_from)
+        if maps is None:
             return None, (
                 f"models of the family {self.model.processing.family.model_type} have no maps: "
                 "the tokens of their pictures are not in the row"
             )
-        return _as_maps(found, "preview" if picture is None else "picture"), None
-
-
-def _as_maps(found: Looks, drawn_from: Any) -> schema.Maps:
-    _, height, width = found.maps.shape
-    # Three digits are more than an eye tells apart.
-    weights = found.maps.flatten(1).mul(1000).round().div(1000)
-    return schema.Maps(
-        height=height,
-        width=width,
-        weights=weights.tolist(),
-        drawn_from=drawn_from,
-        agreement=found.agreement,
-    )
-
-
-def _why_no_picture(has_picture: bool) -> str:
-    if not has_picture:
-        return "the item has no picture"
-    return (
-        "the store keeps no picture of this item: embed with previews, or allow the folder of its "
-        "original with --pictures"
-    )
+        return maps, None
 
 
 def _row(store: Store, item: str) -> int:
