@@ -37,7 +37,7 @@ class Budget(NamedTuple):
         return "x".join(str(count) for count in self if count is not None)
 
     def __repr__(self) -> str:
-        # Without a width as ever: the version of an index is made of it.
+        # Without a width unchanged: fingerprints of indexes are made from it.
         names = zip(self._fields, self, strict=True)
         return (
             f"Budget({', '.join(f'{name}={count}' for name, count in names if count is not None)})"
@@ -45,7 +45,7 @@ class Budget(NamedTuple):
 
     @classmethod
     def parse(cls, value: "str | Budget | Iterable[int]") -> "Budget":
-        """Read what a user writes: "4x8", "4x8x64", [4, 8] or a Budget.
+        """Read a budget such as "4x8", "4x8x64", [4, 8] or a Budget.
 
         Raises:
             UserError: not two or three integers of at least 1.
@@ -58,8 +58,10 @@ class Budget(NamedTuple):
             counts = [*value] if isinstance(value, Iterable) else []
             counts = counts[:2] if counts[2:] == [None] else counts
         # bool is an int in Python, and YAML reads `yes` as one.
-        whole = all(isinstance(count, int) and not isinstance(count, bool) for count in counts)
-        if len(counts) not in (2, 3) or not whole or min(counts) < 1:
+        are_integers = all(
+            isinstance(count, int) and not isinstance(count, bool) for count in counts
+        )
+        if len(counts) not in (2, 3) or not are_integers or min(counts) < 1:
             raise UserError(
                 "a budget is two integers of at least 1, r_q and r_c, written 4x8, or three with a "
                 f"width, written 4x8x64; got {value!r}"
@@ -129,9 +131,9 @@ def check_budget(
 
 
 def budgets_of(groups: Iterable[Budget], widths: Iterable[int] = ()) -> tuple[Budget, ...]:
-    """What a report shows of a model: its groups, and the largest one at each trained width.
+    """The budgets in reports of a model: its groups, and the largest group at each trained width.
 
-    Smallest first; the last one spends everything.
+    Smallest first; the last one uses all vectors and components.
 
     >>> [str(budget) for budget in budgets_of([Budget(1, 1), Budget(4, 8)], [64, 32])]
     ['1x1', '4x8x32', '4x8x64', '4x8']

@@ -2,7 +2,7 @@
 
 
 def plain(text: str) -> str:
-    r"""Text on one line, without the control characters that would let it write over a terminal.
+    r"""Text on one line, without control characters, which could overwrite a terminal.
 
     >>> plain("a\tred\napple")
     'a red apple'

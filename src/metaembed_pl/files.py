@@ -62,27 +62,27 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file atomically."""
+    """Write a file atomically."""
     with new_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 @contextmanager
 def only_process(folder: Path, doing: str) -> Iterator[None]:
-    """Keeps other processes from doing the same to a folder; the system frees what is killed.
+    """Keep other processes from working in a folder; a killed process releases its lock.
 
     Args:
-        folder: made where there is none, and removed again if nothing is put into it.
+        folder: created if it does not exist, and removed again if it stays empty.
         doing: what this process does, for the error message of the others.
 
     Raises:
-        UserError: another process does.
+        UserError: another process has the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ".lock"
     with path.open("a+") as file:
         try:
-            # Of the process alone: workers that outlive it for a moment do not hold it.
+            # The lock is this process's alone: workers that outlive it for a moment do not hold it.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             file.seek(0)
@@ -99,9 +99,9 @@ def only_process(folder: Path, doing: str) -> Iterator[None]:
 
 
 def share(path: Path) -> None:
-    """Gives a file, or a folder and all in it, the rights that the user's umask gives.
+    """Give a file, or a folder and its contents, the permissions of the user's umask.
 
-    Temporary folders, and what safetensors writes, are for their owner alone.
+    Temporary folders, and files of safetensors, are otherwise only readable by their owner.
     """
     umask = os.umask(0)
     os.umask(umask)
@@ -111,14 +111,14 @@ def share(path: Path) -> None:
 
 
 def refuse_special_file(path: Path, what: str = "") -> None:
-    """Refuses pipes, devices and folders: reading some of them would wait for ever.
+    """Refuse pipes, devices and folders: reading some of them would block forever.
 
     Args:
         path: to be read.
-        what: it should hold, such as "image".
+        what: the expected content, such as "image".
 
     Raises:
-        UserError: it is there and no plain file.
+        UserError: it exists and is not a plain file.
     """
     if path.exists() and not path.is_file():
         kind = "a folder" if path.is_dir() else "a pipe or a device"
@@ -127,10 +127,10 @@ def refuse_special_file(path: Path, what: str = "") -> None:
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
-    """The object that a JSON file holds.
+    """The object in a JSON file.
 
     Raises:
-        UserError: it cannot be read, or holds something else; names the file.
+        UserError: it cannot be read, or is not an object; names the file.
     """
     refuse_special_file(file)
     try:
@@ -164,9 +164,9 @@ def read_lines(path: Path) -> Iterator[tuple[int, int, str]]:
 
 
 def as_on_disk(path: Path) -> Path:
-    """The path of a file whose name the disk has with its letters composed otherwise.
+    """The path of a file whose name on disk has another Unicode normalisation.
 
-    Such as e and an accent, as macOS writes them, where a caption file has one letter.
+    macOS writes e and an accent as two characters, where a caption file may have one.
     """
     if str(path).isascii() or os.path.lexists(path):
         return path
@@ -184,16 +184,16 @@ def _names(folder: Path) -> dict[str, Path]:
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
-# Libraries hide what the system said in errors of their own.
+# Libraries hide the system's messages in errors of their own.
 _SAID = re.compile(
     "|".join(os.strerror(number) for number in (*_FULL, *_FORBIDDEN)) + "|disk is full"
 )
 
 
 def disk_error(error: BaseException | None) -> str | None:
-    """What a disk refused, and what to do about it; None where an error has another cause.
+    """The error of a disk, and what to do about it; None: the error has another cause.
 
-    Looked for in the error, and in those that it was raised from.
+    Searches the error, and the errors that it was raised from.
 
     >>> disk_error(OSError(errno.EROFS, "Read-only file system", "shelf/a"))
     'shelf/a: Read-only file system: choose a writable place, or change its permissions'

@@ -4,7 +4,6 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from shutil import get_terminal_size
-from types import TracebackType
 from typing import Any, TypeVar
 
 Step = TypeVar("Step")
@@ -14,13 +13,13 @@ LINE = "{desc}: {n_fmt} of {total_fmt}{unit}, {rate_noinv_fmt}, {remaining} left
 
 
 class Progress:
-    """Shows on standard error how far a job is; used in a `with` block.
+    """A progress bar on standard error; used in a `with` block.
 
     Args:
         does: what the job does, such as "embedding".
-        total: how many things there are; None where nobody knows.
-        things: what they are called.
-        done: of them, by an earlier run.
+        total: number of things; None: unknown.
+        things: their name.
+        done: number of things done by an earlier run.
         is_shown: False shows nothing.
     """
 
@@ -39,22 +38,17 @@ class Progress:
     def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self._close()
 
     def begin(self, does: str, total: int) -> None:
-        """Go over to another job, in the place of the one before; the same goes on."""
+        """Continue with another job in place of the previous one; no effect if it is the same."""
         if (does, total) != (self.does, self.total):
             self._close()
             self.does, self.total, self._done = does, total, 0
 
     def update(self, seen: int) -> None:
-        """Say how many things were looked at."""
+        """Set the number of things done."""
         if self._bar is None:
             self._bar = self._open()
         self._bar.update(seen - self._bar.n)
@@ -62,7 +56,7 @@ class Progress:
     def _open(self) -> Any:
         from tqdm import tqdm
 
-        # Not found out by tqdm: it shows nothing in a terminal that does not tell its size.
+        # tqdm itself shows nothing in a terminal of unknown size.
         in_terminal: dict[str, Any] = dict(
             zip(("ncols", "nrows"), get_terminal_size(), strict=True)
         )
@@ -90,7 +84,7 @@ class Progress:
 
 
 class _Lines:
-    """Gives what tqdm writes over a line a line of its own."""
+    """Puts each update of tqdm on a line of its own."""
 
     def write(self, text: str) -> None:
         if text.strip():
@@ -107,14 +101,14 @@ def with_progress(
     seen: Callable[[Step], int] | None = None,
     done: int = 0,
 ) -> Iterator[Step]:
-    """The same steps with their progress; only the first process shows it.
+    """Iterate over steps with a progress bar, which only the first process shows.
 
     Args:
         steps: of a job.
-        does: what it does.
-        total: how many things there are; None where nobody knows.
-        seen: how many were looked at after a step; None: one more.
-        done: things that an earlier run has done.
+        does: what the job does.
+        total: number of things; None: unknown.
+        seen: number of things done after a step; None: one more.
+        done: number of things done by an earlier run.
     """
     is_first = not int(os.environ.get("RANK", "0"))
     with Progress(does, total, done=done, is_shown=is_first) as progress:

@@ -46,11 +46,11 @@ def gather_objects(value: T) -> list[T]:
 
 @contextmanager
 def connected_ranks() -> Iterator[tuple[int, int]]:
-    """While open, the ranks that torchrun started, if it did, can talk; gives `rank_and_world`."""
+    """Connect the ranks that torchrun started, if any; returns `rank_and_world`."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield 0, 1
         return
-    # What is sent is on the CPU: embeddings on their way to the disk.
+    # Only data on the CPU is sent: embeddings on their way to disk.
     dist.init_process_group("gloo")
     try:
         yield rank_and_world()

@@ -1,4 +1,4 @@
-"""Samples: numbers evenly spread over a range, and quantiles of what was measured."""
+"""Samples: numbers evenly spread over a range, and quantiles of measurements."""
 
 from array import array
 
@@ -18,7 +18,7 @@ def evenly_spread(length: int, at_most: int) -> list[int]:
 
 
 def quantiles(values: array) -> dict[str, float]:
-    """Values at `QUANTILES`, each of them one that was measured; empty without values.
+    """Values at `QUANTILES`, without interpolation; empty without values.
 
     >>> quantiles(array("q", [3, 1, 2]))["median"]
     2

@@ -169,6 +169,6 @@ def test_what_comes_twice_is_in_the_part_of_the_first(tmp_path):
             pass
     ids = [Store.open(tmp_path / f"{number}").ids for number in (1, 2)]
     assert [*ids[0], *ids[1]] == [f"{i}" for i in range(20)]
-    with pytest.raises(UserError, match="how many there are"):
+    with pytest.raises(UserError, match="give a list of them"):
         for _ in embedding.embed(store, model, iter(items), 1, part=PartOf(1, 2)):
             pass

@@ -121,11 +121,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Embed, and say what was done.
-
-    Raises:
-        UserError: a flag, the model, the store or an item is not valid.
-    """
+    """Embed, and print a summary."""
     check_at_least(args, 1, "width")
     with redirect_stdout(sys.stderr):
         summary = _embed_on_ray(args) if args.engine == "ray" else embed_here(args)
@@ -138,7 +134,7 @@ def run(args: argparse.Namespace) -> None:
         f"{summary['items']:,} items in {args.store}, {summary['embedded']:,} of them new"
         + (f", {summary['skipped']:,} left out" if summary["skipped"] else "")
         + (
-            f"; {_kept_as(summary)} keeps {100 * summary['kept']:.1f} % of the 10 nearest "
+            f"; {_stored_as(summary)} keeps {100 * summary['kept']:.1f} % of the 10 nearest "
             f"neighbours ({summary['sample']} sampled items)"
             if summary["sample"] > 1
             else ""
@@ -160,15 +156,16 @@ def _embed_on_ray(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def embed_here(args: argparse.Namespace) -> dict[str, Any] | None:
-    """Embed in this process, or on torchrun's ranks; what was done, or nothing on other ranks.
+    """Embed in this process or on torchrun's ranks, with a `MetaEmbedder` or vLLM.
 
-    The engine that computes the vectors is a `MetaEmbedder`, or vLLM in its place.
+    Returns:
+        A summary; None on ranks other than 0.
     """
     from metaembed_pl.data.tables import parse_columns
     from metaembed_pl.retrieval.embedding import PartOf
     from metaembed_pl.retrieval.sources import open_source
 
-    # What costs nothing to check comes first: a model takes seconds to load.
+    # Cheap checks come first: a model takes seconds to load.
     pace, columns = pace_of(args), parse_columns(args.columns)
     source = open_source(args.items, columns, _fetch(args))
     part = None if args.part is None else PartOf.parse(args.part)
@@ -186,7 +183,7 @@ def embed_here(args: argparse.Namespace) -> dict[str, Any] | None:
     from metaembed_pl.retrieval.store import Store
 
     with connected_ranks() as (rank, _):
-        model: Any = load_model(args) if settings is None else _vllm(args, settings)
+        model = _model(args, settings)
         store = Store.open_for(
             model, args.store, args.store_dtype, args.width, source, args.skip_bad
         )
@@ -228,8 +225,16 @@ def embed_here(args: argparse.Namespace) -> dict[str, Any] | None:
         return summary
 
 
+def _model(args: argparse.Namespace, settings: dict[str, Any] | None) -> Any:
+    if settings is None:
+        return load_model(args)
+    from metaembed_pl.serving.vllm_engine import VllmModel
+
+    return VllmModel(args.model, ({"dtype": args.dtype} if args.dtype else {}) | settings)
+
+
 def _vllm_settings(args: argparse.Namespace) -> dict[str, Any] | None:
-    """Settings of vLLM's engine; None where another engine embeds."""
+    """Settings of vLLM's engine; None for other engines."""
     if args.engine != "vllm":
         if args.vllm_args is not None:
             raise UserError("--vllm-args is for --engine vllm")
@@ -251,12 +256,6 @@ def _vllm_settings(args: argparse.Namespace) -> dict[str, Any] | None:
     return settings
 
 
-def _vllm(args: argparse.Namespace, settings: dict[str, Any]) -> Any:
-    from metaembed_pl.serving.vllm_engine import VllmModel
-
-    return VllmModel(args.model, ({"dtype": args.dtype} if args.dtype else {}) | settings)
-
-
 def _fetch(args: argparse.Namespace) -> "Fetch | None":
     for name in ("fetch_seconds", "fetch_mb"):
         if not getattr(args, name) > 0:
@@ -270,7 +269,7 @@ def _fetch(args: argparse.Namespace) -> "Fetch | None":
 
 
 def _index(store: Any, model: Any, args: argparse.Namespace) -> dict[str, Any] | None:
-    """Build an index if that was asked for; one that is there gets what is new."""
+    """Build an index if `--index` was given; extend an existing one."""
     from metaembed_pl.retrieval.calibration import Calibration
     from metaembed_pl.retrieval.index import IndexUnusable
 
@@ -302,7 +301,7 @@ def _summary(store: Any, done: "embedding.EmbedStatus") -> dict[str, Any]:
     }
 
 
-def _kept_as(summary: dict[str, Any]) -> str:
-    """What may have cost recall: the precision, and a projection where there is one."""
+def _stored_as(summary: dict[str, Any]) -> str:
+    """The dtype of the stored vectors, and their width if they are projected."""
     projected = summary["width"] < summary["model_width"]
     return f"width {summary['width']} in {summary['dtype']}" if projected else summary["dtype"]

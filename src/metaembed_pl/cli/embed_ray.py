@@ -22,24 +22,28 @@ RETRIES = 10
 
 
 def embed_on_ray(args: argparse.Namespace, total: int, embed: Embed) -> dict[str, Any]:
-    """Embed all parts and merge them; the same command goes on where it was.
+    """Embed all parts and merge them; the same command resumes after an interruption.
 
     Args:
         args: the flags of `embed`.
-        total: items, for the progress.
+        total: number of items, for the progress bar.
         embed: embeds a part, in a worker.
 
     Returns:
-        What was done, as `embed` tells it.
+        The summary of `embed`.
 
     Raises:
-        UserError: Ray is missing, the store is there already, or a part cannot be embedded.
+        UserError: Ray is missing, the store exists, or a part cannot be embedded.
     """
     from metaembed_pl.retrieval.embedding import PartOf
-    from metaembed_pl.retrieval.parts import PartNote, merge
+    from metaembed_pl.retrieval.parts import PART_FILE, PartNote, merge
 
     check_at_least(args, 1, "parts")
-    ray = _ray()
+    try:
+        import ray  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise UserError("--engine ray needs Ray: pip install 'metaembed-pl[ray]'") from error
+    print("starting Ray ...", file=sys.stderr)
     if args.store.exists():
         raise UserError(
             f"{args.store} exists already: --engine ray only creates new stores; leave it out to "
@@ -47,19 +51,18 @@ def embed_on_ray(args: argparse.Namespace, total: int, embed: Embed) -> dict[str
         )
     folder = args.store.resolve().with_name(f"{args.store.name}.parts")
     if not ray.is_initialized():
-        # Of a cluster, RAY_ADDRESS or the command that started it says where; else it is local.
+        # RAY_ADDRESS, or the command that started it, names a cluster; otherwise Ray runs locally.
         ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False, logging_level="error")
     resources = ray.cluster_resources()
     kind = "GPU" if resources.get("GPU") else "CPU"
-    known = next((PartNote.read(part) for part in sorted(folder.glob("*")) if _is_part(part)), None)
+    known = sorted(folder.glob(f"*/{PART_FILE}"))
     count = PARTS_A_WORKER * int(resources.get(kind, 1))
-    count = args.parts or (count if known is None else PartOf.parse(known.part).of)
+    count = args.parts or (PartOf.parse(PartNote.read(known[0].parent).part).of if known else count)
     needs: dict[str, Any] = {"num_gpus": 1} if kind == "GPU" else {"num_cpus": 1}
     task = ray.remote(max_retries=RETRIES, **needs)(embed_part)
-    given = _flags(args)
-    waiting = [
-        task.remote(embed, given, f"{i}/{count}", str(folder / f"{i}")) for i in _numbers(count)
-    ]
+    flags = _flags(args)
+    parts = {f"{i}/{count}": folder / f"{i}" for i in range(1, count + 1)}
+    waiting = [task.remote(embed, flags, part, str(store)) for part, store in parts.items()]
     with Progress("embedding", total) as progress:
         done: list[dict[str, Any]] = []
         while waiting:
@@ -71,14 +74,14 @@ def embed_on_ray(args: argparse.Namespace, total: int, embed: Embed) -> dict[str
                     ray.cancel(task)
                 raise UserError(str(error.cause)) from error
             progress.update(total * (count - len(waiting)) // count)
-    store = merge([folder / f"{i}" for i in _numbers(count)], args.store)
+    store = merge(list(parts.values()), args.store)
     shutil.rmtree(folder)
     sums = {name: sum(summary[name] for summary in done) for name in ("embedded", "skipped")}
     return {**done[0], **sums, "items": len(store), "kept": 1.0, "sample": 0}
 
 
 def embed_part(embed: Embed, flags: dict[str, Any], part: str, store: str) -> dict[str, Any]:
-    """Embed one part, in a worker; what was done."""
+    """Embed one part, in a worker; return its summary."""
     args = argparse.Namespace(**flags, part=part, store=Path(store))
     Path(store).parent.mkdir(exist_ok=True)
     summary = embed(args)
@@ -87,7 +90,7 @@ def embed_part(embed: Embed, flags: dict[str, Any], part: str, store: str) -> di
 
 
 def _flags(args: argparse.Namespace) -> dict[str, Any]:
-    """The flags that tasks have; paths do not depend on the folder that a worker is in."""
+    """The flags of tasks, with absolute paths: workers may run in other folders."""
     flags = {
         name: value for name, value in vars(args).items() if name not in ("run", "part", "store")
     }
@@ -95,20 +98,3 @@ def _flags(args: argparse.Namespace) -> dict[str, Any]:
         if Path(flags[name]).exists():
             flags[name] = str(Path(flags[name]).resolve())
     return flags | {"engine": "here", "index": False}
-
-
-def _numbers(count: int) -> range:
-    return range(1, count + 1)
-
-
-def _is_part(folder: Path) -> bool:
-    return (folder / "part.json").is_file()
-
-
-def _ray() -> Any:
-    try:
-        import ray  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise UserError("--engine ray needs Ray: pip install 'metaembed-pl[ray]'") from error
-    print("starting Ray ...", file=sys.stderr)
-    return ray

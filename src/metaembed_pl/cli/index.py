@@ -54,30 +54,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Index, measure, and say what came of it.
-
-    Raises:
-        UserError: a flag, the model or the store is not valid, or faiss is missing.
-    """
+    """Index, measure, and print a summary."""
     check_at_least(args, 1, "batch_size")
 
     from metaembed_pl.item import read_items
     from metaembed_pl.retrieval.index import faiss_module
     from metaembed_pl.retrieval.store import Store
 
-    # What costs nothing to check comes first: loading a model takes seconds.
+    # Cheap checks come first: loading a model takes seconds.
     store = Store.open(args.store)
     faiss_module()
-    asked = read_items(args.queries) if args.queries else None
+    queries = read_items(args.queries) if args.queries else None
     with redirect_stdout(sys.stderr):
         model = load_model(args, store)
         summary = indexed(store, args.codes, args.again)
-        vectors = None if asked is None else model.encode_query(asked, args.batch_size)
-        if vectors is None:
+        if queries is None:
             calibration = measured(store, model, args.batch_size)
         else:
             from metaembed_pl.retrieval.calibration import calibrate
 
+            vectors = model.encode_query(queries, args.batch_size)
             calibration = calibrate(store, vectors, f"queries of {args.queries.name}")
             calibration.save(store)
     summary |= chosen(store, calibration)
@@ -85,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def indexed(store: "Store", codes: str | None = None, again: bool = False) -> dict[str, Any]:
-    """Build the index of a store, or add to it what is new; what was done."""
+    """Build the index of a store, or add new items to it; return a summary."""
     from metaembed_pl.retrieval.index import IndexUnusable
     from metaembed_pl.retrieval.index_build import build, extend
 
@@ -110,7 +106,7 @@ def indexed(store: "Store", codes: str | None = None, again: bool = False) -> di
         else:
             extend(store, on_progress)
     index = store.index()
-    assert index is not None, "it was made just now"
+    assert index is not None, "it was just built"
     return {
         "items": len(store),
         "indexed_rows": index.num_rows,
@@ -123,20 +119,20 @@ def indexed(store: "Store", codes: str | None = None, again: bool = False) -> di
 
 
 def measured(store: "Store", model: "MetaEmbedder", batch_size: int) -> "Calibration":
-    """Measure what plans find on a store, and keep that beside it."""
+    """Measure search plans on a store, and save the result beside it."""
     from metaembed_pl.retrieval.calibration import measure
 
     print("measuring search plans on this store ...", file=sys.stderr)
     found = measure(store, lambda texts: model.encode_query(texts, batch_size).to(model.device))
     try:
         found.save(store)
-    except OSError as error:  # on a disk that is for reading alone it serves this once
+    except OSError as error:  # on a read-only disk it serves this once
         print(f"the measurement could not be saved: {error.strerror}", file=sys.stderr)
     return found
 
 
 def chosen(store: "Store", calibration: "Calibration") -> dict[str, Any]:
-    """What a search without a budget does from now on."""
+    """The plan of a search without a budget, and the reason."""
     from metaembed_pl.retrieval.calibration import choose, plan_name
 
     choice = choose(store, calibration)
@@ -144,7 +140,7 @@ def chosen(store: "Store", calibration: "Calibration") -> dict[str, Any]:
 
 
 def in_words(summary: dict[str, Any]) -> str:
-    """A line."""
+    """The summary as a line of text."""
     line = (
         f"{summary['indexed_rows']:,} rows in {summary['lists']:,} lists, "
         f"{summary['index_bytes'] / 1e6:,.0f} MB, {summary['seconds']:.0f} s; a search takes "

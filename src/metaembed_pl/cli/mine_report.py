@@ -24,13 +24,7 @@ Example = tuple[Item, list[Shown]]
 
 
 class MiningReport:
-    """What was found for the pairs of a source.
-
-    Args:
-        pairs: the source.
-        corpus: what was mined from.
-        num_examples: pairs to show, evenly spread.
-    """
+    """The results for the pairs of a source, with some evenly spread examples."""
 
     def __init__(self, pairs: ShardedPairs, corpus: Corpus, num_examples: int) -> None:
         self.pairs, self.corpus = pairs, corpus
@@ -43,7 +37,7 @@ class MiningReport:
         self._bad: list[str] = []
 
     def note(self, i: int, result: Mined | str) -> None:
-        """Takes in what was found for pair `i`, or why it cannot be used."""
+        """Add the result for pair `i`, or the reason why it cannot be used."""
         if isinstance(result, str):
             self._bad.append("/".join(self.pairs.locate(i)) + f": {result}")
             return
@@ -55,7 +49,7 @@ class MiningReport:
             self._examples[i] = result
 
     def summary(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """The results as JSON."""
         return {
             "num_pairs": self._numbers.total(),
             "num_bad": len(self._bad),
@@ -68,7 +62,7 @@ class MiningReport:
         }
 
     def line(self) -> str:
-        """The most of it, for people."""
+        """The results as a line of text."""
         passed = ", ".join(f"{count:,} {why}" for why, count in self._passed.most_common())
         num_pairs = self._numbers.total()
         mean = len(self._negatives) / max(1, num_pairs)
@@ -78,9 +72,8 @@ class MiningReport:
         )
 
     def examples(self) -> list[Example]:
-        """Queries, each with its positive, its negatives and what was left out."""
-        found = [(i, mined) for i, mined in self._examples.items() if mined is not None]
-        return [self._example(i, mined) for i, mined in found]
+        """Queries, each with its positive, its negatives, and candidates that were left out."""
+        return [self._example(i, mined) for i, mined in self._examples.items() if mined is not None]
 
     def _example(self, i: int, mined: Mined) -> Example:
         pair = decoded(self.pairs[i])

@@ -17,7 +17,7 @@ STORED = ("fp16", "int8")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """Declare the flags that say which model, and how it is run: the same for every verb."""
+    """Declare the flags of the model, which are the same for every verb."""
     add = parser.add_argument
     add(
         "--model",
@@ -54,7 +54,7 @@ def _dtype(name: str) -> str:
 
 
 def add_pace_arguments(parser: argparse.ArgumentParser, workers: bool = True) -> None:
-    """Declare the flags that say how fast items are encoded; they change no result."""
+    """Declare the flags for the speed of encoding; they do not change results."""
     add = parser.add_argument
     add(
         "--batch-size",
@@ -88,11 +88,7 @@ def check_at_least(args: argparse.Namespace, least: int, *names: str) -> None:
 
 
 def pace_of(args: argparse.Namespace) -> "Pace":
-    """What the flags of `add_pace_arguments` say.
-
-    Raises:
-        UserError: one is out of range.
-    """
+    """The flags of `add_pace_arguments`, checked."""
     check_at_least(args, 1, "batch_size", "chunk_tokens")
     check_at_least(args, 0, "workers")
 
@@ -102,14 +98,10 @@ def pace_of(args: argparse.Namespace) -> "Pace":
 
 
 def load_model(args: argparse.Namespace, store: "Searchable | None" = None) -> "MetaEmbedder":
-    """The model that the flags of `add_model_arguments` name, its adapter merged.
-
-    Args:
-        args: the flags.
-        store: must hold this model's vectors; None: there is none.
+    """Load the model that the flags of `add_model_arguments` name, and merge its adapter.
 
     Raises:
-        UserError: there is no such model or device, or the store is another model's.
+        UserError: there is no such model or device, or it is not the model of `store`.
     """
     from transformers.utils import logging
 
@@ -140,7 +132,7 @@ def _has_bf16(device: str) -> bool:
 
 
 def tell_cut(model: "MetaEmbedder") -> None:
-    """Say how much of what the model has read was cut; every rank must ask."""
+    """Print how many texts the model truncated; every rank must call it."""
     from metaembed_pl.data.collate import Cut
     from metaembed_pl.ranks import gather_objects
 
@@ -152,10 +144,10 @@ def tell_cut(model: "MetaEmbedder") -> None:
 
 
 def find_device(name: str | None) -> str:
-    """The device of that name; None: a GPU where there is one, under torchrun each rank its own.
+    """The device of that name; None: a GPU if available, and under torchrun one for each rank.
 
     Raises:
-        UserError: there is no such device.
+        UserError: the device is not available.
     """
     import torch
 

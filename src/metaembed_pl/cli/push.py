@@ -66,11 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Push, and say what was done.
-
-    Raises:
-        UserError: a flag or the store is not valid, or the collection is not for it.
-    """
+    """Push, or print the cost, and print a summary."""
     check_at_least(args, 1, "shards", "replicas", "batch_size")
     if (args.to is None) != args.plan:
         raise UserError("give the destination with --to ADDRESS, or --plan to see the cost")
@@ -79,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
         from metaembed_pl.retrieval.store import Store
 
         if args.plan:
-            report = _plan(args, Store.open(args.store), counts)
+            report = _cost(args, Store.open(args.store), counts)
         else:
             parse_address(args.to)  # before what takes seconds to import
             report = _push(args, Store.open(args.store), counts)
@@ -113,24 +109,16 @@ def _push(args: argparse.Namespace, store: "Store", counts: tuple[int, ...] | No
     return {**report, "text": text}
 
 
-def _plan(args: argparse.Namespace, store: "Store", counts: tuple[int, ...] | None) -> Any:
-    """What a collection of this store will cost, and one of more items like these."""
+def _cost(args: argparse.Namespace, store: "Store", counts: tuple[int, ...] | None) -> Any:
+    """The size of a collection of this store, and of collections of more such items."""
     from metaembed_pl.retrieval.qdrant.sizing import ITEMS, PAYLOAD_BYTES, sizing, sizing_table
 
     counts = counts or tuple(sorted({group.r_c for group in store.groups}))
     payload = _payload_bytes(store) or PAYLOAD_BYTES
     dtype = args.dtype or ("fp32" if store.dtype == "fp32" else "fp16")
     replicas = args.replicas or 1
-    size = sizing(
-        len(store),
-        store.width,
-        counts,
-        dtype,
-        args.quantization,
-        bool(args.on_disk),
-        payload,
-        replicas,
-    )
+    settings = dtype, args.quantization, bool(args.on_disk), payload, replicas
+    size = sizing(len(store), store.width, counts, *settings)
     rows = sizing_table(sorted({len(store), *ITEMS}), store.width, counts, dtype, payload, replicas)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.rjust, row, widths)) for row in rows]
@@ -144,7 +132,7 @@ def _plan(args: argparse.Namespace, store: "Store", counts: tuple[int, ...] | No
 
 
 def _payload_bytes(store: "Store") -> float:
-    """Of an item's payload, the mean of some."""
+    """The mean size of an item's payload, from a sample."""
     from metaembed_pl.samples import evenly_spread
 
     rows = evenly_spread(len(store), 1000)

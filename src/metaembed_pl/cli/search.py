@@ -78,12 +78,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Search, and print the results.
-
-    Raises:
-        UserError: a flag, the model, the store or an item is not valid.
-    """
-    # What costs nothing to check comes first: loading a model takes seconds, encoding hours.
+    """Search, and print the results."""
+    # Cheap checks come first: loading a model takes seconds, encoding hours.
     _check(args)
     query = _read_query(args.query, args.image)
     # Standard output is for results alone, whatever libraries print meanwhile.
@@ -117,7 +113,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _check_plan(args: argparse.Namespace, named: bool) -> None:
-    """Flags that exclude each other; `named`: --budget names one."""
+    """Refuse flags that exclude each other; `named`: --budget is not auto."""
     if args.exact and args.store is None:
         raise UserError("--exact only works with --store: --items are always searched exactly")
     if args.exact and not is_qdrant(args.store) and (named or args.cascade):
@@ -163,8 +159,8 @@ def _as_json(query: "Item", answer: Answer) -> dict[str, Any]:
 
 def _row(place: int, found: SearchResult) -> tuple[str, str, str, str]:
     """A row of the table; for a picture, the query it answers or its path as text."""
-    asked = f"answers {found.asked_as}" if found.asked_as else ""
-    text = found.text or asked or found.image or ""
+    answers = f"answers {found.asked_as}" if found.asked_as else ""
+    text = found.text or answers or found.image or ""
     name = "" if found.id.startswith("sha256:") else found.id
     return str(place), f"{found.score:.4f}", plain(name), plain(text)
 

@@ -64,11 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Serve until interrupted.
-
-    Raises:
-        UserError: a flag, the model or the store is not valid, or the port is taken.
-    """
+    """Serve until interrupted."""
     if not 0 <= args.port < 2**16:
         raise UserError(f"--port must be between 0 and {2**16 - 1}, got {args.port}")
     if not 0 < args.max_upload <= 1000:
@@ -100,7 +96,7 @@ def run(args: argparse.Namespace) -> None:
             timeout_graceful_shutdown=LEFT_S,
         )
         _tell(args, host, port, len(service.store))
-        # uvicorn closes what is open, and then lets the interrupt through.
+        # uvicorn closes its connections, and then raises the interrupt.
         with suppress(KeyboardInterrupt):
             uvicorn.Server(config).run(sockets=[listener])
 
@@ -117,7 +113,7 @@ def _service(args: argparse.Namespace) -> "Service":
     max_upload_bytes = int(args.max_upload * 1e6)
     service = Service(model, args.store, args.pictures or (), max_upload_bytes, args.log_queries)
     if service.measuring.calibration(store) is None and needs_measuring(store):
-        service.measuring.start(service.store)  # until it is done, searches are exact
+        service.measuring.start(service.store)  # searches are exact until it is done
     return service
 
 

@@ -37,11 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Do what was asked for.
-
-    Raises:
-        UserError: a flag or a store is not valid.
-    """
+    """Run the chosen command."""
     args.do(args)
 
 

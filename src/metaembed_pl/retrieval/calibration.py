@@ -303,8 +303,10 @@ def measure(
     if len(logged) >= LEAST_QUERIES:
         return calibrate(store, encode(logged), "queries that were logged", go_on)
     rows = evenly_spread(len(store), 4 * NUM_QUERIES)
-    said = [metadata.get("asked_as") or metadata.get("text") for metadata in store.metadata(rows)]
-    texts = [text for text in said if isinstance(text, str) and text.strip()]
+    queries = [
+        metadata.get("asked_as") or metadata.get("text") for metadata in store.metadata(rows)
+    ]
+    texts = [text for text in queries if isinstance(text, str) and text.strip()]
     texts = list(dict.fromkeys(texts))[:NUM_QUERIES]
     if len(texts) < LEAST_QUERIES:
         return calibrate(store, go_on=go_on)
@@ -329,7 +331,7 @@ def joined(texts: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def logged_queries(store: Store) -> list[str]:
-    """The last distinct text queries, if `serve --log-queries` kept them."""
+    """The last distinct text queries, if `serve --log-queries` logged them."""
     try:
         lines = (store.folder / QUERIES_FILE).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError):
@@ -396,7 +398,7 @@ class _Trial:
             for reach in REACH:
                 self.go_on()
                 stage = Stage(self.store.groups[-1], hits[-1], pooled, reach)
-                questions = stage.asked(self.queries).float().cpu().numpy()
+                questions = stage.query_vectors(self.queries).float().cpu().numpy()
                 lists, products = index.lists_of(questions, reach)
                 num_read = (lists >= 0).sum() / len(self.queries)
                 if num_read > LISTS_AT_MOST * index.num_lists * questions.shape[1]:
@@ -445,13 +447,13 @@ class _Trial:
         last = groups[-1].r_c
         columns: dict[int | None, Tensor] = {}
         for width in (None, *self.store.widths):
-            asked = narrowed(queries, width).float()
-            columns[width] = torch.cat([asked, asked.sum(dim=1, keepdim=True)], dim=1)
+            narrow = narrowed(queries, width).float()
+            columns[width] = torch.cat([narrow, narrow.sum(dim=1, keepdim=True)], dim=1)
 
         def first_scores(places: Integer[Tensor, " n"]) -> dict[Stage, Float[Tensor, "n Q"]]:
             vectors, found = read(planes, last, places), {}
-            for width, asked in columns.items():
-                found |= _first_scores(narrowed(vectors, width), asked, groups, width)
+            for width, of_width in columns.items():
+                found |= _first_scores(narrowed(vectors, width), of_width, groups, width)
             return found
 
         pick = torch.arange(len(queries)).repeat_interleave(exact.shape[1])

@@ -4,11 +4,11 @@ A stage scores the items kept by the previous stage, and keeps the best:
 
     4x8:200      MaxSim of 4 query and 8 candidate vectors; the 200 best items
     4x8x64:200   the same with the first 64 components of each, where the model was trained so
-    poolx16:200  the sum of all query vectors, against 16 candidate vectors; the 200 best items;
+    poolx16:200  the sum of all query vectors with 16 candidate vectors; the 200 best items;
                  poolx16x64:200 with 64 components
-    pool@.7:200  the sum asks the index, which reads the lists whose centres score at least .7 of
-                 the best centre's; the items of the 200 best candidate vectors in them
-    each@.7:50   every query vector asks the index; the items of the 50 best vectors of each
+    pool@.7:200  the index, queried with the sum, reads the lists whose centres score at least .7 of
+                 the best centre's score; the items of the 200 best candidate vectors in them
+    each@.7:50   the index, queried with each query vector; the items of the 50 best vectors of each
 
 Only the first stage can use the index, and the last one scores at a budget. Pooling the query costs
 one product per candidate vector instead of r_q, and loses little if a query's vectors are similar.
@@ -45,17 +45,17 @@ _STAGE = re.compile(
     r"\s*:\s*(?P<keep>\d+)\s*"
 )
 PASSED_OVER = 1.2
-"""What an index spends on looking whether a filter lets a vector through, in dot products."""
+"""Cost of checking in the index whether a vector passes a filter, in dot products."""
 
 
 class Stage(NamedTuple):
     """One step of a cascade.
 
     Args:
-        budget: query and candidate vectors that are used, and their components.
-        keep: items that are kept; where the index is asked, vectors for each question.
-        pooled: the query's vectors are summed first.
-        reach: which lists of the index are read, see `Index.search`; None: every item is scored.
+        budget: query and candidate vectors to use, and their components.
+        keep: items to keep; with the index, vectors to take for each question.
+        pooled: sum the query's vectors first.
+        reach: lists of the index to read, see `Index.search`; None: score every item.
     """
 
     budget: Budget
@@ -71,27 +71,27 @@ class Stage(NamedTuple):
 
     @property
     def products(self) -> int:
-        """Dot products for an item that is scored."""
+        """Dot products per scored item."""
         one = self.pooled or self.budget.r_c == 1
         return self.budget.r_c * (1 if one else self.budget.r_q)
 
-    def asked(self, queries: Float[Tensor, "Q Rq D"]) -> Float[Tensor, "Q _ _"]:
-        """The vectors that the stage asks with."""
+    def query_vectors(self, queries: Float[Tensor, "Q Rq D"]) -> Float[Tensor, "Q _ _"]:
+        """The query vectors of this stage."""
         queries = narrowed(queries[:, : self.budget.r_q], self.budget.width)
         return queries.sum(dim=1, keepdim=True) if self.pooled else queries
 
 
 @dataclass(frozen=True)
 class Hits:
-    """What a search found, by query, best first.
+    """The hits of a search by query, best first.
 
     Args:
         ids: of the items.
-        scores: MaxSim at the last budget; not divided by r_q unless that was asked for.
+        scores: MaxSim at the last budget; divided by r_q only with `normalised`.
         rows: of the items in the store.
-        stages: what was spent.
-        milliseconds: of the search of all queries, without their encoding.
-        bytes_read: of vectors, from disk or from the memory that the system keeps of it.
+        stages: of the search.
+        milliseconds: for all queries, without encoding.
+        bytes_read: vectors read, from disk or the system's cache.
     """
 
     ids: list[list[str]]
@@ -103,14 +103,7 @@ class Hits:
 
 
 class StageResult(NamedTuple):
-    """What stages found, by query, best first.
-
-    Args:
-        scores: MaxSim at the last budget.
-        places: where the hits stand in the store's files.
-        bytes_read: of vectors.
-        seconds: it took.
-    """
+    """The hits of stages by query, best first; `places` are rows of the store's files."""
 
     scores: Float[Tensor, "Q K"]
     places: Integer[Tensor, "Q K"]
@@ -124,8 +117,8 @@ def parse_cascade(
     """Read the stages of a cascade, first to last, as text or a list.
 
     Raises:
-        UserError: not stages, a budget the model was not trained for, or a stage that would keep
-            more than the one before.
+        UserError: not stages, a budget the model was not trained for, or a stage that keeps more
+            than the one before.
     """
     parts = value.split(",") if isinstance(value, str) else list(value)
     stages = tuple(part if isinstance(part, Stage) else _parse(part, groups[-1]) for part in parts)
@@ -169,10 +162,10 @@ def choose_stages(
     cascade: str | Iterable[Stage | str] | None = None,
     top: int | None = None,
 ) -> tuple[Stage, ...]:
-    """The stages of a search that was given a budget or a cascade, or neither: all vectors.
+    """The stages of a search at a budget, or in a cascade; with neither, at all vectors.
 
     Raises:
-        UserError: the model of these vectors cannot serve them.
+        UserError: the model was not trained for them.
     """
     groups, widths = space.groups, space.widths
     if top is not None and top < 1:
@@ -196,21 +189,21 @@ def run_stages(
 ) -> StageResult:
     """Search stage by stage.
 
-    A first stage that scores every item multiplies in what the machine is fastest at. Where that is
-    coarser than float32 it keeps more than asked, and these are scored once more: scores that are
-    returned, and the order, are those of float32.
+    A first stage that scores every item multiplies in the machine's fastest dtype. If that is
+    coarser than float32, it keeps more items, which are scored again: the scores returned, and
+    their order, are those of float32.
 
     Args:
         snapshot: of the store.
-        queries: as the store accepted them.
-        stages: what to do, first to last.
-        matching: which items are searched.
-        index: of the snapshot; needed where the first stage asks it.
+        queries: returned by `Searchable.accept`.
+        stages: first to last.
+        matching: the items to search.
+        index: of the snapshot; needed if the first stage uses it.
     """
     started = time.perf_counter()
     first, *later = stages
     if first.reach is not None:
-        assert index is not None, "a plan that asks an index is chosen where there is one"
+        assert index is not None, "a plan with an index is only chosen if there is one"
         at_least = min(stages[-1].keep, len(matching.places))
         places, bytes_read = _ask(snapshot, index, queries, first, matching, at_least)
         found = [(places.new_empty(0).float(), places) for places in places]
@@ -220,7 +213,7 @@ def run_stages(
             later = [first, *later]
             first = first._replace(keep=2 * first.keep + 32)
         r_c = first.budget.r_c
-        scored = scan(snapshot.planes, first.asked(queries), r_c, matching.places, dtype)
+        scored = scan(snapshot.planes, first.query_vectors(queries), r_c, matching.places, dtype)
         found = list(zip(*best_rows(scored, first.keep), strict=True))
         bytes_read = len(matching.places) * snapshot.item_bytes(first.budget)
     for stage in later:
@@ -239,12 +232,12 @@ def _best_of(
 ) -> tuple[Float[Tensor, " K"], Integer[Tensor, " K"]]:
     """The best of some places for one query."""
     places = places.sort().values.cpu()
-    asked = stage.asked(query[None])
+    vectors = stage.query_vectors(query[None])
     if len(places) <= FEW:
-        scores = score_few(snapshot.planes, asked[0], stage.budget.r_c, places)
+        scores = score_few(snapshot.planes, vectors[0], stage.budget.r_c, places)
         scores, best = best_columns(scores[None], stage.keep)
         return scores[0], places[best[0].cpu()]
-    scores, best = best_rows(scan(snapshot.planes, asked, stage.budget.r_c, places), stage.keep)
+    scores, best = best_rows(scan(snapshot.planes, vectors, stage.budget.r_c, places), stage.keep)
     return scores[0], best[0]
 
 
@@ -256,17 +249,17 @@ def _ask(
     matching: Matching,
     at_least: int,
 ) -> tuple[list[Integer[Tensor, " n"]], int]:
-    """Places that the index finds, by query, and the bytes read.
+    """The places that the index finds, by query, and the bytes read.
 
     Items that are not in the index yet are all scored.
     """
     assert stage.reach is not None
     allowed = matching.allowed(index.num_rows, index.num_slots)
     at_least = min(at_least, matching.num_below(index.num_rows))
-    # Under a filter more lists hold as many items.
+    # With a filter, more lists are needed for as many items.
     widened = len(snapshot.places) / len(matching.places)
     found, bytes_read = index.search(
-        stage.asked(queries), stage.reach, stage.keep, allowed, at_least, widened
+        stage.query_vectors(queries), stage.reach, stage.keep, allowed, at_least, widened
     )
     tail = matching.places[matching.num_below(index.num_rows) :]
     if len(tail):
@@ -279,10 +272,9 @@ def _ask(
 def for_filter(
     stages: tuple[Stage, ...], index: Index, queries: Float[Tensor, "Q Rq D"], share: float
 ) -> tuple[Stage, ...]:
-    """Stages that ask an index, where a filter lets a share of the items through.
+    """The stages of a search with an index, if a filter selects a share of the items.
 
-    Many more lists are read then. Where that costs more than to score them all, they are all
-    scored.
+    Many more lists are read then; if that costs more than scoring all items, all are scored.
     """
     first, last = stages[0], stages[-1]
     if share == 1 or first.reach is None:
@@ -290,8 +282,8 @@ def for_filter(
     all_of_them = share * index.num_rows * last.products
     a_list = index.num_rows * index.num_slots / index.num_lists * (PASSED_OVER + share)
     if all_of_them <= min(1 / share, index.num_lists) * a_list:
-        return (last,)  # a single list, widened, costs more: no need to look which are near
-    asked = first.asked(queries).float().cpu().numpy()
-    lists, _ = index.lists_of(asked, first.reach, 1 / share)
+        return (last,)  # even a single widened list costs more
+    questions = first.query_vectors(queries).float().cpu().numpy()
+    lists, _ = index.lists_of(questions, first.reach, 1 / share)
     num_read = (lists >= 0).sum() / len(queries)
     return (last,) if all_of_them <= num_read * a_list else stages

@@ -1,4 +1,4 @@
-"""Stores as tables that other programs read, and back: Parquet, or Lance.
+"""Export of stores to tables for other programs, and import: Parquet or Lance.
 
 Columns: `id`; `vectors`, the first r_c meta embeddings of an item, as a fixed-size list of
 fixed-size lists of float32; `first`, the first of them; `metadata`, JSON; and optionally `preview`,
@@ -39,17 +39,17 @@ def export_store(
     """Write a store as a table.
 
     Args:
-        store: what to write.
+        store: to export.
         to: a new file that ends in .parquet, or a new folder that ends in .lance.
         r_c: vectors of an item; None: all.
-        previews: write the small pictures, too.
+        previews: export the small pictures as well.
 
     Returns:
-        How many items.
+        The number of items.
 
     Raises:
-        UserError: the model was not trained at `r_c`, the store is empty, `to` is there already or
-            of no kind that is known, or Lance is missing.
+        UserError: the model was not trained at `r_c`, the store is empty, `to` exists or has
+            another suffix, or Lance is missing.
     """
     to = Path(to)
     r_q, every, _ = store.groups[-1]
@@ -106,21 +106,21 @@ def _batches(store: Store, schema: pa.Schema, r_c: int) -> Iterator[pa.RecordBat
 
 
 def _lists(vectors: Float[Tensor, "_ W"], size: int | None = None) -> pa.Array:
-    """Vectors as lists; with `size`, as lists of so many of them."""
+    """Vectors as lists; with `size`, as lists of `size` vectors."""
     flat = pa.array(vectors.contiguous().numpy().reshape(-1))
     found = pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
     return found if size is None else pa.FixedSizeListArray.from_arrays(found, size)
 
 
 def import_store(source: str | Path, out: str | Path) -> Store:
-    """Make a store of a table that `export_store` wrote, or that keeps its columns.
+    """Create a store from a table that `export_store` wrote, or one with the same columns.
 
     Args:
         source: a .parquet file or .lance folder.
-        out: of the store; must be new.
+        out: folder of the store; must not exist.
 
     Raises:
-        UserError: it was not exported from a store, is damaged, or `out` is there.
+        UserError: the table was not exported from a store or is damaged, or `out` exists.
     """
     source, out = Path(source), Path(out)
     schema, batches = _read(source)

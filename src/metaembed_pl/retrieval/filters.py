@@ -1,14 +1,14 @@
 """Filters on a store's items, without parsing every item's JSON for every query.
 
 The values of a key are read from the metadata once, into two Arrow columns, texts and numbers,
-since items of a store may have different metadata. Arrow compares the conditions, and the result is
-cached for the next query until the store changes.
+since items of a store may have different metadata. Arrow evaluates the conditions, and the result
+is cached until the store changes.
 
 N: items
 """
 
 # pyright: reportAttributeAccessIssue=false
-# (Arrow makes its functions when it is imported.)
+# (Arrow defines its functions at import.)
 
 import io
 from collections import OrderedDict
@@ -27,8 +27,8 @@ from jaxtyping import Bool
 from metaembed_pl.retrieval.snapshot import Matching, Snapshot
 from metaembed_pl.retrieval.where import Condition, parse_where, spelled
 
-KEPT = 32
-"""Filters whose items are kept: a bit an item and, once an index was asked, a bit a vector."""
+CACHED_FILTERS = 32
+"""Each takes a bit per item and, once used with an index, a bit per vector."""
 EXACT_INTEGERS = 2**53
 _COMPARE = {
     "=": pc.equal,
@@ -42,12 +42,12 @@ _COMPARE = {
 
 @dataclass(frozen=True)
 class Column:
-    """What items say under a key, by place.
+    """The values of items under a key, by place.
 
     Args:
-        texts: null where an item says no text.
-        numbers: null where it says no number; truth is a number, as in Python.
-        others: what is neither, or what Arrow cannot hold exactly.
+        texts: null for items whose value is not a text.
+        numbers: null for items whose value is not a number; booleans are numbers, as in Python.
+        others: other values, and those that Arrow cannot hold exactly.
     """
 
     texts: pa.ChunkedArray | pa.Array
@@ -55,33 +55,29 @@ class Column:
     others: dict[int, Any]
 
     def holds(self, condition: Condition) -> Bool[np.ndarray, " N"]:
-        """Where a condition holds."""
+        """The items for which a condition holds."""
         compare = _COMPARE[condition.comparison]
         found = _mask(compare(self.texts, pa.scalar(condition.text, pa.large_string())))
         number = spelled(condition.text)
         if _is_number(number):
             found |= _mask(compare(self.numbers, pa.scalar(float(number))))
-        elif isinstance(number, int):  # Python compares what float64 does not hold
+        elif isinstance(number, int):  # not exact as float64: Python compares
             values = self.numbers.to_pylist()
             found |= np.array([condition.holds({condition.key: value}) for value in values])
         elif condition.comparison == "!=":
-            found |= _mask(pc.is_valid(self.numbers))  # a number differs from all else
+            found |= _mask(pc.is_valid(self.numbers))  # a number differs from every text
         for place, value in self.others.items():
             found[place] = condition.holds({condition.key: value})
         return found
 
 
 class Filters:
-    """Filters on one generation of a store.
-
-    Args:
-        snapshot: of it.
-    """
+    """Filters on one generation of a store."""
 
     def __init__(self, snapshot: Snapshot):
         self._snapshot = snapshot
         self._columns: dict[str, Column] = {}
-        self._kept: OrderedDict[tuple[Condition, ...], Matching] = OrderedDict()
+        self._cache: OrderedDict[tuple[Condition, ...], Matching] = OrderedDict()
 
     def matching(self, where: str | Sequence[str]) -> Matching:
         """The items for which all conditions hold.
@@ -92,16 +88,16 @@ class Filters:
         conditions = tuple(parse_where(where))
         if not conditions:
             return self._snapshot.every
-        found = self._kept.get(conditions)
+        found = self._cache.get(conditions)
         if found is None:
             holds = np.ones(len(self._snapshot.table), dtype=bool)
             for condition in conditions:
                 holds &= self._column(condition.key).holds(condition)
             places = self._snapshot.places
             found = Matching(places[torch.from_numpy(holds[places.numpy()])], len(holds))
-            self._kept[conditions] = found
-            while len(self._kept) > KEPT:
-                self._kept.popitem(last=False)
+            self._cache[conditions] = found
+            while len(self._cache) > CACHED_FILTERS:
+                self._cache.popitem(last=False)
         return found
 
     def _column(self, key: str) -> Column:
@@ -111,9 +107,9 @@ class Filters:
 
 
 def column_of(metadata: pa.ChunkedArray, key: str) -> Column:
-    """The values of a key, from objects as JSON texts.
+    """The values of a key, from JSON objects.
 
-    Arrow's own reader does it where all items say texts, or all numbers; else Python does.
+    Arrow's JSON reader is used if all values are texts or all are numbers, Python's otherwise.
     """
     nothing = partial(pa.nulls, len(metadata))
     for type_ in (pa.large_string(), pa.float64()):
@@ -131,7 +127,7 @@ def column_of(metadata: pa.ChunkedArray, key: str) -> Column:
 def _read_by_arrow(
     metadata: pa.ChunkedArray, key: str, type_: pa.DataType
 ) -> pa.ChunkedArray | None:
-    """The values, if all of them are of a type."""
+    """The values of a key, if all have this type."""
     if not len(metadata):
         return None
     lines = io.BytesIO("\n".join(metadata.to_pylist()).encode())
@@ -160,12 +156,12 @@ def _read_by_python(metadata: pa.ChunkedArray, key: str) -> Column:
 
 
 def _is_text(value: Any) -> bool:
-    """Whether Arrow holds it: half a surrogate pair is no Unicode."""
+    """Whether Arrow can hold it: a lone surrogate is not valid Unicode."""
     return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 def _is_number(value: Any) -> bool:
-    """Whether float64 holds it exactly."""
+    """Whether float64 is exact."""
     return isinstance(value, float) or (isinstance(value, int) and abs(value) < EXACT_INTEGERS)
 
 

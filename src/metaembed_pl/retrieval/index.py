@@ -281,8 +281,8 @@ class Index:
         A question close to few centres reads few lists, a question between many centres reads many:
         so one `reach` serves queries for one thing and for several.
         """
-        asked = questions.reshape(-1, questions.shape[2])
-        products = asked @ self.centres.T
+        flat = questions.reshape(-1, questions.shape[2])
+        products = flat @ self.centres.T
         lists = [_near(row, reach, widened) for row in products]
         width = max(map(len, lists))
         padded = np.array(
@@ -340,7 +340,7 @@ class Index:
     ) -> Integer[np.ndarray, "Q A K"]:
         """The numbers of the vectors nearest to each question, nearest first, padded with -1."""
         faiss = faiss_module()
-        asked = np.ascontiguousarray(questions.reshape(-1, questions.shape[2]), np.float32)
+        flat = np.ascontiguousarray(questions.reshape(-1, questions.shape[2]), np.float32)
         lists = np.ascontiguousarray(lists, np.int64)
         products = np.ascontiguousarray(products, np.float32)
         settings: dict[str, Any] = {"nprobe": lists.shape[1]}
@@ -349,12 +349,12 @@ class Index:
         params = faiss.SearchParametersIVF(**settings)
         found = []
         for segment in self._segments:
-            scores = np.empty((len(asked), hits), dtype=np.float32)
-            ids = np.empty((len(asked), hits), dtype=np.int64)
+            scores = np.empty((len(flat), hits), dtype=np.float32)
+            ids = np.empty((len(flat), hits), dtype=np.int64)
             pointers = map(faiss.swig_ptr, (lists, products, scores, ids))
-            asked_at = faiss.swig_ptr(asked)
+            flat_pointer = faiss.swig_ptr(flat)
             # faiss's own wrapper of this takes no selector.
-            segment.search_preassigned_c(len(asked), asked_at, hits, *pointers, False, params)
+            segment.search_preassigned_c(len(flat), flat_pointer, hits, *pointers, False, params)
             found.append((scores, ids))
         scores, ids = (np.concatenate(of_all, axis=1) for of_all in zip(*found, strict=True))
         if len(found) > 1:

@@ -1,8 +1,8 @@
-"""Files of a store in memory: nothing is read before it is used.
+"""Memory-mapped files of a store: nothing is read before it is used.
 
-Who reads what a file no longer has is killed by the system (SIGBUS), without a word. A store's own
-changes never make a file shorter that somebody reads, but a copy that is under way may, or a hand:
-so before something is read, each file is asked for its size. That takes a microsecond.
+The system kills a process (SIGBUS) that reads past the end of a mapped file. A store does not
+truncate files that are being read, but users or a running copy may: so the size of each file is
+checked before each read. That takes a microsecond.
 """
 
 import mmap
@@ -17,21 +17,17 @@ from metaembed_pl.errors import UserError
 
 
 class MappedFiles:
-    """Files of a folder, mapped for reading alone: a store may be larger than the memory.
-
-    Args:
-        folder: theirs.
-    """
+    """Files of a folder, mapped read-only: a store may be larger than memory."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self._mapped: list[mmap.mmap] = []
 
     def content(self, name: str, size: int) -> mmap.mmap | bytes:
-        """The beginning of a file.
+        """The first `size` bytes of a file.
 
         Raises:
-            UserError: it is shorter.
+            UserError: the file is shorter.
         """
         file = self.folder / name
         found = file.stat().st_size if file.exists() else 0
@@ -48,19 +44,19 @@ class MappedFiles:
         return mapped
 
     def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A file's first values.
+        """The first values of a file.
 
         Raises:
-            UserError: it has fewer.
+            UserError: the file has fewer.
         """
         size = dtype.itemsize * int(np.prod(shape))
         content = self.content(name, size)
         if not size:
             return torch.empty(shape, dtype=dtype)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that it is not writable: nobody writes
+            warnings.simplefilter("ignore", UserWarning)  # the tensor is read-only
             return torch.frombuffer(content, dtype=dtype).view(shape)
 
     def are_whole(self) -> bool:
-        """Whether all that was mapped is still there to be read."""
+        """Whether no mapped file was truncated."""
         return all(mapped.size() >= len(mapped) for mapped in self._mapped)

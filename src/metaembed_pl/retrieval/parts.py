@@ -1,10 +1,10 @@
-"""A store embedded in parts, by processes that need not know of each other, and then merged.
+"""A store embedded in parts, by independent processes, and then merged.
 
     metaembed-pl embed --model M --items things.jsonl --part 3/8 --store parts/3
     metaembed-pl store merge parts/* --out shelf
 
-A part is a store of its own: of the windows that one process would go through, it has an eighth of
-those that follow each other. So what is merged holds the same bits as what one process makes.
+A part is a store of its own, with one of N consecutive ranges of the windows that a single process
+would encode. So the merged store is bit-identical to one embedded by a single process.
 """
 
 import json
@@ -28,13 +28,13 @@ PART_FILE = "part.json"
 
 @dataclass(frozen=True)
 class PartNote:
-    """What a part says of itself, beside its store.
+    """The description of a part, in a file beside its store.
 
     Args:
-        part: as `3/8`.
-        items: of all parts together, those that come twice counted twice.
+        part: such as `3/8`.
+        items: number of items of all parts, including duplicates.
         batch_size: of the windows, see `Pace`.
-        done: it is complete.
+        done: the part is complete.
     """
 
     part: str
@@ -44,10 +44,10 @@ class PartNote:
 
     @classmethod
     def read(cls, folder: Path) -> "PartNote":
-        """What a folder says.
+        """Read the description in a folder.
 
         Raises:
-            UserError: it is no part of a store.
+            UserError: the folder is not a part of a store.
         """
         if not (folder / PART_FILE).is_file():
             raise UserError(
@@ -62,15 +62,15 @@ class PartNote:
         return found
 
     def write(self, folder: Path) -> None:
-        """Note it beside a store."""
+        """Write it beside a store."""
         write_text(folder / PART_FILE, json.dumps(asdict(self), indent=2) + "\n")
 
 
 def begin(store: Store, note: PartNote) -> None:
-    """Note what part a store is, or check that it is the same as before.
+    """Mark a store as a part; if it is one already, check that it is the same.
 
     Raises:
-        UserError: it is another part, or not a part at all, or the items are others.
+        UserError: the store is another part, not a part at all, or of other items.
     """
     if not (store.folder / PART_FILE).is_file():
         if len(store):
@@ -90,14 +90,14 @@ def begin(store: Store, note: PartNote) -> None:
 
 
 def merge(folders: Sequence[Path], out: Path) -> Store:
-    """One store of all parts, in the order of the items; of an id that comes twice the first.
+    """Merge all parts into one store, in the order of the items; the first of equal ids is kept.
 
     Args:
-        folders: in any order.
+        folders: of the parts, in any order.
         out: must not exist, or be empty.
 
     Raises:
-        UserError: a part is missing, not complete, given twice, or not like the others.
+        UserError: a part is missing, incomplete, given twice, or unlike the others.
     """
     stores = _ordered(folders)
     first = stores[0].description
@@ -121,11 +121,7 @@ def merge(folders: Sequence[Path], out: Path) -> Store:
 
 
 def _ordered(folders: Sequence[Path]) -> list[Store]:
-    """The stores of all parts, by number.
-
-    Raises:
-        UserError: one is missing, not complete, or given twice.
-    """
+    """The stores of all parts, by number; refuses missing, incomplete and repeated parts."""
     notes = {folder: PartNote.read(folder) for folder in folders}
     parts = {folder: PartOf.parse(note.part) for folder, note in notes.items()}
     counts = {(part.of, notes[folder].items) for folder, part in parts.items()}

@@ -1,6 +1,6 @@
-"""The vectors of a store on disk: one file for each nested group of slots, mapped into memory.
+"""The vectors of a store on disk: one memory-mapped file for each nested group of slots.
 
-A search that spends r_c vectors a candidate reads the files of the first r_c slots and no more:
+A search with r_c vectors per candidate reads only the files of the first r_c slots:
 
     >>> spans([Budget(1, 1), Budget(2, 4), Budget(4, 8), Budget(8, 16), Budget(16, 64)])
     [(0, 1), (1, 4), (4, 8), (8, 16), (16, 64)]
@@ -40,9 +40,9 @@ class Plane(NamedTuple):
     def read_into(
         self, block: Float[Tensor, "n S _"], rows: slice | Integer[Tensor, " n"]
     ) -> Float[Tensor, "n S _"]:
-        """Fill a block, of the dtype and on the device of the arithmetic, with vectors of items.
+        """Fill a block, in its dtype and on its device, with vectors of items.
 
-        A block of fewer components is filled with the first ones alone, as unit vectors.
+        A block of fewer components is filled with the first components, as unit vectors.
         """
         width, stored = block.shape[2], self.vectors
         is_narrow = width < stored.shape[2]
@@ -58,7 +58,7 @@ class Plane(NamedTuple):
 def read(
     planes: Sequence[Plane], r_c: int, rows: Integer[Tensor, " n"], width: int | None = None
 ) -> Float[Tensor, "n r_c _"]:
-    """The first vectors of some items, in float32; `width`: of them the first components."""
+    """The first vectors of some items, or their first `width` components, in float32."""
     vectors = torch.empty(len(rows), r_c, width or planes[0].vectors.shape[2])
     for plane in planes:
         if plane.first < r_c:
@@ -79,7 +79,7 @@ def spans(groups: Sequence[Budget]) -> list[tuple[int, int]]:
 
 
 def vector_bytes(manifest: Manifest, width: int | None = None) -> int:
-    """Bytes of a stored vector, or of its first components; its scale included."""
+    """Bytes of a stored vector, or of its first components, including its scale."""
     size = TORCH_DTYPES[manifest.dtype].itemsize * (width or manifest.width)
     return size + 4 if manifest.dtype == "int8" else size
 
@@ -100,7 +100,7 @@ def append_plane(
 
 
 def append_bytes(file: Path, content: bytes, start: int) -> None:
-    """Write bytes from `start` on, on disk when this returns; what a killed process left goes."""
+    """Write bytes at `start`, where the file is truncated; they are on disk when this returns."""
     with file.open("r+b" if file.exists() else "w+b") as opened:
         opened.truncate(start)
         opened.seek(start)
@@ -112,7 +112,7 @@ def append_bytes(file: Path, content: bytes, start: int) -> None:
 def quantized(
     vectors: Float[Tensor, "N S D"], dtype: str
 ) -> tuple[Shaped[Tensor, "N S D"], Float[Tensor, "N S 1"] | None]:
-    """Vectors as they are stored; for int8 with what to multiply each of them by."""
+    """Vectors as they are stored, and for int8 the scale of each."""
     if dtype != "int8":
         return vectors.to(TORCH_DTYPES[dtype]), None
     vectors = vectors.float()

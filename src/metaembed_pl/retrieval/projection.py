@@ -1,13 +1,13 @@
-"""A projection: vectors of a model's width D kept with W < D components each.
+"""A projection of a model's vectors from width D to W < D components.
 
 An item then takes W / D of the bytes, and a search W / D of the multiplications. The rows of a
-projection are the leading right singular vectors of some items' vectors, as they are, not centred:
-of all W-dimensional subspaces this one keeps most of these vectors, and so of their products.
+projection are the leading right singular vectors of some items' vectors, not centred: of all
+W-dimensional subspaces, this one preserves most of these vectors, and so of their dot products.
 
-What is left of a vector is normalised again, of candidates and of queries alike. On the emoji
-model's vectors (docs/log.md) that keeps as many of the ten nearest at half the width, and more at a
-quarter and below, where it also finds more right answers: an item that lies outside of the subspace
-is not found the worse for it. Scores are cosines in the subspace, and lie in [-1, 1] as ever.
+Projected vectors of candidates and queries are normalised again. On the emoji model's vectors
+(docs/log.md) this preserves as many of the ten nearest neighbours at half the width, and more at a
+quarter and below, where it also finds more right answers: items outside the subspace are not at a
+disadvantage. Scores are cosines in the subspace, and lie in [-1, 1] as before.
 
 N: items    R: their vectors    D: width of the model's vectors    W: of the projected ones
 """
@@ -42,14 +42,15 @@ class Projection:
 
     @classmethod
     def learn(cls, vectors: Iterable[Float[Tensor, "_ R D"]], width: int) -> "Projection":
-        """The projection that keeps most of some items' vectors.
+        """The projection that preserves most of some items' vectors.
 
         Args:
-            vectors: of some hundred items, some at a time: only their D x D products are kept.
-            width: of what is kept.
+            vectors: of some hundred items, some at a time: only their D x D products stay in
+                memory.
+            width: of a projected vector.
 
         Raises:
-            UserError: fewer vectors than `width`, or the width is not below theirs.
+            UserError: there are fewer vectors than `width`, or it is not below theirs.
         """
         products, count = None, 0
         for some in vectors:
@@ -63,13 +64,13 @@ class Projection:
             )
         check_width(width, len(products))
         rows = torch.linalg.eigh(products).eigenvectors[:, -width:].flip(1).T
-        # A direction and its opposite serve alike: one of them is chosen.
+        # A direction and its opposite are equivalent: choose one of them.
         largest = rows.gather(1, rows.abs().argmax(dim=1, keepdim=True))
         return cls((rows * largest.sign()).float().contiguous())
 
     @classmethod
     def first(cls, model_width: int, width: int) -> "Projection":
-        """The first components alone: of a model that was trained so that these serve.
+        """The first components, for a model trained at this width.
 
         >>> Projection.first(3, 2)(torch.tensor([0.3, 0.4, 0.866]))
         tensor([0.6000, 0.8000])
@@ -79,12 +80,12 @@ class Projection:
 
     @property
     def width(self) -> int:
-        """Of a projected vector."""
+        """Width of a projected vector."""
         return self.rows.shape[0]
 
     @property
     def model_width(self) -> int:
-        """Of a vector that can be projected."""
+        """Width of a vector to project."""
         return self.rows.shape[1]
 
     def __call__(self, vectors: Float[Tensor, "*N D"]) -> Float[Tensor, "*N W"]:
@@ -97,15 +98,15 @@ class Projection:
         return normalize(vectors.float() @ self.rows.to(vectors.device).T, dim=-1)
 
     def to_bytes(self) -> bytes:
-        """As safetensors; of equal projections equal bytes."""
+        """As safetensors; equal projections give equal bytes."""
         return save({NAME: self.rows})
 
     @classmethod
     def from_bytes(cls, content: bytes, width: int) -> "Projection":
-        """What `to_bytes` made, of a projection to this width.
+        """Read the result of `to_bytes`, for a projection to this width.
 
         Raises:
-            UserError: it is none.
+            UserError: it is not such a projection.
         """
         try:
             rows = load(content)[NAME]
@@ -121,10 +122,10 @@ class Projection:
 
     @classmethod
     def read(cls, file: Path, digest: str, width: int) -> "Projection":
-        """That of a store.
+        """Read the projection of a store.
 
         Raises:
-            UserError: it is missing, or another than the store's manifest names.
+            UserError: it is missing, or not the one that the store's manifest names.
         """
         content = file.read_bytes() if file.exists() else b""
         if digest_of(content) != digest:
@@ -136,7 +137,7 @@ class Projection:
 
 
 def digest_of(content: bytes) -> str:
-    """Tells one projection from another."""
+    """The SHA-256 of a projection's file."""
     return hashlib.sha256(content).hexdigest()
 
 
@@ -144,7 +145,7 @@ def check_width(width: int, model_width: int) -> None:
     """Refuse a width that vectors cannot be projected to.
 
     Raises:
-        UserError: it is not below the model's, or not a number of components.
+        UserError: it is not positive and below the model's.
     """
     if not 1 <= width < model_width:
         raise UserError(

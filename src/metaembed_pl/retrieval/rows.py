@@ -1,6 +1,6 @@
 """Ids, metadata and previews of a store: an Arrow stream that grows by one batch per change.
 
-Metadata are kept as JSON text, since items of a store may have different metadata.
+Metadata are JSON texts, since items of a store may have different metadata.
 """
 
 import json
@@ -56,7 +56,7 @@ def map_rows(files: MappedFiles, manifest: Manifest) -> pa.Table:
     """The rows the manifest counts.
 
     Raises:
-        UserError: the file is cut off, damaged or of another length.
+        UserError: the file is truncated, damaged or of another length.
     """
     file = files.folder / ROWS_FILE
     content = files.content(ROWS_FILE, manifest.rows_bytes)

@@ -24,11 +24,11 @@ from metaembed_pl.late_interaction import SCORES_AT_A_TIME
 from metaembed_pl.retrieval.planes import Plane, read
 
 CPU_TILE_BYTES = 2**22
-"""Of a tile's vectors, and of its products: the fastest of 2^18 to 2^25, or within 5 % of it."""
+"""Size of a tile's vectors and of its products: within 5 % of the fastest of 2^18 to 2^25."""
 CPU_COLUMNS = 2**9
-"""Query vectors that a tile is multiplied with at a time."""
+"""Query vectors multiplied with a tile at a time."""
 FEW = 512
-"""Items that are scored for one query without the tiles of a scan, and sorted at once."""
+"""Up to so many items are scored for one query without tiles, and sorted at once."""
 GPU_TILE_BYTES, GPU_COLUMNS = 2**28, 2**14
 """Not measured."""
 
@@ -44,11 +44,10 @@ def scan(
 
     Args:
         planes: of the store.
-        queries: all their vectors are spent, and of candidates as many components as they have;
-            where they are is where the arithmetic is done.
-        r_c: vectors of a candidate to spend; one of the model's counts.
-        rows: what to score, ascending.
-        dtype: of the arithmetic; scores are summed in float32 whatever it is.
+        queries: all of their vectors and components are used, on their device.
+        r_c: candidate vectors to use; one of the model's counts.
+        rows: to score, ascending.
+        dtype: of the products; scores are always summed in float32.
 
     Yields:
         Some rows and their scores.
@@ -75,20 +74,16 @@ def score_few(
     r_c: int,
     rows: Integer[Tensor, " n"],
 ) -> Float[Tensor, " n"]:
-    """Scores of some rows for one query, as `scan` gives them, without a scan's preparations."""
+    """Scores of some rows for one query, as from `scan`, without preparing tiles."""
     vectors = read(planes, r_c, rows, query.shape[1]).to(query.device)
     products = query @ vectors.flatten(0, 1).T
     return products.view(len(query), len(rows), r_c).amax(dim=2).sum(dim=0)
 
 
 class _Tile:
-    """Some rows' vectors and their products with some query vectors, in memory that is kept.
+    """Some rows' vectors and their products with query vectors, in memory that is reused.
 
-    Fresh memory for each tile would cost a third of the time: the system gives it page by page.
-
-    Args:
-        planes: to score.
-        weights: vectors of all queries.
+    New memory for each tile would cost a third of the time: the system provides it page by page.
     """
 
     def __init__(self, planes: Sequence[Plane], weights: Float[Tensor, "Rq Q D"]):
@@ -108,9 +103,8 @@ class _Tile:
     def score(self, rows: Integer[Tensor, " n"], scores: Float[Tensor, "n Q"]) -> None:
         """Fill in the scores of at most `num_rows` rows."""
         first, last = int(rows[0]), int(rows[-1])
-        # Rows that lie side by side are read where they are; others are gathered.
-        side_by_side = last - first + 1 == len(rows)
-        wanted = slice(first, last + 1) if side_by_side else rows
+        # Adjacent rows are read in place; others are gathered.
+        wanted = slice(first, last + 1) if last - first + 1 == len(rows) else rows
         blocks = [
             plane.read_into(block[: len(rows)], wanted)
             for plane, block in zip(self.planes, self._blocks, strict=True)
@@ -130,7 +124,7 @@ class _Tile:
     def _best_of(
         self, block: Float[Tensor, "n S D"], columns: Float[Tensor, "D Rq_q"]
     ) -> Float[Tensor, "n Rq_q"]:
-        """For each query vector its best product with a row's vectors of one plane."""
+        """The best product of each query vector with a row's vectors of one plane."""
         num_rows, num_slots, _ = block.shape
         products = self._products[: num_rows * num_slots * columns.shape[1]]
         products = products.view(num_rows * num_slots, -1)
@@ -142,17 +136,15 @@ class _Tile:
 def best_rows(
     scored: Iterator[tuple[Integer[Tensor, " n"], Float[Tensor, "Q n"]]], top: int
 ) -> tuple[Float[Tensor, "Q K"], Integer[Tensor, "Q K"]]:
-    """The best scores of each query and their rows, best first; of equal scores the earlier row.
+    """The `top` best scores of each query and their rows; of equal scores the earlier row first.
 
-    Args:
-        scored: rows in ascending order, as `scan` gives them.
-        top: how many.
+    The rows come in ascending order, as from `scan`.
     """
     best = None
     for some_rows, scores in scored:
         rows = some_rows.to(scores.device).expand(len(scores), -1)
         if best is not None:
-            # What was found before is of earlier rows: it stands first, and wins ties.
+            # Earlier rows stand first, and win ties.
             scores, rows = torch.cat([best[0], scores], dim=1), torch.cat([best[1], rows], dim=1)
         values, columns = best_columns(scores, top)
         best = values, rows.gather(1, columns)
@@ -163,7 +155,7 @@ def best_rows(
 def best_columns(
     scores: Float[Tensor, "Q N"], top: int
 ) -> tuple[Float[Tensor, "Q K"], Integer[Tensor, "Q K"]]:
-    """The highest scores of each row and their columns, best first; of equal ones the earlier.
+    """The highest scores of each row and their columns, best first; of equal scores the earlier.
 
     >>> best_columns(Tensor([[1.0, 3.0, 3.0]]), top=1)
     (tensor([[3.]]), tensor([[1]]))
@@ -173,7 +165,7 @@ def best_columns(
         values, columns = scores.sort(dim=1, descending=True, stable=True)
         return values[:, :top], columns[:, :top]
     values, columns = scores.topk(top, dim=1)
-    # topk takes any of the columns that tie for the last place: there all of them are looked at.
+    # topk takes any of the columns that tie for the last place: compare all of them.
     tied = ((scores >= values[:, -1:]).sum(dim=1) > top).nonzero().flatten().tolist()
     for row in tied:
         candidates = (scores[row] >= values[row, -1]).nonzero().flatten()
@@ -187,7 +179,7 @@ def best_columns(
 
 @cache
 def fast_dtype(device: torch.device) -> torch.dtype:
-    """What this machine multiplies matrices in fastest: float32 or bfloat16, by trial.
+    """The dtype in which this machine multiplies matrices fastest, float32 or bfloat16, by trial.
 
     bf16 is three times faster on a CPU with AVX512-BF16 or AMX, ten times slower on one without.
     """

@@ -14,10 +14,11 @@ from metaembed_pl.errors import UserError
 from metaembed_pl.item import Item
 from metaembed_pl.late_interaction import SCORES_AT_A_TIME
 from metaembed_pl.model.embedder import MetaEmbedder
+from metaembed_pl.retrieval.scoring import best_columns
 
 
 class Hit(NamedTuple):
-    """A candidate that a query found: its place in the pool, and its MaxSim score."""
+    """A candidate found for a query: its position in the pool, and its MaxSim score."""
 
     candidate: int
     score: float
@@ -37,11 +38,11 @@ def rank(
     Every candidate is scored: nothing is approximated.
 
     Args:
-        model: encodes both sides.
-        queries: what is asked.
-        candidates: the pool, or its meta embeddings where they are kept.
+        model: encodes queries and candidates.
+        queries: to search for.
+        candidates: the pool, or its meta embeddings.
         budget: None spends all vectors.
-        top: how many to find; a smaller pool is ranked completely.
+        top: hits per query.
         batch_size: items encoded at a time; changes speed and memory, not the result.
         progress: show progress bars while encoding.
 
@@ -79,9 +80,6 @@ def best(scores: Float[Tensor, "Q C"], top: int) -> list[list[Hit]]:
     """
     if not scores.isfinite().all():
         raise UserError("scores contain NaN or infinity and cannot be ranked")
-    # A stable sort, not topk: topk takes any of the candidates that tie for the last place.
-    values, order = scores.sort(dim=1, descending=True, stable=True)
-    return [
-        [Hit(candidate, score) for candidate, score in zip(*row, strict=True)]
-        for row in zip(order[:, :top].tolist(), values[:, :top].tolist(), strict=True)
-    ]
+    values, columns = best_columns(scores, top)
+    rows = zip(columns.tolist(), values.tolist(), strict=True)
+    return [list(map(Hit, candidates, of_row)) for candidates, of_row in rows]

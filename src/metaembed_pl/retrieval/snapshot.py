@@ -1,6 +1,6 @@
 """One generation of a store, memory-mapped for reading; later changes do not affect it.
 
-N: items ever added, the deleted ones too    L: items that are there    Q: queries
+N: items ever added, including deleted ones    L: items that were not deleted
 """
 
 from dataclasses import dataclass
@@ -23,15 +23,15 @@ from metaembed_pl.retrieval.rows import map_rows
 DELETED_FILE = "deleted.i64"
 ATTEMPTS = 5
 FEW = 1000
-"""Values of a column that are read one by one: Arrow first puts all batches of it together."""
+"""Up to so many values of a column are read one by one: Arrow first joins all of its batches."""
 
 
 class Matching:
-    """The items that a search looks at: all that are there, or those that a filter lets through.
+    """The items to search: all of them, or those that pass a filter.
 
     Args:
-        places: theirs, ascending.
-        num_rows: places that there are, of deleted items too.
+        places: of the items, ascending.
+        num_rows: number of places, including those of deleted items.
     """
 
     def __init__(self, places: Integer[Tensor, " N"], num_rows: int):
@@ -39,13 +39,13 @@ class Matching:
         self._allowed: tuple[tuple[int, int], np.ndarray] | None = None
 
     def num_below(self, place: int) -> int:
-        """How many of them lie before a place."""
+        """The number of items before a place."""
         if place >= self._num_rows:
             return len(self.places)
         return int(torch.searchsorted(self.places, place))
 
     def allowed(self, num_rows: int, num_slots: int) -> np.ndarray | None:
-        """A bit for each vector of the first rows, as an index wants it; None: all may be found."""
+        """A bit for each vector of the first rows, for an index; None: all vectors are allowed."""
         if len(self.places) == self._num_rows and num_rows <= self._num_rows:
             return None
         if self._allowed is None or self._allowed[0] != (num_rows, num_slots):
@@ -58,14 +58,14 @@ class Matching:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a store's manifest counts.
+    """The contents of a store at one generation.
 
     Args:
         manifest: of this generation.
         planes: the vectors of all places, which are rows of the files.
         table: ids, metadata and previews of all places.
-        places: of the items that are there, ascending.
-        files: all of these.
+        places: of the items that were not deleted, ascending.
+        files: the mapped files.
     """
 
     manifest: Manifest
@@ -76,7 +76,7 @@ class Snapshot:
 
     @classmethod
     def open(cls, folder: Path) -> "Snapshot":
-        """Map the newest generation.
+        """Map the newest generation of the store in a folder.
 
         Raises:
             UserError: there is no store, or a part of it is damaged or missing.
@@ -94,10 +94,10 @@ class Snapshot:
 
     @classmethod
     def of(cls, data: Path, manifest: Manifest) -> "Snapshot":
-        """Map what a manifest counts of a folder of data.
+        """Map the files in a folder of data, up to the lengths in the manifest.
 
         Raises:
-            UserError: a part of it is damaged or missing.
+            UserError: a file is damaged or missing.
         """
         there = np.ones(manifest.num_rows, dtype=bool)
         files = MappedFiles(data)
@@ -111,29 +111,24 @@ class Snapshot:
         planes, table = map_planes(files, manifest), map_rows(files, manifest)
         return cls(manifest, planes, table, places, files)
 
-    @property
-    def vector_bytes(self) -> int:
-        """Of a stored vector, its scale included."""
-        return vector_bytes(self.manifest)
-
     def item_bytes(self, budget: Budget) -> int:
-        """What a budget reads of an item."""
+        """The bytes of an item's vectors that a search at a budget reads."""
         return budget.r_c * vector_bytes(self.manifest, budget.width)
 
     @cached_property
     def every(self) -> Matching:
-        """All items that are there."""
+        """All items."""
         return Matching(self.places, self.manifest.num_rows)
 
     @cached_property
     def ids(self) -> list[str]:
-        """Of the items that are there."""
+        """The ids of all items."""
         return self.column("id", self.places)
 
     def column(self, name: str, places: Integer[Tensor, " _"]) -> list:
         """Values of a column of the table."""
         column = self._checked(name)
-        # Their number first: a search asks for ten of them, and should not count to a million.
+        # Compare the lengths first: a search needs ten values of a million.
         is_all = len(places) == len(column) and torch.equal(places, torch.arange(len(column)))
         try:
             if len(places) <= FEW:
@@ -143,7 +138,7 @@ class Snapshot:
             raise UserError(f"the column {name!r} of a store's rows is damaged: {error}") from error
 
     def _checked(self, name: str) -> pa.ChunkedArray:
-        """A column of the table, looked over once: Arrow follows damaged offsets anywhere."""
+        """A column of the table, validated once: Arrow follows damaged offsets."""
         checked = self.__dict__.setdefault("checked_columns", {})
         if name not in checked:
             try:
@@ -154,5 +149,5 @@ class Snapshot:
         return checked[name]
 
     def rows_of(self, places: Integer[Tensor, "..."]) -> Integer[Tensor, "..."]:
-        """Which of the items that are there stand at these places."""
+        """The rows of the items at these places."""
         return torch.searchsorted(self.places, places.contiguous())

@@ -28,11 +28,11 @@ PDF_SCALE = 2.0
 
 @dataclass(frozen=True)
 class ItemSource:
-    """Items to be embedded.
+    """Items to embed.
 
     Args:
-        total: how many there are, those that come twice counted twice.
-        entries: gives them anew each time.
+        total: their number, including duplicates.
+        entries: returns a new iterator over them.
     """
 
     total: int
@@ -50,18 +50,18 @@ def open_source(
 ) -> ItemSource:
     """The items at a path or an address.
 
-    A line of JSON Lines is an item, and may have `metadata`, an object. An item of shards is a
-    positive, of a PDF a page, of Parquet a row.
+    An item is a line of JSON Lines, which may have an object `metadata`, a positive of shards, a
+    page of a PDF, or a row of Parquet.
 
     Args:
-        path: of a file or a folder; of JSON Lines, Parquet or shards also an address that fsspec
+        path: a file or a folder; for JSON Lines, Parquet and shards also an address that fsspec
             reads, such as `s3://bucket/pages`.
-        columns: of Parquet: which column is an item's `text`, `image`, `id` or `instruction`; None:
-            those of these names. The others are metadata.
-        fetch: fetches the pictures that items name by an address; None: they are refused.
+        columns: columns of Parquet for `text`, `image`, `id` and `instruction`; None: the columns
+            of these names. Other columns are metadata.
+        fetch: fetches pictures that items name by an address; None: they are refused.
 
     Raises:
-        UserError: there is nothing that can be embedded.
+        UserError: there is nothing to embed.
     """
     if is_remote(path):
         return _at_address(str(path), columns, fetch)
@@ -93,9 +93,9 @@ def _at_address(url: str, columns: Mapping[str, str] | None, fetch: Fetch | None
         return _table(tables.Table.open(url), columns, fetch)
     try:
         return _shards(url)
-    except Unreachable:  # no manifest, so no shards
+    except Unreachable:  # no manifest: not shards
         if url.startswith(("http://", "https://")):
-            raise  # where nothing can be listed
+            raise  # folders cannot be listed
     return _table(tables.Table.open(url), columns, fetch)
 
 
@@ -109,12 +109,12 @@ def _table(
     def entries() -> Iterator[Entry]:
         for where, row in table.rows([*chosen.values(), *metadata]):
             given = {key: tables.picture_bytes(row[name]) for key, name in chosen.items()}
-            kept = {name: row[name] for name in metadata if row[name] is not None}
+            known = {name: row[name] for name in metadata if row[name] is not None}
             file = where.rpartition(":")[0]
             folder = file.rpartition("/")[0] if is_remote(file) else Path(file).parent
             try:
                 value = {key: v for key, v in given.items() if v not in (None, "", b"")}
-                yield _of_json({**value, "metadata": kept}, folder, fetch)
+                yield _of_json({**value, "metadata": known}, folder, fetch)
             except UserError as error:
                 raise UserError(f"{where}: {error}") from error
 
@@ -122,7 +122,7 @@ def _table(
 
 
 def _item_columns(table: tables.Table, columns: Mapping[str, str] | None) -> dict[str, str]:
-    """The column of each of an item's keys."""
+    """The column for each key of an item."""
     chosen = dict(columns or {key: key for key in ITEM_COLUMNS if key in table.columns})
     for key, name in chosen.items():
         if key not in ITEM_COLUMNS:
@@ -143,10 +143,10 @@ def _item_columns(table: tables.Table, columns: Mapping[str, str] | None) -> dic
 
 
 def _is_plain(kind: pa.DataType) -> bool:
-    """Whether metadata can hold what a column holds."""
+    """Whether metadata can have values of this type."""
     types = pa.types
-    tests = types.is_string, types.is_large_string, types.is_integer, types.is_floating
-    return any(test(kind) for test in (*tests, types.is_boolean))
+    is_text = types.is_string(kind) or types.is_large_string(kind)
+    return is_text or types.is_boolean(kind) or types.is_integer(kind) or types.is_floating(kind)
 
 
 def _json_lines(path: Path, base: Path | str, fetch: Fetch | None) -> ItemSource:
@@ -169,12 +169,9 @@ def _json_lines(path: Path, base: Path | str, fetch: Fetch | None) -> ItemSource
 
 
 def _of_json(value: Any, base: Path | str, fetch: Fetch | None) -> Entry:
-    """An entry of a line or a row.
+    """The entry of a line or a row, as JSON, except that a picture may be bytes.
 
-    Args:
-        value: as JSON has it; a picture may be bytes.
-        base: the folder or address where paths of pictures start.
-        fetch: see `open_source`.
+    Paths of pictures are relative to `base`, a folder or an address.
     """
     metadata: Any = {}
     if isinstance(value, dict):
@@ -191,16 +188,14 @@ def _of_json(value: Any, base: Path | str, fetch: Fetch | None) -> Entry:
             is_address = is_remote(image) and fetch is not None
             if is_address or isinstance(base, str):
                 url = image if is_address else address_below(str(base), image)
-                return _elsewhere(value, url, fetch if is_address else read_bytes, metadata)
+                # Read when it is encoded; the address serves as the id.
+                known = {**value, "image": b"not read yet", "id": value.get("id") or url}
+                item = Item.parse(known)
+                read: Any = fetch if is_address else read_bytes
+                load = partial(_with_picture, item, read, url)
+                return Entry(item.uid, load, {**metadata_of(item), "image": url, **metadata})
     item = Item.parse(value, base if isinstance(base, Path) else None)
     return Entry.given(item.uid, item, metadata_of(item) | metadata)
-
-
-def _elsewhere(value: dict[str, Any], url: str, read: Any, metadata: dict[str, Any]) -> Entry:
-    """An entry whose picture is read from an address when it is its turn; named by it."""
-    item = Item.parse({**value, "image": b"not read yet", "id": value.get("id") or url})
-    known = {**metadata_of(item), "image": url}
-    return Entry(item.uid, partial(_with_picture, item, read, url), known | metadata)
 
 
 def _with_picture(item: Item, read: Callable[[str], bytes], url: str) -> Item:
@@ -215,15 +210,15 @@ def _shards(folder: Path | str) -> ItemSource:
     def entries() -> Iterator[Entry]:
         for pair in pairs:
             item = pair.positive
-            asked = {} if pair.query.text is None else {"asked_as": pair.query.text}
-            yield Entry.given(item.uid, item, metadata_of(item) | asked)
+            query = {} if pair.query.text is None else {"asked_as": pair.query.text}
+            yield Entry.given(item.uid, item, metadata_of(item) | query)
 
     return ItemSource(len(pairs), entries)
 
 
 def _files(folder: Path, files: list[Path]) -> ItemSource:
     pdfs = (file for file in files if file.suffix.lower() == PDF_SUFFIX)
-    # Of one that cannot be opened there is a page too, which says so when it is its turn.
+    # An unreadable PDF counts as one page, whose error is raised when it is encoded.
     pages = {file: max(1, _num_pages(file)) for file in pdfs}
 
     def entries() -> Iterator[Entry]:
@@ -239,7 +234,7 @@ def _files(folder: Path, files: list[Path]) -> ItemSource:
 
 
 def _num_pages(file: Path) -> int:
-    """Pages of a PDF; 0 of one that cannot be opened."""
+    """Pages of a PDF; 0 if it cannot be opened."""
     pdfium = _pdfium(file)
     try:
         with pdfium.PdfDocument(file) as document:
@@ -249,10 +244,10 @@ def _num_pages(file: Path) -> int:
 
 
 def draw_page(file: Path, page: int) -> Item:
-    """A page of a PDF, counted from 1, as a picture.
+    """Render a page of a PDF, counted from 1.
 
     Raises:
-        UserError: it is not there, too large, or not to be drawn.
+        UserError: the page does not exist, is too large, or cannot be rendered.
     """
     pdfium = _pdfium(file)
     try:

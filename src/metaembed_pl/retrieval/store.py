@@ -309,9 +309,9 @@ class Store(Searchable):
         """
         snapshot = self.snapshot()
         r_q, r_c, width = self.check_budget(budget)
-        asked = narrowed(self.accept(queries)[:, :r_q], width)
+        narrow = narrowed(self.accept(queries)[:, :r_q], width)
         done = 0
-        for places, scores in scan(snapshot.planes, asked, r_c, snapshot.places):
+        for places, scores in scan(snapshot.planes, narrow, r_c, snapshot.places):
             yield range(done, done + len(places)), scores
             done += len(places)
 

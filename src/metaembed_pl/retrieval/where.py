@@ -22,15 +22,10 @@ _CONDITION = re.compile(r"\s*([^=<>!\s]+)\s*(!=|<=|>=|=|<|>)\s*(.*?)\s*", re.DOT
 
 @dataclass(frozen=True)
 class Condition:
-    """One condition on an item's metadata.
+    """A condition on an item's metadata: key, comparison, and the value as written.
 
     An item without the key never matches. Numbers compare with numbers and texts with texts:
     `year=1999` finds both 1999 and "1999".
-
-    Args:
-        key: of the metadata.
-        comparison: one of = != < <= > >=.
-        text: what to compare with, as written.
     """
 
     key: str
@@ -39,10 +34,10 @@ class Condition:
 
     @classmethod
     def parse(cls, text: str) -> "Condition":
-        """Read what a user writes.
+        """Read a condition.
 
         Raises:
-            UserError: it is not of this form.
+            UserError: it does not have this form.
 
         >>> Condition.parse("page >= 3")
         Condition(key='page', comparison='>=', text='3')
@@ -56,7 +51,7 @@ class Condition:
         return cls(*match.groups())
 
     def holds(self, metadata: Mapping[str, Any]) -> bool:
-        """Whether an item is to be searched.
+        """Whether it holds for an item.
 
         >>> Condition.parse("page>=3").holds({"page": 10}), Condition.parse("page>=3").holds({})
         (True, False)
@@ -74,7 +69,7 @@ class Condition:
 
 
 def spelled(text: str) -> Any:
-    """The JSON value that a text spells; itself where it spells none.
+    """A text as a JSON value; the text itself if it is not JSON.
 
     >>> spelled("3"), spelled("de")
     (3, 'de')

@@ -1,6 +1,6 @@
 """The service over HTTP: a page, and a JSON API that `/openapi.json` describes.
 
-Handlers are plain functions, which run on a few threads; what they do is in `service.py`.
+Handlers are plain functions, which run on a few threads and call `service.py`.
 """
 
 import logging
@@ -25,7 +25,7 @@ from metaembed_pl.serving.service import MAX_TOP, NotNow, NotThere, Service, Too
 
 NUM_THREADS = 8
 FORM_BYTES = 200_000
-"""What a question may have beside its picture: 20,000 characters and the form around them."""
+"""Size of a query without its picture: 20,000 characters and the form around them."""
 STATUS = {NotThere: 404, TooLarge: 413, NotNow: 503}
 PAGE = {"index.html": "text/html", "page.js": "text/javascript", "page.css": "text/css"}
 PROBLEMS: dict[int | str, dict[str, Any]] = {
@@ -51,7 +51,7 @@ FORM = {
 }
 
 Id = Annotated[str, Query(max_length=2000, description="of an item")]
-QueryId = Annotated[str, Query(max_length=64, description="id of a query that was asked")]
+QueryId = Annotated[str, Query(max_length=64, description="id of an encoded query")]
 Where = Annotated[str, Query(max_length=500)]
 
 
@@ -59,8 +59,8 @@ def make_app(service: Service, hosts: Collection[str] | None = LOOPBACK) -> Guar
     """The service as an ASGI application.
 
     Args:
-        service: what is asked.
-        hosts: names that a request may call this machine by; None: any.
+        service: that answers.
+        hosts: names of this machine that requests may use; None: any.
     """
 
     @asynccontextmanager
@@ -69,7 +69,7 @@ def make_app(service: Service, hosts: Collection[str] | None = LOOPBACK) -> Guar
         yield
         await anyio.to_thread.run_sync(service.measuring.stop)
 
-    # Its pages of documentation would load scripts from elsewhere.
+    # FastAPI's documentation pages would load scripts from other servers.
     app = FastAPI(
         title="metaembed_pl",
         version=__version__,
@@ -130,7 +130,7 @@ async def _uploaded(form: FormData) -> bytes | None:
 def _add_api(app: FastAPI, service: Service) -> None:
     @app.get("/api/store")
     def store() -> schema.StoreInfo:
-        """What is served, and what a search may spend."""
+        """The store, and the plans that a search can choose from."""
         return service.store_info()
 
     @app.post("/api/queries", openapi_extra={"requestBody": FORM})
@@ -152,7 +152,7 @@ def _add_api(app: FastAPI, service: Service) -> None:
         normalised: Annotated[bool, Query(description="divide scores by r_q")] = False,
         target_recall: Annotated[float, Query(gt=0, le=1, description="of auto")] = 0.98,
     ) -> schema.Answer:
-        """Find the best items for a query; without a plan, as cheaply as was measured to do."""
+        """Find the best items for a query; without a plan, with the cheapest that was measured."""
         return service.search(query, plan, top, where or (), normalised, target_recall)
 
     @app.get("/api/explanation")
@@ -161,22 +161,22 @@ def _add_api(app: FastAPI, service: Service) -> None:
         item: Id,
         budget: Annotated[str | None, Query(max_length=32, description="such as 4x8")] = None,
     ) -> schema.Explanation:
-        """Which vectors of the query met which of the item, and where on its picture these look."""
+        """The matching vectors of query and item, and attention maps of the item's picture."""
         return service.explain(query, item, budget)
 
     @app.get("/api/preview", response_class=Response)
     def preview(item: Id) -> Response:
-        """The small picture that the store keeps of an item."""
+        """The preview of an item."""
         return _picture(*service.preview(item))
 
     @app.get("/api/picture", response_class=Response)
     def picture(item: Id) -> Response:
-        """The original of an item, where the operator allows it, else its small picture."""
+        """The original picture of an item, if the operator allows it, else its preview."""
         return _picture(*service.picture(item))
 
     @app.post("/api/measurement", status_code=202)
     def measure() -> schema.Measurement:
-        """Measure what each plan finds and costs; `/api/store` tells when it is done."""
+        """Measure recall and cost of each plan; `/api/store` shows when it is done."""
         service.measuring.start(service.store)
         return service.measuring.state(service.store)
 
@@ -187,11 +187,11 @@ def _picture(content: bytes, media_type: str) -> Response:
 
 
 def _answer_errors(app: FastAPI, service: Service) -> None:
-    """Every error is an object with one sentence; what nobody foresaw is also logged."""
+    """Every error is an object with one sentence; unexpected errors are logged as well."""
 
     @app.exception_handler(UserError)
     def refuse(_request: Request, error: UserError) -> JSONResponse:
-        # Where the store lies on this machine is nobody else's business.
+        # The path of the store is not for clients.
         message = str(error).replace(str(service.folder), service.folder.name)
         return problem(STATUS.get(type(error), 422), " ".join(message.split()))
 

@@ -26,11 +26,11 @@ HEADERS = {
 
 
 class Guard:
-    """Refuses requests before they reach an application, and adds headers to what it answers.
+    """Refuses requests before they reach an application, and adds headers to responses.
 
     Args:
-        app: what is guarded.
-        hosts: names that a request may call this machine by; None: any.
+        app: the application.
+        hosts: names of this machine that requests may use; None: any.
         max_body_bytes: of a request.
     """
 
@@ -49,7 +49,7 @@ class Guard:
             await send(message)
 
         headers = Headers(scope=scope)
-        # Of a proxy that serves us below a path and leaves that in the address.
+        # A proxy may serve this app under a path, and pass that path on.
         prefix = headers.get("x-forwarded-prefix", "").rstrip("/")
         if prefix and scope["path"].startswith(f"{prefix}/"):
             scope = {**scope, "path": scope["path"].removeprefix(prefix)}
@@ -64,7 +64,7 @@ class Guard:
         if self.hosts is not None and _name(host) not in self.hosts:
             return problem(421, f"this service does not answer to the name {_name(host)[:80]!r}")
         origin = headers.get("origin")
-        # A link on another site may lead to the page; nothing else may be asked from there.
+        # Other sites may link to the page, but not request anything else.
         foreign = headers.get("sec-fetch-site", "none") not in ("same-origin", "none")
         own = origin is None or _site(origin) == host or self._is_named(_name(_site(origin)))
         if (foreign and path != "/") or not own:
@@ -75,7 +75,7 @@ class Guard:
         return None
 
     def _is_named(self, name: str) -> bool:
-        """Whether the operator has named a site: proxies may rewrite the Host header."""
+        """Whether the operator allowed a site: proxies may rewrite the Host header."""
         return self.hosts is not None and name in self.hosts and name not in LOOPBACK
 
     @property
@@ -83,7 +83,7 @@ class Guard:
         return f"the request is too large: at most {self.max_body_bytes:,} bytes are taken"
 
     def _limited(self, receive: Receive) -> Receive:
-        """Counts what comes: a request need not say beforehand how much that will be."""
+        """Counts the bytes received: a request may have no Content-Length."""
         taken = 0
 
         async def limited() -> Message:
@@ -98,7 +98,7 @@ class Guard:
 
 
 def _name(host: str) -> str:
-    """Of a Host header, without the port.
+    """The name in a Host header, without the port.
 
     >>> _name("localhost:8000"), _name("[::1]:8000"), _name("LOCALHOST")
     ('localhost', '::1', 'localhost')
@@ -110,7 +110,7 @@ def _name(host: str) -> str:
 
 
 def _site(origin: str) -> str:
-    """Of an Origin header, with the port; nothing where it names none.
+    """The host in an Origin header, with the port; empty if there is none.
 
     >>> _site("http://localhost:8000"), _site("null"), _site("http://[")
     ('localhost:8000', '', '')

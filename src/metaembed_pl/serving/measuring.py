@@ -13,15 +13,15 @@ from metaembed_pl.serving.schema import Measurement, SearchPlan
 
 
 class _StoppedError(Exception):
-    """The service ends."""
+    """The service stops."""
 
 
 class Measuring:
-    """Knows a store's calibration, or makes it.
+    """Loads the calibration of a store, or measures it in a thread.
 
     Args:
-        calibrate: measures a store, which takes seconds; what it is given beside the store it calls
-            now and then, and is ended by what that raises.
+        calibrate: measures a store, which takes seconds. It calls its second argument regularly,
+            and an exception from that ends it.
     """
 
     def __init__(self, calibrate: Callable[[Store, Callable[[], None]], Calibration]):
@@ -33,14 +33,14 @@ class Measuring:
         self._failure: tuple[int, str] | None = None
 
     def calibration(self, store: Store) -> Calibration | None:
-        """That of a store as it is, where it was measured: by us or by `search --budget auto`."""
+        """The valid calibration of a store, by this service or the command line."""
         known = self._known
         if known is None or not known.fits(store):
             self._known = known = Calibration.load(store)
         return known
 
     def start(self, store: Store) -> None:
-        """Measure, unless that is known or under way."""
+        """Start measuring, unless it is done or running."""
         with self._lock:
             if self.state(store).state in ("running", "done"):
                 return
@@ -49,12 +49,12 @@ class Measuring:
             self._running.start()
 
     def wait(self) -> None:
-        """Until what was started has ended."""
+        """Wait until the measurement has ended."""
         if self._running is not None:
             self._running.join()
 
     def stop(self) -> None:
-        """End what was started, which takes a second or two."""
+        """Stop the measurement, which takes a second or two."""
         self._stopped.set()
         self.wait()
 
@@ -63,7 +63,7 @@ class Measuring:
             raise _StoppedError
 
     def state(self, store: Store) -> Measurement:
-        """How far it is."""
+        """The state of the measurement."""
         if self._running is not None and self._running.is_alive():
             return Measurement(state="running")
         known = self.calibration(store)
@@ -81,8 +81,7 @@ class Measuring:
         except UserError as error:
             self._failure = store.generation, str(error)
             return
-        # Kept for `search --budget auto` and the next start; a store on a disk that is for reading
-        # alone is measured once a start.
+        # For `search --budget auto` and the next start; on a read-only disk, each start measures.
         with suppress(OSError):
             found.save(store)
         self._known = found

@@ -16,18 +16,18 @@ from metaembed_pl.retrieval.sources import PDF_SUFFIX, draw_page
 
 SHOWN_PIXELS = 1280
 FILE_KEYS = ("image", "file")
-"""Of metadata: where `embed` found a picture, or a PDF, whose page is `page`."""
+"""Metadata with the path of a picture, or of a PDF, whose page is `page`."""
 
 
 class Encoded(NamedTuple):
-    """A picture as it is sent."""
+    """An encoded picture."""
 
     content: bytes
     media_type: str
 
 
 def media_type(preview: bytes) -> str | None:
-    """Of a picture in a store; None if it is none."""
+    """The media type of a preview; None: it is not a picture."""
     try:
         kind, _, _ = picture_size(preview)
     except UserError:
@@ -36,12 +36,7 @@ def media_type(preview: bytes) -> str | None:
 
 
 def original(metadata: dict[str, Any], roots: Sequence[Path]) -> Image.Image | None:
-    """The picture an item was made of, if it is there and in one of the folders.
-
-    Args:
-        metadata: of the item.
-        roots: resolved folders whose pictures may be shown.
-    """
+    """The picture an item was made from, if it is in one of the (resolved) folders `roots`."""
     where = next((metadata[key] for key in FILE_KEYS if key in metadata), None)
     if not isinstance(where, str):
         return None
@@ -57,12 +52,12 @@ def original(metadata: dict[str, Any], roots: Sequence[Path]) -> Image.Image | N
 
 
 def as_jpeg(picture: Image.Image) -> Encoded:
-    """A picture of at most `SHOWN_PIXELS` a side, encoded."""
+    """Encode a picture, reduced to at most `SHOWN_PIXELS` a side."""
     return Encoded(small_jpeg(picture, SHOWN_PIXELS, 88), Image.MIME["JPEG"])
 
 
 def without_paths(metadata: dict[str, Any]) -> dict[str, Any]:
-    """Metadata as clients see them: of a file its name, not where it lies on this machine.
+    """Metadata as clients see them: with the names of files, not their paths.
 
     >>> without_paths({"image": "/home/me/cat.png", "page": 3})
     {'image': 'cat.png', 'page': 3}

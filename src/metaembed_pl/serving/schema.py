@@ -14,38 +14,38 @@ class _Shape(BaseModel):
 
 
 class SearchPlan(_Shape):
-    """A plan, and what it costs a query on this store."""
+    """A plan, and its cost per query on this store."""
 
     plan: str
-    """As a search takes it."""
+    """As the parameter of a search."""
     cost: float
     """Multiplications, as a share of those of the exact search."""
     bytes_read: int
-    """Of vectors."""
+    """Bytes of vectors."""
     recall: float | None
-    """Share of the ten best of the exact search that it finds; null: not measured."""
+    """Share of the exact search's ten best that it finds; null: not measured."""
     milliseconds: float | None
-    """On the items that were measured; null: not measured."""
+    """On the measured items; null: not measured."""
 
 
 class Measurement(_Shape):
-    """How far the plans of a store were measured."""
+    """The state of measuring a store's plans."""
 
     state: Literal["none", "running", "done", "failed"]
-    """Of the store as it is now."""
+    """For the current state of the store."""
     used: str | None = None
-    """Which queries and items were measured, in words."""
+    """The queries and items that were used, in words."""
     error: str | None = None
-    """Why it failed."""
+    """The reason for a failure."""
 
 
 class StoreInfo(_Shape):
     """The store that is served."""
 
     name: str
-    """Of its folder."""
+    """Name of its folder."""
     items: int
-    """How many there are."""
+    """Number of items."""
     generation: int
     """Counts the changes of the store."""
     groups: list[str]
@@ -53,108 +53,108 @@ class StoreInfo(_Shape):
     width: int
     """Components of a stored vector."""
     model_width: int
-    """Of the model's; more than are stored where the store has a projection."""
+    """Components of the model's vectors; more than stored if the store has a projection."""
     dtype: str
-    """Of a stored vector's components."""
+    """Dtype of the stored components."""
     vector_bytes: int
-    """Of a stored vector."""
+    """Bytes of a stored vector."""
     plans: list[SearchPlan]
-    """To choose from, cheapest first."""
+    """Plans to choose from, cheapest first."""
     default_plan: str
-    """What a search that names no plan spends."""
+    """The plan of a search that names none."""
     measurement: Measurement
-    """Where the plans' recall and milliseconds come from."""
+    """The measurement of recall and milliseconds."""
     examples: list[str]
-    """A few texts of its items, to ask for."""
+    """A few texts of its items, as example queries."""
     max_upload_bytes: int
-    """Of a picture."""
+    """Size limit of a picture."""
     max_text: int
-    """Characters of a text."""
+    """Length limit of a text, in characters."""
 
 
 class Question(_Shape):
-    """A query that was encoded; its vectors are kept for a while."""
+    """An encoded query; its vectors are remembered for a while."""
 
     query: str
-    """Its id, for searches and explanations; the same text and picture have the same."""
+    """Its id, for searches and explanations; the same for the same text and picture."""
     text: str | None
-    """Of the query."""
+    """Text of the query."""
     has_picture: bool
     """Whether a picture is part of it."""
     milliseconds: float
-    """Encoding took; 0 where it was kept."""
+    """Time of encoding; 0 if the query was remembered."""
 
 
 class Result(_Shape):
-    """An item that was found."""
+    """A result of a search."""
 
     id: str
     """Of the item."""
     score: float
-    """Higher is better; divided by r_q where that was asked for."""
+    """Higher is better; divided by r_q if `normalised`."""
     text: str | None
     """Of the item."""
     has_preview: bool
     """Whether `/api/preview` has a small picture of it."""
     metadata: dict[str, Any]
-    """What the store keeps of it; of files only the name."""
+    """Metadata in the store, with the names of files, not their paths."""
 
 
 class Answer(_Shape):
-    """What a search found, best first."""
+    """The results of a search."""
 
     plan: str
-    """What was spent; every stage keeps at least what was asked for."""
+    """The plan of the search; every stage keeps at least `top` items."""
     note: str
-    """Why this plan, where none was named: its measured recall, or why the search was exact."""
+    """The reason for an automatic plan: its measured recall, or why the search was exact."""
     budget: str
-    """Of the last stage: the scores are of it."""
+    """Budget of the last stage, and of the scores."""
     results: list[Result]
     """Best first."""
     milliseconds: float
-    """Of the search, without encoding."""
+    """Time of the search, without encoding."""
     bytes_read: int
-    """Of vectors."""
+    """Bytes of vectors."""
     items: int
-    """In the store."""
+    """Items in the store."""
     generation: int
-    """Of the store."""
+    """Generation of the store."""
 
 
 class Maps(_Shape):
-    """Where on the picture each candidate vector looks."""
+    """Attention maps of the candidate vectors on the picture."""
 
     height: int
     """Patches of the picture from top to bottom."""
     width: int
-    """And from left to right."""
+    """Patches of the picture from left to right."""
     weights: list[list[float]]
-    """By vector, row by row: attention to a patch, as a multiple of an even share."""
+    """For each vector, row by row: attention to a patch, as a multiple of the mean."""
     drawn_from: Literal["picture", "preview"]
-    """What the model was shown: the original, or the small picture in the store."""
+    """The picture that the model saw: the original, or the store's preview."""
     agreement: float
-    """Least cosine of a vector made now and its like in the store: 1 if nothing differs."""
+    """Lowest cosine of a new vector with the stored one: 1 if nothing differs."""
 
 
 class Explanation(_Shape):
     """Why an item has its score."""
 
     item: Result
-    """What was found; its score is not divided by r_q."""
+    """The item; its score is not divided by r_q."""
     budget: str
-    """r_q x r_c, and x components where these are not all."""
+    """r_q x r_c, and x components unless all are used."""
     products: list[list[float]]
-    """Of each query vector with each candidate vector."""
+    """Dot products of each query vector with each candidate vector."""
     winners: list[int]
-    """For each query vector the candidate vector of the largest product; they sum to the score."""
+    """By query vector, the candidate vector with the largest product; these sum to the score."""
     maps: Maps | None
-    """Null where there is none."""
+    """Null if there are none."""
     why_no_maps: str | None
-    """What is missing, in a sentence."""
+    """The reason, in a sentence."""
 
 
 class Problem(_Shape):
-    """What went wrong."""
+    """An error."""
 
     error: str
     """One sentence."""

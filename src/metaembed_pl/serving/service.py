@@ -1,4 +1,4 @@
-"""A store and its model, as a service: questions are encoded once, searched often, and explained.
+"""A store and its model as a service: encodes queries once, searches for them, explains scores.
 
     service = Service(MetaEmbedder.from_pretrained("runs/emoji/model"), "shelf")
     question = service.ask("flag of Japan")
@@ -32,6 +32,7 @@ from metaembed_pl.retrieval.calibration import (
     stages_of,
 )
 from metaembed_pl.retrieval.manifest import Manifest
+from metaembed_pl.retrieval.planes import vector_bytes
 from metaembed_pl.retrieval.store import Store
 from metaembed_pl.samples import evenly_spread
 from metaembed_pl.serving import schema
@@ -48,7 +49,7 @@ EXAMPLE_LENGTH = 40
 
 
 class NotThere(UserError):
-    """A query or an item that is not known, or not any more."""
+    """A query or an item is unknown or has expired."""
 
 
 class NotNow(UserError):
@@ -56,23 +57,22 @@ class NotNow(UserError):
 
 
 class TooLarge(UserError):
-    """More than the service takes."""
+    """A query is too large."""
 
 
 class Service:
-    """What is served.
+    """A store that is served.
 
     Args:
-        model: encodes; the one the store was made with.
+        model: that embedded the store.
         folder: of the store.
-        pictures: folders whose pictures and PDFs may be read and shown, where the store's items are
-            made of them.
-        max_upload_bytes: of a picture that is asked with.
-        log_queries: keep the texts that are asked in the store's folder: plans are then measured
-            with them.
+        pictures: folders whose pictures and PDFs may be shown, if items were made from them.
+        max_upload_bytes: of a picture in a query.
+        log_queries: log text queries in the store's folder; search plans are then measured with
+            them.
 
     Raises:
-        UserError: the store is damaged or another model's, or a folder is not there.
+        UserError: the store is damaged or another model's, or a folder does not exist.
     """
 
     def __init__(
@@ -99,12 +99,12 @@ class Service:
 
     @property
     def folder(self) -> Path:
-        """Of the store."""
+        """The store's folder."""
         return self._store.folder
 
     @property
     def store(self) -> Store:
-        """The store as it is now; opened anew where it has changed.
+        """The current state of the store; reopened if it has changed.
 
         Raises:
             NotNow: it was damaged or replaced by another model's.
@@ -121,7 +121,7 @@ class Service:
             return self._store
 
     def store_info(self) -> schema.StoreInfo:
-        """What is served."""
+        """A description of the store."""
         store = self.store
         calibration = self.measuring.calibration(store)
         return schema.StoreInfo(
@@ -132,7 +132,7 @@ class Service:
             width=store.width,
             model_width=store.model_width,
             dtype=store.dtype,
-            vector_bytes=store.snapshot().vector_bytes,
+            vector_bytes=vector_bytes(store.description),
             plans=choices(store, calibration),
             default_plan=plan_name(choose(store, calibration).stages),
             measurement=self.measuring.state(store),
@@ -142,11 +142,11 @@ class Service:
         )
 
     def ask(self, text: str | None = None, picture: bytes | None = None) -> schema.Question:
-        """Encode a query, and keep its vectors; one that is kept is not encoded anew.
+        """Encode a query, unless it was encoded recently, and remember its vectors.
 
         Raises:
-            TooLarge: text or picture.
-            UserError: neither is given, or the picture is none.
+            TooLarge: the text or picture is too large.
+            UserError: neither is given, or the picture cannot be read.
         """
         if len(text or "") > MAX_TEXT:
             raise TooLarge(f"the text has {len(text or ''):,} characters; at most {MAX_TEXT:,}")
@@ -176,20 +176,20 @@ class Service:
         normalised: bool = False,
         target_recall: float = 0.98,
     ) -> schema.Answer:
-        """Search for a query that was asked.
+        """Search for an encoded query.
 
         Args:
             query: its id.
-            plan: a budget, or the stages of a cascade; None or "auto": the cheapest plan that was
-                measured to reach `target_recall`, and the exact search where none was.
+            plan: a budget, or the stages of a cascade; None or "auto": the cheapest plan measured
+                to reach `target_recall`, or the exact search if there is none.
             top: results.
             where: conditions on metadata.
             normalised: divide scores by r_q.
-            target_recall: share of the exact search's first ten.
+            target_recall: share of the exact search's ten best.
 
         Raises:
-            NotThere: the query is not kept (any more).
-            UserError: any of these is not valid.
+            NotThere: the query is unknown or has expired.
+            UserError: an argument is not valid.
         """
         if not 1 <= top <= MAX_TOP:
             raise UserError(f"top must be between 1 and {MAX_TOP}, got {top}")
@@ -210,10 +210,10 @@ class Service:
         )
 
     def explain(self, query: str, item: str, budget: str | None = None) -> schema.Explanation:
-        """Why an item has its score for a query, and where on its picture that comes from.
+        """Explain an item's score for a query, with attention maps of the item's picture.
 
         Raises:
-            NotThere: the query is not kept (any more), or there is no such item.
+            NotThere: the query is unknown or has expired, or there is no such item.
             UserError: the model was not trained for the budget.
         """
         encoded, store = self._known(query), self.store
@@ -235,10 +235,10 @@ class Service:
         )
 
     def preview(self, item: str) -> Encoded:
-        """The small picture of an item.
+        """The preview of an item.
 
         Raises:
-            NotThere: there is no such item, or no picture of it.
+            NotThere: there is no such item, or it has no preview.
         """
         store = self.store
         (preview,) = store.previews([_row(store, item)])
@@ -248,14 +248,14 @@ class Service:
         return Encoded(preview, kind)
 
     def picture(self, item: str) -> Encoded:
-        """The original of an item where it may be shown, else its small picture.
+        """The original picture of an item if it may be shown, else its preview.
 
         Raises:
-            NotThere: there is no such item, or no picture of it.
+            NotThere: there is no such item, or it has no picture.
         """
         store = self.store
         (metadata,) = store.metadata([_row(store, item)])
-        # One at a time: a large picture takes much memory, and PDFs bear one thread alone.
+        # One at a time: large pictures take much memory, and pypdfium2 is not thread-safe.
         with self._encoding:
             picture = original(metadata, self._roots)
         return self.preview(item) if picture is None else as_jpeg(picture)
@@ -325,13 +325,13 @@ def _result(
 
 
 def _said(metadata: dict[str, Any], key: str) -> str | None:
-    """A text in metadata, which hold whatever a user put there."""
+    """A text in metadata, whose values may have any type."""
     value = metadata.get(key)
     return value if isinstance(value, str) and value.strip() else None
 
 
 def _examples(store: Store) -> list[str]:
-    """Short texts of items, to ask for."""
+    """Short texts of items, as example queries."""
     rows = evenly_spread(len(store), 8 * NUM_EXAMPLES)
     said = [_said(value, "asked_as") or _said(value, "text") for value in store.metadata(rows)]
     short = [text for text in said if text and len(text) <= EXAMPLE_LENGTH]

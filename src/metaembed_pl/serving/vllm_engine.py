@@ -1,7 +1,7 @@
-"""`embed --engine vllm`: vLLM's offline engine in the place of our own forward pass.
+"""`embed --engine vllm`: vLLM's offline engine instead of our own forward pass.
 
-It takes a folder of `export --format vllm`. The store gets the same vectors and the same identity
-as from the model that was exported, so that this model can search it.
+It loads a folder of `export --format vllm`. The store has the same vectors and the same identity as
+with the exported model, so this model can search it.
 
 Shape letters: N items of a window, R meta embeddings of a side, D their width.
 """
@@ -28,14 +28,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class PromptProcessor:
-    """Makes a window of items ready for vLLM, in this process or in a worker."""
+    """Prepares a window of items for vLLM, in this process or in a worker."""
 
     prompts: VllmPrompts
 
     def prepared(
         self, items: Sequence[Item], side: Side, chunk_tokens: int, about: Any = None
     ) -> Prepared:
-        """The window; vLLM itself decides which prompts it computes together."""
+        """The prepared window; vLLM forms batches itself."""
         own, self.prompts.cut = self.prompts.cut, Cut()
         try:
             prompts: Any = self.prompts(items, side)
@@ -45,14 +45,14 @@ class PromptProcessor:
 
 
 class VllmModel:
-    """What embedding asks of a model, by vLLM.
+    """A model that embeds items with vLLM.
 
     Args:
         folder: of `export --format vllm`.
         settings: of `vllm.LLM`, such as `tensor_parallel_size`.
 
     Raises:
-        UserError: vLLM is missing, the folder is of another form, or vLLM refuses a setting.
+        UserError: vLLM is missing, the folder has another format, or vLLM refuses a setting.
     """
 
     def __init__(self, folder: str | Path, settings: dict[str, Any]):
@@ -83,7 +83,7 @@ class VllmModel:
             raise UserError(f"vLLM cannot start with {settings}: {reason:.400}") from error
 
     def processor(self) -> PromptProcessor:
-        """Prepares windows."""
+        """The processor that prepares windows."""
         return PromptProcessor(self.processing)
 
     def encoded(
@@ -94,7 +94,7 @@ class VllmModel:
         num_workers: int | None = 0,
         num_ranks: int = 1,
     ) -> Iterator[tuple[Prepared, Tensor]]:
-        """As `MetaEmbedder.encoded`: what `prepare` gave, and fp32 unit vectors (N, R, D)."""
+        """As `MetaEmbedder.encoded`: prepared windows, and fp32 unit vectors (N, R, D)."""
         shape = self.groups[-1][side == "candidate"], self.width
         for window in prepared(windows, prepare, torch.device("cpu"), num_workers, num_ranks):
             self.processing.cut += window.cut

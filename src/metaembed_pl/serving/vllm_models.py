@@ -23,12 +23,12 @@ from vllm.v1.pool.metadata import PoolingMetadata
 
 
 class MetaRows(AllPool):
-    """Keeps the rows of a prompt that stand at its side's meta tokens; none where it has none.
+    """Selects the rows of a prompt at its side's meta tokens.
 
     Args:
         first_id: token id of the first meta token; the others follow.
-        num_query: how many query tokens there are.
-        num_candidate: how many candidate tokens follow them.
+        num_query: number of query tokens.
+        num_candidate: number of candidate tokens, which follow them.
     """
 
     def __init__(self, first_id: int, num_query: int, num_candidate: int):
@@ -43,7 +43,7 @@ class MetaRows(AllPool):
     def forward(
         self, hidden_states: Tensor, pooling_metadata: PoolingMetadata
     ) -> list[Tensor | None]:
-        """(R, H) of each prompt; None while it is read in parts and not at its end."""
+        """(R, H) of each prompt; None until the last part of a prompt that is read in parts."""
         states = super().forward(hidden_states, pooling_metadata)
         prompts = pooling_metadata.get_prompt_token_ids_cpu()
         return [
@@ -52,7 +52,7 @@ class MetaRows(AllPool):
         ]
 
     def rows(self, ids: Tensor) -> Tensor:
-        """Where a prompt's own meta tokens stand; a candidate may have the query tokens before."""
+        """Positions of a prompt's own meta tokens, without query tokens of a candidate."""
         is_candidate = (ids >= self.first_candidate) & (ids < self.end)
         is_query = (ids >= self.first_id) & (ids < self.first_candidate)
         own = is_candidate if bool(is_candidate.any()) else is_query
@@ -67,7 +67,7 @@ def _pooler(vllm_config: VllmConfig) -> DispatchPooler:
 
 
 def _projection(settings: Any) -> nn.Module | None:
-    """The projection of the folder, if it has one."""
+    """The folder's projection, if it has one."""
     file = "projection/projection.safetensors"
     found = get_hf_file_bytes(file, settings.model, settings.revision)
     if found is None:
@@ -80,7 +80,7 @@ def _projection(settings: Any) -> nn.Module | None:
 
 
 class _Pooled:
-    """What all of them share: their pooler."""
+    """The pooler of all models."""
 
     def _init_pooler(self, vllm_config: VllmConfig, prefix: str = "") -> DispatchPooler:
         return _pooler(vllm_config)

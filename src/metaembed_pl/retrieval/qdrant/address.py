@@ -1,4 +1,4 @@
-"""Where a collection is: the URL of a server and a name there. Imports nothing heavy."""
+"""The address of a collection: the URL of a server and a name. Imports nothing heavy."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -8,19 +8,14 @@ from metaembed_pl.errors import UserError
 
 
 class ServerAddress(NamedTuple):
-    """A collection on a server.
-
-    Args:
-        server: its URL.
-        collection: the name there.
-    """
+    """The URL of a server, and the name of a collection."""
 
     server: str
     collection: str
 
 
 def is_qdrant(address: str | Path) -> bool:
-    """Whether this is a collection rather than the folder of a store."""
+    """Whether an address is a collection's, not the folder of a store."""
     return str(address).startswith(("http://", "https://"))
 
 
@@ -28,7 +23,7 @@ def parse_address(address: str) -> ServerAddress:
     """Read `http://HOST:6333/NAME`.
 
     Raises:
-        UserError: it is no URL, names no collection, or says more than it should.
+        UserError: it is not a URL, names no collection, or contains a key, a query or a fragment.
 
     >>> parse_address("http://localhost:6333/things")
     ServerAddress(server='http://localhost:6333', collection='things')

@@ -18,16 +18,16 @@ from metaembed_pl.retrieval.qdrant.packages import (
 
 KEY_VARIABLE = "QDRANT_API_KEY"
 DESCRIPTION = "metaembed_pl"
-"""The entry of a collection's metadata that is ours."""
+"""Our entry in a collection's metadata."""
 TIMEOUT_S = 120
 IDS_AT_A_TIME = 10_000
 
 
 def open_collection(address: str) -> "Collection":
-    """The collection at an address, which need not be there yet.
+    """The collection at an address, which may not exist yet.
 
     Raises:
-        UserError: the address is not one.
+        UserError: the address is not valid.
     """
     parsed = parse_address(address)
     key = os.environ.get(KEY_VARIABLE)
@@ -38,35 +38,30 @@ def open_collection(address: str) -> "Collection":
 
 
 class Collection:
-    """A collection on a server; ids are those of points: UUIDs.
-
-    Args:
-        client: connected to the server.
-        address: where it is.
-    """
+    """A collection on a server; ids are those of points: UUIDs."""
 
     def __init__(self, client: QdrantClient, address: ServerAddress):
         self._client, self._name = client, address.collection
         self.address = f"{address.server}/{address.collection}"
 
     def layout(self) -> Layout | None:
-        """What it holds; None: there is no such collection yet.
+        """The layout of the collection; None: it does not exist yet.
 
         Raises:
-            UserError: it is not one of a store.
+            UserError: it was not pushed from a store.
         """
-        with self._asked():
+        with self._errors():
             if not self._client.collection_exists(self._name):
                 return None
-            kept = self._client.get_collection(self._name).config.metadata or {}
+            metadata = self._client.get_collection(self._name).config.metadata or {}
         try:
-            return Layout.from_json(kept.get(DESCRIPTION))
+            return Layout.from_json(metadata.get(DESCRIPTION))
         except UserError as error:
             raise UserError(f"{self.address}: {error}; choose another name") from error
 
     def create(self, layout: Layout, shards: int | None, replicas: int | None) -> None:
-        """Make it, empty."""
-        with self._asked():
+        """Create the collection."""
+        with self._errors():
             self._client.create_collection(
                 self._name,
                 vectors_config=layout.vectors(),
@@ -76,31 +71,31 @@ class Collection:
             )
 
     def index(self, key: str, kind: models.PayloadSchemaType) -> None:
-        """Make filtering by a key of the payload fast."""
-        with self._asked():
+        """Create an index for filters on a key of the payload."""
+        with self._errors():
             self._client.create_payload_index(self._name, key, kind, wait=True)
 
     def revisions(self, ids: Sequence[str]) -> dict[str, str]:
-        """Of those of these points that are there."""
-        with self._asked():
+        """The revisions of existing points."""
+        with self._errors():
             records = self._client.retrieve(self._name, list(ids), with_payload=["revision"])
         return {str(record.id): (record.payload or {}).get("revision", "") for record in records}
 
     def upsert(self, points: Sequence[models.PointStruct]) -> None:
         """Add points, or replace them; on disk when this returns."""
-        with self._asked():
+        with self._errors():
             self._client.upsert(self._name, list(points), wait=True)
 
     def delete(self, ids: Sequence[str]) -> None:
         """Remove points."""
-        with self._asked():
+        with self._errors():
             self._client.delete(self._name, models.PointIdsList(points=list(ids)), wait=True)
 
     def ids(self) -> Iterator[list[str]]:
-        """Of all points, some at a time."""
+        """The ids of all points, some at a time."""
         offset: Any = None
         while True:
-            with self._asked():
+            with self._errors():
                 records, offset = self._client.scroll(
                     self._name, limit=IDS_AT_A_TIME, offset=offset, with_payload=False
                 )
@@ -109,13 +104,13 @@ class Collection:
                 return
 
     def count(self) -> int:
-        """How many points there are."""
-        with self._asked():
+        """The number of points."""
+        with self._errors():
             return self._client.count(self._name, exact=True).count
 
     def query(self, requests: Sequence[models.QueryRequest]) -> list[list[Any]]:
         """The scored points of each request, best first."""
-        with self._asked():
+        with self._errors():
             found = self._client.query_batch_points(self._name, list(requests))
         return [response.points for response in found]
 
@@ -124,8 +119,8 @@ class Collection:
         self._client.close()
 
     @contextmanager
-    def _asked(self) -> Iterator[None]:
-        """Whatever a server or the network has against a request becomes one line."""
+    def _errors(self) -> Iterator[None]:
+        """Turns errors of the server and the network into messages of one line."""
         try:
             yield
         except UnexpectedResponse as error:
@@ -138,7 +133,7 @@ class Collection:
 
 
 def _reason(error: UnexpectedResponse) -> str:
-    """Why a server refused, as it says itself."""
+    """The server's own message."""
     try:
         return json.loads(error.content)["status"]["error"]
     except (ValueError, KeyError, TypeError):

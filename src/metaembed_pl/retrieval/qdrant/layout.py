@@ -1,11 +1,11 @@
-"""How the items of a store lie in a collection: an item is a point.
+"""The layout of a store's items in a collection: an item is a point.
 
-Qdrant scores a complete named vector, so a point has one for each candidate count that is to be
-searched: `first_8` holds the first 8 vectors of an item. Prefixes are repeated: 1, 4, 8, 16 and 64
-vectors are 93, 45 % more than 64; 1, 8 and 64 are 73, 14 % more.
+Qdrant scores complete named vectors, so a point has one for each searchable candidate count:
+`first_8` has the first 8 vectors of an item. Prefixes are repeated: 1, 4, 8, 16 and 64 vectors are
+93, 45 % more than 64; 1, 8 and 64 are 73, 14 % more.
 
-The smallest count has an index (HNSW) and is kept in memory; where it is 1, it is a plain vector.
-Larger ones have none and lie on disk: they are read for the few items that a cascade rescores.
+The smallest count has an index (HNSW) and is in memory; if it is 1, it is a plain vector. Larger
+counts have no index and are on disk: they are read for the few items that a cascade rescores.
 
 N: items    R: their vectors    D: width
 """
@@ -35,27 +35,25 @@ DTYPES = {
     "turbo8": models.Datatype.TURBO8,
 }
 PROJECTION_CHARACTERS = 2**23
-"""At most: of 5120 components to 300, say. A server takes 32 MiB a request, and copies what a
-collection says of itself to every machine."""
+"""Limit, such as for 5120 components to 300. A server accepts requests of 32 MiB, and copies the
+metadata of a collection to every machine."""
 QUANTIZATIONS = ("int8", "binary")
 IDS = UUID("6f0c3f3e-6d0b-5d5c-9a52-3f0a1c0a7f11")
-"""Points of Qdrant have UUIDs: an item's is made of its id and this."""
+"""Qdrant's points have UUIDs; an item's UUID is made from its id and this namespace."""
 
 
 @dataclass(frozen=True)
 class Layout(VectorSpace):
-    """What a collection holds, and how; it is kept with the collection.
+    """The contents and settings of a collection, saved in its metadata.
+
+    Searches in Qdrant read full vectors, whatever `widths` the model was trained at.
 
     Args:
-        identity: see `VectorSpace`.
-        groups: see `VectorSpace`.
-        width: see `VectorSpace`.
-        widths: see `VectorSpace`; searches here read full vectors all the same.
-        counts: of candidate vectors that can be searched, ascending.
-        dtype: of stored components, in Qdrant's words: fp32, fp16, turbo8.
-        quantization: of a coarser copy of the smallest count, which is searched first; may be none.
-        on_disk: the smallest count and its index are not kept in memory either.
-        projection: the store's, as text, since queries need it; None: it has none.
+        counts: searchable numbers of candidate vectors, ascending.
+        dtype: of stored components: fp32, fp16 or turbo8.
+        quantization: of a coarser copy of the smallest count, which is searched first; None: none.
+        on_disk: keep the smallest count and its index on disk as well.
+        projection: the store's, as text, since queries need it; None: there is none.
     """
 
     counts: tuple[int, ...]
@@ -82,7 +80,7 @@ class Layout(VectorSpace):
 
     @classmethod
     def of(cls, store: Store, counts: Sequence[int] | None = None, **settings: Any) -> "Layout":
-        """That of a store: settings that are not given, or None, are the defaults.
+        """The layout of a store; settings that are None have their defaults.
 
         Raises:
             UserError: a setting is not valid.
@@ -98,19 +96,19 @@ class Layout(VectorSpace):
         return cls(store.identity, store.groups, store.width, counts, **given)
 
     def to_json(self) -> dict[str, Any]:
-        """What a collection keeps."""
+        """The layout as metadata of a collection."""
         value = {"format": FORMAT, **asdict(self), "groups": [str(group) for group in self.groups]}
         for name in ("projection", "widths"):
             if not value[name]:
-                del value[name]  # what is no news to an older version reads as before
+                del value[name]  # readable by older versions if not used
         return value
 
     @classmethod
     def from_json(cls, value: Any) -> "Layout":
-        """What a collection kept.
+        """Read the layout from the metadata of a collection.
 
         Raises:
-            UserError: it is no layout.
+            UserError: it is not a layout.
         """
         try:
             value = dict(value)
@@ -123,17 +121,17 @@ class Layout(VectorSpace):
             raise UserError(f"not a collection of a store: {error}") from error
 
     def read_projection(self) -> Projection | None:
-        """The store's.
+        """The store's projection.
 
         Raises:
-            UserError: what the collection keeps is none.
+            UserError: the saved text is not a projection.
         """
         if self.projection is None:
             return None
         try:
             content = base64.b64decode(self.projection, validate=True)
             return Projection.from_bytes(content, self.width)
-        except ValueError as error:  # ours is one too
+        except ValueError as error:  # UserError is one
             raise UserError(f"not a collection of a store: {error}") from error
 
     def vectors(self) -> dict[str, models.VectorParams]:
@@ -142,22 +140,21 @@ class Layout(VectorSpace):
 
     def _vector(self, count: int) -> models.VectorParams:
         first = count == self.counts[0]
-        # With a coarse copy in memory, the vectors themselves are only read to rescore.
+        # With a coarse copy in memory, the vectors are only read to rescore.
         hot = first and not self.on_disk and self.quantization is None
+        memory = models.Memory.COLD if self.on_disk else models.Memory.CACHED
         max_sim = models.MultiVectorConfig(comparator=models.MultiVectorComparator.MAX_SIM)
         return models.VectorParams(
             size=self.width,
             distance=models.Distance.DOT,
             datatype=DTYPES[self.dtype],
             memory=models.Memory.CACHED if hot else models.Memory.COLD,
-            hnsw_config=self._index() if first else models.HnswConfigDiff(m=0),
+            hnsw_config=models.HnswConfigDiff(memory=memory)
+            if first
+            else models.HnswConfigDiff(m=0),
             quantization_config=self._quantized() if first else None,
             multivector_config=max_sim if count > 1 else None,
         )
-
-    def _index(self) -> models.HnswConfigDiff:
-        memory = models.Memory.COLD if self.on_disk else models.Memory.CACHED
-        return models.HnswConfigDiff(memory=memory)
 
     def _quantized(self) -> models.ScalarQuantization | models.BinaryQuantization | None:
         memory = models.Memory.COLD if self.on_disk else models.Memory.PINNED
@@ -176,14 +173,7 @@ class Layout(VectorSpace):
         metadata: Sequence[dict[str, Any]],
         revisions: Sequence[str],
     ) -> list[models.PointStruct]:
-        """Items as Qdrant takes them.
-
-        Args:
-            ids: of the items.
-            vectors: as many of each as the largest count.
-            metadata: of each.
-            revisions: of each.
-        """
+        """Items as Qdrant's points, with as many vectors of each as the largest count."""
         return [
             models.PointStruct(
                 id=point_id(id),
@@ -206,7 +196,7 @@ def _as_text(projection: Projection) -> str:
 
 
 def name_of(count: int) -> str:
-    """The named vector that holds the first `count` vectors of an item."""
+    """The named vector with the first `count` vectors of an item."""
     return f"first_{count}"
 
 
@@ -216,7 +206,7 @@ def point_id(id: str) -> str:
 
 
 def revision(vectors: Float[Tensor, "R D"], metadata: dict[str, Any]) -> str:
-    """Tells an item from the same item with other vectors or metadata."""
+    """A digest of an item's vectors and metadata."""
     digest = hashlib.blake2b(vectors.contiguous().numpy().tobytes(), digest_size=8)
     digest.update(json.dumps(metadata, sort_keys=True).encode())
     return digest.hexdigest()

@@ -1,6 +1,6 @@
-"""Qdrant's client, imported in one place: where it is missing, the extra is named.
+"""Qdrant's client, imported in one place; if it is missing, the error names the extra.
 
-It takes seconds to import: the verbs import what needs it when it is used.
+It takes seconds to import, so the verbs import it only when it is used.
 """
 
 from metaembed_pl.errors import UserError

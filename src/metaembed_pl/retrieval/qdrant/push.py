@@ -1,8 +1,8 @@
-"""A store into a collection: what is missing or changed is sent, what is gone is deleted.
+"""Pushes a store into a collection: sends missing and changed items, and deletes removed ones.
 
-The same call goes on after an interruption, and brings a collection up to date after the store has
-changed: every item has a digest of its vectors and metadata in the collection, and is sent when
-that is another. So a push reads the complete store, and sends little.
+The same call resumes after an interruption, and updates a collection after the store has changed:
+each item has a digest of its vectors and metadata in the collection, and is sent if the digest
+differs. So a push reads the complete store, but sends only changes.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,20 +16,20 @@ from metaembed_pl.retrieval.qdrant.requests import DATE, payload_key
 from metaembed_pl.retrieval.store import Store
 
 REQUEST_BYTES = 2**24
-"""Of a request at most, about: a server takes 32 MiB."""
+"""Approximate limit of a request; a server accepts 32 MiB."""
 NUMBER_BYTES = 20
-"""A component, as a server is sent it."""
+"""Bytes of a component in a request."""
 MOST_ITEMS = 256
 
 
 @dataclass
 class Pushed:
-    """How far a push is.
+    """The status of a push.
 
     Args:
         seen: items looked at.
-        sent: of them, new or changed.
-        deleted: points whose items the store has no more.
+        sent: new or changed items.
+        deleted: points whose items are no longer in the store.
     """
 
     seen: int = 0
@@ -50,27 +50,27 @@ def push(
     replicas: int | None = None,
     batch_size: int | None = None,
 ) -> Iterator[Pushed]:
-    """Make a collection hold what a store holds; one that is not there is made.
+    """Copy a store into a collection, which is created if it does not exist.
 
     Args:
-        store: stays as it is.
-        collection: where to.
-        counts: of candidate vectors that are to be searched; this and the next three may be left
-            out for a collection that is there.
+        store: to push.
+        collection: the destination.
+        counts: numbers of candidate vectors to search with; this and the next three may be left out
+            for an existing collection.
         dtype: see `Layout`.
         quantization: see `Layout`.
         on_disk: see `Layout`.
-        filters: keys of the metadata by which searches will be filtered.
-        shards: of a collection that is made, on a cluster.
+        filters: metadata keys to index for filters.
+        shards: of a new collection on a cluster.
         replicas: of each shard.
-        batch_size: items sent at a time; None: what fits a request.
+        batch_size: items per request; None: as many as fit.
 
     Yields:
-        How far it is, after each batch; the same object each time.
+        The status after each batch; the same object each time.
 
     Raises:
-        UserError: the collection is another store's, was made otherwise or cannot be reached, or
-            the counts of items do not agree in the end.
+        UserError: the collection is another store's, has other settings or cannot be reached, or
+            the numbers of items differ at the end.
     """
     kinds = {payload_key(key): kind_of(store, key) for key in filters}
     settings = {"counts": counts, "dtype": dtype, "quantization": quantization, "on_disk": on_disk}
@@ -101,23 +101,22 @@ def push(
 
 
 def items_at_a_time(layout: Layout) -> int:
-    """How many items fit a request."""
+    """The number of items that fit a request."""
     of_item = NUMBER_BYTES * layout.width * sum(layout.counts)
     return max(1, min(MOST_ITEMS, REQUEST_BYTES // of_item))
 
 
 def check_layout(address: str, there: Layout, wanted: Layout, given: Iterable[str]) -> None:
-    """Refuse a collection that was made otherwise.
+    """Refuse a collection with another model, projection or setting.
 
     Args:
         address: of the collection.
         there: its layout.
-        wanted: that of the store.
-        given: settings that were asked for.
+        wanted: the layout of the store.
+        given: the settings to compare.
 
     Raises:
-        UserError: it is another model's or has another projection, or one of these settings is
-            another.
+        UserError: the first difference.
     """
     if there.identity != wanted.identity:
         raise UserError(
@@ -139,10 +138,10 @@ def check_layout(address: str, there: Layout, wanted: Layout, given: Iterable[st
 
 
 def kind_of(store: Store, key: str) -> models.PayloadSchemaType:
-    """The index that fits what a store's metadata say under a key: that of the first that do.
+    """The kind of index for a metadata key, by the first value of an item.
 
     Raises:
-        UserError: none says anything, or what it says is no text, number or truth.
+        UserError: no item has the key, or the value is not a text, number or boolean.
     """
     metadata = (value for rows in _parts(len(store), MOST_ITEMS) for value in store.metadata(rows))
     value = next((value[key] for value in metadata if value.get(key) is not None), None)
@@ -165,7 +164,7 @@ def _parts(count: int, step: int) -> Iterator[range]:
 
 
 def _send(store: Store, collection: Collection, layout: Layout, rows: range) -> int:
-    """Send those of some items that are new or changed; how many they were."""
+    """Send new and changed items; return their number."""
     ids, metadata = store.ids[rows.start : rows.stop], store.metadata(rows)
     vectors = store.vectors(rows, layout.counts[-1])
     revisions = list(map(revision, vectors, metadata))
@@ -184,11 +183,11 @@ def _send(store: Store, collection: Collection, layout: Layout, rows: range) -> 
 
 
 def _delete_gone(store: Store, collection: Collection) -> int:
-    """Delete points of items that the store does not have; how many they were."""
-    kept = {point_id(id) for id in store.ids}
+    """Delete points of items that are not in the store; return their number."""
+    points = {point_id(id) for id in store.ids}
     deleted = 0
     for ids in collection.ids():
-        gone = [id for id in ids if id not in kept]
+        gone = [id for id in ids if id not in points]
         if gone:
             collection.delete(gone)
         deleted += len(gone)

@@ -1,9 +1,8 @@
-"""A search as one request: each stage of a cascade is fed by the one before it.
+"""A search as one request: each stage of a cascade rescores the results of the previous one.
 
 Q: queries    Rq: their vectors    D: width
 """
 
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from metaembed_pl.errors import UserError
 from metaembed_pl.retrieval.cascade import Stage
 from metaembed_pl.retrieval.qdrant.layout import Layout, name_of
 from metaembed_pl.retrieval.qdrant.packages import models
-from metaembed_pl.retrieval.where import Condition
+from metaembed_pl.retrieval.where import Condition, spelled
 
 OVERSAMPLING = 2.0
 LARGEST_INTEGER = 2**63
@@ -38,10 +37,10 @@ def search_request(
 
     Args:
         layout: of the collection.
-        query: all its vectors.
-        stages: what is scored, first to last.
-        conditions: that an item's metadata must meet.
-        exact: the first stage scores every item, without the index and the coarser copy.
+        query: all vectors of the query.
+        stages: first to last.
+        conditions: on the metadata of items.
+        exact: score every item in the first stage, without the index and the coarser copy.
     """
     *before, last = stages
     prefetch = None
@@ -64,12 +63,12 @@ def _scored_at(
 ) -> dict[str, Any]:
     """A stage's part of the request."""
     r_c = stage.budget.r_c
-    vectors = stage.asked(query[None])[0].float().cpu()
+    vectors = stage.query_vectors(query[None])[0].float().cpu()
     # sum_i q_i . c = (sum_i q_i) . c, where there is one c
     value = vectors.sum(dim=0) if r_c == 1 else vectors
     coarse = None
     if layout.quantization and r_c == layout.counts[0]:
-        # The coarser copy picks twice as many as are kept, and the vectors themselves choose.
+        # The coarser copy selects twice as many items, which are rescored with full vectors.
         coarse = models.QuantizationSearchParams(
             ignore=exact, rescore=True, oversampling=OVERSAMPLING
         )
@@ -83,10 +82,10 @@ def _scored_at(
 
 
 def filter_of(conditions: Sequence[Condition]) -> models.Filter | None:
-    """Conditions on metadata in Qdrant's words.
+    """Conditions on metadata as Qdrant's filter.
 
     Raises:
-        UserError: a condition that Qdrant does not know.
+        UserError: Qdrant does not support a condition.
     """
     if not conditions:
         return None
@@ -105,10 +104,10 @@ def filter_of(conditions: Sequence[Condition]) -> models.Filter | None:
 
 
 def payload_key(key: str) -> str:
-    """Where a point keeps what an item's metadata say under a key.
+    """The key of a point's payload for a metadata key.
 
     Raises:
-        UserError: a quotation mark in the key.
+        UserError: the key has a quotation mark.
 
     >>> payload_key("lang"), payload_key("page.number")
     ('metadata.lang', 'metadata."page.number"')
@@ -119,7 +118,7 @@ def payload_key(key: str) -> str:
 
 
 def _equals(key: str, text: str) -> list[models.FieldCondition]:
-    """One of these holds where the value is the text, or the number or truth that it spells."""
+    """Conditions of which one holds if the value equals the text, as text, number or boolean."""
     value = _number(text)
     matches = [models.FieldCondition(key=key, match=models.MatchValue(value=text))]
     if isinstance(value, bool) or (isinstance(value, int) and abs(value) > EXACT_INTEGERS):
@@ -146,11 +145,8 @@ def _compared(key: str, condition: Condition) -> models.FieldCondition:
 
 
 def _number(text: str) -> float | int | bool | None:
-    """The number or truth that a text spells."""
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return None
-    if isinstance(value, int):  # a truth is one too
+    """A text as a number or boolean, if it is one."""
+    value = spelled(text)
+    if isinstance(value, int):  # a bool is one
         return value if abs(value) < LARGEST_INTEGER else None
     return value if isinstance(value, float) and math.isfinite(value) else None

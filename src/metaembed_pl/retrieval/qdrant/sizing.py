@@ -1,13 +1,13 @@
-"""What a collection will cost, on paper: bytes on disk, and bytes that have to be in memory.
+"""The estimated size of a collection: bytes on disk, and bytes that have to be in memory.
 
-    an item = its vectors, each count anew    count x size of a vector
-              + 12 for each count above 1     where its vectors lie
+    an item = its vectors, for each count     count x size of a vector
+              + 12 for each count above 1     offsets of its vectors
               + a coarser copy of the smallest count
               + the index of the smallest     2 m links of log2(N) bits
               + its ids                       29
               + its payload                   16, and blocks of 128
 
-    in memory = the coarser copy, or the smallest count where there is none, + the index + the ids
+    in memory = the coarser copy, or else the smallest count, + the index + the ids
 
 A vector of D components has 4 D bytes in fp32, 2 D in fp16, D + 4 in turbo8; a copy in int8 has
 D + 4, in binary D / 8. The constants were read off Qdrant Edge 0.9's files. Qdrant needs more while
@@ -20,10 +20,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 LINKS = 16
-"""HNSW's m, Qdrant's default: so many links an item, twice that on the lowest level."""
+"""HNSW's m, Qdrant's default: links per item, twice as many on the lowest level."""
 OFFSET_BYTES, ID_BYTES, TRACKED_BYTES, BLOCK_BYTES = 12, 29, 16, 128
 PAYLOAD_BYTES = 256
-"""Of a payload where there is none to look at: an id, a revision, a line or two of text."""
+"""Assumed size of a payload: an id, a revision, a line or two of text."""
 ITEMS = (10**5, 10**6, 10**7, 10**8, 10**9)
 DTYPES, QUANTIZATIONS = ("fp32", "fp16", "turbo8"), (None, "int8", "binary")
 
@@ -33,12 +33,12 @@ class Size:
     """Bytes of a collection.
 
     Args:
-        vectors: those that the largest count has.
-        repeated: of the smaller counts, which are prefixes of it.
-        coarse: of the coarser copy of the smallest count.
+        vectors: of the largest count.
+        repeated: vectors of the smaller counts, which are prefixes of it.
+        coarse: the coarser copy of the smallest count.
         index: of the smallest count.
-        rest: ids, payloads, and where vectors lie.
-        memory: what of all this has to be in memory.
+        rest: ids, payloads and offsets.
+        memory: the part that has to be in memory.
     """
 
     vectors: float
@@ -50,7 +50,7 @@ class Size:
 
     @property
     def disk(self) -> float:
-        """All of it."""
+        """Total bytes on disk."""
         return self.vectors + self.repeated + self.coarse + self.index + self.rest
 
 
@@ -67,12 +67,12 @@ def sizing(
     """Bytes of a collection, all replicas together.
 
     Args:
-        num_items: in it.
+        num_items: in the collection.
         width: of a vector.
-        counts: candidate counts that are to be searched.
+        counts: searchable candidate counts.
         dtype: fp32, fp16 or turbo8.
         quantization: int8, binary or None.
-        on_disk: neither the smallest count nor its index has to be in memory.
+        on_disk: the smallest count and its index are on disk as well.
         payload_bytes: of an item's id and metadata as JSON.
         replicas: of each shard.
 
@@ -110,9 +110,9 @@ def sizing_table(
     payload_bytes: float = PAYLOAD_BYTES,
     replicas: int = 1,
 ) -> list[tuple[str, ...]]:
-    """Sizes of collections by precision: a head, then a row for each number of items.
+    """Sizes of collections by precision: a header, then a row for each number of items.
 
-    Disk is without a coarser copy, memory with each.
+    Disk is without a coarser copy, memory is shown for each kind of copy.
     """
     disks = [f"disk {name}" for name in DTYPES]
     memories = [f"memory {name or dtype}" for name in QUANTIZATIONS]
@@ -132,7 +132,7 @@ def sizing_table(
 
 
 def readable(num_bytes: float) -> str:
-    """Bytes as people say them, in powers of ten as disks are sold.
+    """Bytes with a unit, in powers of ten.
 
     >>> readable(999_499), readable(16_384_000_000), readable(2.5e12)
     ('999 kB', '16.4 GB', '2.50 TB')

@@ -28,25 +28,16 @@ from metaembed_pl.retrieval.where import parse_where
 
 @dataclass(frozen=True)
 class QdrantHits(Hits):
-    """What a search of a collection found: `Hits` with the metadata of the items.
+    """The hits of a search in a collection, with the metadata of the items.
 
     A collection has no rows and does not report bytes read: `rows` are empty, `bytes_read` is 0.
-
-    Args:
-        metadata: of the items, by query.
     """
 
     metadata: list[list[dict[str, Any]]]
 
 
 class QdrantStore(Searchable):
-    """A collection that was opened; use `QdrantStore.open`, and `close` or `with`.
-
-    Args:
-        collection: made by `push`.
-        layout: what it holds.
-        exact: see `open`.
-    """
+    """An open collection; use `QdrantStore.open`, and `close` or `with`."""
 
     def __init__(self, collection: Collection, layout: Layout, exact: bool = False):
         self._collection, self.layout, self.exact = collection, layout, exact
@@ -57,11 +48,11 @@ class QdrantStore(Searchable):
 
         Args:
             address: `http://HOST:6333/NAME`.
-            exact: a search that begins with the smallest count scores every item, instead of asking
-                the index and the coarser copy: slower, and misses nothing.
+            exact: searches that begin with the smallest count score every item, instead of using
+                the index and the coarser copy: slower, but complete.
 
         Raises:
-            UserError: there is none, it is not one of a store, or it cannot be reached.
+            UserError: there is no collection of a store, or it cannot be reached.
         """
         collection = open_collection(address)
         layout = collection.layout()
@@ -81,12 +72,12 @@ class QdrantStore(Searchable):
 
     @property
     def folder(self) -> str:
-        """Where the collection is."""
+        """The collection's address."""
         return self._collection.address
 
     @property
     def description(self) -> Layout:
-        """What the collection says of itself."""
+        """The collection's layout."""
         return self.layout
 
     @cached_property
@@ -103,10 +94,10 @@ class QdrantStore(Searchable):
         cascade: str | Sequence[Stage | str] | None = None,
         top: int | None = None,
     ) -> tuple[Stage, ...]:
-        """What `search` does with these.
+        """The stages of a `search` with these arguments.
 
         Raises:
-            UserError: the model or the collection cannot serve them.
+            UserError: the model was not trained for them, or the collection cannot serve them.
         """
         if budget is None and cascade is None:
             budget = Budget(self.groups[-1].r_q, self.layout.counts[-1])
@@ -139,18 +130,18 @@ class QdrantStore(Searchable):
         where: str | Sequence[str] = (),
         normalised: bool = False,
     ) -> QdrantHits:
-        """Find the best items for each query, all stages in one request.
+        """Find the best items for each query, with all stages in one request.
 
         Args:
             queries: of the model, all R_q vectors.
-            budget: one of the collection's counts; None spends all vectors.
+            budget: with one of the collection's counts; None spends all vectors.
             cascade: instead of a budget, such as "poolx16:200,16x64:10".
-            top: hits of a query; None: what the cascade's last stage keeps, or 10.
+            top: hits per query; None: the number that the cascade's last stage keeps, or 10.
             where: conditions on metadata, such as "lang=de"; all must hold.
-            normalised: divide scores by r_q: they then lie in [-1, 1] at any budget.
+            normalised: divide scores by r_q, into [-1, 1] at any budget.
 
         Raises:
-            UserError: any of these is not valid, or the collection cannot be reached.
+            UserError: an argument is not valid, or the collection cannot be reached.
         """
         stages = self.stages(budget, cascade, top)
         queries = self.accept(queries)
