@@ -6,6 +6,7 @@ from metaembed_pl.errors import UserError
 from metaembed_pl.retrieval import cascade as cascade_module
 from metaembed_pl.retrieval import scoring
 from metaembed_pl.retrieval.cascade import Stage, parse_cascade
+from metaembed_pl.retrieval.planes import vector_bytes
 from metaembed_pl.retrieval.scoring import best_columns, fast_dtype
 from metaembed_pl.retrieval.store import Store
 from unchecked import shapes_unchecked
@@ -152,7 +153,7 @@ def test_a_pooled_stage_scores_with_the_sum_of_the_query(store):
         store.search(QUERIES, cascade="poolx1:7,4x8:3").rows
         == store.search(QUERIES, cascade="4x1:7,4x8:3").rows
     )
-    size = store.snapshot().vector_bytes
+    size = vector_bytes(store.description)
     read = store.search(QUERIES[:1], cascade="poolx8:9,4x8:3").bytes_read
     assert read >= (len(store) + 9) * 8 * size
 

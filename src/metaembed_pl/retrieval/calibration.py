@@ -225,7 +225,7 @@ def _is_small(store: Store) -> bool:
 def calibrate(
     store: Store,
     queries: Float[Tensor, "Q Rq D"] | Sequence[Float[Tensor, "_ Rq D"]] | None = None,
-    asked_by: str = "queries",
+    described_as: str = "queries",
     go_on: Callable[[], None] = lambda: None,
 ) -> Calibration:
     """Measure search plans on a store.
@@ -234,7 +234,7 @@ def calibrate(
         store: not empty.
         queries: some dozens, such as users will ask, encoded by the store's model; or several such
             tensors, one for each kind of query. None: vectors of stored items.
-        asked_by: what the queries are, in words.
+        described_as: the queries in words, for reports.
         go_on: called about every second; an exception that it raises ends the measurement.
 
     Raises:
@@ -243,7 +243,7 @@ def calibrate(
     if not len(store):
         raise UserError(f"{store.folder} is empty: no items to measure plans on")
     if queries is None:
-        kinds, asked_by = [_stored_queries(store)], "stored items, by their own vectors"
+        kinds, described_as = [_stored_queries(store)], "stored items, by their own vectors"
     else:
         kinds = [queries] if isinstance(queries, Tensor) else queries
         kinds = [store.accept(some) for some in kinds]
@@ -266,10 +266,10 @@ def calibrate(
         if stages[0].reach is None:
             stages, matching = _scaled(stages, len(rows) / len(store)), sample
         query = trial.queries[:1]
-        times = [run_stages(snapshot, query, stages, matching, index) for _ in range(TIMED)]
-        seconds = min(result.seconds for result in times)
+        runs = [run_stages(snapshot, query, stages, matching, index) for _ in range(TIMED)]
+        seconds = min(run.seconds for run in runs)
         measured.append(row._replace(milliseconds=1000 * seconds))
-    used = f"{len(kinds[0])} {asked_by}, on {len(rows):,} of {len(store):,} items"
+    used = f"{len(kinds[0])} {described_as}, on {len(rows):,} of {len(store):,} items"
     return Calibration(
         tuple(map(str, store.groups)),
         snapshot.manifest.data,
@@ -311,8 +311,8 @@ def measure(
     if len(texts) < LEAST_QUERIES:
         return calibrate(store, go_on=go_on)
     kinds = [encode(some) for some in (texts, *joined(texts))]
-    asked_by = "texts of its items, alone and joined by two and by three"
-    return calibrate(store, kinds, asked_by, go_on)
+    described_as = "texts of its items, alone and joined by two and by three"
+    return calibrate(store, kinds, described_as, go_on)
 
 
 def joined(texts: Sequence[str]) -> tuple[list[str], list[str]]:
