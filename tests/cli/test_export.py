@@ -281,7 +281,7 @@ def test_a_vocabulary_without_spare_rows_is_told(tmp_path, capsys):
     tiny.embedder().save_pretrained(tmp_path / "m")
     arguments = ["--run", tmp_path / "m", "--out", tmp_path / "o", "--format", "transformers"]
     assert export(*arguments) == 2
-    assert "12 meta tokens into spare rows of the vocabulary, and this model has 0" in (
+    assert "12 meta tokens into unused rows of the vocabulary, and this model has 0" in (
         capsys.readouterr().err
     )
     assert not (tmp_path / "o").exists()
@@ -496,7 +496,7 @@ def test_a_refusal_of_the_hub_is_one_line(run, monkeypatch, capsys):
         (["--out", "new", "--public"], "only works with --push-to"),
         (["--out", "new", "--dry-run"], "--dry-run only works with --push-to"),
         (["--out", "new", "--language", "English"], "a code such as en or zh, got 'English'"),
-        (["--out", "new", "--checkpoint", "worst.ckpt"], "worst.ckpt: not a checkpoint"),
+        (["--out", "new", "--checkpoint", "worst.ckpt"], "there is no worst.ckpt; checkpoints of"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_2(run, tmp_path, monkeypatch, capsys, arguments, message):

@@ -104,6 +104,12 @@ def test_shards_are_searched_by_their_positives_each_once(model, tmp_path, capsy
     ]
 
 
+def test_a_store_is_no_folder_of_items(tmp_path, capsys):
+    (tmp_path / "manifest.json").touch()
+    assert search("--model", tmp_path, "--items", tmp_path, "--query", "cat") == 2
+    assert f"is a store: use --store {tmp_path}" in capsys.readouterr().err
+
+
 def test_a_folder_of_folders_of_shards_is_told_to_choose_one(tmp_path, capsys):
     folder = tiny.shards(tmp_path / "data" / "pets", 2)
     assert search("--model", tmp_path, "--items", tmp_path / "data", "--query", "cat") == 2
@@ -138,6 +144,7 @@ def test_a_terminal_gets_a_table_with_names_as_they_are(model, things):
         ({"--top": "0"}, "--top must be at least 1, got 0"),
         ({"--batch-size": "-1"}, "--batch-size must be at least 1, got -1"),
         ({"--items": "nowhere"}, "nowhere"),
+        ({"--items": "pages.parquet"}, "pages.parquet cannot be searched directly: `embed` it"),
         ({"--image": "nowhere.png"}, "nowhere.png does not exist"),
         ({"--model": "nowhere"}, "nowhere is not a model folder"),
         ({"--device": "abacus"}, "device abacus"),

@@ -263,7 +263,11 @@ def test_refuses_members_that_are_not_plain_files(tmp_path, name, kind):
 def test_refuses_a_missing_or_empty_folder(tmp_path):
     with pytest.raises(UserError, match=r"no folder of shards at .*nowhere: prepare the data"):
         ShardedPairs(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"no shards \(\*\.tar\)"):
+    with pytest.raises(UserError, match=r"no shards \(\*\.tar\).*: prepare the data"):
+        ShardedPairs(tmp_path)
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "00000.tar").touch()
+    with pytest.raises(UserError, match=r"choose one folder, such as .*train$"):
         ShardedPairs(tmp_path)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -164,6 +165,14 @@ def test_mlflow_has_parameters_versions_curves_and_artifacts(finished):
     assert {"config.fit.yaml", "model", "report"} <= {
         item.path for item in client.list_artifacts(run.info.run_id)
     }
+
+
+def test_validate_and_test_print_whole_names(finished, capsys):
+    arguments = ["--config", str(finished[0] / "recipe.yaml"), "--run.name", "again"]
+    assert main(["validate", *arguments]) == 0
+    assert re.search(r"^val/test/recall@1/2x4  [01]\.\d{4}$", capsys.readouterr().out, re.M)
+    assert main(["test", *arguments]) == 0
+    assert re.match(r"again: test sets\n\ntask +metric", capsys.readouterr().out)
 
 
 def test_two_ranks_end_where_one_does(data, finished, tmp_path):

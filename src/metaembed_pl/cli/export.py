@@ -218,6 +218,9 @@ def _of_checkpoint(run: Path, name: str, recipe: dict[str, Any] | None) -> "Meta
         raise UserError(
             f"{run} has no config.fit.yaml: a checkpoint alone does not identify its model"
         )
+    if not file.exists():
+        known = sorted(one.stem for one in (run / "checkpoints").glob("*.ckpt"))
+        raise UserError(f"there is no {file}; checkpoints of {run}: {', '.join(known) or 'none'}")
     try:
         if file.is_dir():
             saved = consolidated(file)

@@ -43,6 +43,10 @@ def _read_pool(path: Path) -> "tuple[list[Item], dict[str, list[str]]]":
     from metaembed_pl.item import read_items
 
     if not path.is_dir() or not any(path.glob("*.tar")):
+        if (path / "manifest.json").exists():
+            raise UserError(f"{path} is a store: use --store {path}")
+        if path.suffix.lower() in (".parquet", ".pdf"):
+            raise UserError(f"{path} cannot be searched directly: `embed` it into a store first")
         try:
             return read_items(path), {}
         except UserError as error:

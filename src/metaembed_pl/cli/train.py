@@ -46,6 +46,7 @@ from metaembed_pl.errors import UserError
 from metaembed_pl.evaluation.benchmarks import Task
 from metaembed_pl.evaluation.outcome import Outcome, TaskOutcome, about_model
 from metaembed_pl.evaluation.report import write_report
+from metaembed_pl.evaluation.tables import overview
 from metaembed_pl.files import only_process, write_text
 from metaembed_pl.model.embedder import MetaEmbedder
 from metaembed_pl.model.sharded import is_sharded
@@ -298,6 +299,13 @@ class RecipeCLI(LightningCLI):
         verbs = LightningCLI.subcommands()
         return {verb: verbs[verb] for verb in ("fit", "validate", "test")}
 
+    def _prepare_subcommand_parser(self, *args: Any, **kwargs: Any) -> LightningArgumentParser:
+        """Without Lightning's table of results, which cuts off the metrics' names."""
+        parser = super()._prepare_subcommand_parser(*args, **kwargs)
+        if any(action.dest == "verbose" for action in parser._actions):
+            parser.set_defaults(verbose=False)
+        return parser
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses what `main` passes on: Lightning's own form warns that `sys.argv` is there too."""
         self.config = parser.parse_args(args)
@@ -463,6 +471,13 @@ class RecipeCLI(LightningCLI):
         metrics = json.dumps(outcome.task_metrics("test"), indent=2, sort_keys=True)
         write_text(folder / "metrics.json", metrics + "\n")
         log.info("report: %s", folder)
+        print(overview(outcome))
+
+    def after_validate(self) -> None:
+        """Prints the metrics of the validation sets."""
+        if self.trainer.is_global_zero:
+            for name, value in sorted(self.trainer.callback_metrics.items()):
+                print(f"{name}  {value:.4f}")
 
     def _embedder_to_map(self) -> MetaEmbedder | None:
         """The embedder for attention maps; None if weights are sharded: other ranks are done."""

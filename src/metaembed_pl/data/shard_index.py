@@ -102,7 +102,9 @@ def read_manifest(folder: Path, shards: list[str]) -> dict[str, Any] | None:
         UserError: no shards, or a manifest that is malformed or disagrees with them.
     """
     if not shards:
-        raise UserError(f"no shards (*.tar) in {folder}: prepare the data first")
+        deeper = next(folder.rglob("*.tar"), None)
+        fix = f"choose one folder, such as {deeper.parent}" if deeper else "prepare the data first"
+        raise UserError(f"no shards (*.tar) in {folder}: {fix}")
     path = folder / MANIFEST_FILE
     if not path.exists():
         if (folder / INDEX_FILE).exists():

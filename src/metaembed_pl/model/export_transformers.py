@@ -101,8 +101,9 @@ def spare_words(tokenizer: Any, num_rows: int, count: int) -> list[str]:
     if len(words) < count:
         if free < count:
             raise UserError(
-                f"this form writes {count} meta tokens into spare rows of the vocabulary, and this "
-                f"model has {max(free, len(words))}; use another format"
+                f"this format writes {count} meta tokens into unused rows of the vocabulary, and "
+                f"this model has {max(free, len(words))}; use --format metaembed or "
+                "sentence-transformers"
             )
         words = [f"<|meta_{i}|>" for i in range(count)]
     tokenizer.add_tokens([AddedToken(word, special=True, normalized=False) for word in words])

@@ -100,7 +100,8 @@ class Manifest(VectorSpace):
             value: Any = json.loads(file.read_bytes())
         except (FileNotFoundError, NotADirectoryError) as error:
             raise UserError(
-                f"{folder} is not a store: it has no {MANIFEST_FILE}; build one with `embed`"
+                f"{folder} is not a store: it has no {MANIFEST_FILE}; build one with `embed` in a "
+                "new folder"
             ) from error
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{file} cannot be read: {error}") from error
