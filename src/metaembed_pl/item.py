@@ -4,7 +4,7 @@
     >>> pair.query.text, pair.target_id == pair.positive.uid
     ('a red apple', True)
 
-They are validated here, once; the rest of the package relies on it.
+They are validated only here; the rest of the package relies on it.
 """
 
 import hashlib
@@ -34,16 +34,16 @@ class Item:
     """A text, an image, or both: a query or a candidate.
 
     Args:
-        text: what is to be read; not only white space.
-        image: a file, the encoded content of one (bytes), or a PIL image.
+        text: not only white space.
+        image: a file, an encoded image (bytes), or a PIL image.
         id: the name of the thing this item stands for.
-        answers: ids of all things this candidate answers; empty means itself alone.
-        instruction: what to do with it, such as "Find the page that answers:". A model reads it
-            before the text; it is no part of what the item is.
-        score: how well a model said it answers its pair's query, where hard negatives were mined.
+        answers: ids of all things this candidate answers; empty: only itself.
+        instruction: the task, such as "Find the page that answers:". A model reads it before the
+            text; it does not change the item's identity.
+        score: the score with its pair's query, if hard negatives were mined.
 
     Raises:
-        UserError: neither text nor image, or a value of the wrong type.
+        UserError: there is neither text nor image, or a value has the wrong type.
 
     Examples:
         >>> Item("flag of Japan", id="1F1EF-1F1F5").answer_ids
@@ -83,15 +83,15 @@ class Item:
 
     @classmethod
     def parse(cls, value: "str | dict | Item", folder: Path | None = None) -> "Item":
-        """Make an item of what JSON or a Python caller gives; a bare string is a text.
+        """Make an item from JSON or Python values; a bare string is a text.
 
         Args:
             value: a string, a dict with keys of `Item`, or an item (returned as it is).
-            folder: where image paths start and below which they must stay. None leaves a path
-                as typed: for callers whose paths are their own.
+            folder: image paths are relative to it, and must stay below it. None: paths are used
+                as given, for trusted callers.
 
         Raises:
-            UserError: unknown key, neither text nor image, a path that leaves `folder`.
+            UserError: an unknown key, neither text nor image, or a path that leaves `folder`.
         """
         if isinstance(value, Item):
             return value
@@ -104,11 +104,11 @@ class Item:
 
     @property
     def words(self) -> str | None:
-        """What a model reads of it: the instruction, if any, before the text."""
+        """The text that a model reads: the instruction, if any, and the text."""
         return " ".join(filter(None, (self.instruction, self.text))) or None
 
     def load_image(self) -> Image.Image | None:
-        """Decode the image, upright, in RGB and over white; None if the item is text alone.
+        """Decode the image, upright, in RGB and over white; None: the item has no image.
 
         Raises:
             UserError: the file is missing, does not decode or is too large.
@@ -118,21 +118,21 @@ class Item:
         return self.__dict__.get("decoded_image") or open_picture(self.image)
 
     def decoded(self) -> "Item":
-        """The item with its picture decoded, so that a broken one shows now.
+        """The item with its picture decoded, so that a broken picture raises its error now.
 
         Raises:
             UserError: as `load_image`.
         """
         if self.image is None:
             return self
-        # Of the file, not of its pixels: cheaper to hash, and the same before and after.
+        # Hash the file, not its pixels: cheaper, and the same before and after.
         content, found = self.content, copy(self)
         picture = self.load_image()
         found.__dict__.update(image=picture, content=content, decoded_image=picture)
         return found
 
     def answering(self, answers: tuple[str, ...], score: float | None = None) -> "Item":
-        """The same item, decoded if this one is, with the answers and the score of another pair."""
+        """A copy of the item, with the answers and the score of another pair."""
         found = copy(self)
         found.__dict__.update(answers=answers, score=score)
         return found
@@ -144,7 +144,7 @@ class Item:
 
     @cached_property
     def content(self) -> str:
-        """A hash of text and picture: items that show the same have the same, whatever their id."""
+        """A hash of text and picture, independent of the id."""
         digest = hashlib.sha256()
         # Lengths keep text and image apart: "ab" + "c" must differ from "a" + "bc".
         text = unicodedata.normalize("NFC", self.text or "")
@@ -154,11 +154,11 @@ class Item:
 
     @property
     def answer_ids(self) -> tuple[str, ...]:
-        """`answers`, or this item's own uid where none are given."""
+        """`answers`, or the item's own uid if there are none."""
         return self.answers or (self.uid,)
 
     def to_json(self) -> dict:
-        """The item as JSON holds it, without empty fields; image bytes are left out."""
+        """The item as JSON, without empty fields and image bytes."""
         image = str(self.image) if isinstance(self.image, Path) else None
         fields = {"text": self.text, "image": image, "id": self.id, "answers": list(self.answers)}
         fields |= {"instruction": self.instruction, "score": self.score}
@@ -183,15 +183,15 @@ class Item:
 
 @dataclass(frozen=True)
 class Pair:
-    """A query, the candidate that answers it, and candidates mined to look like it.
+    """A query, the candidate that answers it, and hard negatives.
 
     Args:
         id: the pair's name, unique in its source.
-        query: what is asked.
+        query: to be answered.
         positive: the match.
         negatives: hard negatives.
         asks: id of the thing asked for, or several, any of which is right. A candidate of the batch
-            whose `answers` hold one is an accidental positive, which the loss masks. None means
+            with one of them in its `answers` is an accidental positive, which the loss masks. None:
             the positive's first answer.
     """
 
@@ -205,15 +205,15 @@ class Pair:
     def parse(
         cls, value: dict, folder: Path | None = None, default_id: str | None = None
     ) -> "Pair":
-        """Make a pair of its JSON form.
+        """Make a pair from JSON.
 
         Args:
-            value: a dict with "query" and "positive", perhaps "id", "asks" and "negatives".
-            folder: where image paths start, as in `Item.parse`.
-            default_id: the id where `value` has none.
+            value: a dict with "query" and "positive", and optionally "id", "asks" and "negatives".
+            folder: see `Item.parse`.
+            default_id: the id if `value` has none.
 
         Raises:
-            UserError: a key unknown or missing, or an item that is not valid.
+            UserError: a key is unknown or missing, or an item is not valid.
         """
         value = _checked_keys(value, _PAIR_KEYS, "a pair")
         identifier, asks = as_id(value.get("id", default_id)), as_id(value.get("asks"))
@@ -236,26 +236,26 @@ class Pair:
 
     @property
     def target_id(self) -> str:
-        """The id of what the query asks for: the first, where it asks for any of several."""
+        """The id of the thing that the query asks for; the first, if there are several."""
         return self.relevant_ids[0]
 
     @property
     def relevant_ids(self) -> tuple[str, ...]:
-        """The ids of what the query asks for: each is right."""
+        """The ids of the things that the query asks for; each is a right answer."""
         if self.asks is None:
             return self.positive.answer_ids[:1]
         return (self.asks,) if isinstance(self.asks, str) else self.asks
 
     @property
     def question(self) -> str:
-        """What is the same for pairs that ask the same: their positives are all right answers."""
+        """The same for pairs with the same query, whose positives are all right answers."""
         return f"{self.query.content} {self.query.instruction or ''}"
 
 
 def read_pairs(path: Path) -> Iterator[Pair]:
-    """Read pairs from JSON Lines, one at a time; image paths start at the file's folder.
+    """Read pairs from JSON Lines, one at a time; image paths are relative to the file's folder.
 
-    A pair without an id is named by the file and its line.
+    A pair without an id is named after the file and its line.
 
     Raises:
         UserError: names file and line.
@@ -275,7 +275,7 @@ def read_items(path: Path) -> list[Item]:
     """Read items from JSON Lines, or the pictures of a folder (sorted; id = path in the folder).
 
     Raises:
-        UserError: nothing there, or a line that is not an item (names file and line).
+        UserError: there is nothing, or a line is not an item (names file and line).
     """
     path = Path(path)
     if path.is_dir():
@@ -298,17 +298,17 @@ def read_items(path: Path) -> list[Item]:
     return items
 
 
-@lru_cache(maxsize=2**14)  # the same few names come again and again
+@lru_cache(maxsize=2**14)  # few names recur often
 def stable_hash(id: str) -> int:
-    """An id as a number that tensors hold: the first 63 bits of its SHA-256, never negative.
+    """An id as a number for tensors: the first 63 bits of its SHA-256, never negative.
 
-    Python's own hash() differs from process to process, hence from rank to rank.
+    Python's own hash() differs between processes, and so between ranks.
     """
     return int.from_bytes(hashlib.sha256(id.encode()).digest()[:8], "big") >> 1
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """Read the lines of a JSON Lines file that are not empty, with their numbers, one at a time.
+    """Read the non-empty lines of a JSON Lines file with their numbers, one at a time.
 
     Raises:
         UserError: names file and line.
@@ -317,7 +317,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, int, Any]]:
-    """As `read_json_lines`, with the first byte of each line between number and value."""
+    """As `read_json_lines`, with the byte offset of each line between number and value."""
     for number, start, text in read_lines(path):
         if text.strip():
             try:
@@ -327,10 +327,10 @@ def json_lines(path: Path) -> Iterator[tuple[int, int, Any]]:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Read JSON as its standard has it: without NaN, and with each key of an object once.
+    """Read strict JSON: without NaN, and without repeated keys in an object.
 
     Raises:
-        ValueError, RecursionError: it is none.
+        ValueError, RecursionError: the text is not strict JSON.
     """
     return json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
 
@@ -349,7 +349,7 @@ def _no_number(name: str) -> None:
 
 
 def as_id(value: Any) -> Any:
-    """An id as text: integers, as tables and JSON have them, too.
+    """An id as text; tables and JSON may have integers.
 
     >>> as_id(7), as_id("007"), as_id(True)
     ('7', '007', True)
@@ -358,10 +358,10 @@ def as_id(value: Any) -> Any:
 
 
 def several(values: Iterable, what: str) -> Iterable:
-    """The values; refuses a single one, of which each letter or key would be one.
+    """The values; refuses a single one, which would be read letter by letter or key by key.
 
     Raises:
-        UserError: it is a text or an object.
+        UserError: it is a text, an object or an item.
     """
     if isinstance(values, (str, bytes, dict, Item)):
         raise UserError(f"{what} must be a list: write [{values!r:.80}]")
@@ -392,14 +392,14 @@ def _check_string(value: object, what: str) -> None:
 
 
 def check_unique(id: str, number: int, lines: dict[str, int]) -> None:
-    """Refuse an id that an earlier line has; note the line of one that is new."""
+    """Refuse an id that an earlier line has; remember the line of a new one."""
     first = lines.setdefault(id, number)
     if first != number:
         raise UserError(f"id {id!r} was used before, in line {first}")
 
 
 def _path_below(image: str, folder: Path) -> Path:
-    """Return the path of an image that data name, which may not reach outside their folder."""
+    """Return the path of an image named in data, which must stay below their folder."""
     where = "give a path relative to the data file and below its folder"
     if "://" in image:
         raise UserError(

@@ -1,7 +1,7 @@
-"""Late interaction: how well queries and candidates match, for all nested groups at once.
+"""Late interaction: scores of queries with candidates, for all nested groups at once.
 
-The score of a pair is MaxSim: each query vector finds its best candidate vector, and the best dot
-products are summed. A group (r_q, r_c) scores the first r_q and r_c vectors.
+The score of a pair is MaxSim: the sum, over the query's vectors, of the largest dot product with a
+vector of the candidate. A group (r_q, r_c) scores the first r_q and r_c vectors.
 
     >>> query = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
     >>> candidate = torch.tensor([[[0.0, 1.0], [1.0, 0.0]]])
@@ -24,11 +24,11 @@ from metaembed_pl.errors import UserError
 from metaembed_pl.late_interaction_kernel import NestedScores, accurate, score
 
 CPU_TILE_ELEMENTS = 2**19
-"""2 MiB of float32, about a core's cache; the fastest of 2^16 to 2^22, or within 10 % of it."""
+"""2 MiB of float32, about a core's cache; within 10 % of the fastest of 2^16 to 2^22."""
 GPU_TILE_ELEMENTS = 2**25
 """128 MiB of float32, enough to fill a GPU. Not measured."""
 SCORES_AT_A_TIME = 2**24
-"""Scores that ranking a large pool holds at once: 64 MiB of float32."""
+"""Scores in memory at a time when ranking a large pool: 64 MiB of float32."""
 
 
 def maxsim(
@@ -61,15 +61,15 @@ def nested_scores(
 ) -> Float[Tensor, "G Q C"]:
     """MaxSim of every query with every candidate, for every group.
 
-    Differentiable in both. What the backward pass keeps is which candidate vector won: one byte for
-    each query vector of each group, 31 bytes a pair for the paper's groups.
+    Differentiable in both. The backward pass needs the index of each winning candidate vector: one
+    byte for each query vector of each group, 31 bytes per pair for the paper's groups.
 
     Args:
         queries: unit vectors (normalised by the caller).
         candidates: likewise.
         groups: nested, smallest first; the largest may not exceed Rq and Rc.
-        tile_elements: how many dot products to hold at a time: bounds memory, changes nothing
-            else. None chooses by device.
+        tile_elements: dot products in memory at a time; does not change the result. None chooses by
+            device.
 
     Returns:
         Scores, not divided by r_q, without temperature; float32 (float64 for float64 inputs).
@@ -95,7 +95,7 @@ def paired_scores(
 ) -> Float[Tensor, "G Q N"]:
     """MaxSim of each query with its own N candidates (its hard negatives), for every group.
 
-    Plain autograd: these pairs are few beside those of `nested_scores`.
+    Plain autograd: these pairs are few, compared with those of `nested_scores`.
 
     Raises:
         UserError: as `nested_scores`, or the two sides belong to different numbers of queries.
@@ -112,7 +112,7 @@ def paired_scores(
 
 
 def narrowed(vectors: Float[Tensor, "... D"], width: int | None) -> Float[Tensor, "... _"]:
-    """The first `width` components as unit vectors; None: all, as they are.
+    """The first `width` components as unit vectors; None: the vectors as they are.
 
     >>> narrowed(torch.tensor([[[0.6, 0.0, 0.8]]]), 2)
     tensor([[[1., 0.]]])
@@ -121,7 +121,7 @@ def narrowed(vectors: Float[Tensor, "... D"], width: int | None) -> Float[Tensor
 
 
 def cosines(vectors: Float[Tensor, "I R D"]) -> Float[Tensor, "R R"]:
-    """The mean over items of the cosine of each two of their unit vectors.
+    """The cosines between an item's unit vectors, averaged over items.
 
     >>> cosines(torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [1.0, 0.0]]]))
     tensor([[1.0000, 0.5000], [0.5000, 1.0000]])

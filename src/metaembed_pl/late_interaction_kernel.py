@@ -2,7 +2,7 @@
 
 Forward: the groups are nested, so one matrix product contains the dot products of all of them, and
 a running maximum over the candidate's vectors passes through the maximum of every group. The argmax
-of each maximum, one byte, is kept for the backward pass.
+of each maximum, one byte, is saved for the backward pass.
 
 Backward: only the winning dot products get a gradient. On a GPU the gradients are scattered into a
 dense tensor, and two matrix products compute both sides. On the CPU most of these products would be
@@ -36,7 +36,7 @@ class NestedScores(torch.autograd.Function):
     def forward(
         ctx: Any, queries: Tensor, candidates: Tensor, groups: Groups, tile_elements: int
     ) -> Tensor:
-        """Score, and keep the winners."""
+        """Score, and save the winners."""
         dtype = torch.uint8 if groups[-1].r_c <= 256 else torch.int32
         shape = len(queries), len(candidates)
         winners = [
@@ -62,7 +62,7 @@ def score(
     tile_elements: int,
     winners: Sequence[Winner] | None = None,
 ) -> Float[Tensor, "G Q C"]:
-    """MaxSim of all pairs at all groups; `winners`, where given, are filled in."""
+    """MaxSim of all pairs at all groups; fills in `winners`, if given."""
     r_q, r_c, _ = groups[-1]
     by_slot, candidates = queries[:, :r_q].transpose(0, 1), candidates[:, :r_c]
     dtype = accurate(queries[:0]).dtype
@@ -78,7 +78,7 @@ def score(
 
 
 def accurate(vectors: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """As float32, unless float64. bf16 scores would move logits at temperature 0.03 by 1."""
+    """As float32, unless float64: bf16 scores would move logits at temperature 0.03 by 1."""
     return vectors if vectors.dtype == torch.float64 else vectors.float()
 
 
@@ -103,7 +103,7 @@ def _running_maximum(
             best = torch.maximum(best, block.amax(dim=1))
             if with_winner:
                 # In place and in float this is 10 times faster on the CPU than the argmax of
-                # torch.max. Where no vector of the block wins it gives 0, and the old one stays.
+                # torch.max. If no vector of the block wins, it gives 0, and the old winner stays.
                 slots = torch.arange(done, r_c, dtype=block.dtype, device=block.device)
                 winning = block.eq_(best.unsqueeze(1)).mul_(slots.view(-1, 1, 1)).amax(dim=1)
                 winner = torch.maximum(winner, winning)
@@ -121,10 +121,10 @@ def _gradients(
 ) -> tuple[Float[Tensor, "Q _q D"], Float[Tensor, "C _c D"]]:
     r_q, r_c, _ = groups[-1]
     num_winners = sum(group.r_q for group in groups)
-    # From a quarter up, the product wins on the CPU too: (1, 1) has no zeros at all.
+    # From a quarter up, the product is faster on the CPU as well: (1, 1) has no zeros at all.
     few = not grad.is_cuda and 4 * num_winners <= r_q * r_c
     tile_gradients = _by_lookup if few else _by_product
-    # A lookup holds no products: its tile is as large as its winners, and its rows if wide, allow.
+    # A lookup has no products in memory: its tile depends on the winners, and on wide rows.
     a_pair = num_winners * max(1, queries.shape[2] // 128) if few else r_q * r_c
 
     grad_queries = torch.zeros_like(queries, dtype=grad.dtype)
@@ -174,8 +174,8 @@ def _by_lookup(
     all_rows, all_weights, all_won_for = [], [], []
     done = 0
     for g, winner in enumerate(winners):
-        # The query vectors that group g is the first to hold win something in each later group too.
-        # Their rows stand side by side, being often the same: that keeps them in the cache.
+        # Query vectors that first appear in group g have winners in each later group as well. These
+        # rows are put side by side: they are often the same, and so stay in the cache.
         slots = slice(done, len(winner))
         rows = torch.stack([later[slots] for later in winners[g:]], dim=3) + first_row
         rows = rows.flatten(2).flatten(0, 1)

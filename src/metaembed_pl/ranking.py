@@ -1,4 +1,4 @@
-"""The one ranker: scores become ranks, ranks become metrics, and the first hits are kept.
+"""The ranker: computes ranks from scores, metrics from ranks, and the first hits.
 
 Ties count against the model: a wrong candidate with the score of a right one ranks before it, so a
 model that gives every candidate the same vector scores 0, not 1. Scores that differ only by
@@ -37,7 +37,7 @@ Hits = list[list[tuple[int, float]]]
 
 @dataclass(frozen=True)
 class Ranked:
-    """What some queries find at one budget.
+    """The metrics and hits of some queries at one budget.
 
     Args:
         values: metric -> one value a query; see `metrics_of_ranks`.
@@ -49,7 +49,7 @@ class Ranked:
 
     @classmethod
     def joined(cls, parts: Sequence["Ranked"], order: Sequence[int] | None = None) -> "Ranked":
-        """The queries of several parts in one, in the given order of the parts' rows."""
+        """The queries of several parts in one, in the given order of their rows."""
         hits = [found for part in parts for found in part.hits]
         order = range(len(hits)) if order is None else order
         values = {
@@ -72,13 +72,13 @@ def rank(
 
     Args:
         scores: higher is better; finite.
-        relevant: for each query the indices of its right candidates, at least one; below 0 for one
-            that is not among the candidates.
-        gains: how right each of them is, above 0; None: all 1.
-        lists: for each query the indices of the candidates it searches; None: all.
-        itself: for each query the index of one that it does not search; -1: none.
+        relevant: for each query, the indices of its right candidates, at least one; negative for a
+            right candidate that is not in the pool.
+        gains: relevance of each of them, above 0; None: all 1.
+        lists: for each query, the indices of the candidates to search; None: all.
+        itself: for each query, the index of a candidate to leave out; -1: none.
         ks: the cut-offs of recall.
-        num_hits: how many hits to keep.
+        num_hits: hits per query.
 
     Raises:
         UserError: scores that are not finite, or lists that do not fit them.
@@ -124,7 +124,7 @@ def metrics_of_ranks(
     """The metrics of each query, from the ranks of its right candidates.
 
     Args:
-        ranks: from 1, ascending; infinity for one that was not found.
+        ranks: from 1, ascending; infinity: not found.
         gains: of the same candidates; 0 is padding.
         ks: the cut-offs of recall.
 
@@ -148,14 +148,15 @@ def metrics_of_ranks(
 
 
 class Ranker:
-    """Ranks right candidates among wrong ones that are added in parts.
+    """Ranks right candidates among all candidates, which are added in parts.
 
     Args:
         right: ids of each query's right candidates.
-        scores: theirs; -infinity for padding and for one without a score, which ranks nowhere.
-        gains: how right each is; 0 is padding.
-        itself: for each query the id of a candidate that it does not search; -1: none.
-        num_hits: how many hits to keep.
+        scores: of the right candidates; -infinity for padding and for candidates without a score,
+            which are not ranked.
+        gains: relevance of the right candidates; 0 is padding.
+        itself: for each query, the id of a candidate to leave out; -1: none.
+        num_hits: hits per query.
     """
 
     def __init__(
@@ -166,7 +167,7 @@ class Ranker:
         itself: Int[Tensor, " Q"] | None = None,
         num_hits: int = NUM_HITS,
     ):
-        # Best first; of equal scores the least right first, and padding behind all.
+        # Best first; of equal scores the least relevant first, and padding last.
         by_gain = gains.masked_fill(gains == 0, torch.inf).argsort(dim=1)
         self._scores, order = scores.gather(1, by_gain).sort(dim=1, descending=True, stable=True)
         order = by_gain.gather(1, order)
@@ -185,16 +186,16 @@ class Ranker:
         ids: Int[Tensor, " n"],
         searched: Bool[Tensor, "Q n"] | None = None,
     ) -> None:
-        """Count those of some candidates that are wrong and rank before a right one.
+        """Count the wrong candidates that rank before each right one.
 
         Args:
             scores: of each query with these candidates.
             ids: of the candidates, ascending; each candidate is added once.
-            searched: which of them a query searches; None: all.
+            searched: the candidates to search for each query; None: all.
         """
         at = torch.searchsorted(ids, self._right).clamp(max=len(ids) - 1)
         is_here = (ids[at] == self._right) & (self._scores > -torch.inf)
-        # Padding points at a column too, and must not say that it is wrong.
+        # Padding also points at a column, and must not undo that it is right.
         skipped = torch.zeros(scores.shape, dtype=torch.int8, device=scores.device)
         skipped = skipped.scatter_reduce(1, at, is_here.to(torch.int8), "amax").bool()
         if searched is not None:
@@ -211,18 +212,18 @@ class Ranker:
             self._best_ids = found.gather(1, order[:, : self._num_hits])
 
     def ranks(self) -> Float[Tensor, "Q P"]:
-        """Ranks from 1, best first; infinity for padding and for what has no score."""
+        """Ranks from 1, best first; infinity for padding and candidates without a score."""
         places = torch.arange(1, 1 + self._right.shape[1], device=self._right.device)
         ranks = (self._num_before + places).float()
         return ranks.masked_fill(self._scores == -torch.inf, torch.inf)
 
     def ranked(self, ks: Sequence[int] = RECALL_AT) -> Ranked:
-        """The metrics of each query, and its hits with their ids."""
+        """The metrics and hits of each query."""
         return Ranked(metrics_of_ranks(self.ranks(), self.gains, ks), self._hits())
 
     def _hits(self) -> Hits:
-        """Right candidates at their ranks, the best wrong ones in the places between."""
-        # A right one with b wrong ones before it stands between wrong ones b - 1 and b.
+        """Right candidates at their ranks, with the best wrong ones between them."""
+        # A right candidate with b wrong ones before it is between wrong ones b - 1 and b.
         right = (self._num_before - 0.5).masked_fill(self._scores == -torch.inf, torch.inf)
         wrong = torch.arange(self._num_hits, device=right.device).expand(len(right), -1)
         wrong = wrong.to(right.dtype).masked_fill(self._best_wrong == -torch.inf, torch.inf)

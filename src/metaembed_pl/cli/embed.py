@@ -24,7 +24,7 @@ from metaembed_pl.cli.model import (
     check_at_least,
     load_model,
     pace_of,
-    tell_cut,
+    report_truncation,
 )
 from metaembed_pl.errors import UserError
 from metaembed_pl.progress import Progress
@@ -203,13 +203,13 @@ def embed_here(args: argparse.Namespace) -> dict[str, Any] | None:
         if rank:
             for _ in steps:
                 pass
-            tell_cut(model)
+            report_truncation(model)
             return None
         with Progress("embedding", len(source)) as progress:
             done = embedding.EmbedStatus()
             for done in steps:
                 progress.update(done.seen)
-        tell_cut(model)
+        report_truncation(model)
         if note is not None:
             replace(note, done=True).write(store.folder)
         for reason in done.skipped:

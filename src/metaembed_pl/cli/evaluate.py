@@ -22,7 +22,7 @@ from metaembed_pl.cli.model import (
     add_pace_arguments,
     load_model,
     pace_of,
-    tell_cut,
+    report_truncation,
 )
 from metaembed_pl.errors import UserError, first_line
 from metaembed_pl.files import write_text
@@ -139,7 +139,7 @@ def _evaluate(args: argparse.Namespace) -> "Outcome | None":
         with _progress(rank) as on_progress:
             settings = Settings(args.data, out, pace, args.store_dtype, on_progress)
             outcome = evaluate(model, benchmark, budgets, settings)
-        tell_cut(model)
+        report_truncation(model)
         if outcome is not None:
             _report(outcome, benchmark, model, args, out)
         return outcome

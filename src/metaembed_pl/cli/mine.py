@@ -24,7 +24,7 @@ from metaembed_pl.cli.model import (
     check_at_least,
     load_model,
     pace_of,
-    tell_cut,
+    report_truncation,
 )
 from metaembed_pl.errors import UserError
 from metaembed_pl.progress import with_progress
@@ -216,7 +216,7 @@ def _mine_all(
                 reports.append(report)
             else:
                 assert not list(results), "only rank 0 gets results"
-        tell_cut(model)
+        report_truncation(model)
         if rank == 0:
             save_report(args.out / "report", reports)
             if args.store is None:

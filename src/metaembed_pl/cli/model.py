@@ -131,7 +131,7 @@ def _has_bf16(device: str) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def tell_cut(model: "MetaEmbedder") -> None:
+def report_truncation(model: "MetaEmbedder") -> None:
     """Print how many texts the model truncated; every rank must call it."""
     from metaembed_pl.data.collate import Cut
     from metaembed_pl.ranks import gather_objects

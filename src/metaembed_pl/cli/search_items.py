@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from metaembed_pl.cli.model import load_model, tell_cut
+from metaembed_pl.cli.model import load_model, report_truncation
 from metaembed_pl.cli.search_store import Answer, SearchResult
 from metaembed_pl.errors import UserError
 
@@ -28,7 +28,7 @@ def search_items(args: argparse.Namespace, query: "Item") -> Answer:
     budget = check_budget(args.budget or model.groups[-1], model.groups, model.widths)
     shows_progress = sys.stderr.isatty()
     (hits,) = rank(model, [query], items, budget, args.top, args.batch_size, shows_progress)
-    tell_cut(model)
+    report_truncation(model)
     results = []
     for item, score in ((items[hit.candidate], hit.score) for hit in hits):
         # A picture inside a shard has no path of its own.

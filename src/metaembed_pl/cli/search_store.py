@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from metaembed_pl.cli.index import measured
-from metaembed_pl.cli.model import load_model, tell_cut
+from metaembed_pl.cli.model import load_model, report_truncation
 from metaembed_pl.errors import UserError
 from metaembed_pl.retrieval.qdrant.address import is_qdrant
 
@@ -64,7 +64,7 @@ def search_store(args: argparse.Namespace, query: "Item") -> Answer:
         if is_automatic:
             budget, (cascade, note) = None, _choice(store, model, args)
         queries = model.encode_query([query], args.batch_size).to(model.device)
-        tell_cut(model)
+        report_truncation(model)
         hits = store.search(
             queries,
             budget,

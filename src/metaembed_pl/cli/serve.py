@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
             limit_concurrency=CONNECTIONS_AT_MOST,
             timeout_graceful_shutdown=LEFT_S,
         )
-        _tell(args, host, port, len(service.store))
+        _print_address(args, host, port, len(service.store))
         # uvicorn closes its connections, and then raises the interrupt.
         with suppress(KeyboardInterrupt):
             uvicorn.Server(config).run(sockets=[listener])
@@ -136,7 +136,7 @@ def _is_loopback(address: str) -> bool:
     return ipaddress.ip_address(address).is_loopback
 
 
-def _tell(args: argparse.Namespace, host: str, port: int, num_items: int) -> None:
+def _print_address(args: argparse.Namespace, host: str, port: int, num_items: int) -> None:
     shown = f"[{host}]" if ":" in host else host
     if not _is_loopback(host):
         print(
