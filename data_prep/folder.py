@@ -180,7 +180,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
         "--held-out",
         type=float,
         default=0.1,
-        help="share of the pictures held out for testing (0.1)",
+        help="share of the pictures held out for testing (default: 0.1)",
     )
 
 

@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         "--scenes",
         type=int,
         default=20_000,
-        help="training scenes, with up to nine queries each (20000)",
+        help="training scenes, with up to nine queries each (default: 20000)",
     )
     add("--pictures", type=int, help="use only about this many pictures, for a quick trial")
     add("--jobs", type=int, help="processes (default: one per core, at most 8)")

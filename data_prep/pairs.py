@@ -92,7 +92,11 @@ def declare(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, required=True, help="folder to write train/ and test/ to")
     add("--name", help="the source's name in metrics and logs (default: the folder's)")
     add(
-        "--held-out", type=float, default=0.1, help="share of candidates held out for testing (0.1)"
+        "--held-out",
+        type=float,
+        default=0.1,
+        metavar="SHARE",
+        help="share of candidates held out for testing (default: 0.1)",
     )
     add("--base64", action="store_true", help="pictures are base64, not paths")
 

@@ -379,7 +379,12 @@ def declare(parser: argparse.ArgumentParser) -> None:
     add("--words", type=int, default=0, metavar="N", help="words per page shown to the model (0)")
     add("--num-negatives", type=int, default=2, metavar="N", help="hard negatives per pair (2)")
     add("--name", help="the source's name in metrics and logs (default: the folder's)")
-    add("--held-out", type=float, default=0.1, help="share of queries held out for testing (0.1)")
+    add(
+        "--held-out",
+        type=float,
+        default=0.1,
+        help="share of queries held out for testing (default: 0.1)",
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

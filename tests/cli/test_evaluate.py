@@ -63,6 +63,21 @@ def test_two_models_and_two_budgets_are_compared_query_by_query(home, capsys):
     assert "no ndcg@10/2x4" in capsys.readouterr().err
 
 
+def test_one_task_is_compared_under_its_name(home, capsys):
+    flags = "--model", str(home / "model0"), "--benchmark", f"beir:{home}/sets/one"
+    assert main(["evaluate", *flags, "--out", str(home / "c")]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", "compare", *[str(home / "c")] * 2, "--budgets", "1x1,4x8"]) == 0
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()[3:5]]
+    assert names == ["task", "one"]
+
+
+def test_bm25_without_texts_is_refused_before_the_model_is_loaded(home, capsys):
+    pytest.importorskip("bm25s")
+    assert evaluate(home, "-missing", "d", "--bm25") == 2
+    assert "one: no candidate has a text for BM25" in capsys.readouterr().err
+
+
 def test_evaluations_of_other_data_are_not_compared(home, tmp_path, capsys):
     assert evaluate(home, 0, "a") == 0
     kept = json.loads((home / "a/tasks/one.json").read_text())

@@ -132,6 +132,7 @@ def _evaluate(args: argparse.Namespace) -> "Outcome | None":
     with connected_ranks() as (rank, _):
         if rank:
             logging.disable(logging.INFO)
+        bm25 = _bm25_means(benchmark, args.data) if args.bm25 and not rank else {}
         model = _load(args)
         budgets = parse_budgets(args.budgets, model.groups, model.widths)
         name = benchmark.name.replace(":", "-").replace("/", "-").strip("-.")
@@ -141,6 +142,8 @@ def _evaluate(args: argparse.Namespace) -> "Outcome | None":
             outcome = evaluate(model, benchmark, budgets, settings)
         report_truncation(model)
         if outcome is not None:
+            if bm25:
+                benchmark = _with_bm25(benchmark, bm25, out)
             _report(outcome, benchmark, model, args, out)
         return outcome
 
@@ -169,8 +172,6 @@ def _report(
     from metaembed_pl.evaluation.report import write_report
     from metaembed_pl.model.embedder import MetaEmbedder
 
-    if args.bm25:
-        benchmark = _with_bm25(benchmark, args.data, out)
     pools = [task.open(args.data) for task in benchmark.tasks]
     ours = model if isinstance(model, MetaEmbedder) else None  # no maps of others' attention
     files = [*write_report(outcome, pools, out, benchmark.references, ours), out / RESULTS]
@@ -179,11 +180,9 @@ def _report(
         _log(outcome, files, args.mlflow_uri)
 
 
-def _with_bm25(benchmark: Any, data: Path, out: Path) -> Any:
-    """The benchmark with one more row to compare with, kept in `bm25.json`."""
-    from dataclasses import replace
-
-    from metaembed_pl.evaluation.bm25 import bm25_metrics, bm25_reference
+def _bm25_means(benchmark: Any, data: Path) -> dict[str, dict[str, float]]:
+    """The metrics of BM25 by task: before the model, since sets without texts are refused."""
+    from metaembed_pl.evaluation.bm25 import bm25_metrics
 
     means = {}
     for task in benchmark.tasks:
@@ -191,6 +190,15 @@ def _with_bm25(benchmark: Any, data: Path, out: Path) -> Any:
         means[task.name] = {name: sum(row) / len(row) for name, row in values.items()}
         score = means[task.name][task.metric]
         logging.getLogger(__name__).info("BM25: %s, %s %.3f", task.name, task.metric, score)
+    return means
+
+
+def _with_bm25(benchmark: Any, means: dict[str, dict[str, float]], out: Path) -> Any:
+    """The benchmark with one more row to compare with, kept in `bm25.json`."""
+    from dataclasses import replace
+
+    from metaembed_pl.evaluation.bm25 import bm25_reference
+
     write_text(out / "bm25.json", json.dumps(means, indent=2) + "\n")
     scores = {task.name: means[task.name][task.metric] for task in benchmark.tasks}
     return replace(benchmark, references=(*benchmark.references, bm25_reference(scores)))

@@ -71,7 +71,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="hard negatives per query; NAME=N for the shards of that name (default: 4)",
     )
-    add("--skip-top", type=int, default=0, metavar="N", help="skip the N best (default: 0)")
+    add(
+        "--skip-top",
+        type=int,
+        default=0,
+        metavar="N",
+        help="skip the N best-scoring candidates (default: 0)",
+    )
     add(
         "--margin",
         type=float,

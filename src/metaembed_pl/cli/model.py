@@ -38,7 +38,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) 
         "--attention",
         choices=("sdpa", "sdpa_fp32", "flash_attention_2", "eager"),
         default="sdpa",
-        help="default: sdpa",
+        help="attention implementation; sdpa_fp32 is for bf16 on a CPU (default: sdpa)",
     )
     add("--compile", action="store_true", help="torch.compile for the layers of the model")
 

@@ -53,9 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--budget",
         metavar="RQxRC[xD]",
-        help="query x candidate vectors to use for every item, x first dimensions of each "
-        "(default: auto for a store in a folder, which takes what was measured; all vectors "
-        "otherwise)",
+        help="query x candidate vectors to use, such as 4x8; 4x8x64: 64 dimensions of each "
+        "(default: for a store in a folder auto, the cheapest plan that reaches --target-recall; "
+        "otherwise all vectors)",
     )
     add(
         "--target-recall",
@@ -70,8 +70,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="metadata filter for a store; also != < <= > >=; repeatable",
     )
-    add("--normalised", action="store_true", help="divide a store's scores by r_q")
-    add("--exact", action="store_true", help="score every item of a store, without an index")
+    add(
+        "--normalised",
+        action="store_true",
+        help="divide a store's scores by the number of query vectors, to compare budgets",
+    )
+    add(
+        "--exact",
+        action="store_true",
+        help="score every item of a store with all vectors, without an index",
+    )
     add("--top", type=int, default=10, metavar="N", help="results to show (default: 10)")
     add_pace_arguments(parser, workers=False)
     add("--json", action="store_true", help="one JSON object instead of a table")

@@ -43,15 +43,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RECIPE",
         help="recipe to tune; given again, laid over the first",
     )
-    add("--space", type=Path, required=True, help="YAML of keys and values to search")
-    add("--trials", type=int, default=20, help="number of trials, earlier ones included (20)")
+    add(
+        "--space",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="YAML of keys and values to search",
+    )
+    add(
+        "--trials",
+        type=int,
+        default=20,
+        metavar="N",
+        help="number of trials, earlier ones included (default: 20)",
+    )
     add(
         "--out",
         type=Path,
         default=Path("runs/tune"),
-        help="folder of study.db and runs (runs/tune)",
+        metavar="FOLDER",
+        help="folder of study.db and runs (default: runs/tune)",
     )
-    add("--seed", type=int, default=0, help="random seed (0)")
+    add("--seed", type=int, default=0, metavar="N", help="random seed (default: 0)")
     add("--no-pruning", action="store_true", help="run every trial to the end")
 
 

@@ -68,7 +68,8 @@ def _texts(task: RetrievalSet) -> list[str]:
     if isinstance(stored, StoredItems):
         records = (stored.record(i) for i in range(len(stored)))
         return [
-            record.get(TEXT_LAYER) or f"{record.get('title') or ''} {record.get('text') or ''}"
+            record.get(TEXT_LAYER)
+            or f"{record.get('title') or ''} {record.get('text') or ''}".strip()
             for record in records
         ]
     return [item.text or "" for item in stored]

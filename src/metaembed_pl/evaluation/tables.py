@@ -175,13 +175,10 @@ def lead(outcome: Outcome) -> str:
 
 def comparison(found: Comparison, tasks: Mapping[str, Comparison], names: Sequence[str]) -> str:
     """Two evaluations in words and numbers."""
+    rows = {**tasks, OVERALL: found} if len(tasks) > 1 else dict.fromkeys(tasks, found)
     table = Table(
         ["task", "A", "B", "B - A", "95 %", "p", "better", "worse", "queries"],
-        [
-            _compared(name, of_task)
-            for name, of_task in (*tasks.items(), (OVERALL, found))
-            if name == OVERALL or len(tasks) > 1
-        ],
+        [_compared(name, of_task) for name, of_task in rows.items()],
     )
     said = found.verdict().replace("the second", "B")
     return (
