@@ -50,7 +50,7 @@ class Clock:
 
 
 @contextmanager
-def told_by_vision_tower(model: MetaEmbedder, clock: Clock) -> Iterator[None]:
+def marking_vision(model: MetaEmbedder, clock: Clock) -> Iterator[None]:
     """While open, a forward pass marks where its vision tower begins and where it ends."""
     tower = model.backbone.get_submodule(model.processing.family.vision_module)
     hooks = [

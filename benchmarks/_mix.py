@@ -22,13 +22,13 @@ NEWS = ((1024, 683), (768, 512), (600, 800))
 
 
 @dataclass(frozen=True)
-class Kind:
-    """Items of one side of a source.
+class ItemSizes:
+    """The sizes of a source's queries, or of its candidates.
 
     Args:
-        tokens: of their text at the median; 0: none.
-        sizes: of their pictures, any of which one has; empty: none.
-        spread: of the text's length, as a logarithm's standard deviation.
+        tokens: median number of a text's tokens; 0: no text.
+        sizes: of the pictures, one of which is drawn; empty: no pictures.
+        spread: standard deviation of the logarithm of a text's length.
     """
 
     tokens: int
@@ -37,63 +37,62 @@ class Kind:
 
 
 @dataclass(frozen=True)
-class Source:
-    """A source of the mix: its name, its pairs and what they are like."""
+class MixSource:
+    """A source of the mix: its name, the number of its pairs and the sizes of their items."""
 
     name: str
     num_pairs: int
-    query: Kind
-    candidate: Kind
+    query: ItemSizes
+    candidate: ItemSizes
 
 
-CAPTION, QUESTION, LABEL = Kind(14), Kind(28, spread=0.3), Kind(3, spread=0.5)
+CAPTION, QUESTION, LABEL = ItemSizes(14), ItemSizes(28, spread=0.3), ItemSizes(3, spread=0.5)
 SEE = 14  # tokens of an instruction to represent a picture
 
 
-def _seen(sizes: tuple[Size, ...], tokens: int = SEE) -> Kind:
-    return Kind(tokens, sizes, 0.2)
+def _seen(sizes: tuple[Size, ...], tokens: int = SEE) -> ItemSizes:
+    return ItemSizes(tokens, sizes, 0.2)
 
 
 SOURCES = (
-    Source("ImageNet_1K", 100_000, _seen(PHOTO), LABEL),
-    Source("N24News", 48_988, Kind(60, NEWS, 0.6), LABEL),
-    Source("HatefulMemes", 8_500, _seen(((550, 800), (800, 600))), LABEL),
-    Source("VOC2007", 7_844, _seen(((500, 375),)), LABEL),
-    Source("SUN397", 19_850, _seen(((1024, 768), (500, 375), (640, 480))), LABEL),
-    Source("OK-VQA", 9_009, Kind(26, PHOTO), LABEL),
-    Source("A-OKVQA", 17_056, Kind(28, PHOTO), LABEL),
-    Source("DocVQA", 39_463, Kind(28, PAGE), LABEL),
-    Source("InfographicsVQA", 23_946, Kind(32, ((1000, 2500), (800, 3200), (1200, 1800))), LABEL),
-    Source("ChartQA", 28_299, Kind(30, CHART), LABEL),
-    Source("Visual7W", 69_817, Kind(24, PHOTO), LABEL),
-    Source("VisDial", 123_287, Kind(130, spread=0.3), _seen(PHOTO)),
-    Source("CIRR", 26_116, Kind(30, ((1000, 700), (640, 480))), _seen(((1000, 700), (640, 480)))),
-    Source("VisualNews_t2i", 99_903, Kind(36), _seen(NEWS)),
-    Source("VisualNews_i2t", 100_000, _seen(NEWS), Kind(26)),
-    Source("MSCOCO_t2i", 100_000, Kind(24), _seen(PHOTO)),
-    Source("MSCOCO_i2t", 113_287, _seen(PHOTO), CAPTION),
-    Source("NIGHTS", 15_941, _seen(((512, 512),)), _seen(((512, 512),))),
-    Source("WebQA", 17_166, QUESTION, Kind(30, ((800, 600), (1024, 768)))),
-    Source("MSCOCO", 100_000, Kind(24, PHOTO), _seen(((120, 160), (224, 224), (300, 200)))),
-    Source("arxivqa", 100_000, QUESTION, _seen(((1000, 750), (700, 550)))),
-    Source("tat_dqa", 13_251, QUESTION, _seen(PAGE)),
-    Source("infoseek_it2it", 100_000, Kind(28, PHOTO), Kind(130, NEWS, 0.3)),
-    Source("infoseek_it2t", 100_000, Kind(28, PHOTO), Kind(130, spread=0.3)),
-    Source("colpali_train", 118_695, QUESTION, _seen(PAGE)),
-    Source("visrag_ind", 122_752, QUESTION, _seen((*PAGE, *SLIDE))),
-    Source("visrag_syn", 239_358, QUESTION, _seen((*PAGE, *SLIDE))),
+    MixSource("ImageNet_1K", 100_000, _seen(PHOTO), LABEL),
+    MixSource("N24News", 48_988, ItemSizes(60, NEWS, 0.6), LABEL),
+    MixSource("HatefulMemes", 8_500, _seen(((550, 800), (800, 600))), LABEL),
+    MixSource("VOC2007", 7_844, _seen(((500, 375),)), LABEL),
+    MixSource("SUN397", 19_850, _seen(((1024, 768), (500, 375), (640, 480))), LABEL),
+    MixSource("OK-VQA", 9_009, ItemSizes(26, PHOTO), LABEL),
+    MixSource("A-OKVQA", 17_056, ItemSizes(28, PHOTO), LABEL),
+    MixSource("DocVQA", 39_463, ItemSizes(28, PAGE), LABEL),
+    MixSource(
+        "InfographicsVQA", 23_946, ItemSizes(32, ((1000, 2500), (800, 3200), (1200, 1800))), LABEL
+    ),
+    MixSource("ChartQA", 28_299, ItemSizes(30, CHART), LABEL),
+    MixSource("Visual7W", 69_817, ItemSizes(24, PHOTO), LABEL),
+    MixSource("VisDial", 123_287, ItemSizes(130, spread=0.3), _seen(PHOTO)),
+    MixSource(
+        "CIRR", 26_116, ItemSizes(30, ((1000, 700), (640, 480))), _seen(((1000, 700), (640, 480)))
+    ),
+    MixSource("VisualNews_t2i", 99_903, ItemSizes(36), _seen(NEWS)),
+    MixSource("VisualNews_i2t", 100_000, _seen(NEWS), ItemSizes(26)),
+    MixSource("MSCOCO_t2i", 100_000, ItemSizes(24), _seen(PHOTO)),
+    MixSource("MSCOCO_i2t", 113_287, _seen(PHOTO), CAPTION),
+    MixSource("NIGHTS", 15_941, _seen(((512, 512),)), _seen(((512, 512),))),
+    MixSource("WebQA", 17_166, QUESTION, ItemSizes(30, ((800, 600), (1024, 768)))),
+    MixSource("MSCOCO", 100_000, ItemSizes(24, PHOTO), _seen(((120, 160), (224, 224), (300, 200)))),
+    MixSource("arxivqa", 100_000, QUESTION, _seen(((1000, 750), (700, 550)))),
+    MixSource("tat_dqa", 13_251, QUESTION, _seen(PAGE)),
+    MixSource("infoseek_it2it", 100_000, ItemSizes(28, PHOTO), ItemSizes(130, NEWS, 0.3)),
+    MixSource("infoseek_it2t", 100_000, ItemSizes(28, PHOTO), ItemSizes(130, spread=0.3)),
+    MixSource("colpali_train", 118_695, QUESTION, _seen(PAGE)),
+    MixSource("visrag_ind", 122_752, QUESTION, _seen((*PAGE, *SLIDE))),
+    MixSource("visrag_syn", 239_358, QUESTION, _seen((*PAGE, *SLIDE))),
 )
 
 
 class MadePairs(list):
-    """Pairs in the place of shards.
+    """Synthetic pairs of a source, with the interface of `ShardedPairs`."""
 
-    Args:
-        source: what they are like.
-        count: how many.
-    """
-
-    def __init__(self, source: Source, count: int):
+    def __init__(self, source: MixSource, count: int):
         chance = random.Random(source.name)
         super().__init__(_pair(source, i, chance) for i in range(count))
         self.name = self.folder = source.name
@@ -108,7 +107,7 @@ class MadePairs(list):
         return "made", str(index)
 
 
-def _pair(source: Source, number: int, chance: random.Random) -> Pair:
+def _pair(source: MixSource, number: int, chance: random.Random) -> Pair:
     items = [_item(kind, chance) for kind in (source.query, source.candidate, source.candidate)]
     return Pair(f"{source.name}-{number}", items[0], items[1], (items[2],))
 
@@ -116,7 +115,7 @@ def _pair(source: Source, number: int, chance: random.Random) -> Pair:
 _BLANK: dict[Size, Image.Image] = {}
 
 
-def _item(kind: Kind, chance: random.Random) -> Item:
+def _item(kind: ItemSizes, chance: random.Random) -> Item:
     count = round(kind.tokens * chance.lognormvariate(0, kind.spread))
     # Four characters are a token to `RoughTokenizer`.
     words = " ".join(f"{chance.randrange(1000):03}" for _ in range(max(1, count)))

@@ -77,37 +77,43 @@ class Case:
 
 
 class RandomTokenizer(RoughTokenizer):
-    """Ids all over the vocabulary for words, the model's own for the marks of an image.
+    """Ids all over the vocabulary for words, the model's own for special tokens.
 
     Args:
-        config: the model's.
+        vocab_size: of the model.
+        marks: special tokens and their ids.
     """
 
-    def __init__(self, config: Any):
-        self._size = config.get_text_config().vocab_size
-        self._marks = {
-            "<|image_pad|>": config.image_token_id,
-            "<|vision_start|>": config.vision_start_token_id,
-            "<|vision_end|>": config.vision_end_token_id,
-        }
+    def __init__(self, vocab_size: int, marks: dict[str, int]):
+        self._size, self._marks = vocab_size, marks
+        self._parts = re.compile("(" + "|".join(map(re.escape, marks)) + ")")
 
     def convert_tokens_to_ids(self, token: str) -> int:
-        """Of a special token."""
+        """The id of a special token."""
         return self._marks.get(token, 1)
 
     def __call__(self, texts: list[str], **_: Any) -> dict[str, list[list[int]]]:
-        """As many ids as a tokenizer would give."""
+        """About as many ids as a real tokenizer would produce."""
         return {"input_ids": [self._ids(text) for text in texts]}
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = []
-        for part in filter(None, re.split(r"(<\|\w+\|>)", text)):
+        for part in filter(None, self._parts.split(text)):
             if part in self._marks:
                 ids.append(self._marks[part])
             else:
                 first = zlib.crc32(part.encode())
                 ids += [(first + 7919 * i) % (self._size // 2) for i in range(self._count(part))]
         return ids
+
+
+def config_of(size: str, is_tiny: bool) -> dict[str, Any]:
+    """The config of Qwen2.5-VL of a size, or of its tiny stand-in."""
+    values = json.loads((CONFIGS / f"Qwen2.5-VL-{size}-Instruct" / "config.json").read_text())
+    if is_tiny:
+        values["text_config"] |= TINY_TEXT
+        values["vision_config"] |= TINY_VISION
+    return values
 
 
 def build(case: Case, device: str, is_tiny: bool) -> MetaEmbedder:
@@ -119,11 +125,7 @@ def build(case: Case, device: str, is_tiny: bool) -> MetaEmbedder:
     if case.attention == "flash_attention_2":
         refuse_missing_flash()
     folder = CONFIGS / f"Qwen2.5-VL-{case.size}-Instruct"
-    values = json.loads((folder / "config.json").read_text())
-    if is_tiny:
-        values["text_config"] |= TINY_TEXT
-        values["vision_config"] |= TINY_VISION
-    config = AutoConfig.for_model(**values)
+    config: Any = AutoConfig.for_model(**config_of(case.size, is_tiny))
     torch.manual_seed(0)
     with torch.device(device):
         backbone: Any = AutoModel.from_config(
@@ -138,7 +140,13 @@ def build(case: Case, device: str, is_tiny: bool) -> MetaEmbedder:
     image_processor = load_image_processor(str(folder))
     max_pixels = TINY_PIXELS if is_tiny else MAX_PIXELS
     family.set_up(image_processor, config.to_dict(), None, max_pixels)
-    processing = Processing(family, RandomTokenizer(config), image_processor, Prompt())
+    marks = {
+        "<|image_pad|>": config.image_token_id,
+        "<|vision_start|>": config.vision_start_token_id,
+        "<|vision_end|>": config.vision_end_token_id,
+    }
+    tokenizer = RandomTokenizer(config.get_text_config().vocab_size, marks)
+    processing = Processing(family, tokenizer, image_processor, Prompt())
     set_trainable(backbone.train(), family, LoraConfig(), train_vision=False)
     return MetaEmbedder(backbone, processing, PAPER_GROUPS, "both").to(device)
 
@@ -197,3 +205,8 @@ def batches(folder: Path, model: MetaEmbedder, case: Case, num_pairs: int) -> Tr
     if case.chunk_tokens is not None:
         found.max_chunk_tokens = case.chunk_tokens
     return found
+
+
+def pieces(side: Any) -> list[dict[str, Any]]:
+    """The forward calls of one side of a batch: in one piece, or in chunks."""
+    return [side] if isinstance(side, dict) else [chunk.inputs for chunk in side]

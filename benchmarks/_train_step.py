@@ -8,11 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import _flops as flops
 import _shapes as shapes
 import torch
 import torch.distributed as dist
-from _clock import Clock, told_by_vision_tower
+from _clock import Clock, marking_vision
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
@@ -21,6 +20,8 @@ from torch.utils.data import DataLoader
 from metaembed_pl.budget import PAPER_GROUPS
 from metaembed_pl.data.collate import Side, TrainBatch
 from metaembed_pl.model.embedder import MetaEmbedder
+from metaembed_pl.training.activations import Rows
+from metaembed_pl.training.flops import training_flops
 from metaembed_pl.training.gradient_cache import GradientCache
 from metaembed_pl.training.loss import MMRLoss
 
@@ -96,16 +97,16 @@ def measure(
         taken = iter(loader)
         for _ in range(1 if tiny else WARM_UP):
             _step(case, trainee, wrapped, optimizer, next(taken), device)
-        flops.synchronized(device)
+        _wait_for(device)
         trainee.clock = clock = Clock(device)
         batches, start = [], time.perf_counter()
-        with told_by_vision_tower(model, clock):
+        with marking_vision(model, clock):
             for _ in range(num_steps):
                 clock.mark("data")
                 batches.append(next(taken))
                 _step(case, trainee, wrapped, optimizer, batches[-1], device)
             clock.mark("end")
-            flops.synchronized(device)
+            _wait_for(device)
         took_s = (time.perf_counter() - start) / num_steps
         trainee.clock = None
         communication_s = None
@@ -116,21 +117,40 @@ def measure(
             )
         del taken  # ends its workers
     parts = {name: seconds / num_steps for name, seconds in clock.seconds().items()}
-    sides = [side for batch in batches for side in (batch.queries, batch.candidates)]
-    needed = sum(flops.training_flops(model, flops.Work.of(side)) for side in sides) / num_steps
+    rows = [
+        row
+        for batch in batches
+        for side in (batch.queries, batch.candidates)
+        for piece in shapes.pieces(side)
+        for row in rows_of(piece)
+    ]
+    needed = training_flops(model, rows, is_checkpointed=False) / num_steps
     return {
         "case": str(case),
         "pairs_a_rank": num_pairs,
         "ranks": world,
         "step_s": took_s,
         "pairs_per_s": num_pairs * world / took_s,
-        "tokens_per_s": world * sum(map(flops.count_tokens, sides)) / num_steps / took_s,
+        "tokens_per_s": world * sum(row.num_tokens for row in rows) / num_steps / took_s,
         "flops_a_step": needed,
         "mfu": needed / took_s / peak if peak else None,
         "memory_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else None,
         "parts_s": parts,
         "communication_s": communication_s,
     }
+
+
+def rows_of(inputs: dict[str, Tensor]) -> list[Rows]:
+    """The rows of a forward call without padding, and apart from them its images."""
+    texts = [Rows(1, length) for length in inputs["attention_mask"].sum(dim=1).tolist()]
+    if "image_grid_thw" not in inputs:
+        return texts
+    return texts + [Rows(1, 0, n) for n in inputs["image_grid_thw"].prod(dim=1).tolist()]
+
+
+def _wait_for(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def _loader(batches: Any) -> DataLoader:

@@ -31,12 +31,12 @@ _FAKE = FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def fake(tensor: Tensor) -> FakeTensor:
-    """A tensor of that shape and type without content."""
+    """A tensor of the same shape and type without content."""
     return FakeTensor(_FAKE, tensor.detach().to("meta"), torch.device("cpu"))
 
 
 def without_weights(model: nn.Module) -> None:
-    """Replaces the weights of a model, which may be on the meta device, by fake ones."""
+    """Replace the weights of a model, which may be on the meta device, with fake ones."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             made = nn.Parameter(fake(parameter), requires_grad=parameter.requires_grad)
@@ -88,9 +88,9 @@ def _attention(
 
 
 def _bias(mask: Tensor, query: Tensor) -> Tensor:
-    """What the kernel reads of a mask: numbers of the query's type, rows of a multiple of 16.
+    """The mask as the kernel reads it: of the query's type, its rows a multiple of 16 long.
 
-    A copy for each call, unless the mask is that already.
+    It is copied for each call, unless it has this form already.
     """
     length = mask.shape[-1]
     if mask.dtype == query.dtype and length % 16 == 0:
@@ -100,7 +100,7 @@ def _bias(mask: Tensor, query: Tensor) -> Tensor:
 
 
 class _Repeated(torch.autograd.Function):
-    """Keys for all query heads, in the place of the few that there are."""
+    """Keys repeated for all query heads."""
 
     @staticmethod
     def forward(ctx: Any, keys: Tensor, times: int) -> Tensor:
@@ -129,11 +129,11 @@ def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool
 class Ledger(TorchDispatchMode):
     """Operations, and the bytes of all storages alive, by the part of the model that made them.
 
-    Operations are counted as torch's `FlopCounterMode` does, which cannot be used itself: its hooks
-    keep what backward passes have done with alive.
+    Operations are counted as in torch's `FlopCounterMode`, which cannot be used itself: its hooks
+    keep tensors alive that backward passes no longer need.
 
     Args:
-        held: what is there before, which counts as nothing.
+        held: tensors that exist before, which are not counted.
     """
 
     def __init__(self, held: list[Tensor]):
@@ -147,11 +147,11 @@ class Ledger(TorchDispatchMode):
 
     @property
     def num_bytes(self) -> int:
-        """Of all that is alive."""
+        """Bytes of all live storages."""
         return sum(self.by_part.values())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs an operation and notes what it made."""
+        """Run an operation and record its results."""
         if func in _CPU_ATTENTION:
             raise RuntimeError(f"{func} is not what a GPU runs: see as_on_gpu")
         made = _chosen(func, args)
@@ -165,7 +165,7 @@ class Ledger(TorchDispatchMode):
         return made
 
     def add(self, values: list[Any]) -> None:
-        """Notes tensors that are new."""
+        """Record tensors that are new."""
         for value in values:
             if isinstance(value, Tensor):
                 self._add(value.untyped_storage())
@@ -197,7 +197,7 @@ _CPU_ATTENTION = (
 
 
 def _chosen(func: Any, args: Any) -> Tensor | None:
-    """A fake tensor indexed by a real mask: as many elements as the mask has marks."""
+    """A fake tensor indexed by a real mask: as many elements as the mask selects."""
     if func is not torch.ops.aten.index.Tensor or not isinstance(args[0], FakeTensor):
         return None
     mask = args[1][0]
@@ -208,16 +208,16 @@ def _chosen(func: Any, args: Any) -> Tensor | None:
 
 @dataclass
 class Counted:
-    """What a forward and a backward pass take.
+    """The cost of a forward and a backward pass.
 
     Args:
         forward: operations.
-        backward: operations, with what is computed again.
-        attention: operations of both that are attention's.
+        backward: operations, including recomputation.
+        attention: operations of attention, in both passes.
         vision: operations of the vision tower's forward pass.
-        seen: those of them that are attention's.
+        seen: those of them in attention.
         kept: bytes that live between the two passes, by the part that made them.
-        peak: bytes at the peak beside weights and their gradients, likewise.
+        peak: bytes at the peak, without weights and their gradients, likewise.
     """
 
     forward: float = 0
@@ -230,12 +230,12 @@ class Counted:
 
     @property
     def flops(self) -> float:
-        """Of both passes."""
+        """Operations of both passes."""
         return self.forward + self.backward
 
 
 def count(model: MetaEmbedder, calls: list[tuple[Any, Any]], autocast: bool) -> Counted:
-    """Runs a model without weights forwards and backwards.
+    """Run a forward and a backward pass of a model without weights.
 
     Args:
         model: see `without_weights`.
@@ -245,14 +245,17 @@ def count(model: MetaEmbedder, calls: list[tuple[Any, Any]], autocast: bool) -> 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.grad = fake(parameter)
-    calls = [({k: _as_input(v) for k, v in inputs.items()}, side) for inputs, side in calls]
+    calls = [
+        ({k: fake(v) if v.is_floating_point() else v for k, v in inputs.items()}, side)
+        for inputs, side in calls
+    ]
     gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
     ledger = Ledger([*model.parameters(), *model.buffers(), *gradients])
     found = Counted()
     with ledger, as_on_gpu():
         ledger.add([value for inputs, _ in calls for value in inputs.values()])
         with (
-            _told(model, ledger, found),
+            _noting_parts(model, ledger, found),
             torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext(),
         ):
             total: Any = sum(model(inputs, side).sum() for inputs, side in calls)
@@ -266,13 +269,9 @@ def count(model: MetaEmbedder, calls: list[tuple[Any, Any]], autocast: bool) -> 
     return found
 
 
-def _as_input(tensor: Tensor) -> Tensor:
-    return fake(tensor) if tensor.is_floating_point() else tensor
-
-
 @contextmanager
-def _told(model: Any, ledger: Ledger, found: Counted) -> Iterator[None]:
-    """While open, the ledger knows whether vision tower or language model is at work."""
+def _noting_parts(model: Any, ledger: Ledger, found: Counted) -> Iterator[None]:
+    """While open, the ledger knows whether the vision tower or the language model runs."""
     family = model.processing.family
     hooks = []
     for name, part in (

@@ -20,9 +20,6 @@ import io
 import json
 import multiprocessing
 import os
-import re
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -30,7 +27,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from _colpali import without_torchvision
+from _peers import colqwen_processor
+from _results import machine, measured_alone, resident_bytes, save
 from matplotlib import cbook
 from PIL import Image
 from torch.utils.data import DataLoader, RandomSampler
@@ -43,7 +41,6 @@ from metaembed_pl.model.backbone import train_tokenizer
 from metaembed_pl.model.family import family_of
 from metaembed_pl.model.processing import Processing
 
-RESULTS = Path(__file__).parent / "results"
 BATCH, NUM_PAIRS = 8, 96
 SHARD = 10_000  # pairs of a shard of texts
 MIN_PIXELS, MAX_PIXELS = 4 * 28 * 28, 802_816
@@ -108,46 +105,18 @@ def ours(folder: Path, num_workers: int) -> Iterable[Any]:
 
 def theirs(folder: Path, num_workers: int) -> Iterable[Any]:
     """Batches of colpali-engine's collator."""
-    collator, dataset, processor = colpali()
-    from datasets import load_from_disk
-
-    loaded = dataset(load_from_disk(folder), None, "query", "positive", "negative")
-    # As shuffle=True, but without an end, at which the workers would start anew.
-    sampler = RandomSampler(loaded, replacement=True, num_samples=10**6)
-    return DataLoader(
-        loaded, BATCH, sampler=sampler, collate_fn=collator(processor), num_workers=num_workers
-    )
-
-
-def colpali() -> tuple[Any, Any, Any]:
-    """colpali-engine's collator, dataset and ColQwen2.5 processor.
-
-    The processor needs torchvision for videos alone.
-    """
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-    without_torchvision()
+    processor = colqwen_processor(*parts())
     from colpali_engine.collators.visual_retriever_collator import (  # pyright: ignore
         VisualRetrieverCollator,
     )
     from colpali_engine.data.dataset import ColPaliEngineDataset  # pyright: ignore
-    from colpali_engine.models.qwen2_5.colqwen2_5.processing_colqwen2_5 import (  # pyright: ignore
-        ColQwen2_5_Processor,
-    )
+    from datasets import load_from_disk
 
-    class WithoutVideos(ColQwen2_5_Processor):
-        def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
-            if argument_name == "video_processor":
-                return None
-            return super().check_argument_for_proper_class(argument_name, argument)
-
-    tokenizer, own = parts()
-    # The library's own, as they have it: ours makes the same patches in less time.
-    image_processor = Qwen2VLImageProcessorPil(
-        size=dict(own.size), patch_size=own.patch_size, merge_size=own.merge_size
-    )
-    tokenizer.image_token, tokenizer.video_token = "<|image_pad|>", "<|video_pad|>"
-    return VisualRetrieverCollator, ColPaliEngineDataset, WithoutVideos(image_processor, tokenizer)
+    loaded = ColPaliEngineDataset(load_from_disk(folder), None, "query", "positive", "negative")
+    # As shuffle=True, but without an end, at which the workers would start anew.
+    sampler = RandomSampler(loaded, replacement=True, num_samples=10**6)
+    collate = VisualRetrieverCollator(processor)
+    return DataLoader(loaded, BATCH, sampler=sampler, collate_fn=collate, num_workers=num_workers)
 
 
 FORMS: dict[str, Callable[[Path, int], Iterable[Any]]] = {"ours": ours, "theirs": theirs}
@@ -186,12 +155,8 @@ def speeds(folder: Path) -> Iterator[dict[str, Any]]:
         for num_cores in (1, 2):
             row: dict[str, Any] = {"pictures": name, "size": size, "cores": num_cores}
             for form in FORMS:
-                one = json.dumps([form, str(folder / form / name), num_cores])
-                command = [sys.executable, __file__, "--one", one]
-                done = subprocess.run(command, capture_output=True, text=True, check=False)
-                if done.returncode:
-                    raise SystemExit(f"{form} failed on {name}:\n{done.stderr}")
-                row[form] = json.loads(done.stdout.splitlines()[-1])
+                one = [form, str(folder / form / name), num_cores]
+                row[form] = measured_alone(__file__, one)
             for rate in ("pairs_per_s", "pairs_per_cpu_s"):
                 row[f"ratio_{rate}"] = row["ours"][rate] / row["theirs"][rate]
             yield row
@@ -240,17 +205,6 @@ def synthetic(folder: Path, num_pairs: int) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
-def resident_bytes(field: str) -> int:
-    """A line of this process's memory accounting."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.findall(rf"{field}:\s+(\d+) kB", status)[0]) * 1024
-
-
-def machine() -> str:
-    """What the numbers were measured on."""
-    return re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[0]
-
-
 def main() -> None:
     """Measure, print a table, save it if asked to."""
     parser = argparse.ArgumentParser(description="Training data, ready for a model.")
@@ -281,14 +235,11 @@ def main() -> None:
                     (row["ours"][rate], row["theirs"][rate], row[f"ratio_{rate}"])
                     for rate in ("pairs_per_s", "pairs_per_cpu_s")
                 ]
-                told = [f"{ours:>7.1f} {theirs:>7.1f} {by:>6.2f}" for ours, theirs, by in rates]
-                print(f"{shape:>16} {row['cores']:>7}   {'   '.join(told)}", flush=True)
+                cells = [f"{ours:>7.1f} {theirs:>7.1f} {by:>6.2f}" for ours, theirs, by in rates]
+                print(f"{shape:>16} {row['cores']:>7}   {'   '.join(cells)}", flush=True)
     if options.save:
-        slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
         kind = "data-memory" if options.memory else "data"
-        RESULTS.mkdir(exist_ok=True)
-        result = {"machine": name, "torch": torch.__version__, "rows": rows}
-        (RESULTS / f"{kind}-{slug}.json").write_text(json.dumps(result, indent=1) + "\n")
+        save(kind, {"machine": name, "torch": torch.__version__, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ benchmarks/results/encode-MACHINE.json.
 """
 
 import argparse
-import json
 import random
 import re
 import time
@@ -26,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _colpali import without_torchvision
-from loss import RESULTS, machine
-from torch import Tensor, nn
+from _peers import HiddenStates, colqwen_processor
+from _results import machine, save
+from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoModel
 
@@ -63,32 +62,6 @@ def ours(model: MetaEmbedder, _: Any) -> Callable[[Sequence[Item]], Any]:
     return lambda items: model.encode_candidate(items, BATCH)
 
 
-def processor_of(model: MetaEmbedder) -> Any:
-    """As colpali-engine has it; for videos alone it needs torchvision."""
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-    without_torchvision()
-    from colpali_engine.models.qwen2_5.colqwen2_5.processing_colqwen2_5 import (  # pyright: ignore
-        ColQwen2_5_Processor,
-    )
-
-    class WithoutVideos(ColQwen2_5_Processor):
-        def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
-            if argument_name == "video_processor":
-                return None
-            return super().check_argument_for_proper_class(argument_name, argument)
-
-    own, tokenizer = model.processing.image_processor, model.processing.tokenizer
-    image_processor = Qwen2VLImageProcessorPil(
-        size=dict(own.size),
-        patch_size=own.patch_size,
-        merge_size=own.merge_size,
-        temporal_patch_size=own.temporal_patch_size,
-    )
-    tokenizer.image_token, tokenizer.video_token = "<|image_pad|>", "<|video_pad|>"
-    return WithoutVideos(image_processor, tokenizer)
-
-
 def sentence_transformers(model: MetaEmbedder, plain: Any) -> Callable[[Sequence[Item]], Any]:
     """One vector an item, the last token's."""
     from sentence_transformers import SentenceTransformer
@@ -107,14 +80,14 @@ def sentence_transformers(model: MetaEmbedder, plain: Any) -> Callable[[Sequence
     return encode
 
 
-class _Input(nn.Module):
-    """In the place of their input module, which reads its model from a folder or the hub."""
+class _Input(HiddenStates):
+    """Preprocesses items with transformers' processor."""
 
     modalities = ("text", "image", ("image", "text"))
 
     def __init__(self, model: MetaEmbedder, plain: Any):
-        super().__init__()
-        self.backbone, self.processor = plain, processor_of(model)
+        super().__init__(plain)
+        self.processor = _processor(model)
         self.prompt = model.processing.prompt
         self.tokenizer = self.processor.tokenizer
 
@@ -131,15 +104,14 @@ class _Input(nn.Module):
             self.processor(text=texts, images=images or None, padding=True, return_tensors="pt")
         )
 
-    def forward(self, features: dict[str, Tensor], **_: Any) -> dict[str, Tensor]:
-        """Adds the last hidden states."""
-        output = self.backbone(**features, use_cache=False)
-        return {**features, "token_embeddings": output.last_hidden_state}
+
+def _processor(model: MetaEmbedder) -> Any:
+    return colqwen_processor(model.processing.tokenizer, model.processing.image_processor)
 
 
 def colpali(model: MetaEmbedder, plain: Any) -> Callable[[Sequence[Item]], Any]:
     """A vector of 128 for every token and patch."""
-    processor = processor_of(model)
+    processor = _processor(model)
     from colpali_engine.models.qwen2_5.colqwen2_5.modeling_colqwen2_5 import (  # pyright: ignore
         ColQwen2_5,
     )
@@ -201,10 +173,9 @@ def main() -> None:
         ratio = rows[0]["items_per_s"] / row["items_per_s"]
         print(f"{row['library']:>22} {row['items_per_s']:8.1f} items/s, ours is {ratio:.2f} x")
     if options.save:
-        slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
         result = {"machine": name, "num_threads": options.num_threads, "torch": torch.__version__}
         result |= {"texts": texts, "pictures": len(items) - texts, "rows": rows}
-        (RESULTS / f"encode-{slug}.json").write_text(json.dumps(result, indent=1) + "\n")
+        save("encode", result)
 
 
 if __name__ == "__main__":

@@ -12,27 +12,25 @@ loss     the MMR loss, forward and backward, against its three matrix products a
          against one einsum per group
 search   scoring 100,000 candidates at each budget, beside the paper's efficiency table
 
-Utilisation: the operations that a step needs (_flops.py has the formula), over the time it took,
-over what the GPU can do in dense bf16. --save writes benchmarks/results/gpu-MACHINE.json. Tested on
-a CPU alone, with torch 2.11 and 2.13, transformers 5.17 and 5.23.
+Utilisation: the operations that a step needs (training/flops.py has the formula), over the time it
+took, over what the GPU can do in dense bf16. --save writes benchmarks/results/gpu-MACHINE.json.
+Tested on a CPU alone, with torch 2.11 and 2.13, transformers 5.17 and 5.23.
 """
 
 import argparse
 import gc
-import json
 import os
-import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import _flops as flops
 import loss
 import torch
 import torch.distributed as dist
 import transformers
 from _clock import fastest
+from _results import RESULTS, machine, peak_bytes, save
 from _shapes import Case
 from _train_step import PARTS, measure
 
@@ -41,11 +39,10 @@ from metaembed_pl.errors import UserError
 from metaembed_pl.retrieval.planes import Plane
 from metaembed_pl.retrieval.scoring import scan
 
-RESULTS = Path(__file__).parent / "results"
 CHUNK_TOKENS = 16384
 # Queries of a rank, candidates of all, width: a global batch of 2048 on eight GPUs and on one.
 LOSS_SHAPES = [(256, 2048, 3584), (2048, 2048, 3584)]
-# GFLOPs, milliseconds and GiB of the paper's efficiency table (7B, one A100); None: not told.
+# GFLOPs, milliseconds and GiB of the paper's efficiency table (7B, one A100); None: not given.
 PAPER_SEARCH: dict[Budget, tuple[float, float | None, float]] = {
     Budget(1, 1): (0.71, 1.67, 0.68),
     Budget(2, 4): (5.73, None, 2.67),
@@ -55,8 +52,12 @@ PAPER_SEARCH: dict[Budget, tuple[float, float | None, float]] = {
 }
 
 
+# Dense bf16, without sparsity, by a part of the device's name.
+TFLOPS = {"B200": 2250, "H200": 989, "H100": 989, "A100": 312, "L40S": 362, "4090": 165, "A10": 125}
+
+
 def train_cases(sizes: list[str], tiny: bool) -> list[Case]:
-    """What is compared: each case differs from the first of its size in one thing."""
+    """The cases: each differs from the first of its size in one setting."""
     chunk = 512 if tiny else CHUNK_TOKENS
     return [
         case
@@ -74,7 +75,8 @@ def train(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Rows of the table of training steps."""
     peak = options.peak_tflops and options.peak_tflops * 1e12
     if peak is None and options.device == "cuda":
-        peak = flops.peak_flops(torch.cuda.get_device_name())
+        name = torch.cuda.get_device_name()
+        peak = next((1e12 * found for known, found in TFLOPS.items() if known in name), None)
     for case in train_cases(options.sizes, options.tiny):
         if case.chunk_tokens and dist.is_initialized():
             continue  # strategies do that in training; here one rank shows the overhead
@@ -103,7 +105,7 @@ def loss_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def matrix_products(queries: torch.Tensor, candidates: torch.Tensor) -> None:
-    """The three products, in fp32 as the loss has them, without which no form of it could do."""
+    """The three products, in fp32 as in the loss, that every form of it needs."""
     with torch.no_grad():
         q, c = queries.flatten(0, 1), candidates.flatten(0, 1)
         products = c @ q.T
@@ -112,7 +114,7 @@ def matrix_products(queries: torch.Tensor, candidates: torch.Tensor) -> None:
 
 def _time_and_memory(run: Callable[[], None], options: argparse.Namespace) -> dict[str, float]:
     run()
-    memory = loss.peak_bytes(options.device, run)
+    memory = peak_bytes(options.device, run)
     return {"time_s": fastest(run, options.device, options.min_s), "memory_bytes": memory}
 
 
@@ -129,7 +131,7 @@ def search_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def scoring_cost(budget: Budget, count: int, width: int) -> tuple[float, int]:
-    """GFLOPs of scoring a query, and bytes of the index, as the paper reckons them."""
+    """GFLOPs of scoring a query, and bytes of the index, by the paper's formula."""
     gflops = (2 * width - 1) * budget.r_q * budget.r_c * count / 1e9
     return gflops, 2 * width * budget.r_c * count
 
@@ -152,14 +154,17 @@ def _score(budget: Budget, count: int, width: int, options: argparse.Namespace) 
     return {"ms": 1e3 * all_s, "ms_by_1000": 1e3 * by_1000_s, "gb_per_s": read / all_s / 1e9}
 
 
-def attempt(row: dict[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The row with what was measured, or with why it could not be."""
+def attempt(
+    row: dict[str, Any],
+    run: Callable[[], dict[str, Any]],
+    faults: Any = (torch.OutOfMemoryError, UserError),
+) -> dict[str, Any]:
+    """The row with what was measured, or with the fault that prevented it."""
     try:
         return row | run()
-    except torch.OutOfMemoryError as error:
-        return row | {"failed": f"out of memory: {str(error).splitlines()[0]}"}
-    except UserError as error:
-        return row | {"failed": str(error)}
+    except faults as error:
+        reason = (str(error).splitlines() or [""])[0]
+        return row | {"failed": f"{type(error).__name__}: {reason}"}
     finally:
         gc.collect()
         if torch.cuda.is_available():
@@ -233,7 +238,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if options.device == "cuda" else "gloo")
         first = dist.get_rank() == 0
-    name = loss.machine(options.device)
+    name = machine(options.device)
     found: dict[str, Any] = {
         "machine": name,
         "device": options.device,
@@ -251,9 +256,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             found[part].append(row)
             say(shown(row), flush=True)
     if options.save and first:
-        slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / f"gpu-{slug}.json").write_text(json.dumps(found, indent=1) + "\n")
+        save("gpu", found, options.out)
     if dist.is_initialized():
         dist.destroy_process_group()
     return found

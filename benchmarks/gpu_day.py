@@ -16,7 +16,6 @@ On a CPU all of it runs on tiny stand-ins. A row that fails says why and the nex
 
 import argparse
 import copy
-import gc
 import json
 import tempfile
 import time
@@ -31,6 +30,8 @@ import gpu
 import torch
 import yaml
 from _clock import fastest
+from _peers import HiddenStates, without_torchvision
+from _results import machine
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
@@ -57,13 +58,15 @@ def train(options: argparse.Namespace) -> Iterator[Row]:
     """Our step first, so that its answer is there whatever the peers do."""
     (peak,) = roof(options)
     case = shapes.Case("3B")
-    yield guarded("metaembed_pl", lambda: _ours(case, options, peak["tflops"]))
-    for name, trainee in (
-        ("sentence-transformers", _sentence_transformers),
-        ("colpali-engine", _colpali),
-    ):
-        _free(options.device)
-        yield guarded(name, lambda t=trainee: _peer(t, case, options, peak["tflops"]))
+    yield _row("metaembed_pl", lambda: _ours(case, options, peak["tflops"]))
+    peers = {"sentence-transformers": _SentenceTransformers, "colpali-engine": _Colpali}
+    for name, make in peers.items():
+        yield _row(name, lambda make=make: _peer(make, case, options))
+
+
+def _row(name: str, run: Callable[[], Row]) -> Row:
+    """A row, or why there is none: a peer that is missing must not cost the other answers."""
+    return gpu.attempt({"what": name}, run, Exception)
 
 
 def _ours(case: shapes.Case, options: argparse.Namespace, roof_tflops: float) -> Row:
@@ -108,13 +111,13 @@ def _batch(case: shapes.Case, is_tiny: bool) -> dict[Any, Any]:
     return {"query": batch.queries, "candidate": batch.candidates}
 
 
-def _peer(
-    make: Callable[[Any], nn.Module], case: shapes.Case, options: argparse.Namespace, roof: float
-) -> Row:
+def _peer(make: Callable[[Any], nn.Module], case: shapes.Case, options: argparse.Namespace) -> Row:
     """Steps of a peer on the rows that our first batch has, with AdamW and autocast."""
     device = options.device
     rows = _batch(case, options.tiny)
-    trainee = make(_config(case, options)).to(device).train()
+    trainee = (
+        make(AutoConfig.for_model(**shapes.config_of(case.size, options.tiny))).to(device).train()
+    )
     trained = [p for p in trainee.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5)
     batch = {
@@ -143,15 +146,6 @@ def _peer(
     }
 
 
-def _config(case: shapes.Case, options: argparse.Namespace) -> Any:
-    file = shapes.CONFIGS / f"Qwen2.5-VL-{case.size}-Instruct" / "config.json"
-    values = json.loads(file.read_text())
-    if options.tiny:
-        values["text_config"] |= shapes.TINY_TEXT
-        values["vision_config"] |= shapes.TINY_VISION
-    return AutoConfig.for_model(**values)
-
-
 def _plain_backbone(config: Any, kind: Any = AutoModel.from_config, **given: Any) -> Any:
     """As a peer's user has it: plain transformers, LoRA on the language model, checkpointing."""
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
@@ -173,7 +167,7 @@ class _SentenceTransformers(nn.Module):
 
         backbone = _plain_backbone(config, dtype=torch.bfloat16, attn_implementation="sdpa")
         width = config.get_text_config().hidden_size
-        modules = [_Features(backbone), Pooling(width, pooling_mode="lasttoken"), Normalize()]
+        modules = [HiddenStates(backbone), Pooling(width, pooling_mode="lasttoken"), Normalize()]
         self.model = SentenceTransformer(modules=modules, device="cpu")
         self.loss = MultipleNegativesRankingLoss(self.model)
 
@@ -185,30 +179,11 @@ class _SentenceTransformers(nn.Module):
         return self.loss.compute_loss_from_embeddings(parts, torch.empty(0))
 
 
-class _Features(nn.Module):
-    """In the place of their input module, which reads its model from a folder or the hub."""
-
-    def __init__(self, backbone: nn.Module):
-        super().__init__()
-        self.backbone = backbone
-
-    def forward(self, features: dict[str, Tensor], **_: Any) -> dict[str, Tensor]:
-        """Adds the last hidden states."""
-        output = self.backbone(**features, use_cache=False)
-        return {**features, "token_embeddings": output.last_hidden_state}
-
-
-def _sentence_transformers(config: Any) -> nn.Module:
-    return _SentenceTransformers(config)
-
-
 class _Colpali(nn.Module):
     """A vector of 128 for every token and patch, as colpali-engine trains ColQwen2.5."""
 
     def __init__(self, config: Any):
         super().__init__()
-        from _colpali import without_torchvision
-
         without_torchvision()
         from colpali_engine.loss import ColbertPairwiseCELoss  # pyright: ignore
         from colpali_engine.models.qwen2_5.colqwen2_5.modeling_colqwen2_5 import (  # pyright: ignore
@@ -233,13 +208,9 @@ def _unpacked(rows: dict[str, Tensor]) -> dict[str, Tensor]:
     return {**rows, "pixel_values": nn.utils.rnn.pad_sequence(list(parts), batch_first=True)}
 
 
-def _colpali(config: Any) -> nn.Module:
-    return _Colpali(config)
-
-
 def zero(options: argparse.Namespace) -> Iterator[Row]:
     """Training under ZeRO-3, interrupted and resumed."""
-    yield guarded("deepspeed_stage_3, one rank", lambda: _zero(options))
+    yield _row("deepspeed_stage_3, one rank", lambda: _zero(options))
 
 
 def _zero(options: argparse.Namespace) -> Row:
@@ -259,11 +230,8 @@ def _zero(options: argparse.Namespace) -> Row:
 
 
 def _zero_recipe(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    values = json.loads((shapes.CONFIGS / "Qwen2.5-VL-3B-Instruct" / "config.json").read_text())
-    if options.tiny:
-        values["text_config"] |= shapes.TINY_TEXT
-        values["vision_config"] |= shapes.TINY_VISION
-    else:  # real widths, a few layers
+    values = shapes.config_of("3B", options.tiny)
+    if not options.tiny:  # real widths, a few layers
         values["text_config"] |= {"num_hidden_layers": 4}
         values["vision_config"] |= {"depth": 4, "fullatt_block_indexes": [3]}
     for key in ("architectures", "transformers_version", "torch_dtype", "dtype"):
@@ -293,30 +261,10 @@ def _zero_recipe(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def guarded(name: str, run: Callable[[], Row]) -> Row:
-    """A row, or why there is none: a peer that is missing must not cost the other answers."""
-    try:
-        return {"what": name, **run()}
-    except Exception as error:
-        lines = str(error).splitlines() or [""]
-        return {"what": name, "failed": f"{type(error).__name__}: {lines[0]}"}
-
-
-def _free(device: str) -> None:
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
-
-
-def loss_rows(options: argparse.Namespace) -> Iterator[Row]:
-    """The rows of gpu.py."""
-    yield from gpu.loss_rows(options)
-
-
 PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
     "roof": roof,
     "train": train,
-    "loss": loss_rows,
+    "loss": gpu.loss_rows,
     "zero": zero,
     "search": gpu.search_rows,
 }
@@ -336,15 +284,10 @@ def main(arguments: list[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     with (options.out / f"{options.part}.jsonl").open("a", encoding="utf-8") as file:
         for row in PARTS[options.part](options):
-            line = json.dumps({"machine": flops_name(options.device), **row})
+            line = json.dumps({"machine": machine(options.device), **row})
             print(line, flush=True)
             file.write(line + "\n")
             file.flush()
-
-
-def flops_name(device: str) -> str:
-    """The device's own name."""
-    return torch.cuda.get_device_name() if device == "cuda" else "cpu"
 
 
 if __name__ == "__main__":

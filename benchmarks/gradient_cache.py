@@ -11,14 +11,11 @@ takes beside model, gradients and inputs (the resident set's high-water mark, on
 import argparse
 import json
 import random
-import re
-import subprocess
-import sys
 import time
 from typing import Any
 
 import torch
-from loss import RESULTS, machine, peak_bytes
+from _results import machine, measured_alone, peak_bytes, save
 
 from metaembed_pl.data.collate import Side
 from metaembed_pl.item import Item
@@ -117,9 +114,8 @@ def main() -> None:
         row: dict = {"pairs": batch}
         for how in ("plain", "cached"):
             if how == "cached" or batch <= PLAIN_UP_TO:
-                command = [sys.executable, __file__, "--one", json.dumps([how, batch])]
-                command += ["--num_threads", str(options.num_threads)]
-                row[how] = json.loads(subprocess.check_output(command, text=True))
+                flags = "--num_threads", options.num_threads
+                row[how] = measured_alone(__file__, [how, batch], *flags)
         rows.append(row)
         plain, cached = row.get("plain"), row["cached"]
         print(
@@ -134,10 +130,8 @@ def main() -> None:
             flush=True,
         )
     if options.save:
-        slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
         result = {"machine": name, "num_threads": options.num_threads, "torch": torch.__version__}
-        file = RESULTS / f"gradient-cache-{slug}.json"
-        file.write_text(json.dumps({**result, "max_tokens": MAX_TOKENS, "rows": rows}, indent=1))
+        save("gradient-cache", {**result, "max_tokens": MAX_TOKENS, "rows": rows})
 
 
 if __name__ == "__main__":

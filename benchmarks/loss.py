@@ -10,22 +10,17 @@ or by torch's allocator on CUDA. --save writes benchmarks/results/loss-MACHINE.j
 
 import argparse
 import json
-import platform
-import re
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
+from _results import machine, measured_alone, peak_bytes, save
 from torch import Tensor
 from torch.nn import functional as F
 
 from metaembed_pl.budget import PAPER_GROUPS, Budget
 from metaembed_pl.late_interaction import nested_scores
 
-RESULTS = Path(__file__).parent / "results"
 TEMPERATURE = 0.03
 MIN_S = 1.0
 """Steps are repeated for about this long; the fastest counts."""
@@ -70,25 +65,6 @@ def vectors(*shape: int, device: str) -> Tensor:
     return unit.to(device).requires_grad_()
 
 
-def peak_bytes(device: str, run: Callable[[], None]) -> int:
-    """The most memory that `run` holds at a time, beside what was held before."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to what is held now
-    before = resident_bytes("VmRSS")
-    run()
-    return resident_bytes("VmHWM") - before
-
-
-def resident_bytes(field: str) -> int:
-    """A line of this process's memory accounting."""
-    status = Path("/proc/self/status").read_text()
-    return int(re.findall(rf"{field}:\s+(\d+) kB", status)[0]) * 1024
-
-
 def measure(form: str, shape: tuple[int, int, int, int], device: str) -> dict[str, float]:
     """Time and memory of a step, in this process."""
     num_queries, num_candidates, width, num_groups = shape
@@ -113,22 +89,9 @@ def rows(device: str, num_threads: int) -> Iterator[dict]:
     for shape in SHAPES:
         row = {"shape": shape[:3], "groups": [str(group) for group in PAPER_GROUPS[: shape[3]]]}
         for form in FORMS:
-            command = [sys.executable, __file__, "--device", device]
-            command += ["--num_threads", str(num_threads), "--one", json.dumps([form, shape])]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise SystemExit(f"{form} failed at {shape}:\n{done.stderr}")
-            row[form] = json.loads(done.stdout)
+            flags = "--device", device, "--num_threads", num_threads
+            row[form] = measured_alone(__file__, [form, shape], *flags)
         yield row
-
-
-def machine(device: str) -> str:
-    """What the numbers were measured on."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    cpus = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", cpus.read_text() if cpus.exists() else "")
-    return names[0] if names else platform.machine()
 
 
 def main() -> None:
@@ -144,7 +107,6 @@ def main() -> None:
         form, shape = options.one
         print(json.dumps(measure(form, shape, options.device)))
         return
-
     name = machine(options.device)
     result = {
         "machine": name,
@@ -173,9 +135,7 @@ def main() -> None:
             flush=True,
         )
     if options.save:
-        slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"loss-{slug}.json").write_text(json.dumps(result, indent=1) + "\n")
+        save("loss", result)
 
 
 if __name__ == "__main__":

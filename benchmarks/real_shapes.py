@@ -5,32 +5,33 @@
     python benchmarks/real_shapes.py --save after              # to results/real-shapes-after.json
     python benchmarks/real_shapes.py --table before after      # two saved ones as a table
 
-FLOPs      of forward and backward pass, counted operation by operation at a few shapes of the real
-           model; in between they follow from tokens and patches, which a shape that was not fitted
-           checks (`fit error`)
-least      the tower once, two or three passes through what needs gradients, real tokens alone
-redone     what gradient checkpointing computes again of it: needed as well
-ratio      FLOPs over the two
-kept       bytes between forward and backward of one row as long as the limits allow
-peak       of a step whose rows are all that long, beside what `check` estimates; the second line of
-           a recipe has the parts of a GPU's memory, counted / by `check`
-real       tokens that are neither padding nor a stand-in's; `busy`: and no rank waits meanwhile
+docs/scale.md explains the columns. FLOPs are counted operation by operation at a few shapes of the
+real model; for other shapes they follow from tokens and patches. A second line has the parts of a
+GPU's memory, counted / by `check`, and:
 
-FLOPs a pair and tokens are of batches as training makes them, for eight ranks, from stand-ins of
-the 27 sources of the mix (_mix.py): blank pictures and words of about the sizes of the real ones.
+fit error          of the FLOPs, at a shape that they were not fitted to
+waited             FLOPs if all ranks had as many as the slowest one, over those that they have
+busy               real tokens over those that all ranks could have computed meanwhile
+least real tokens  the source with the smallest share of real tokens
+
+Batches are as training makes them, for eight ranks, from synthetic data (_mix.py): blank pictures
+and words, with about the sizes and lengths of the mix's 27 sources.
 """
 
 import argparse
 import json
 import time
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import _weightless as weightless
 import torch
-from _mix import SOURCES, MadePairs
+from _mix import SOURCES, MadePairs, MixSource
+from _results import RESULTS
+from _shapes import RandomTokenizer, pieces
 from PIL import Image
 from torch import Tensor
 from transformers import AutoConfig, AutoModel
@@ -48,48 +49,15 @@ from metaembed_pl.model.family import family_of
 from metaembed_pl.model.image_processors import load_image_processor
 from metaembed_pl.model.lora import set_trainable
 from metaembed_pl.model.processing import Processing
-from metaembed_pl.model.weightless import RoughTokenizer
 from metaembed_pl.training.memory import GIB, Step, estimate
 
-RESULTS = Path(__file__).parent / "results"
 RECIPES = ("qwen3b", "qwen7b", "qwen32b", "llama11b", "paligemma3b", "qwen3vl8b")
-NUM_STEPS = 1  # global batches of each source
 SHORT = 100  # tokens of a text that is counted
 PICTURE = Image.new("RGB", (2048, 2048), "gray")  # above the limits of all recipes
 
 
-class ShapeTokenizer(RoughTokenizer):
-    """Knows the mark of an image and as many ids as other words would have.
-
-    Args:
-        mark: of an image, such as `<|image_pad|>`.
-        mark_id: its id.
-    """
-
-    def __init__(self, mark: str, mark_id: int):
-        self._mark, self._mark_id = mark, mark_id
-
-    def convert_tokens_to_ids(self, token: str) -> int:
-        """Of a special token."""
-        return self._mark_id if token == self._mark else 1
-
-    def __call__(self, texts: list[str], **_: Any) -> dict[str, list[list[int]]]:
-        """Ids of each text."""
-        return {"input_ids": [self._ids(text) for text in texts]}
-
-    def _ids(self, text: str) -> list[int]:
-        ids: list[int] = []
-        for number, part in enumerate(text.split(self._mark)):
-            ids += [self._mark_id] * (number > 0) + [2] * self._count(part)
-        return ids
-
-
 class SizesOnly:
-    """An image processor that prepares one picture of each size and gives shapes alone.
-
-    Args:
-        real: the model's.
-    """
+    """The model's own image processor, run once for each size, with pixels on the meta device."""
 
     def __init__(self, real: Any):
         self._real = real
@@ -99,7 +67,7 @@ class SizesOnly:
         return getattr(self._real, name)
 
     def __call__(self, images: list[list[Image.Image]], **options: Any) -> dict[str, Tensor]:
-        """What is seen of pictures; pixels are on the meta device."""
+        """The tensors of all pictures."""
         parts = [self._one(image, options) for row in images for image in row]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
@@ -116,7 +84,7 @@ class SizesOnly:
 
 
 def build(recipe: Recipe) -> MetaEmbedder:
-    """The model that a recipe trains, on the meta device, run as the recipe says."""
+    """The model that a recipe trains, on the meta device."""
     module = recipe.model
     assert module is not None
     backbone = module.backbone_config
@@ -131,9 +99,10 @@ def build(recipe: Recipe) -> MetaEmbedder:
         set_trainable(model, family, module.lora, module.train_vision)
     image_processor = load_image_processor(str(folder))
     family.set_up(image_processor, config.to_dict(), backbone.min_pixels, backbone.max_pixels)
+    marks = {family.image_token: _image_id(config)}
     processing = Processing(
         family,
-        ShapeTokenizer(family.image_token, _image_id(config)),
+        RandomTokenizer(config.get_text_config().vocab_size, marks),
         SizesOnly(image_processor),
         module.prompt,
         backbone.max_text_tokens,
@@ -144,13 +113,7 @@ def build(recipe: Recipe) -> MetaEmbedder:
 
 @dataclass
 class Trainee:
-    """A recipe's model without weights, and how it is run.
-
-    Args:
-        recipe: as read.
-        model: without weights.
-        running: as `check` sees it.
-    """
+    """A recipe's model without weights, and the way it is run, as `check` sees it."""
 
     recipe: Recipe
     model: MetaEmbedder
@@ -158,7 +121,7 @@ class Trainee:
 
     @classmethod
     def of(cls, name: str) -> "Trainee":
-        """The trainee of a recipe of ours."""
+        """The trainee of a built-in recipe."""
         recipe = read_recipe(Path(find_recipe(name)))
         model = build(recipe)
         running = _running(recipe, recipe.config.trainer.devices, on_gpu=True)
@@ -175,12 +138,12 @@ class Trainee:
         return cls(recipe, model, running)
 
     def count(self, calls: list[tuple[Any, Any]]) -> weightless.Counted:
-        """A forward and a backward pass as training runs them."""
+        """The cost of a forward and a backward pass as training runs them."""
         mixed = "mixed" in self.running.precision and not self.running.stage
         return weightless.count(self.model, calls, autocast=mixed)
 
     def count_least(self, calls: list[tuple[Any, Any]]) -> weightless.Counted:
-        """The same where nothing is computed that training does not need."""
+        """The cost without anything that training does not need."""
         family, backbone = self.model.processing.family, self.model.backbone
         frozen = [
             backbone.get_submodule(name)
@@ -204,14 +167,14 @@ class Trainee:
 
 @dataclass(frozen=True)
 class Work:
-    """What the operations of a forward call are linear in.
+    """The counts that the operations of a forward call are linear in.
 
     Args:
         tokens: of all rows, padding included.
-        pairs: of tokens of a row.
-        patches: of all pictures, or pictures where all are of one size.
-        patch_pairs: of patches of a picture that see each other, over all layers.
-        looking: rows of a call that has a picture: cross-attention is run for all of them.
+        pairs: pairs of tokens of a row.
+        patches: of all pictures; the number of pictures if all have the same size.
+        patch_pairs: pairs of patches of a picture that attend to each other, over all layers.
+        looking: rows of a call with a picture: cross-attention runs for all of them.
         looking_tokens: their tokens.
     """
 
@@ -240,21 +203,21 @@ class Work:
 
 
 def _patch_pairs(vision: Any, num_patches: int) -> int:
-    """Over all layers of a tower; some see only their window."""
+    """Pairs of patches over all layers of a tower; some layers see only windows."""
     full = len(getattr(vision, "fullatt_block_indexes", range(vision.depth)))
     window = (getattr(vision, "window_size", 0) // vision.patch_size) ** 2
     return num_patches * (full * num_patches + (vision.depth - full) * min(window, num_patches))
 
 
 def num_patches(inputs: dict[str, Tensor]) -> list[int]:
-    """Of each picture of a call; 1 for each where all are of one size."""
+    """Patches of each picture of a call; 1 each if all have the same size."""
     if "image_grid_thw" in inputs:
         return inputs["image_grid_thw"].prod(dim=1).tolist()
     return [1] * len(inputs["pixel_values"]) if "pixel_values" in inputs else []
 
 
 class Cost:
-    """Operations of any call, from those that were counted at some.
+    """Operations of any call, fitted to counts of some calls.
 
     Args:
         counts: (work, operations but attention's, attention's).
@@ -288,20 +251,20 @@ def _product(left: Any, right: Any) -> float:
 
 
 def text_of(num_tokens: int) -> str:
-    """As many tokens to `RoughTokenizer`."""
+    """A text with so many tokens by `RoughTokenizer`."""
     return " app" * num_tokens
 
 
 @dataclass
 class Costs:
-    """What is counted of a recipe's model.
+    """The counts of a recipe's model.
 
     Args:
         flops: of a call as training runs it.
-        once: of the tower's forward pass.
-        forward: of the rest, at the least.
-        backward: likewise.
-        fit_error: of `flops`, at a call that it does not follow from; None where all serve.
+        once: of the vision tower's forward pass.
+        forward: of the rest of the forward pass, at least.
+        backward: of the backward pass, at least.
+        fit_error: of `flops`, at calls that it was not fitted to.
         kept: bytes of a picture and of a text, at the limits.
         step: a query and two candidates, all at the limits but one a token shorter.
     """
@@ -310,13 +273,13 @@ class Costs:
     once: Cost
     forward: Cost
     backward: Cost
-    fit_error: float | None
+    fit_error: float
     kept: dict[str, dict[str, int]]
     step: weightless.Counted
 
 
 def costs(trainee: Trainee) -> Costs:
-    """Counts a recipe's model at some shapes."""
+    """Count a recipe's model at some shapes."""
     model = trainee.model
     config: Any = model.backbone.config
     process, limit = model.processor(), model.processing.max_text_tokens
@@ -325,53 +288,38 @@ def costs(trainee: Trainee) -> Costs:
         inputs = process(items, "query")
         return inputs, _work(config, inputs)
 
-    text, long = call(Item(text_of(limit))), call(Item(text_of(limit), PICTURE))
-    calls = {"text": text, "picture": call(Item("a", PICTURE))}
+    calls = {"text": call(Item(text_of(limit))), "picture": call(Item("a", PICTURE))}
     if "mllama" in config.model_type:
-        calls |= {"both": long, "mixed": call(Item("a", PICTURE), Item(text_of(SHORT)))}
-    counted, least = {}, {}
-    for name, (inputs, _) in calls.items():
-        counted[name] = trainee.count([(inputs, "query")])
+        calls["both"] = call(Item(text_of(limit), PICTURE))
+        calls["mixed"] = call(Item("a", PICTURE), Item(text_of(SHORT)))
+    counted = {name: trainee.count([(inputs, "query")]) for name, (inputs, _) in calls.items()}
+    flops, vision, forward, backward = [], [], [], []
+    for name, (inputs, work) in calls.items():
+        found = counted[name]
+        flops.append((work, found.flops - found.attention, found.attention))
+        seen = replace(work, tokens=0, pairs=0, looking=0, looking_tokens=0)
+        vision.append((seen, found.vision - found.seen, found.seen))
         if name == "text" or len(calls) > 2:
-            least[name] = trainee.count_least([(inputs, "query")])
-    works = {name: work for name, (_, work) in calls.items()}
-    flops = Cost([(works[n], c.flops - c.attention, c.attention) for n, c in counted.items()])
-    step = _step_calls(trainee)
-    found = trainee.count([(inputs, side) for inputs, side in step])
-    expected = sum(flops(_work(config, inputs)) for inputs, _ in step)
+            least, read = (
+                trainee.count_least([(inputs, "query")]),
+                replace(work, patches=0, patch_pairs=0),
+            )
+            attention = least.attention - least.seen
+            forwards, backwards = attention * FORWARD_SHARE, attention * (1 - FORWARD_SHARE)
+            forward.append((read, least.forward - least.vision - forwards, forwards))
+            backward.append((read, least.backward - backwards, backwards))
+    cost, step = Cost(flops), _step_calls(trainee)
+    found = trainee.count(step)
+    expected = sum(cost(_work(config, inputs)) for inputs, _ in step)
     return Costs(
-        flops,
-        Cost(
-            [
-                (
-                    replace(works[n], tokens=0, pairs=0, looking=0, looking_tokens=0),
-                    c.vision - c.seen,
-                    c.seen,
-                )
-                for n, c in counted.items()
-            ]
-        ),
-        Cost(
-            [(replace(works[n], patches=0, patch_pairs=0), *_forward(c)) for n, c in least.items()]
-        ),
-        Cost(
-            [(replace(works[n], patches=0, patch_pairs=0), *_backward(c)) for n, c in least.items()]
-        ),
-        None if len(calls) > 4 else expected / found.flops - 1,
+        cost,
+        Cost(vision),
+        Cost(forward),
+        Cost(backward),
+        expected / found.flops - 1,
         {name: counted[name].kept for name in ("picture", "text")},
         found,
     )
-
-
-def _forward(least: weightless.Counted) -> tuple[float, float]:
-    """Of what is not the tower: without attention, and attention."""
-    attention = (least.attention - least.seen) * FORWARD_SHARE
-    return least.forward - least.vision - attention, attention
-
-
-def _backward(least: weightless.Counted) -> tuple[float, float]:
-    attention = (least.attention - least.seen) * (1 - FORWARD_SHARE)
-    return least.backward - attention, attention
 
 
 # A fused kernel makes two products forwards and five backwards.
@@ -388,13 +336,8 @@ def _step_calls(trainee: Trainee) -> list[tuple[dict[str, Tensor], Any]]:
     ]
 
 
-def pieces(side: Any) -> list[dict[str, Tensor]]:
-    """The forward calls of one side of a batch."""
-    return [side] if isinstance(side, dict) else [chunk.inputs for chunk in side]
-
-
 def rows_of(config: Any, inputs: dict[str, Tensor]) -> list[Work]:
-    """Of each item of a call, as if it were encoded by itself without padding."""
+    """The work of each item of a call, as if it were encoded by itself without padding."""
     lengths = inputs["attention_mask"].sum(dim=1).tolist()[: len(inputs["slot_index"])]
     patches = num_patches(inputs)
     with_image = _with_image(config, inputs)
@@ -418,70 +361,56 @@ def _image_id(config: Any) -> int:
     return getattr(config, "image_token_id", None) or config.image_token_index
 
 
-def batches_of(trainee: Trainee, source: Any, num_ranks: int) -> list[list[Any]]:
-    """Global batches of a source: of each, what each rank gets."""
-    data = trainee.recipe.data
+def rank_batches(trainee: Trainee, source: MixSource) -> list[Any]:
+    """The batch of each rank, of one global batch of a source."""
+    data, module = trainee.recipe.data, trainee.recipe.model
     assert data is not None
-    size = data.global_batch_size
-    pairs = MadePairs(source, size * NUM_STEPS)
-    plan = Plan([PlannedSource(source.name, (len(pairs),))], size)
+    assert module is not None
+    pairs = MadePairs(source, data.global_batch_size)
+    plan = Plan([PlannedSource(source.name, (len(pairs),))], data.global_batch_size)
     made = TrainingBatches([pairs], [data.num_negatives], plan, trainee.model.processor())  # pyright: ignore[reportArgumentType]
-    made.in_chunks = True
-    made.max_chunk_tokens = trainee.recipe.model.max_chunk_tokens  # pyright: ignore[reportOptionalMemberAccess]
-    made.num_ranks = num_ranks
+    made.in_chunks, made.max_chunk_tokens = True, module.max_chunk_tokens
+    made.num_ranks = trainee.running.num_gpus
     found = []
     with mock.patch("metaembed_pl.data.batches.decoded", lambda pair: pair):
-        for step in range(NUM_STEPS):
-            ranks = []
-            for rank in range(num_ranks):
-                made.rank = rank
-                ranks.append(made.load(step))
-            found.append(ranks)
+        for rank in range(made.num_ranks):
+            made.rank = rank
+            found.append(made.load(0))
     return found
 
 
 def in_step(calls: list[list[Any]], nothing: Any) -> list[list[Any]]:
-    """Equally many calls on each rank, as where weights are shared out."""
+    """Equally many calls on each rank, as with sharded weights."""
     most = max(map(len, calls))
     return [[*of_rank, *[nothing] * (most - len(of_rank))] for of_rank in calls]
 
 
-def of_source(trainee: Trainee, cost: Costs, source: Any) -> dict[str, float]:
+def of_source(trainee: Trainee, cost: Costs, source: MixSource) -> dict[str, float]:
     """A pair of a source: operations, the least of them, and shares of tokens."""
     config: Any = trainee.model.backbone.config
-    redone = trainee.running.is_checkpointed
-    num_ranks = trainee.running.num_gpus
-    total = needed = recomputed = slowest = 0.0
-    real = computed = waited = pairs = 0
-    for ranks in batches_of(trainee, source, num_ranks):
-        of_ranks, tokens = [], []
-        sides = [[pieces(batch.queries), pieces(batch.candidates)] for batch in ranks]
-        run = [list(side) for side in zip(*sides, strict=True)]
-        if trainee.running.stage == 3:
-            nothing = map(trainee.model.processor().smallest_row, ("query", "candidate"))
-            run = [in_step(side, row) for side, row in zip(run, nothing, strict=True)]
-        for batch, needs, *calls in zip(ranks, sides, *run, strict=True):
-            pairs += len(batch.keys)
-            calls = [call for side in calls for call in side]
-            of_ranks.append(sum(cost.flops(_work(config, call)) for call in calls))
-            tokens.append(sum(call["input_ids"].numel() for call in calls))
-            for call in (call for side in needs for call in side):
-                real += int(call["attention_mask"][: len(call["slot_index"])].sum())
-                for row in rows_of(config, call):
-                    needed += cost.once(row) + cost.forward(row) + cost.backward(row)
-                    recomputed += cost.forward(row) if redone else 0
-        total += sum(of_ranks)
-        slowest += num_ranks * max(of_ranks)
-        computed += sum(tokens)
-        waited += num_ranks * max(tokens)
+    running = trainee.running
+    batches = rank_batches(trainee, source)
+    needed = [[pieces(batch.queries), pieces(batch.candidates)] for batch in batches]
+    by_side = [list(of_ranks) for of_ranks in zip(*needed, strict=True)]
+    if running.stage == 3:
+        nothing = map(trainee.model.processor().smallest_row, ("query", "candidate"))
+        by_side = [in_step(side, row) for side, row in zip(by_side, nothing, strict=True)]
+    run = [list(chain(*of_rank)) for of_rank in zip(*by_side, strict=True)]
+    flops = [sum(cost.flops(_work(config, call)) for call in calls) for calls in run]
+    tokens = [sum(call["input_ids"].numel() for call in calls) for calls in run]
+    calls = [call for of_rank in needed for side in of_rank for call in side]
+    rows = [row for call in calls for row in rows_of(config, call)]
+    real = sum(int(c["attention_mask"][: len(c["slot_index"])].sum()) for c in calls)
+    redone = sum(map(cost.forward, rows)) if running.is_checkpointed else 0.0
+    pairs = sum(len(batch.keys) for batch in batches)
     return {
-        "flops": total / pairs,
-        "least": needed / pairs,
-        "redone": recomputed / pairs,
-        "waited": slowest / pairs,
-        "tokens": computed / pairs,
-        "real": real / computed,
-        "busy": real / waited,
+        "flops": sum(flops) / pairs,
+        "least": sum(cost.once(r) + cost.forward(r) + cost.backward(r) for r in rows) / pairs,
+        "redone": redone / pairs,
+        "waited": running.num_gpus * max(flops) / pairs,
+        "tokens": sum(tokens) / pairs,
+        "real": real / sum(tokens),
+        "busy": real / (running.num_gpus * max(tokens)),
     }
 
 
@@ -494,18 +423,14 @@ def of_mix(trainee: Trainee, cost: Costs) -> dict[str, Any]:
     """A pair of the mix, sources weighed by their pairs."""
     found = {source.name: of_source(trainee, cost, source) for source in SOURCES}
     weights = {source.name: source.num_pairs for source in SOURCES}
-    whole = sum(weights.values())
     mean = {
-        key: sum(weights[name] * each[key] for name, each in found.items()) / whole
+        key: sum(weights[name] * each[key] for name, each in found.items()) / sum(weights.values())
         for key in ("flops", "least", "redone", "waited", "tokens")
     }
-    for key in ("real", "busy"):  # shares of tokens
-        tokens = {name: weights[name] * each["tokens"] for name, each in found.items()}
-        tokens = {
-            n: t * (found[n]["real"] / found[n]["busy"] if key == "busy" else 1)
-            for n, t in tokens.items()
-        }
-        mean[key] = sum(t * found[n][key] for n, t in tokens.items()) / sum(tokens.values())
+    tokens = {name: weights[name] * each["tokens"] for name, each in found.items()}
+    real = sum(tokens[name] * each["real"] for name, each in found.items())
+    waited = sum(tokens[name] * each["real"] / each["busy"] for name, each in found.items())
+    mean |= {"real": real / sum(tokens.values()), "busy": real / waited}
     mean["ratio"] = mean["flops"] / (mean["least"] + mean["redone"])
     worst = min(found, key=lambda name: found[name]["real"])
     return {**mean, "worst_source": worst, "worst_real": found[worst]["real"], "sources": found}
@@ -572,7 +497,7 @@ def _bytes(tensors: Any) -> int:
 
 
 def of_recipe(name: str) -> dict[str, Any]:
-    """All that is counted of a recipe."""
+    """All counts of a recipe."""
     start = time.perf_counter()
     trainee = Trainee.of(name)
     cost = costs(trainee)
@@ -585,25 +510,6 @@ def of_recipe(name: str) -> dict[str, Any]:
     }
 
 
-HEAD = (
-    f"{'recipe':12} {'TFLOPs':>7} {'least':>6} {'redone':>6} {'ratio':>6} {'waited':>6} {'fit':>6}"
-    f" {'picture':>8} {'text':>6} {'peak':>6} {'check':>6} {'real':>5} {'busy':>5}  worst source"
-)
-
-
-def shown(name: str, row: dict[str, Any]) -> str:
-    """A line of the table: TFLOPs of a pair, GiB of one row and of a step's activations."""
-    kept = {key: sum(parts.values()) / GIB for key, parts in row["kept"].items()}
-    counted, estimated = row["memory"]["counted"], row["memory"]["check"]
-    return (
-        f"{name:12} {row['flops'] / 1e12:7.1f} {row['least'] / 1e12:6.1f} "
-        f"{row['redone'] / 1e12:6.1f} {row['ratio']:6.2f} {row['waited'] / row['flops']:6.2f} "
-        f"{row['fit_error'] or 0:6.1%} {kept['picture']:8.2f} {kept['text']:6.2f} "
-        f"{counted['activations'] / GIB:6.1f} {estimated['activations'] / GIB:6.1f} "
-        f"{row['real']:5.0%} {row['busy']:5.0%}  {row['worst_source']} {row['worst_real']:.0%}"
-    )
-
-
 PARTS = {
     "weights": ("weights",),
     "gradients": ("gradients",),
@@ -612,8 +518,24 @@ PARTS = {
 }
 
 
-def parts(name: str, row: dict[str, Any]) -> str:
-    """What was counted of a GPU's memory in GiB, beside what `check` estimates of the same.
+HEAD = (
+    "| recipe | | TFLOP a pair | least | redone | ratio | real | GiB a picture | a text | peak "
+    "| `check` |\n|---|---|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def table_row(recipe: str, name: str, row: dict[str, Any]) -> str:
+    """A line of the table: TFLOPs of a pair, GiB of one row and of a step's activations."""
+    tera = [f"{row[key] / 1e12:.1f}" for key in ("flops", "least", "redone")]
+    kept = [f"{sum(row['kept'][key].values()) / GIB:.2f}" for key in ("picture", "text")]
+    memory = row["memory"]
+    peaks = [f"{memory[by]['activations'] / GIB:.1f}" for by in ("counted", "check")]
+    cells = [*tera, f"{row['ratio']:.2f}", f"{row['real']:.0%}", *kept, *peaks]
+    return f"| {recipe} | {name} | {' | '.join(cells)} |"
+
+
+def details(recipe: str, row: dict[str, Any]) -> str:
+    """A GPU's memory in GiB, counted / as `check` estimates it, and what else was counted.
 
     `check` counts gradients twice under DDP, for its buckets, which are not visible here. For
     strategies that shard, both numbers are those before sharding.
@@ -623,35 +545,25 @@ def parts(name: str, row: dict[str, Any]) -> str:
     for part, of_check in PARTS.items():
         both = counted[part] / GIB, sum(estimated[each] for each in of_check) / GIB
         found.append(f"{part} {both[0]:.2f} / {both[1]:.2f} ({both[1] / both[0] - 1:+.0%})")
-    return f"{name:12} {', '.join(found)}"
+    return (
+        f"{recipe}: {', '.join(found)}; fit error {row['fit_error']:.1%}; waited "
+        f"{row['waited'] / row['flops']:.2f}; busy {row['busy']:.0%}; least real tokens: "
+        f"{row['worst_source']} {row['worst_real']:.0%}"
+    )
 
 
-def markdown(names: list[str], folder: Path) -> str:
+def print_saved(names: list[str], folder: Path) -> None:
     """Saved counts as a table, one after the other for each recipe: what docs/scale.md shows."""
-    saved = [json.loads((folder / f"real-shapes-{name}.json").read_text()) for name in names]
-    lines = [
-        "| recipe | | TFLOP a pair | least | redone | ratio | real | GiB a picture | a text "
-        "| peak | `check` |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    saved = {n: json.loads((folder / f"real-shapes-{n}.json").read_text()) for n in names}
+    print(HEAD)
     for recipe in RECIPES:
-        for name, found in zip(names, saved, strict=True):
+        for name, found in saved.items():
             if recipe in found:
-                lines.append(f"| `{recipe}` | {name} | {_cells(found[recipe])} |")
-    return "\n".join(lines)
-
-
-def _cells(row: dict[str, Any]) -> str:
-    kept = {key: sum(parts.values()) / GIB for key, parts in row["kept"].items()}
-    counted, estimated = row["memory"]["counted"], row["memory"]["check"]
-    tera = [f"{row[key] / 1e12:.1f}" for key in ("flops", "least", "redone")]
-    bytes_ = [f"{kept['picture']:.2f}", f"{kept['text']:.2f}"]
-    peaks = [f"{each['activations'] / GIB:.1f}" for each in (counted, estimated)]
-    return " | ".join([*tera, f"{row['ratio']:.2f}", f"{row['real']:.0%}", *bytes_, *peaks])
+                print(table_row(recipe, name, found[recipe]))
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    """Counts, prints a line for each recipe, saves if asked to."""
+    """Count, print a line for each recipe, and save if requested."""
     parser = argparse.ArgumentParser(description="What the recipes cost at their real size.")
     add = parser.add_argument
     add("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
@@ -660,18 +572,18 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     add("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     if options.table:
-        print(markdown(options.table, options.out))
+        print_saved(options.table, options.out)
         return {}
     print(HEAD)
     found = {}
     for name in options.recipes:
         found[name] = of_recipe(name)
-        print(shown(name, found[name]), flush=True)
-        print(parts(name, found[name]), flush=True)
+        print(table_row(name, options.save or "", found[name]))
+        print(f"\n{details(name, found[name])}\n", flush=True)
         if options.save:
             file = options.out / f"real-shapes-{options.save}.json"
-            kept = json.loads(file.read_text()) if file.is_file() else {}
-            file.write_text(json.dumps(kept | found, indent=1) + "\n")
+            earlier = json.loads(file.read_text()) if file.is_file() else {}
+            file.write_text(json.dumps(earlier | found, indent=1) + "\n")
     return found
 
 

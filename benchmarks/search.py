@@ -19,10 +19,8 @@ queries that are asked nowhere else: names alone, and joined by two and by three
 """
 
 import argparse
-import json
 import math
 import os
-import re
 import tempfile
 import threading
 import time
@@ -33,7 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from loss import RESULTS, machine
+from _results import RESULTS, machine, save
 from scenes import load
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -57,11 +55,14 @@ SHARES = (0.5, 0.05, 0.005, 0.0005)
 SCANNED_AT_MOST = 200_000
 """Items of a store that is also searched with filters, and by plans that score every item."""
 
-Queries = dict[str, Tensor]
+Judge = Callable[[str, list[list[int]]], float]
+"""The share of a kind of queries whose results are right."""
+Asked = tuple[Store, dict[str, Tensor], list[Tensor], Judge | None]
+"""A store, queries by kind, others to calibrate with, and the judge, if the contents are known."""
 
 
-def of_scenes(folder: Path, scenes: Path, count: int) -> Store:
-    """A store of learned vectors, with a number in [0, 1) to filter by."""
+def of_scenes(folder: Path, scenes: Path, count: int) -> Asked:
+    """A store of learned vectors, with a number in [0, 1) to filter by, and its queries."""
     vectors, _ = load(scenes, count)
     groups = parse_groups(SCENE_GROUPS)
     store = Store.create(folder, groups, vectors.shape[2], "scenes")
@@ -71,10 +72,10 @@ def of_scenes(folder: Path, scenes: Path, count: int) -> Store:
             some = vectors[start : start + BLOCK].float()
             metadata = [{"share": share} for share in draw.random(len(some)).tolist()]
             store.add([str(start + i) for i in range(len(some))], some, metadata)
-    return store
+    return store, *scene_queries(scenes)
 
 
-def of_halves(folder: Path, scenes: Path, count: int) -> Store:
+def of_halves(folder: Path, scenes: Path, count: int) -> Asked:
     """More items than were encoded, of four learned vectors: two slots each of two scenes."""
     groups = parse_groups(["1x1", f"8x{2 * HALF}"])
     vectors, _ = load(scenes)
@@ -92,10 +93,11 @@ def of_halves(folder: Path, scenes: Path, count: int) -> Store:
                 for at, scene in enumerate((first, other))
             ]
             store.add([str(i) for i in items.tolist()], torch.cat(halves, dim=1).float())
-    return store
+    queries, others, _ = scene_queries(scenes)
+    return store, queries, others, None
 
 
-def of_topics(folder: Path, count: int, width: int) -> tuple[Store, Queries, list[Tensor]]:
+def of_topics(folder: Path, count: int, width: int) -> Asked:
     """A store of made items, queries for some of them, and others to calibrate with."""
     draw = torch.Generator().manual_seed(0)
     normal = partial(torch.randn, generator=draw)
@@ -114,19 +116,25 @@ def of_topics(folder: Path, count: int, width: int) -> tuple[Store, Queries, lis
     order = torch.rand(num_queries, r_c, generator=draw).argsort(dim=1)[:, :r_q, None]
     seen = asked.gather(1, order.expand(-1, -1, width))
     queries = normalize(seen + 0.8 * normalize(normal(*seen.shape), dim=-1), dim=-1)
-    others = [queries[NUM_ASKED:]]
-    return store, {"one item": queries[:NUM_ASKED]}, others
+    return store, {"one item": queries[:NUM_ASKED]}, [queries[NUM_ASKED:]], None
 
 
-def scene_queries(scenes: Path) -> tuple[Queries, list[Tensor], dict[str, np.ndarray]]:
-    """Queries for one, two and three things, others to calibrate with, the pictures asked for."""
+def scene_queries(scenes: Path) -> tuple[dict[str, Tensor], list[Tensor], Judge]:
+    """Queries for one, two and three things, others to calibrate with, and the judge of results."""
     kept = np.load(scenes / "queries.npz")
     queries, asked, others = {}, {}, []
     for count, name in ((1, "one thing"), (2, "two things"), (3, "three things")):
         vectors = torch.from_numpy(kept[f"vectors_{count}"]).float()
         queries[name], asked[name] = vectors[:NUM_ASKED], kept[f"asked_{count}"][:NUM_ASKED]
         others.append(vectors[-calibration.NUM_QUERIES :])
-    return queries, others, asked
+    tiles = np.load(scenes / "tiles.npy")
+
+    def right(kind: str, found: list[list[int]]) -> float:
+        """The share of queries that found a scene with all that they ask for."""
+        rows = zip(found, asked[kind].tolist(), strict=True)
+        return float(np.mean([any(set(some) <= set(tiles[r]) for r in of) for of, some in rows]))
+
+    return queries, others, right
 
 
 class PeakMemory(threading.Thread):
@@ -149,15 +157,13 @@ class PeakMemory(threading.Thread):
         self.join()
 
 
-class Timed:
+def timed(search: Callable[[Tensor], Any], queries: Tensor) -> dict[str, float]:
     """Milliseconds of a query by itself, by the clock and by the processor's time."""
-
-    def __init__(self, search: Callable[[Tensor], Any], queries: Tensor):
-        _, once = _seconds(search, queries[:1])
-        asked = queries[: max(3, int(SECONDS / ROUNDS / once))].split(1)
-        rounds = [[_seconds(search, query) for query in asked] for _ in range(ROUNDS)]
-        fastest = np.array(rounds).min(axis=0)
-        self.ms, self.cpu = (1e3 * np.median(fastest, axis=0)).tolist()
+    _, once = _seconds(search, queries[:1])
+    some = queries[: max(3, int(SECONDS / ROUNDS / once))].split(1)
+    rounds = [[_seconds(search, query) for query in some] for _ in range(ROUNDS)]
+    ms, cpu_ms = (1e3 * np.median(np.array(rounds).min(axis=0), axis=0)).tolist()
+    return {"ms": ms, "cpu_ms": cpu_ms}
 
 
 def _seconds(search: Callable[[Tensor], Any], query: Tensor) -> tuple[float, float]:
@@ -186,31 +192,18 @@ def recall(found: list[list[int]], exact: list[list[int]]) -> float:
     )
 
 
-def right(found: list[list[int]], asked: np.ndarray, tiles: np.ndarray) -> float:
-    """Queries that found a scene with all that was asked for."""
-    shows = [
-        any(set(some) <= set(tiles[row]) for row in rows)
-        for rows, some in zip(found, asked.tolist(), strict=True)
-    ]
-    return float(np.mean(shows))
-
-
-def unjudged(_kind: str, _found: list[list[int]]) -> None:
-    """No judgement: the contents of these items are unknown."""
-
-
 def run(
     store: Store,
-    queries: Queries,
+    queries: dict[str, Tensor],
     others: list[Tensor],
-    judge: Callable[[str, list[list[int]]], float | None],
+    judge: Judge | None,
     codes: str,
 ) -> dict[str, Any]:
     """Build, calibrate and search; all rows, printed."""
     head = built(store, codes)
     measured, spent = calibrated(store, others)
     head |= spent
-    print("\n" + ", ".join(f"{key} {_short(value)}" for key, value in head.items()), flush=True)
+    print("\n" + _listed(head), flush=True)
     with PeakMemory() as memory:
         rows = list(searched(store, queries, measured, judge))
     head["searched_gb"] = memory.gigabytes
@@ -256,9 +249,9 @@ def calibrated(
 
 def searched(
     store: Store,
-    queries: Queries,
+    queries: dict[str, Tensor],
     measured: calibration.Calibration,
-    judge: Callable[[str, list[list[int]]], float | None],
+    judge: Judge | None,
 ) -> Iterator[dict[str, Any]]:
     """What plans cost and find for each kind of query, printed."""
     last = str(store.groups[-1])
@@ -266,26 +259,25 @@ def searched(
     print(line.format("queries", "", "plan", "ms", "cpu ms", "recall", "right", "faster"))
     for kind, asked in queries.items():
         exact = store.search(asked, last, top=TOP).rows
-        base = Timed(lambda query: store.search(query, last, top=TOP), asked)
+        base = timed(lambda query: store.search(query, last, top=TOP), asked)
         known = {last: (exact, base)}
         for name, plan in [("exact", last), *plans(store, measured)]:
             if plan not in known:
                 how = _how(plan)
-                timed = Timed(lambda query, how=how: store.search(query, **how), asked)
-                known[plan] = store.search(asked, **how).rows, timed
+                spent = timed(lambda query, how=how: store.search(query, **how), asked)
+                known[plan] = store.search(asked, **how).rows, spent
             found, spent = known[plan]
             row = {
                 "queries": kind,
                 "what": name,
                 "plan": plan,
-                "ms": spent.ms,
-                "cpu_ms": spent.cpu,
+                **spent,
                 "recall": recall(found, exact),
-                "right": judge(kind, found),
-                "faster": base.cpu / spent.cpu,
+                "right": judge(kind, found) if judge else None,
+                "faster": base["cpu_ms"] / spent["cpu_ms"],
             }
-            told = "" if row["right"] is None else f"{row['right']:.3f}"
-            numbers = f"{spent.ms:.2f}", f"{spent.cpu:.2f}", f"{row['recall']:.3f}", told
+            times = f"{row['ms']:.2f}", f"{row['cpu_ms']:.2f}"
+            numbers = *times, f"{row['recall']:.3f}", f"{row['right']:.3f}" if judge else ""
             print(line.format(kind, name, plan, *numbers, f"{row['faster']:.0f}x"), flush=True)
             yield row
 
@@ -295,7 +287,7 @@ def _how(plan: str) -> dict[str, Any]:
 
 
 def filtered(
-    store: Store, queries: Queries, measured: calibration.Calibration
+    store: Store, queries: dict[str, Tensor], measured: calibration.Calibration
 ) -> list[dict[str, Any]]:
     """The chosen plan under filters."""
     if "share" not in store.metadata([0])[0] or len(store) > SCANNED_AT_MOST:
@@ -308,26 +300,22 @@ def filtered(
         store.search(next(iter(queries.values()))[:1], **how, where=where)
         first_ms = 1e3 * (time.process_time() - started)
         for kind, asked in queries.items():
-            exact = store.search(asked, last, top=TOP, where=where).rows
+            exactly: dict[str, Any] = {"budget": last, "top": TOP, "where": where}
+            exact = store.search(asked, **exactly).rows
             hits = store.search(asked, **how, where=where)
-            spent = Timed(lambda query, where=where: store.search(query, **how, where=where), asked)
-            base = Timed(
-                lambda query, where=where: store.search(query, last, top=TOP, where=where), asked
-            )
+            spent = timed(lambda query, where=where: store.search(query, **how, where=where), asked)
+            base = timed(lambda query, exactly=exactly: store.search(query, **exactly), asked)
             row = {
                 "share": share,
                 "queries": kind,
                 "plan": ",".join(map(str, hits.stages)),
                 "recall": recall(hits.rows, exact),
-                "ms": spent.ms,
-                "cpu_ms": spent.cpu,
-                "exact_cpu_ms": base.cpu,
+                **spent,
+                "exact_cpu_ms": base["cpu_ms"],
                 "first_ms": first_ms,
             }
             rows.append(row)
-            print(
-                "  " + ", ".join(f"{key} {_short(value)}" for key, value in row.items()), flush=True
-            )
+            print("  " + _listed(row), flush=True)
     return rows
 
 
@@ -347,13 +335,13 @@ def mined(store: Store, queries: Tensor) -> dict[str, Any]:
         "recall": recall(found, exact),
         "minutes": 100_000 * seconds / 60,
     }
-    print("  mining: " + ", ".join(f"{key} {_short(value)}" for key, value in row.items()))
+    print("  mining: " + _listed(row))
     return row
 
 
 def growth(shapes: list[dict[str, Any]]) -> str:
     """How the time of a chosen plan grows with the items: the exponent of a fit."""
-    told = []
+    found = []
     for kind in dict.fromkeys(row["queries"] for shape in shapes for row in shape["rows"]):
         points = [
             (math.log(shape["items"]), math.log(row["cpu_ms"]))
@@ -363,14 +351,13 @@ def growth(shapes: list[dict[str, Any]]) -> str:
         ]
         sizes, times = np.array(points).T
         slope = np.polyfit(sizes, times, 1)[0]
-        told.append(f"{kind}: items^{slope:.2f}")
-    return ", ".join(told)
+        found.append(f"{kind}: items^{slope:.2f}")
+    return ", ".join(found)
 
 
-def _short(value: Any) -> str:
-    if not isinstance(value, float):
-        return str(value)
-    return f"{value:.4g}"
+def _listed(row: dict[str, Any]) -> str:
+    shown = {k: f"{value:.4g}" if isinstance(value, float) else value for k, value in row.items()}
+    return ", ".join(f"{key} {value}" for key, value in shown.items())
 
 
 def _shape(text: str) -> tuple[int, int]:
@@ -403,39 +390,18 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     result: dict[str, Any] = {"machine": name, "num_threads": options.num_threads}
     result |= {"torch": torch.__version__, "faiss": faiss.__version__}
     result |= {"load": os.getloadavg()[0], "learned": [], "halves": [], "made": []}
-    of = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    file = options.out / f"{options.name}-{of}.json"
-    for count in options.counts if options.scenes else []:
+    jobs = [("learned", of_scenes, (options.scenes, n)) for n in options.counts if options.scenes]
+    jobs += [("halves", of_halves, (options.scenes, n)) for n in options.halves]
+    jobs += [("made", of_topics, shape) for shape in options.made]
+    for group, make, given in jobs:
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-            store = of_scenes(Path(folder) / "store", options.scenes, count)
-            queries, others, asked = scene_queries(options.scenes)
-            tiles = np.load(options.scenes / "tiles.npy")
-            judge = lambda kind, found: right(found, asked[kind], tiles)  # noqa: E731, B023
-            result["learned"].append(run(store, queries, others, judge, options.codes))
-        _save(result, file if options.save else None)
-    if len(result["learned"]) > 1:
-        result["growth"] = growth(result["learned"])
-        print(f"\ntime of the chosen plan grows with {result['growth']}")
-        _save(result, file if options.save else None)
-    for count in options.halves:
-        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-            store = of_halves(Path(folder) / "store", options.scenes, count)
-            queries, others, _ = scene_queries(options.scenes)
-            result["halves"].append(run(store, queries, others, unjudged, options.codes))
-        _save(result, file if options.save else None)
-    for count, width in options.made:
-        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-            store, queries, others = of_topics(Path(folder) / "store", count, width)
-            result["made"].append(run(store, queries, others, unjudged, options.codes))
-        _save(result, file if options.save else None)
+            result[group].append(run(*make(Path(folder) / "store", *given), options.codes))
+        if group == "learned" and len(result[group]) > 1:
+            result["growth"] = growth(result[group])
+            print(f"\ntime of the chosen plan grows with {result['growth']}")
+        if options.save:  # after each shape: the largest take long
+            save(options.name, result, options.out)
     return result
-
-
-def _save(result: dict[str, Any], file: Path | None) -> None:
-    """After each shape: the largest take long."""
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -29,9 +29,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from loss import RESULTS, machine
+from _results import RESULTS, machine
 from scenes import load
-from search import TOP, Queries, Timed, of_scenes, recall, scene_queries
+from search import TOP, of_scenes, recall, timed
 from torch import Tensor
 
 from metaembed_pl.late_interaction import maxsim
@@ -183,7 +183,9 @@ def _reranked(queries: Tensor, vectors: Tensor, found: np.ndarray) -> list[list[
     return rows
 
 
-def measured(name: str, queries: Queries, store: Store, *given: Any) -> Iterator[dict[str, Any]]:
+def measured(
+    name: str, queries: dict[str, Tensor], store: Store, *given: Any
+) -> Iterator[dict[str, Any]]:
     """Rows of a peer."""
     started, cpu = time.perf_counter(), time.process_time()
     for what, size, search in PEERS[name](store, *given):
@@ -192,12 +194,8 @@ def measured(name: str, queries: Queries, store: Store, *given: Any) -> Iterator
         row |= {"bytes": size, "version": _version(name)}
         for kind in ("one thing", "two things"):
             exact = store.search(queries[kind], str(store.groups[-1]), top=TOP).rows
-            spent = Timed(search, queries[kind][:20])
-            row[kind] = {
-                "recall": recall(search(queries[kind]), exact),
-                "ms": spent.ms,
-                "cpu_ms": spent.cpu,
-            }
+            spent = timed(search, queries[kind][:20])
+            row[kind] = {"recall": recall(search(queries[kind]), exact), **spent}
         yield row
 
 
@@ -213,8 +211,8 @@ def save(rows: list[dict[str, Any]], folder: Path, count: int) -> None:
     others = kept.get("rows", []) if kept.get("items") == count else []
     others = [row for row in others if row["name"] != rows[0]["name"]]
     folder.mkdir(parents=True, exist_ok=True)
-    told = {"machine": machine("cpu"), "num_threads": torch.get_num_threads(), "items": count}
-    file.write_text(json.dumps({**told, "rows": others + rows}, indent=1) + "\n")
+    about = {"machine": machine(), "num_threads": torch.get_num_threads(), "items": count}
+    file.write_text(json.dumps({**about, "rows": others + rows}, indent=1) + "\n")
 
 
 def main() -> None:
@@ -229,10 +227,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="another folder for --save")
     options = parser.parse_args()
     torch.set_num_threads(options.num_threads)
-    queries, others, _ = scene_queries(options.scenes)
     vectors, _ = load(options.scenes, options.count)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        store = of_scenes(Path(folder) / "store", options.scenes, options.count)
+        place = Path(folder) / "store"
+        store, queries, others, _ = of_scenes(place, options.scenes, options.count)
         for name in options.only:
             try:
                 rows = list(measured(name, queries, store, vectors, others, Path(folder)))

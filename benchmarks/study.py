@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 import yaml
-from loss import RESULTS, machine
+from _results import RESULTS, machine
 
 from metaembed_pl.budget import Budget
 from metaembed_pl.data.retrieval_set import RetrievalSet

@@ -22,9 +22,7 @@ that whatever else runs on the machine slows them alike; CPU time, median over t
 import argparse
 import io
 import itertools
-import json
 import random
-import re
 import statistics
 import tempfile
 import time
@@ -34,12 +32,11 @@ from typing import Any
 
 import torch
 import yaml
-from _colpali import without_torchvision
-from loss import RESULTS, machine
+from _peers import colqwen_processor, processor_of, without_torchvision
+from _results import machine, save
 from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModel, Qwen2_5_VLProcessor
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from data import picture
 from metaembed_pl.data.batches import TrainingBatches
@@ -169,30 +166,11 @@ def ours(folder: Path, _names: Names, dtype: torch.dtype | None) -> Form:
 
 
 def plain(folder: Path, kind: Any = AutoModel.from_config) -> tuple[nn.Module, Any, Any]:
-    """The same backbone as transformers has it, its tokenizer and its own image processor."""
+    """The same backbone as transformers has it, its tokenizer and our image processor."""
     values = yaml.safe_load(BACKBONE.read_text())
     processing = build_processing(backbone_config(folder), PROMPT)
     model = kind(scratch_config(values["scratch"], processing))
-    tokenizer, own = processing.tokenizer, processing.image_processor
-    tokenizer.image_token, tokenizer.video_token = "<|image_pad|>", "<|video_pad|>"
-    names = ("size", "patch_size", "merge_size", "temporal_patch_size")
-    return (
-        model,
-        tokenizer,
-        Qwen2VLImageProcessorPil(**{name: getattr(own, name) for name in names}),
-    )
-
-
-def without_videos(kind: Any) -> Any:
-    """A processor's class that does not need torchvision, which only videos do."""
-
-    class WithoutVideos(kind):
-        def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
-            if argument_name == "video_processor":
-                return None
-            return super().check_argument_for_proper_class(argument_name, argument)
-
-    return WithoutVideos
+    return model, processing.tokenizer, processing.image_processor
 
 
 def sentence_transformers(folder: Path, names: Names, dtype: torch.dtype | None) -> Form:
@@ -202,8 +180,8 @@ def sentence_transformers(folder: Path, names: Names, dtype: torch.dtype | None)
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 
-    backbone, tokenizer, image_processor = plain(folder)
-    processor = without_videos(Qwen2_5_VLProcessor)(image_processor, tokenizer, chat_template=CHAT)
+    backbone, *parts = plain(folder)
+    processor = processor_of(Qwen2_5_VLProcessor, *parts, chat_template=CHAT)
 
     class Prepared:
         @staticmethod
@@ -243,14 +221,9 @@ def colpali_engine(folder: Path, names: Names, dtype: torch.dtype | None) -> For
     from colpali_engine.models.qwen2_5.colqwen2_5.modeling_colqwen2_5 import (  # pyright: ignore
         ColQwen2_5,
     )
-    from colpali_engine.models.qwen2_5.colqwen2_5.processing_colqwen2_5 import (  # pyright: ignore
-        ColQwen2_5_Processor,
-    )
 
-    model, tokenizer, image_processor = plain(folder, ColQwen2_5)
-    collate = VisualRetrieverCollator(
-        without_videos(ColQwen2_5_Processor)(image_processor, tokenizer)
-    )
+    model, *parts = plain(folder, ColQwen2_5)
+    collate = VisualRetrieverCollator(colqwen_processor(*parts))
     loss_of = ColbertPairwiseCELoss()
 
     def batch(_number: int) -> Any:
@@ -314,10 +287,8 @@ def main() -> None:
         step, ratio = f"{row['cpu_s']:.3f}", f"{row['ratio']:.2f}"
         print(line.format(row["what"], row["precision"], *parts, step, ratio))
     if options.save:
-        slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
         result = {"machine": name, "num_threads": 1, "torch": torch.__version__}
-        file = RESULTS / f"train-step-{slug}.json"
-        file.write_text(json.dumps({**result, "pairs": NUM_PAIRS, "rows": rows}, indent=1) + "\n")
+        save("train-step", {**result, "pairs": NUM_PAIRS, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -83,21 +83,26 @@ def test_costs_of_scoring_are_those_of_the_papers_table():
     ids=["text", "both"],
 )
 def test_counted_operations_are_those_that_torch_counts(item):
-    """A row without padding, eager attention: what is causal is then computed whole."""
-    import _flops
+    """A row without padding, eager attention: two products forwards and four backwards."""
     import _shapes
+    from _train_step import rows_of
+
+    from metaembed_pl.training import flops
 
     case = _shapes.Case("3B", attention="eager", is_checkpointed=False)
     model = _shapes.build(case, "cpu", is_tiny=True)
     inputs = model.processor()([item], "candidate")
-    work = _flops.Work.of(inputs)
+    rows = rows_of(inputs)
     with FlopCounterMode(display=False) as counter, torch.autocast("cpu", torch.bfloat16):
         model(inputs, "candidate").sum().backward()
     counts = {str(op): number for op, number in counter.get_flop_counts()["Global"].items()}
     attention = counts.pop("aten.bmm")
     text = model.backbone.config.get_text_config()
-    half = 3 * _flops._text_attention(text, work.lengths)
-    counted = _flops.training_flops(model, work)
-    vision = _flops._vision_attention(model.backbone.config.vision_config, work.patches)
-    assert attention == pytest.approx(2 * half + vision, rel=0.03)
-    assert sum(counts.values()) == pytest.approx(counted - half - vision, rel=0.03)
+    product = 4 * sum(row.num_tokens**2 for row in rows) * text.num_hidden_layers * text.hidden_size
+    vision = model.backbone.config.vision_config
+    pairs = sum(flops._patch_pairs(vision, row.num_patches) for row in rows)
+    of_pictures = 4 * pairs * vision.hidden_size
+    counted = flops.training_flops(model, rows, is_checkpointed=False)
+    assert attention == pytest.approx(3 * product + of_pictures, rel=0.03)
+    without = counted - (1 + flops.FUSED_BACKWARD) * product - of_pictures
+    assert sum(counts.values()) == pytest.approx(without, rel=0.03)

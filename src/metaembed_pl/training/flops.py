@@ -8,7 +8,7 @@ more again if its weights are trained; fused attention costs 2.5 times its forwa
 checkpointing runs the forward pass twice. A frozen vision tower runs forwards once.
 
 Norms, activation functions, the optimizer and the loss are not counted, nor is padding.
-benchmarks/real_shapes.py compares this with the operations that torch counts.
+tests/benchmarks/test_gpu.py compares this with the operations that torch counts.
 """
 
 from collections.abc import Iterable, Iterator
