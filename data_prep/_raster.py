@@ -23,16 +23,16 @@ GRID = 3  # a scene is GRID x GRID pictures
 
 @dataclass(frozen=True)
 class Drawn:
-    """The pictures, drawn, and what their looks say of them.
+    """The rendered pictures, with those that look or are named alike.
 
     Args:
         pictures: by id, with names.
         pngs: encoded, by id.
-        tiles: uint8 RGB of a third of the side.
-        shown: the tiles as scenes show them: places in `palette`, which all of them share.
+        tiles: uint8 RGB, a third of the side.
+        shown: the tiles as in scenes: indices into the common `palette`.
         palette: 256 colours, RGB RGB RGB ...
-        twins: for each id the ids that look the same at the size of a tile, itself among them.
-        same: for each id the ids that share a name with it; absent where there are none.
+        twins: for each id the ids that look the same at the size of a tile, including itself.
+        same: for each id the ids that share a name with it; absent if there are none.
     """
 
     pictures: dict[str, Picture]
@@ -44,12 +44,12 @@ class Drawn:
     same: dict[str, set[str]]
 
     def answers(self, id: str) -> tuple[str, ...]:
-        """All that this picture is a right answer for: itself first, its twins and namesakes."""
+        """The ids that this picture is a right answer for: its own, its twins and namesakes."""
         others = {*self.twins[id], *self.same.get(id, ())} - {id}
         return (id, *sorted(others))
 
     def small(self, id: str) -> bytes:
-        """The picture as scenes show it: a tile, encoded."""
+        """The picture as in scenes: an encoded tile."""
         return encode_shown(self.shown[id], self.palette)
 
     def named(self) -> list[str]:
@@ -57,17 +57,17 @@ class Drawn:
         return [id for id, picture in self.pictures.items() if picture.names]
 
     def is_trainable(self, id: str) -> bool:
-        """Whether training may see it: neither it nor one that looks like it is held out."""
+        """Whether training may use it: neither it nor a twin is held out."""
         return not any(is_held_out(twin) for twin in self.twins[id])
 
 
 def draw(pictures: dict[str, Picture], size: int, num_jobs: int) -> Drawn:
-    """Draw pictures over white, `size` pixels a side.
+    """Render pictures on white, `size` pixels wide and high.
 
     Args:
         pictures: by id.
         size: a multiple of `GRID`.
-        num_jobs: processes; 1 draws in this one.
+        num_jobs: processes; 1: only this one.
     """
     pngs, tiles = {}, {}
     drawn = in_order(partial(_draw_one, size=size), pictures, num_jobs)
@@ -79,7 +79,7 @@ def draw(pictures: dict[str, Picture], size: int, num_jobs: int) -> Drawn:
 
 
 def encode(image: Image.Image) -> bytes:
-    """Encode as a PNG with a palette: smallest and fastest of what was measured.
+    """Encode as a PNG with a palette: small and fastest to decode of the measured formats.
 
     A picture of 84 px takes 1.1 kB and decodes in 57 us, with an error (root mean square, of 255)
     of 0.7. RGB PNG: 2.3 kB, 119 us, no error. JPEG at quality 90: 3.2 kB, 130 us, 2.8. WebP
@@ -92,7 +92,7 @@ def encode(image: Image.Image) -> bytes:
 
 
 def encode_shown(places: np.ndarray, palette: bytes) -> bytes:
-    """Encode tiles put together. One palette for all: equal tiles are equal in every scene."""
+    """Encode joined tiles, with one palette, so that equal tiles are equal in every scene."""
     image = Image.fromarray(places)
     image.putpalette(palette)
     buffer = io.BytesIO()
@@ -101,7 +101,7 @@ def encode_shown(places: np.ndarray, palette: bytes) -> bytes:
 
 
 def _share_palette(tiles: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], bytes]:
-    """Bring all tiles to the 256 colours that serve them best."""
+    """Reduce all tiles to the 256 colours that fit them best."""
     sheet = Image.fromarray(np.vstack(list(tiles.values())))
     sheet = sheet.quantize(256, Image.Quantize.MEDIANCUT, kmeans=1, dither=Image.Dither.NONE)
     places = np.split(np.asarray(sheet), len(tiles))
@@ -109,7 +109,7 @@ def _share_palette(tiles: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray],
 
 
 def _draw_one(id: str, size: int) -> tuple[bytes, np.ndarray]:
-    """Return a picture's PNG, and its pixels as a tile."""
+    """A picture's PNG, and its pixels as a tile."""
     png = resvg_py.svg_to_bytes(
         svg_path=str(svg_folder() / f"{id}.svg"),
         width=size,

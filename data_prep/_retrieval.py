@@ -12,7 +12,7 @@ from typing import Any
 
 from metaembed_pl.data.beir import RetrievalSetWriter
 from metaembed_pl.data.parallel import in_order
-from metaembed_pl.data.product import SHOWN, check_picture, kind_of, listed, loaded
+from metaembed_pl.data.product import SHOWN, about_lines, check_picture, kind_of, listed, loaded
 from metaembed_pl.data.shard_index import sha256_of
 from metaembed_pl.data_prep._source import main_of
 from metaembed_pl.errors import UserError
@@ -28,15 +28,15 @@ class RetrievalDraft:
     """A retrieval set that a script can write.
 
     Args:
-        name: how metrics call it.
-        folder: where it goes.
-        candidates, queries: make records of an `id`, a `text` and an `image`; all else in them is
-            metadata. Pictures may be paths, bytes or `Named`.
-        judgements: makes query ids, candidate ids and scores.
-        lists: makes query ids and the ids of their own candidates; None where all queries search
-            all candidates.
-        source: where the data are from.
-        settings: all that decides the set.
+        name: of the set, in metrics.
+        folder: the output folder.
+        candidates, queries: iterate over records with an `id`, a `text` and an `image`; all other
+            keys are metadata. Pictures may be paths, bytes or `Named`.
+        judgements: iterates over query ids, candidate ids and scores.
+        lists: iterates over query ids with the ids of their own candidates; None if all queries
+            search all candidates.
+        source: origin of the data.
+        settings: everything that determines the set.
         licence, note: for manifest and card.
     """
 
@@ -59,10 +59,10 @@ def run(
     declare: Callable[[argparse.ArgumentParser], None],
     argv: list[str] | None = None,
 ) -> int:
-    """Parse the command line and make the sets; return the exit status. As `_source.run`.
+    """Parse the command line and make the sets; return the exit status. See `_source.run`.
 
-    Nothing may be dropped unless --max-dropped says so: a set without some of its candidates gives
-    scores that compare with nobody's.
+    By default nothing may be dropped: scores on a set without some of its candidates cannot be
+    compared with others.
     """
 
     def declared(parser: argparse.ArgumentParser) -> None:
@@ -77,10 +77,10 @@ def run(
 
 
 def make(benchmark: RetrievalDraft, options: argparse.Namespace) -> None:
-    """Write a set that is not there yet, and its card; say what there is.
+    """Write a set unless it is there already, and its card; print a summary.
 
     Raises:
-        UserError: a folder that must not be overwritten, or too much that had to be dropped.
+        UserError: the folder must not be overwritten, or too much was dropped.
     """
     settings = {**benchmark.settings, "limit": options.limit}
     card, state = benchmark.folder / "README.md", "kept"
@@ -96,7 +96,7 @@ def make(benchmark: RetrievalDraft, options: argparse.Namespace) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What the writer said of a set."""
+    """The manifest of a set."""
     return json.loads((folder / "manifest.json").read_bytes())
 
 
@@ -110,7 +110,7 @@ def _is_made(folder: Path, settings: dict[str, Any]) -> bool:
 def _write(
     benchmark: RetrievalDraft, settings: dict[str, Any], options: argparse.Namespace
 ) -> Counter[str]:
-    """Write the set; returns what was dropped, by reason."""
+    """Write the set; returns counts of what was dropped, by reason."""
     is_ours = options.force or _is_made(benchmark.folder, settings)  # a kill before the card
     if benchmark.folder.exists() and any(benchmark.folder.iterdir()) and not is_ours:
         raise UserError(f"{benchmark.folder} is not empty: choose another --out, or use --force")
@@ -154,7 +154,7 @@ def _checked(
     records: Iterable[Record],
     what: str,
 ) -> Iterator[tuple[Item, Record]]:
-    """The items that can be used, with their metadata; the others are counted."""
+    """The usable items, with their metadata; the others are counted."""
     checked = in_order(check, records, options.num_workers)
     for result in with_progress(checked, f"{benchmark.name} {what}"):
         if not isinstance(result, str):
@@ -166,7 +166,7 @@ def _checked(
 
 
 def check(record: Record) -> tuple[Item, Record] | str:
-    """Read and decode a record: its item and its metadata, or what is wrong."""
+    """Read and decode a record: its item and its metadata, or what is wrong with it."""
     record = dict(record)
     fields = {key: record.pop(key, None) for key in ("id", "text", "image")}
     try:
@@ -179,25 +179,22 @@ def check(record: Record) -> tuple[Item, Record] | str:
 
 def _card(benchmark: RetrievalDraft, dropped: Counter[str], command: str) -> str:
     manifest = read_manifest(benchmark.folder)
-    about = {
-        "Source": manifest["source"],
-        "Licence": manifest["licence"] or "unknown: look it up before you share the set",
-        "Note": manifest["note"],
-        "Settings": ", ".join(
-            f"{key} {value}" for key, value in manifest["settings"].items() if value is not None
-        ),
-        "Dropped": f"{dropped.total():,}" + listed(dropped),
-        "SHA-256 of corpus.jsonl": sha256_of(benchmark.folder / "corpus.jsonl"),
-        "SHA-256 of queries.jsonl": sha256_of(benchmark.folder / "queries.jsonl"),
-        "SHA-256 of qrels/test.tsv": sha256_of(benchmark.folder / "qrels" / "test.tsv"),
-    }
-    lines = "".join(f"- **{key}**: {value}\n" for key, value in about.items() if value)
+    about = about_lines(
+        manifest,
+        command,
+        {
+            "Dropped": f"{dropped.total():,}{listed(dropped)}",
+            **{
+                f"SHA-256 of {file}": sha256_of(benchmark.folder / file)
+                for file in ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv")
+            },
+        },
+    )
     return f"""# {benchmark.name}
 
 {manifest["num_queries"]:,} queries over {manifest["num_candidates"]:,} candidates, \
 {manifest["num_right"]:,} of them right for a query.
 
-{lines}- **Made by**: `{command}`
-
+{about}
 Pictures are named by the SHA-256 of their content.
 """

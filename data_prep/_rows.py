@@ -1,9 +1,9 @@
 """Rows of tables and the pictures they name: from the Hugging Face hub, or from a copy on disk.
 
-A copy has the hub's own layout: what `hf download ID --repo-type dataset --local-dir FOLDER`
-makes, with Parquet or JSON Lines files and pictures in zips or gzipped tars. Both are read by the
-same code: rows through `datasets`, streamed; archives as files, which the hub client downloads
-once and goes on with after a break.
+A copy has the hub's own layout, as made by `hf download ID --repo-type dataset --local-dir FOLDER`:
+Parquet or JSON Lines files, and pictures in zips or gzipped tars. The same code reads both: rows
+are streamed through `datasets`; archives are files, which the hub client downloads once, with
+resume.
 """
 
 import io
@@ -20,19 +20,19 @@ from metaembed_pl.errors import Unreachable, UserError
 from metaembed_pl.files import new_folder
 
 MAX_BYTES = 200_000_000
-"""Of one encoded picture: a zip of some kB can hold gigabytes."""
+"""Of one encoded picture: a small zip can unpack to gigabytes."""
 
 
 def read_rows(where: str, files: str, columns: Iterable[str] = ()) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a dataset's files one by one; pictures stay encoded.
+    """Iterate over the rows of a dataset's files; pictures stay encoded.
 
     Args:
-        where: an id of the hub, or a folder with the same files.
-        files: path or pattern of the files in it, as in `ImageNet_1K/original-*.parquet`.
-        columns: what every row must have.
+        where: an id on the hub, or a folder with the same files.
+        files: path or pattern of its files, such as `ImageNet_1K/original-*.parquet`.
+        columns: required columns.
 
     Raises:
-        UserError: the package `datasets` is missing, no such file, a broken one, or one without a
+        UserError: the package `datasets` is missing, or a file is missing, broken or lacks a
             column.
         Unreachable: the hub cannot be reached.
     """
@@ -48,13 +48,13 @@ def read_rows(where: str, files: str, columns: Iterable[str] = ()) -> Iterator[d
     disable_progress_bar()
     set_verbosity_error()
     if Path(where).is_dir():
-        # Of a folder called parquet, json, ... `datasets` would read the current one instead.
+        # For a folder called parquet, json, ... `datasets` would read the current one instead.
         where = str(Path(where).resolve())
     elif "/" not in where:
         raise UserError(f"{where} is neither a folder nor a hub id ORG/NAME")
     try:
         rows = load_dataset(where, data_files={"rows": files}, split="rows", streaming=True)
-        rows = rows.decode(False)  # the bytes are what we want: they are checked elsewhere
+        rows = rows.decode(False)  # pictures are checked elsewhere
         missing = set(columns) - set(rows.column_names or columns)
         if missing:
             raise UserError(
@@ -72,11 +72,21 @@ def read_rows(where: str, files: str, columns: Iterable[str] = ()) -> Iterator[d
         raise UserError(f"{where}: {files} cannot be read: {error}") from error
 
 
+def page_drafts(where: str, files: str, name: str) -> Iterator[dict[str, Any]]:
+    """Drafts of pairs from rows with a `query` and the `image` of the page that answers it."""
+    for number, row in enumerate(read_rows(where, files, ("query", "image"))):
+        yield {
+            "id": f"{name}:{number}",
+            "query": {"text": row["query"]},
+            "positive": {"image": (row["image"] or {}).get("bytes")},
+        }
+
+
 def fetch(where: str, file: str) -> Path | None:
-    """Return a file of a dataset as a path, downloaded if need be; None if there is none.
+    """The path of a file of a dataset, downloaded if necessary; None if there is none.
 
     Args:
-        where: an id of the hub, or a folder.
+        where: an id on the hub, or a folder.
         file: its path there.
 
     Raises:
@@ -102,10 +112,10 @@ def fetch(where: str, file: str) -> Path | None:
 
 @dataclass(frozen=True)
 class Named:
-    """A picture that a row names by its path.
+    """A picture that a row refers to by its path.
 
     Args:
-        name: the path in the row, as in `images/CIRR/train/a.jpg`.
+        name: the path in the row, such as `images/CIRR/train/a.jpg`.
         places: folders and zips to look in, in this order.
     """
 
@@ -113,15 +123,15 @@ class Named:
     places: tuple[Path, ...]
 
     def read(self) -> bytes:
-        """Return the encoded picture.
+        """The encoded picture.
 
         Raises:
-            UserError: a path that leaves the places, or nothing there of this name.
+            UserError: the path leaves the places, or there is no such picture.
         """
         path = PurePosixPath(self.name)
         if path.is_absolute() or ".." in path.parts or "\\" in self.name or "\0" in self.name:
             raise UserError(f"a picture's path leaves its folder: {self.name!r}")
-        # The zips hold CIRR/..., the rows say images/CIRR/...: archives were packed in there.
+        # The zips contain CIRR/..., but the rows say images/CIRR/...
         bare = PurePosixPath(*path.parts[path.parts[:1] in {("images",), ("image",)} :])
         names = dict.fromkeys(map(str, (path, bare, "images" / bare)))
         for place in self.places:
@@ -152,27 +162,28 @@ def _read_from(place: Path, name: str) -> bytes | None:
 
 @lru_cache(maxsize=32)
 def _open_zip(path: Path) -> zipfile.ZipFile:
-    """Open a zip once a process: the list of its members is read only then."""
+    """Open a zip once per process, since that reads the list of its members."""
     return zipfile.ZipFile(path)
 
 
 def unpack(parts: list[Path], folder: Path, below: str = "") -> Path:
-    """Unpack a gzipped tar, perhaps in several parts, into a folder; once, then it is kept.
+    """Unpack a gzipped tar, perhaps in several parts, into a folder, unless it exists.
 
     Args:
-        parts: the file, or its parts in order. They are read one after the other, never joined.
-        folder: where its files go; appears when all of them are there.
-        below: only members whose path starts so.
+        parts: the file, or its parts in order, which are streamed.
+        folder: the output folder, which appears when it is complete.
+        below: unpack only members with this prefix.
 
     Raises:
-        UserError: not a complete gzipped tar, or one with links, devices or paths that escape.
+        UserError: it is not a complete gzipped tar, or contains links, devices or paths that leave
+            the folder.
     """
     if folder.is_dir():
         return folder
     try:
         with new_folder(folder) as partial, ExitStack() as stack:
-            whole = _Joined([stack.enter_context(part.open("rb")) for part in parts])
-            with tarfile.open(fileobj=io.BufferedReader(whole, 2**20), mode="r|gz") as tar:
+            joined = _Joined([stack.enter_context(part.open("rb")) for part in parts])
+            with tarfile.open(fileobj=io.BufferedReader(joined, 2**20), mode="r|gz") as tar:
                 for member in tar:
                     if member.isdir() or not member.name.removeprefix("./").startswith(below):
                         continue

@@ -1,4 +1,4 @@
-"""Shared by the scripts of this folder: flags, exit statuses, output."""
+"""Shared by the scripts in this folder: flags, exit statuses, output."""
 
 import argparse
 import shlex
@@ -24,11 +24,11 @@ def run(
     """Parse the command line and make the products; return the exit status.
 
     Args:
-        script: its name, as `prepare` has it.
+        script: its name in `prepare`.
         about: its docstring; the first line is the summary.
-        products: makes them of the options.
+        products: makes them from the options.
         declare: adds the script's own flags.
-        argv: the arguments; None takes the command line.
+        argv: the arguments; None takes those of the command line.
     """
 
     def build(options: argparse.Namespace) -> None:
@@ -121,7 +121,7 @@ def declare_source(
 
 
 def make_and_print(product: Product, options: argparse.Namespace) -> None:
-    """Make a product, and say what there is."""
+    """Make a product, and print a summary."""
     how = {field.name: getattr(options, field.name) for field in fields(Making)}
     made = make(product, Making(**how))
     for pairs in made.splits.values():

@@ -16,24 +16,12 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 
-from metaembed_pl.data.product import Draft, Product
-from metaembed_pl.data_prep._rows import read_rows
+from metaembed_pl.data.product import Product
+from metaembed_pl.data_prep._rows import page_drafts
 from metaembed_pl.data_prep._source import declare_source, run
 
 HUB = "vidore/colpali_train_set"
 SPLITS = ("train", "test")
-
-
-def drafts(where: str, split: str) -> Iterator[Draft]:
-    """The rows as pairs."""
-    rows = read_rows(where, f"data/{split}-*.parquet", ("query", "image"))
-    for number, row in enumerate(rows):
-        image = (row["image"] or {}).get("bytes")
-        yield {
-            "id": f"colpali:{number}",
-            "query": {"text": row["query"]},
-            "positive": {"image": image},
-        }
 
 
 def products(options: argparse.Namespace) -> Iterator[Product]:
@@ -41,7 +29,7 @@ def products(options: argparse.Namespace) -> Iterator[Product]:
     yield Product(
         name="colpali_train",
         folder=options.out,
-        drafts=partial(drafts, options.where, options.split),
+        drafts=partial(page_drafts, options.where, f"data/{options.split}-*.parquet", "colpali"),
         source=f"{options.where}, split {options.split}",
         settings={"from": options.where, "split": options.split},
         note="Questions of DocVQA, InfographicsVQA, TAT-DQA, arXivQA and made ones; the pages "
@@ -55,10 +43,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", choices=SPLITS, default=SPLITS[0], help="default: train")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Write the shards; return the exit status."""
-    return run("colpali_train", __doc__, products, declare, argv)
-
+main = partial(run, "colpali_train", __doc__, products, declare)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -76,7 +76,7 @@ def list_pictures(root: Path) -> list[Path]:
 
 
 def texts_of(path: Path, root: Path, how: str, metadata: dict[Path, list[str]]) -> list[str]:
-    """What a picture is asked for as; each text once, none if there is none."""
+    """The distinct texts of a picture; empty if there are none."""
     found: list[str] = []
     if how in ("auto", "sidecar"):
         found = read_sidecar(path)
@@ -86,13 +86,13 @@ def texts_of(path: Path, root: Path, how: str, metadata: dict[Path, list[str]]) 
         found = [words(path.stem)]
     if how == "folder" and path.parent != root:
         found = [words(path.parent.name)]
-    # Composed: texts that look the same are the same, whoever wrote them.
+    # Composed, so that texts that look the same are the same.
     found = [unicodedata.normalize("NFC", text).strip() for text in found]
     return list(dict.fromkeys(text for text in found if text))
 
 
 def words(name: str) -> str:
-    """A file's name as words; a number at its end only counts the files.
+    """A file's name as words, without a number at its end, which only counts the files.
 
     >>> words("red_apple-03"), words("IMG_2041"), words("route66")
     ('red apple', 'IMG', 'route66')
@@ -133,7 +133,7 @@ def read_metadata(root: Path, pictures: set[Path]) -> dict[Path, list[str]]:
 
 
 def read_csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """The number of its last line, and each row."""
+    """Each row, with the number of its last line."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows = csv.DictReader(file)
@@ -144,7 +144,7 @@ def read_csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
 
 
 def fingerprint(root: Path) -> str:
-    """A hash of the names and sizes of a folder's files: another one means other data."""
+    """A hash of the names and sizes of a folder's files, to detect changes."""
     digest = hashlib.sha256()
     for path in files_below(root, lambda file: True, beside=None):
         digest.update(f"{path.relative_to(root)} {path.stat().st_size}\n".encode())
@@ -152,7 +152,7 @@ def fingerprint(root: Path) -> str:
 
 
 def products(options: argparse.Namespace) -> Iterator[Product]:
-    """One product, with the split that is asked for."""
+    """One product, with the requested split."""
     root = options.where
     yield Product(
         name=options.name or options.out.resolve().name,
@@ -184,10 +184,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Write the shards; return the exit status."""
-    return run("folder", __doc__, products, declare, argv)
-
+main = partial(run, "folder", __doc__, products, declare)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -70,7 +70,7 @@ def drafts(where: str, subset: str, num_negatives: int, cache: Path) -> Iterator
 
 
 class Pool:
-    """Candidates by id, read from their file when they are asked for: it has half a gigabyte.
+    """Candidates by id, read from their file (half a gigabyte) when they are needed.
 
     Args:
         path: JSON Lines with a `did` each.
@@ -81,7 +81,7 @@ class Pool:
         self._starts = {value["did"]: start for _, start, value in json_lines(path)}
 
     def get(self, id: str) -> dict[str, Any] | None:
-        """A candidate; None if the pool has none of this id."""
+        """A candidate; None if the pool does not have it."""
         if id not in self._starts:
             return None
         with self._path.open("rb") as file:
@@ -95,7 +95,7 @@ def id_of(value: "str | dict[str, Any]") -> str:
 
 
 def needed(where: str, file: str) -> Path:
-    """A file of the dataset as a path, downloaded if need be."""
+    """The path of a file of the dataset, downloaded if necessary."""
     path = fetch(where, file)
     if path is None:
         raise UserError(f"{where} has no file {file}: is --from right?")
@@ -103,14 +103,14 @@ def needed(where: str, file: str) -> Path:
 
 
 def find_pictures(where: str, cache: Path) -> tuple[Path, ...]:
-    """The copy itself where it is unpacked, or what its archive holds."""
+    """The places of pictures: the copy, if it is unpacked, or else the unpacked archive."""
     if (Path(where) / OVEN).is_dir():
         return (Path(where),)
     return (unpack([needed(where, part) for part in PARTS], cache / "mbeir_images", OVEN),)
 
 
 def products(options: argparse.Namespace) -> Iterator[Product]:
-    """One folder of shards a modality."""
+    """One folder of shards per modality."""
     for subset in options.subset or MODALITIES:
         yield Product(
             name=subset,
@@ -133,10 +133,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Write the shards; return the exit status."""
-    return run("infoseek", __doc__, products, declare, argv)
-
+main = partial(run, "infoseek", __doc__, products, declare)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -22,7 +22,7 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-from metaembed_pl.data_prep._mmeb import item, places
+from metaembed_pl.data_prep._mmeb import SETS, item, places
 from metaembed_pl.data_prep._retrieval import Record, RetrievalDraft, run
 from metaembed_pl.data_prep._rows import read_rows
 from metaembed_pl.data_prep._source import declare_source
@@ -30,15 +30,6 @@ from metaembed_pl.errors import UserError
 
 HUB = "TIGER-Lab/MMEB-eval"
 COLUMNS = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
-SUBSETS = (
-    *("ImageNet-1K", "N24News", "HatefulMemes", "VOC2007", "SUN397"),
-    *("Place365", "ImageNet-A", "ImageNet-R", "ObjectNet", "Country211"),
-    *("OK-VQA", "A-OKVQA", "DocVQA", "InfographicsVQA", "ChartQA", "Visual7W"),
-    *("ScienceQA", "VizWiz", "GQA", "TextVQA"),
-    *("VisDial", "CIRR", "VisualNews_t2i", "VisualNews_i2t", "MSCOCO_t2i", "MSCOCO_i2t"),
-    *("NIGHTS", "WebQA", "FashionIQ", "Wiki-SS-NQ", "OVEN", "EDIS"),
-    *("MSCOCO", "RefCOCO", "RefCOCO-Matching", "Visual7W-Pointing"),
-)
 
 
 def rows(where: str, subset: str, limit: int | None) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -62,7 +53,7 @@ def targets(row: dict[str, Any]) -> dict[str, tuple[str, str]]:
 
 
 def candidate_id(text: str, path: str) -> str:
-    """A name for a candidate: equal ones have equal names.
+    """An id for a candidate, from its content.
 
     >>> candidate_id("a cat", "") == candidate_id("a cat", "a.jpg")
     False
@@ -81,8 +72,8 @@ def candidates(where: str, subset: str, limit: int | None, pictures: Any) -> Ite
 
 
 def benchmarks(options: argparse.Namespace) -> Iterator[RetrievalDraft]:
-    """One set a subset."""
-    for subset in options.subset or SUBSETS:
+    """One set per subset."""
+    for subset in options.subset or SETS:
         where, limit = options.where, options.limit
         pictures = places(where, "images.zip")
         read = partial(rows, where, subset, limit)
@@ -105,13 +96,10 @@ def benchmarks(options: argparse.Namespace) -> Iterator[RetrievalDraft]:
 
 def declare(parser: argparse.ArgumentParser) -> None:
     """The flags of this script."""
-    declare_source(parser, "data/mmeb_eval", HUB, SUBSETS)
+    declare_source(parser, "data/mmeb_eval", HUB, SETS)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Write the sets; return the exit status."""
-    return run("mmeb_eval", __doc__, benchmarks, declare, argv)
-
+main = partial(run, "mmeb_eval", __doc__, benchmarks, declare)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -43,7 +43,7 @@ def drafts(where: str, subset: str, split: str) -> Iterator[Draft]:
 
 
 def products(options: argparse.Namespace) -> Iterator[Product]:
-    """One folder of shards a subset."""
+    """One folder of shards per subset."""
     for subset in options.subset or TRAIN_SUBSETS:
         yield Product(
             name=subset,
@@ -62,10 +62,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", choices=SPLITS, default=SPLITS[0], help="default: original")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Write the shards; return the exit status."""
-    return run("mmeb_train", __doc__, products, declare, argv)
-
+main = partial(run, "mmeb_train", __doc__, products, declare)
 
 if __name__ == "__main__":
     sys.exit(main())

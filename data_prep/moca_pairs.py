@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from metaembed_pl.data.product import Draft, Product
+from metaembed_pl.data_prep import infoseek as mbeir
 from metaembed_pl.data_prep._mmeb import TRAIN_SUBSETS, item, places
 from metaembed_pl.data_prep._rows import fetch, read_rows, unpack
 from metaembed_pl.data_prep._source import declare_source, run
@@ -42,7 +43,6 @@ from metaembed_pl.item import stable_hash
 
 HUB = "moca-embed/MoCa-CL-Pairs"
 MMEB = "TIGER-Lab/MMEB-train"
-OVEN = "mbeir_images/oven_images"
 VALIDATION = "paper_val"
 NUM_VALIDATION = 40  # pairs of each subset: about 1,000 in all
 COLUMNS = ("qry", "qry_image_path", "pos_text", "pos_image_path", "neg_text", "neg_image_path")
@@ -57,8 +57,8 @@ FOLDERS = {name: f"mmeb_train/{name}" for name in TRAIN_SUBSETS} | {
     "visrag_ind": "visrag_ind",
     "visrag_syn": "visrag_syn",
 }
-_MBEIR = ("TIGER-Lab/M-BEIR", [f"mbeir_images.tar.gz.part-{n:02d}" for n in range(4)], OVEN)
-# Subset -> hub id, the archive or its parts, and what of it is wanted.
+_MBEIR = (mbeir.HUB, mbeir.PARTS, mbeir.OVEN)
+# Subset -> hub id, the archive or its parts, and the prefix of the members to unpack.
 ARCHIVES = {
     "ArxivQA": (HUB, ["supplement_images_zip/ArxivQA.tar.gz"], ""),
     "TAT-DQA": (HUB, ["supplement_images_zip/TAT-DQA.tar.gz"], ""),
@@ -80,12 +80,12 @@ def drafts(
     """The rows of a subset as pairs with their hard negatives.
 
     Args:
-        where: an id of the hub, or a folder.
+        where: an id on the hub, or a folder.
         subset: a key of `FOLDERS`.
         images: a folder with the pictures, if any.
         cache: where archives are unpacked.
-        hold_out: one query in so many is kept from training; 0: none.
-        held_out: those that are, instead of the others.
+        hold_out: one query in so many is held out; 0: none.
+        held_out: only the pairs that are held out, instead of the others.
     """
     pictures = find_pictures(where, subset, images, cache)
     for number, row in enumerate(read_rows(where, f"{subset}/train-*.parquet", COLUMNS)):
@@ -102,7 +102,7 @@ def drafts(
 
 
 def is_held_out(row: dict[str, Any], hold_out: int) -> bool:
-    """Whether a row is kept from training: by the picture of its query, or else by its text."""
+    """Whether a row is held out, by the picture of its query, or else by its text."""
     query = row["qry_image_path"] or row["qry"]
     return hold_out > 0 and stable_hash(query) % hold_out == 0
 
@@ -138,7 +138,7 @@ def as_list(value: object, subset: str = "", number: int = 0) -> list[str]:
 
 
 def find_pictures(where: str, subset: str, images: Path | None, cache: Path) -> tuple[Path, ...]:
-    """Folders and zips with the pictures of a subset, fetched or unpacked if need be."""
+    """Folders and zips with the pictures of a subset, downloaded or unpacked if necessary."""
     copy = images or (Path(where) if Path(where).is_dir() else None)
     folders = () if copy is None else (copy, copy / "images")
     if subset in TRAIN_SUBSETS:
@@ -154,7 +154,7 @@ def find_pictures(where: str, subset: str, images: Path | None, cache: Path) -> 
 
 
 def products(options: argparse.Namespace) -> Iterator[Product]:
-    """One folder of shards a subset."""
+    """One folder of shards per subset."""
     cache = options.out / ".images"
     for subset in options.subset or FOLDERS:
         yield Product(
@@ -194,10 +194,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Write the shards; return the exit status."""
-    return run("moca_pairs", __doc__, products, declare, argv)
-
+main = partial(run, "moca_pairs", __doc__, products, declare)
 
 if __name__ == "__main__":
     sys.exit(main())

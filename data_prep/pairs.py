@@ -45,7 +45,7 @@ from metaembed_pl.files import refuse_special_file
 
 
 def products(options: argparse.Namespace) -> Iterator[Product]:
-    """One product, with the split that is asked for."""
+    """One product, with the requested split."""
     if (options.pairs is None) == (options.where is None and options.preset is None):
         raise UserError("give exactly one of --pairs, --from and --preset")
     if options.pairs and not options.pairs.exists():
@@ -70,7 +70,7 @@ def products(options: argparse.Namespace) -> Iterator[Product]:
             "files": files,
             "columns": ",".join(f"{key}={name}" for key, name in (columns or {}).items()),
             "held_out": options.held_out,
-            **rows.what,
+            **rows.about,
         },
         note=preset.note,
     )
@@ -101,10 +101,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     add("--base64", action="store_true", help="pictures are base64, not paths")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Write the shards; return the exit status."""
-    return run("pairs", __doc__, products, declare, argv)
-
+main = partial(run, "pairs", __doc__, products, declare)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -54,7 +54,7 @@ STATE = "pages.json"
 
 @dataclass
 class Query:
-    """What is asked, and the pages that answer.
+    """A query and the pages that answer it.
 
     Args:
         text: as its author wrote it.
@@ -74,9 +74,9 @@ class Library:
     Args:
         folder: the pages' pictures.
         documents: by name.
-        pages: id of each page that was drawn -> document and number, from 0.
+        pages: for the id of each rendered page its document and its number, from 0.
         queries: by their words, in lower case.
-        words: of each page's text, that the model gets beside the picture.
+        words: for each page the words that the model gets in addition to the picture.
     """
 
     folder: Path
@@ -89,8 +89,8 @@ class Library:
         """A page as an item."""
         return {"id": page, "image": self.folder / page, "text": self.words.get(page) or None}
 
-    def asked_as(self, key: str) -> str:
-        """What the model reads of a query."""
+    def query_text(self, key: str) -> str:
+        """The words that the model reads of a query."""
         return key if self.words else self.queries[key].text
 
     def answers(self) -> dict[str, list[str]]:
@@ -109,7 +109,7 @@ class Library:
 
 
 def page_id(name: str, number: int) -> str:
-    """A page's picture, below the folder of pages.
+    """The path of a page's picture, below the folder of pages.
 
     >>> page_id("gnuplot", 61)
     'gnuplot/0062.png'
@@ -140,13 +140,14 @@ def find_pdfs(root: Path) -> dict[str, Path]:
 
 
 def read_library(options: argparse.Namespace) -> tuple[Library, dict[str, Any]]:
-    """Read all PDFs and draw their pages.
+    """Read all PDFs and render their pages.
 
     Returns:
-        The library, and the settings that decide it.
+        The library, and the settings that it depends on.
 
     Raises:
-        UserError: nothing readable, pages of other settings in the way, or no queries.
+        UserError: nothing can be read, the folder holds pages of other settings, or there are no
+            queries.
     """
     pdfs = find_pdfs(options.where)
     settings = {
@@ -173,12 +174,12 @@ def read_library(options: argparse.Namespace) -> tuple[Library, dict[str, Any]]:
         if number not in document.listings
     ]
     pages = {}
-    drawn = in_order(draw, jobs, options.num_workers, chunk=8)
-    watched = with_progress(drawn, "drawing", len(jobs))
+    rendered = in_order(render_page, jobs, options.num_workers, chunk=8)
+    watched = with_progress(rendered, "drawing", len(jobs))
     for (_, number, _, target), error in zip(jobs, watched, strict=True):
         id = target.relative_to(folder).as_posix()
         if error is None:
-            pages[id] = (str(Path(id).parent.as_posix()), number)
+            pages[id] = (Path(id).parent.as_posix(), number)
         else:
             print(f"dropped {id}: {error}", file=sys.stderr)
             dropped[kind_of(error)] += 1
@@ -188,13 +189,8 @@ def read_library(options: argparse.Namespace) -> tuple[Library, dict[str, Any]]:
             f"{options.max_dropped}{listed(dropped)}"
         )
     texts = {page: documents[name].texts[number] for page, (name, number) in pages.items()}
-    library = Library(
-        folder,
-        documents,
-        pages,
-        find_queries(documents, pages),
-        telling_words(texts, options.words),
-    )
+    words = characteristic_words(texts, options.words)
+    library = Library(folder, documents, pages, find_queries(documents, pages), words)
     if not library.queries:
         raise UserError(
             f"{len(documents)} PDFs have neither an outline nor an index: there are no queries. "
@@ -205,7 +201,7 @@ def read_library(options: argparse.Namespace) -> tuple[Library, dict[str, Any]]:
 
 
 def prepare_folder(folder: Path, settings: dict[str, Any], force: bool) -> Path:
-    """A folder for pages that holds none of other settings: those that are there are kept."""
+    """A folder for pages of these settings only: pages that are there are kept."""
     state = folder / STATE
     known = json.loads(state.read_text()) if state.exists() else None
     if known != settings and folder.exists():
@@ -218,15 +214,15 @@ def prepare_folder(folder: Path, settings: dict[str, Any], force: bool) -> Path:
 
 
 def try_to_read(path: Path) -> Document | str:
-    """A document, or what is wrong with it."""
+    """A document, or the reason why it cannot be read."""
     try:
         return read_document(path)
     except UserError as error:
         return str(error)
 
 
-def draw(job: tuple[Path, int, int, Path]) -> str | None:
-    """Draw a page that is not there yet; returns what went wrong."""
+def render_page(job: tuple[Path, int, int, Path]) -> str | None:
+    """Render a page that is not there yet; returns the reason if that fails."""
     path, number, side, target = job
     return None if target.exists() else render(path, number, side, target)
 
@@ -234,7 +230,7 @@ def draw(job: tuple[Path, int, int, Path]) -> str | None:
 def find_queries(
     documents: dict[str, Document], pages: dict[str, tuple[str, int]]
 ) -> dict[str, Query]:
-    """Titles and terms of all documents; equal words are one query, with the pages of both."""
+    """Titles and index terms of all documents; equal words are one query, with all its pages."""
     queries: dict[str, Query] = {}
     for name, document in documents.items():
         for kind, texts in (("title", document.titles), ("term", document.terms)):
@@ -245,15 +241,15 @@ def find_queries(
     return {key: query for key, query in queries.items() if query.pages}
 
 
-def telling_words(texts: dict[str, str], count: int) -> dict[str, str]:
-    """The words of each text that are most its own, by tf-idf, in the order they come.
+def characteristic_words(texts: dict[str, str], count: int) -> dict[str, str]:
+    """The most characteristic words of each text, by tf-idf, in the order of the text.
 
-    >>> telling_words({"a": "the cat and the dog", "b": "the fox and a hen"}, 2)
+    >>> characteristic_words({"a": "the cat and the dog", "b": "the fox and a hen"}, 2)
     {'a': 'cat dog', 'b': 'fox a'}
     """
-    words = (
-        {key: re.findall(r"\w+", text.casefold()) for key, text in texts.items()} if count else {}
-    )
+    if not count:
+        return {}
+    words = {key: re.findall(r"\w+", text.casefold()) for key, text in texts.items()}
     found_in = Counter(word for some in words.values() for word in set(some))
     distinctive = {}
     for key, some in words.items():
@@ -264,7 +260,7 @@ def telling_words(texts: dict[str, str], count: int) -> dict[str, str]:
 
 
 def drafts(library: Library, num_negatives: int) -> Iterator[Draft]:
-    """A pair for each page and each query it answers: a page's queries come one after the other."""
+    """A pair for each page and each query that it answers; a page's queries are consecutive."""
     answers = library.answers()
 
     def item(page: str) -> dict[str, Any]:
@@ -274,18 +270,16 @@ def drafts(library: Library, num_negatives: int) -> Iterator[Draft]:
         for key in keys:
             yield {
                 "id": f"{key} -> {page}",
-                "query": {"text": library.asked_as(key)},
+                "query": {"text": library.query_text(key)},
                 "positive": item(page),
-                "negatives": [
-                    item(other) for other in near_misses(library, key, page)[:num_negatives]
-                ],
+                "negatives": list(map(item, misleading_pages(library, key, page)[:num_negatives])),
                 "asks": key,
                 "held_out_by": key,
             }
 
 
-def near_misses(library: Library, key: str, page: str) -> list[str]:
-    """Pages near one, or of its section, that do not answer: the nearest first."""
+def misleading_pages(library: Library, key: str, page: str) -> list[str]:
+    """Pages near a right page, or in its section, that do not answer; the nearest first."""
     name, number = library.pages[page]
     document = library.documents[name]
     near = {number + step for step in (-2, -1, 1, 2)} | set(document.section(number))
@@ -302,10 +296,10 @@ def near_misses(library: Library, key: str, page: str) -> list[str]:
 
 
 def benchmark(
-    library: Library, options: argparse.Namespace, settings: dict[str, Any]
+    library: Library, options: argparse.Namespace, settings: dict[str, Any], source: str
 ) -> RetrievalDraft:
     """The held-out queries over all pages."""
-    asked = {k: q for k, q in library.queries.items() if is_held_out(k, options.held_out)}
+    queries = {k: q for k, q in library.queries.items() if is_held_out(k, options.held_out)}
 
     def candidates() -> Iterator[Record]:
         for page in library.pages:
@@ -316,22 +310,21 @@ def benchmark(
         folder=options.out / "retrieval",
         candidates=candidates,
         queries=lambda: (
-            {"id": k, "text": library.asked_as(k), "kind": q.kind} for k, q in asked.items()
+            {"id": k, "text": library.query_text(k), "kind": q.kind} for k, q in queries.items()
         ),
-        judgements=lambda: ((k, page, 1) for k, q in asked.items() for page in q.pages),
+        judgements=lambda: ((k, page, 1) for k, q in queries.items() for page in q.pages),
         lists=None,
-        source=f"{len(library.documents)} PDFs of {options.where.resolve().name}",
+        source=source,
         settings={**settings, "held_out": options.held_out, "words": options.words},
         licence=options.licence or "",
     )
 
 
 def write_items(library: Library, path: Path) -> None:
-    """What is searched, as JSON Lines of items."""
+    """Write the pages as items, in JSON Lines."""
     lines = []
     for page in library.pages:
-        item = library.item(page)
-        item["image"] = item["image"].relative_to(path.parent).as_posix()
+        item = library.item(page) | {"image": f"{library.folder.name}/{page}"}
         lines.append(json.dumps({k: v for k, v in item.items() if v}, ensure_ascii=False) + "\n")
     write_text(path, "".join(lines))
 
@@ -349,12 +342,13 @@ def build(options: argparse.Namespace) -> None:
     kinds = Counter(query.kind for query in library.queries.values())
     print(f"queries: {kinds['title']:,} titles, {kinds['term']:,} terms")
     write_items(library, options.out / "items.jsonl")
+    source = f"{len(library.documents)} PDFs of {options.where.resolve().name}"
     make_and_print(
         Product(
             name=name_of(options),
             folder=options.out,
             drafts=partial(drafts, library, options.num_negatives),
-            source=f"{len(library.documents)} PDFs of {options.where.resolve().name}",
+            source=source,
             held_out=options.held_out,
             settings={
                 **settings,
@@ -367,7 +361,7 @@ def build(options: argparse.Namespace) -> None:
         options,
     )
     if options.held_out:
-        make_benchmark(benchmark(library, options, settings), options)
+        make_benchmark(benchmark(library, options, settings, source), options)
 
 
 def declare(parser: argparse.ArgumentParser) -> None:
@@ -387,10 +381,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Write the data; return the exit status."""
-    return main_of("pdf", __doc__, build, declare, argv)
-
+main = partial(main_of, "pdf", __doc__, build, declare)
 
 if __name__ == "__main__":
     sys.exit(main())

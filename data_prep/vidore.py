@@ -41,6 +41,8 @@ from typing import Any
 from metaembed_pl.data_prep._retrieval import Record, RetrievalDraft, run
 from metaembed_pl.data_prep._rows import read_rows
 from metaembed_pl.errors import UserError
+from metaembed_pl.evaluation.mmeb import VISDOC_OOD, VISRAG
+from metaembed_pl.evaluation.vidore import V1, V3, VIDORE_V2_SETS
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,9 @@ class Collection:
     """Datasets that are published together.
 
     Args:
-        organisation: that has them on the hub.
-        names: of the datasets there; their folders here are called the same.
-        split: the one that each of them has.
+        organisation: their owner on the hub.
+        names: of the datasets there, and of their folders here.
+        split: the only one that each of them has.
     """
 
     organisation: str
@@ -59,65 +61,18 @@ class Collection:
 
 
 SETS = {
-    "v1": Collection(
-        "vidore",
-        (
-            "arxivqa_test_subsampled_beir",
-            "docvqa_test_subsampled_beir",
-            "infovqa_test_subsampled_beir",
-            "tabfquad_test_subsampled_beir",
-            "tatdqa_test_beir",
-            "shiftproject_test_beir",
-            "syntheticDocQA_artificial_intelligence_test_beir",
-            "syntheticDocQA_energy_test_beir",
-            "syntheticDocQA_government_reports_test_beir",
-            "syntheticDocQA_healthcare_industry_test_beir",
-        ),
-    ),
-    "v2": Collection(
-        "vidore",
-        (
-            "esg_reports_human_labeled_v2",
-            "esg_reports_v2",
-            "biomedical_lectures_v2",
-            "economics_reports_v2",
-        ),
-    ),
-    "v3": Collection(
-        "vidore",
-        tuple(
-            f"vidore_v3_{domain}"
-            for domain in (
-                "finance_en",
-                "finance_fr",
-                "computer_science",
-                "hr",
-                "energy",
-                "industrial",
-                "pharmaceuticals",
-                "physics",
-            )
-        ),
-    ),
-    "visrag": Collection(
-        "openbmb",
-        tuple(
-            f"VisRAG-Ret-Test-{name}"
-            for name in ("ArxivQA", "ChartQA", "MP-DocVQA", "SlideVQA", "InfoVQA", "PlotQA")
-        ),
-        split="train",
-    ),
-    "visdoc_ood": Collection(
-        "VLM2Vec",
-        ("ViDoSeek-page-fixed", "ViDoSeek", "MMLongBench-page-fixed", "MMLongBench-doc"),
-    ),
+    "v1": Collection("vidore", tuple(V1)),
+    "v2": Collection("vidore", tuple(VIDORE_V2_SETS)),
+    "v3": Collection("vidore", tuple(f"vidore_v3_{domain}" for domain in V3)),
+    "visrag": Collection("openbmb", tuple(f"VisRAG-Ret-Test-{name}" for name in VISRAG), "train"),
+    "visdoc_ood": Collection("VLM2Vec", tuple(VISDOC_OOD)),
 }
 COLLECTION_OF = {name: collection for collection in SETS.values() for name in collection.names}
 TEXT_LAYER = "markdown"
 
 
 def read(where: str, part: str, split: str, *columns: str) -> Iterator[dict[str, Any]]:
-    """Rows of a configuration with the columns' names of v3: all others have hyphens in them."""
+    """Rows of a configuration, with column names as in v3: all others have hyphens in them."""
     for row in read_rows(where, f"{part}/{split}-*.parquet"):
         row = {name.replace("-", "_"): value for name, value in row.items()}
         missing = [name for name in columns if name not in row]
@@ -129,13 +84,13 @@ def read(where: str, part: str, split: str, *columns: str) -> Iterator[dict[str,
 
 
 def queries(where: str, split: str, limit: int | None) -> Iterator[Record]:
-    """The questions, with what else is known of them."""
+    """The questions, with their metadata."""
     for row in islice(read(where, "queries", split, "query_id", "query"), limit):
         yield {"id": str(row.pop("query_id")), "text": row.pop("query"), **metadata(row)}
 
 
 def candidates(where: str, split: str) -> Iterator[Record]:
-    """The pages, with what else is known of them."""
+    """The pages, with their metadata."""
     for row in read(where, "corpus", split, "corpus_id", "image"):
         image = (row.pop("image") or {}).get("bytes")
         text_layer = row.pop(TEXT_LAYER, None) or None
@@ -148,13 +103,13 @@ def candidates(where: str, split: str) -> Iterator[Record]:
 
 
 def judgements(where: str, split: str) -> Iterator[tuple[str, str, float]]:
-    """How right pages are."""
+    """The relevance of pages."""
     for row in read(where, "qrels", split, "query_id", "corpus_id", "score"):
         yield str(row["query_id"]), str(row["corpus_id"]), float(row["score"])
 
 
 def metadata(row: dict[str, Any]) -> Record:
-    """What JSON holds of a row; names with a meaning of their own are left out.
+    """The values of a row that JSON can hold, except those with reserved names.
 
     >>> metadata({"language": "french", "thumbnail": b"..", "text": "no", "page": None})
     {'language': 'french'}
@@ -171,7 +126,7 @@ def _is_json(value: Any) -> bool:
 
 
 def benchmarks(options: argparse.Namespace) -> Iterator[RetrievalDraft]:
-    """One retrieval set a dataset."""
+    """One retrieval set per dataset."""
     for name in wanted(options.subset or SETS):
         collection = COLLECTION_OF[name]
         where, split = f"{options.where or collection.organisation}/{name}", collection.split
@@ -189,7 +144,7 @@ def benchmarks(options: argparse.Namespace) -> Iterator[RetrievalDraft]:
 
 
 def wanted(chosen: Iterable[str]) -> list[str]:
-    """The datasets that are meant, each once.
+    """The chosen datasets, each once.
 
     >>> wanted(["esg_reports_v2", "v2"])[:2]
     ['esg_reports_v2', 'esg_reports_human_labeled_v2']
@@ -219,10 +174,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Write the sets; return the exit status."""
-    return run("vidore", __doc__, benchmarks, declare, argv)
-
+main = partial(run, "vidore", __doc__, benchmarks, declare)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -16,8 +16,8 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 
-from metaembed_pl.data.product import Draft, Product
-from metaembed_pl.data_prep._rows import read_rows
+from metaembed_pl.data.product import Product
+from metaembed_pl.data_prep._rows import page_drafts
 from metaembed_pl.data_prep._source import declare_source, run
 from metaembed_pl.errors import UserError
 
@@ -27,20 +27,8 @@ HUBS = {
 }
 
 
-def drafts(where: str, subset: str) -> Iterator[Draft]:
-    """The rows as pairs."""
-    rows = read_rows(where, "data/train-*.parquet", ("query", "image"))
-    for number, row in enumerate(rows):
-        image = (row["image"] or {}).get("bytes")
-        yield {
-            "id": f"{subset}:{number}",
-            "query": {"text": row["query"]},
-            "positive": {"image": image},
-        }
-
-
 def products(options: argparse.Namespace) -> Iterator[Product]:
-    """One folder of shards a dataset."""
+    """One folder of shards per dataset."""
     subsets = options.subset or tuple(HUBS)
     if options.where and len(subsets) > 1:
         raise UserError(f"--from is a single dataset: name it with --subset ({', '.join(HUBS)})")
@@ -49,7 +37,7 @@ def products(options: argparse.Namespace) -> Iterator[Product]:
         yield Product(
             name=subset,
             folder=options.out / subset,
-            drafts=partial(drafts, where, subset),
+            drafts=partial(page_drafts, where, "data/train-*.parquet", subset),
             source=where,
             settings={"from": where},
             note="The pictures keep the licences of the datasets that they come from.",
@@ -61,10 +49,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     declare_source(parser, "data", "", HUBS)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Write the shards; return the exit status."""
-    return run("visrag", __doc__, products, declare, argv)
-
+main = partial(run, "visrag", __doc__, products, declare)
 
 if __name__ == "__main__":
     sys.exit(main())

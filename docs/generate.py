@@ -145,8 +145,9 @@ def _of_class(path: str, kind: Any) -> Iterator[str]:
 
 
 def _meanings(kind: Any) -> dict[str, str]:
-    """The `Args` of a class's docstring; of a class that refers to another, that one's."""
-    found = {p.arg_name: p.description or "" for p in parse(kind.__doc__ or "").params}
+    """The `Args` of a class and its bases; of a class that refers to another, that one's."""
+    docs = (each.__dict__.get("__doc__") or "" for each in reversed(inspect.getmro(kind)))
+    found = {p.arg_name: p.description or "" for doc in docs for p in parse(doc).params}
     if not found and (other := re.search(r"See `(\w+)`", kind.__doc__ or "")):
         home = inspect.getmodule(kind)
         return _meanings(getattr(home, other[1]))

@@ -15,7 +15,7 @@ from metaembed_pl.evaluation.baselines import (
 )
 from metaembed_pl.evaluation.outcome import Outcome
 from metaembed_pl.evaluation.registry import open_benchmark
-from metaembed_pl.evaluation.run import Settings, evaluate
+from metaembed_pl.evaluation.run import EvaluationOptions, evaluate
 from metaembed_pl.item import Item
 from metaembed_pl.model.encoding import Pace
 
@@ -49,7 +49,7 @@ def root(tmp_path_factory):
 
 def metrics(model, root, out, budget):
     benchmark = open_benchmark(f"beir:{root}/sets", root)
-    found = evaluate(model, benchmark, [budget], Settings(root, out, Pace(4)))
+    found = evaluate(model, benchmark, [budget], EvaluationOptions(root, out, Pace(4)))
     return {key: value for key, value in found.metrics().items() if key.endswith(str(budget))}
 
 

@@ -61,7 +61,7 @@ def test_vidore_v2_has_seven_tasks_over_four_sets():
 
 
 def test_the_scripts_write_where_the_benchmarks_read():
-    subsets = prepared("mmeb_eval", "SUBSETS")
+    subsets = prepared("mmeb_eval", "SETS")
     assert {f"mmeb_eval/{name}" for name in subsets} == {task.folder for task in MMEB.tasks}
     collections = prepared("vidore", "SETS")
     for subset, collection in collections.items():

@@ -23,7 +23,7 @@ from metaembed_pl.errors import UserError  # noqa: E402
 from metaembed_pl.evaluation import mteb_tasks  # noqa: E402
 from metaembed_pl.evaluation.mteb import MtebEncoder  # noqa: E402
 from metaembed_pl.evaluation.registry import open_benchmark  # noqa: E402
-from metaembed_pl.evaluation.run import Settings, evaluate  # noqa: E402
+from metaembed_pl.evaluation.run import EvaluationOptions, evaluate  # noqa: E402
 from metaembed_pl.item import Item  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("default")  # mteb's own libraries warn
@@ -109,7 +109,9 @@ def ours(tmp_path_factory):
                     writer.list_candidates(id, LISTS[id])
     model = tiny.embedder()
     benchmark = open_benchmark(f"beir:{root}/sets", root)
-    found = evaluate(model, benchmark, model.groups, Settings(root, root / "out", dtype="fp32"))
+    found = evaluate(
+        model, benchmark, model.groups, EvaluationOptions(root, root / "out", dtype="fp32")
+    )
     return found.metrics()
 
 

@@ -15,7 +15,7 @@ from metaembed_pl.errors import UserError
 from metaembed_pl.evaluation.outcome import Outcome
 from metaembed_pl.evaluation.registry import open_benchmark
 from metaembed_pl.evaluation.report import write_report
-from metaembed_pl.evaluation.run import Settings, evaluate, parse_budgets
+from metaembed_pl.evaluation.run import EvaluationOptions, evaluate, parse_budgets
 from metaembed_pl.item import Item
 from metaembed_pl.late_interaction import nested_scores
 from metaembed_pl.model.encoding import Pace
@@ -58,7 +58,7 @@ def sets(tmp_path_factory):
 
 
 def settings(sets, out, **changes):
-    return Settings(sets, out, **{"pace": Pace(5), "dtype": "fp32", **changes})
+    return EvaluationOptions(sets, out, **{"pace": Pace(5), "dtype": "fp32", **changes})
 
 
 def evaluated(sets, out, name="pages", **changes):

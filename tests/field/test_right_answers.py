@@ -17,7 +17,7 @@ from metaembed_pl.data.shards import ShardedPairs
 from metaembed_pl.data_prep import pairs as pairs_script
 from metaembed_pl.errors import UserError
 from metaembed_pl.evaluation.registry import open_benchmark
-from metaembed_pl.evaluation.run import Settings, evaluate
+from metaembed_pl.evaluation.run import EvaluationOptions, evaluate
 from metaembed_pl.item import Item, Pair
 from metaembed_pl.ranking import ranking_metrics
 from metaembed_pl.retrieval.mining import RankedCandidate, Rules
@@ -58,7 +58,7 @@ def expected(model, queries, qrels, own_too=False):
 
 def scores(model, folder, out):
     outcome = evaluate(
-        model, open_benchmark(f"beir:{folder}", out), model.groups, Settings(out, out)
+        model, open_benchmark(f"beir:{folder}", out), model.groups, EvaluationOptions(out, out)
     )
     return {name: outcome.tasks[0].score("4x8", name) for name in ("ndcg@10", "recall@1")}
 

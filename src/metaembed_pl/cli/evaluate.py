@@ -125,7 +125,7 @@ def _evaluate(args: argparse.Namespace) -> "Outcome | None":
     from metaembed_pl.evaluation.registry import open_benchmark
 
     benchmark = open_benchmark(args.benchmark, args.data)
-    from metaembed_pl.evaluation.run import Settings, evaluate, parse_budgets
+    from metaembed_pl.evaluation.run import EvaluationOptions, evaluate, parse_budgets
     from metaembed_pl.model.identity import identity_of
     from metaembed_pl.ranks import connected_ranks
 
@@ -138,7 +138,7 @@ def _evaluate(args: argparse.Namespace) -> "Outcome | None":
         name = benchmark.name.replace(":", "-").replace("/", "-").strip("-.")
         out = args.out or Path("evaluations") / f"{name}-{identity_of(model)[:8]}"
         with _progress(rank) as on_progress:
-            settings = Settings(args.data, out, pace, args.store_dtype, on_progress)
+            settings = EvaluationOptions(args.data, out, pace, args.store_dtype, on_progress)
             outcome = evaluate(model, benchmark, budgets, settings)
         report_truncation(model)
         if outcome is not None:

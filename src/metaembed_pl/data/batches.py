@@ -1,10 +1,9 @@
-"""One rank's batches: of training, as the plan has them, and of an evaluation set."""
+"""One rank's batches: training batches by the plan, and batches of an evaluation set."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
-from typing import Literal
 
 import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
@@ -14,6 +13,7 @@ from metaembed_pl.data.collate import (
     EvalBatch,
     Instructions,
     Preprocess,
+    Side,
     TrainBatch,
     chosen_negatives,
     collate,
@@ -28,9 +28,9 @@ from metaembed_pl.item import Pair
 
 
 class TrainingBatches(IterableDataset):
-    """The batches of steps `first` to `last` that fall to one rank.
+    """One rank's batches of the steps from `first` to `last`.
 
-    A pair that cannot be read or decoded is replaced by the next one of its source that can.
+    A pair that cannot be read or decoded is replaced by the next usable one of its source.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class TrainingBatches(IterableDataset):
         return batch
 
     def _costs(self, batch: PlannedBatch) -> list[int]:
-        """About how many tokens each candidate has, with its questions and their negatives."""
+        """Estimated tokens of each candidate, with its questions and their hard negatives."""
         return [
             sum(self._cost(batch, number, position) for number, position in enumerate(positions))
             for positions in batch.questions
@@ -95,7 +95,7 @@ class TrainingBatches(IterableDataset):
         return length(pair.query, "query") + sum(length(item, "candidate") for item in candidates)
 
     def _usable(self, source: int, positions: list[int], step: int, faults: list) -> list[Pair]:
-        """Those of a candidate's pairs that can be used; where none can, the next one that can."""
+        """The usable pairs of a candidate; if there are none, the next usable pair."""
         found: list[Pair] = []
         total = len(self.sources[source])
         choose = partial(chosen_negatives, count=self.num_negatives[source], turn=step)
@@ -119,7 +119,7 @@ class TrainingBatches(IterableDataset):
 
     @contextmanager
     def _noting_faults(self, source: int, position: int, faults: list) -> Iterator[None]:
-        """Notes why a pair cannot be used, instead of raising it."""
+        """Record why a pair cannot be used, instead of raising the error."""
         try:
             yield
         except Unreachable:
@@ -133,8 +133,8 @@ class TrainingBatches(IterableDataset):
 class EvaluationBatches(Dataset):
     """One rank's batches of an evaluation set: first the candidates, then the queries.
 
-    Every rank has equally many, so that no collective waits: the last ones may repeat an item,
-    which the metric, going by index, counts once.
+    Every rank has equally many, so that collectives match: the last batches may repeat items, which
+    the metric counts once, by their index.
     """
 
     def __init__(
@@ -146,11 +146,8 @@ class EvaluationBatches(Dataset):
         num_ranks: int = 1,
     ):
         self.pool, self.process = pool, process
-        counts: dict[Literal["query", "candidate"], int] = {
-            "candidate": len(pool.candidates),
-            "query": len(pool.queries),
-        }
-        self.batches: list[tuple[Literal["query", "candidate"], list[int]]] = [
+        counts: dict[Side, int] = {"candidate": len(pool.candidates), "query": len(pool.queries)}
+        self.batches: list[tuple[Side, list[int]]] = [
             (side, indices)
             for side, count in counts.items()
             for indices in _dealt(count, batch_size, rank, num_ranks)

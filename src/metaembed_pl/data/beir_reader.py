@@ -3,11 +3,11 @@
 import json
 import logging
 import math
-import unicodedata
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 from metaembed_pl.data.retrieval_set import RetrievalSet
 from metaembed_pl.errors import UserError
@@ -23,14 +23,14 @@ HEADER = ("query-id", "corpus-id", "score")
 class StoredItems(Sequence[Item]):
     """The items of a `corpus.jsonl` or `queries.jsonl`, by number.
 
-    Every line is read and checked once; then only ids and places stay in memory, so that a million
-    pages with their text take some 100 MB, and an instance is cheap to send to workers.
+    Every line is read and checked once; then only ids and offsets stay in memory: some 100 MB for a
+    million pages with their text. An instance is cheap to send to workers.
 
     Args:
-        path: the file; image paths start at its folder and may not leave it.
+        path: the file; image paths are relative to its folder and may not leave it.
 
     Raises:
-        UserError: a missing file, or a line that holds no item; names file and line.
+        UserError: the file is missing, or a line is not a valid item; names file and line.
     """
 
     def __init__(self, path: Path) -> None:
@@ -57,7 +57,7 @@ class StoredItems(Sequence[Item]):
         return _item_of(self.record(i), self.path.parent)
 
     def record(self, i: int) -> dict[str, Any]:
-        """All that the line of item `i` says."""
+        """The JSON of item `i`, metadata included."""
         with self.path.open("rb") as file:
             file.seek(self._starts[i])
             return json.loads(file.readline().decode("utf-8-sig"))
@@ -76,24 +76,24 @@ def read_retrieval_set(
     where: Mapping[str, str] | None = None,
     strict: bool = False,
 ) -> RetrievalSet:
-    """Read a retrieval set. Its pictures stay in their files until they are asked for.
+    """Read a retrieval set. Its pictures are read from their files when they are needed.
 
-    A score above 0 makes a candidate right, and is its gain. Of judgements that stand twice the
-    highest counts. Queries without a right candidate are left out and counted, as in pytrec_eval.
-    Judgements of a candidate that the corpus lacks are counted and reported; nobody finds it, as in
-    BEIR and mteb. A query that stands in the corpus under its own id, with its own text, does not
-    search itself there, nor does any of a set whose manifest has `"ignore_identical_ids": true`.
+    A score above 0 makes a candidate right, and is its gain; of repeated judgements the highest
+    counts. Queries without a right candidate are left out and counted, as in pytrec_eval.
+    Judgements of a candidate that the corpus lacks are counted and reported; no query finds it, as
+    in BEIR and mteb. A query that is also in the corpus, with the same id and text, is left out of
+    its own results; with `"ignore_identical_ids": true` in the manifest the id alone decides.
 
     Args:
-        folder: in the layout above; a plain BEIR download is one.
-        name: how metrics call it; None takes the manifest's, or else the folder's.
+        folder: in the layout of beir.py; a plain BEIR download has it.
+        name: in metrics; None takes the manifest's, or else the folder's.
         split: of `qrels` and `candidates`.
         where: keep only queries with these values in their metadata, such as a language.
-        strict: refuse judgements and lists that name what is not there.
+        strict: refuse judgements and lists with unknown ids.
 
     Raises:
-        UserError: a file missing, a line that is not valid, ids that do not match, a candidate list
-            without the positive; names the file, and the line or the id.
+        UserError: a file is missing, a line is not valid, ids do not match, or a candidate list
+            lacks a right candidate; names the file, and the line or the id.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -106,35 +106,36 @@ def read_retrieval_set(
     gains = _read_judgements(folder, split, *places, unknown)
     lists = _read_lists(folder, split, *places, unknown)
     unknown.warn()
-    wanted = [i for i in range(len(queries)) if not where or _matches(queries.record(i), where)]
+    wanted = list(range(len(queries)))
+    if where:
+        wanted = [i for i in wanted if where.items() <= queries.record(i).items()]
     if not wanted:
         raise UserError(f"{queries.path}: none of {len(queries)} queries has {where}")
-    asked = [query for query in wanted if query in gains]
-    manifest = _read_manifest(folder)
+    judged = [query for query in wanted if query in gains]
+    manifest = read_json_object(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
     name = name or str(manifest.get("name") or folder.resolve().name)
-    if not any(index >= 0 for query in asked for index in gains[query]):
+    if not any(index >= 0 for query in judged for index in gains[query]):
         raise UserError(
             f"{name}: not one of {len(wanted)} queries has a candidate with a score above 0 in "
             f"qrels/{split}.tsv"
         )
-    num_left_out = len(wanted) - len(asked)
+    num_left_out = len(wanted) - len(judged)
     if num_left_out:
         log.info("%s: %d queries have no right candidate and are excluded", name, num_left_out)
     if lists is not None:
-        _check_lists(
-            folder, split, queries.ids, candidates.ids, {q: gains[q] for q in asked}, lists
-        )
-    itself = _itself(name, queries, candidates, asked, places[1], manifest)
-    for query, same in zip(asked, itself or (), strict=False):
+        file = folder / "candidates" / f"{split}.jsonl"
+        _check_lists(file, queries.ids, candidates.ids, {q: gains[q] for q in judged}, lists)
+    itself = _itself(name, queries, candidates, judged, places[1], manifest)
+    for query, same in zip(judged, itself or (), strict=False):
         if same in gains[query]:  # right, and not to be found
             gains[query][min([0, *gains[query]]) - 1] = gains[query].pop(same)
     return RetrievalSet(
         name,
-        [queries[query] for query in asked],
+        [queries[query] for query in judged],
         candidates,
-        [sorted(gains[query]) for query in asked],
-        [[gains[query][index] for index in sorted(gains[query])] for query in asked],
-        None if lists is None else [lists[query] for query in asked],
+        [sorted(gains[query]) for query in judged],
+        [[gains[query][index] for index in sorted(gains[query])] for query in judged],
+        None if lists is None else [lists[query] for query in judged],
         num_left_out,
         itself,
     )
@@ -144,20 +145,20 @@ def _itself(
     name: str,
     queries: StoredItems,
     candidates: StoredItems,
-    asked: list[int],
+    judged: list[int],
     places: Mapping[str, int],
     manifest: Mapping[str, Any],
 ) -> list[int] | None:
-    """For each query the candidate that it is itself, or -1."""
+    """For each query its own place among the candidates, or -1."""
     wanted = manifest.get("ignore_identical_ids")
     if wanted is False:
         return None
     found, others = [], 0
-    for query in asked:
+    for query in judged:
         same = places.get(queries.ids[query], -1)
         if same >= 0 and not wanted:
-            said = [side.record(i) for side, i in ((queries, query), (candidates, same))]
-            if any(said[0].get(key) != said[1].get(key) for key in ("text", "image")):
+            one, other = queries.record(query), candidates.record(same)
+            if any(one.get(key) != other.get(key) for key in ("text", "image")):
                 same, others = -1, others + 1
         found.append(same)
     count = sum(same >= 0 for same in found)
@@ -201,7 +202,7 @@ def _read_judgements(
     candidates: Mapping[str, int],
     unknown: "_Unknown",
 ) -> dict[int, dict[int, float]]:
-    """For each query that has any, its right candidates and their gains; below 0: not there."""
+    """The right candidates of each query with their gains; unknown ids have numbers below 0."""
     path = folder / "qrels" / f"{split}.tsv"
     gains: dict[int, dict[int, float]] = {}
     _refuse_missing(path)
@@ -250,7 +251,7 @@ def _read_lists(
     candidates: Mapping[str, int],
     unknown: "_Unknown",
 ) -> dict[int, list[int]] | None:
-    """For each query its own candidates, each once; None where all search the entire pool."""
+    """For each query its own candidates, each once; None if all search the entire pool."""
     path = folder / "candidates" / f"{split}.jsonl"
     if not path.exists():
         return None
@@ -270,41 +271,35 @@ def _read_lists(
 
 
 def _check_lists(
-    folder: Path,
-    split: str,
+    file: Path,
     query_ids: Sequence[str],
     candidate_ids: Sequence[str],
     gains: Mapping[int, Mapping[int, float]],
     lists: Mapping[int, list[int]],
 ) -> None:
-    path = folder / "candidates" / f"{split}.jsonl"
     for query, right in gains.items():
         id = query_ids[query]
         if query not in lists:
-            raise UserError(f"{path} has no list for query {id!r}: every query needs one")
+            raise UserError(f"{file} has no list for query {id!r}: every query needs one")
         missing = {index for index in right if index >= 0} - set(lists[query])
         if missing:
             raise UserError(
-                f"{path}: the list of query {id!r} does not contain "
-                f"{candidate_ids[min(missing)]!r}, a right answer in qrels/{split}.tsv"
+                f"{file}: the list of query {id!r} does not contain "
+                f"{candidate_ids[min(missing)]!r}, a right answer in qrels/{file.stem}.tsv"
             )
 
 
 def _places(ids: Sequence[str]) -> dict[str, int]:
-    """The place of each id; also by its composed form, where that is another."""
-    composed = {_composed(id): i for i, id in enumerate(ids) if not id.isascii()}
+    """The number of each id, and of its composed form if that differs."""
+    composed = {normalize("NFC", id): i for i, id in enumerate(ids) if not id.isascii()}
     return composed | {id: i for i, id in enumerate(ids)}
 
 
-def _composed(id: str) -> str:
-    return unicodedata.normalize("NFC", id)
-
-
 class _Unknown:
-    """Ids that judgements and lists name and no file has; each gets a number below 0.
+    """Ids in judgements and lists that are in no file; each gets a number below 0.
 
     Args:
-        strict: refuse the first one.
+        strict: refuse them.
     """
 
     def __init__(self, strict: bool):
@@ -312,8 +307,8 @@ class _Unknown:
         self._found: dict[tuple[str, str], tuple[int, str]] = {}
 
     def place(self, places: Mapping[str, int], id: str, file: str, where: str) -> int:
-        """Where an id stands among those of a file."""
-        index = places.get(id, places.get(_composed(id)))
+        """The number of an id in a file."""
+        index = places.get(id, places.get(normalize("NFC", id)))
         if index is not None:
             return index
         if self._strict:
@@ -321,7 +316,7 @@ class _Unknown:
         return self._found.setdefault((file, id), (-1 - len(self._found), where))[0]
 
     def warn(self) -> None:
-        """Say how many there were."""
+        """Log how many there are."""
         for file in (QUERIES, CORPUS):
             found = [(id, where) for (of, id), (_, where) in self._found.items() if of == file]
             if found:
@@ -334,17 +329,8 @@ class _Unknown:
                 )
 
 
-def _matches(record: Mapping[str, Any], where: Mapping[str, str]) -> bool:
-    return all(record.get(key) == value for key, value in where.items())
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST
-    return read_json_object(path) if path.exists() else {}
-
-
 def _read_records(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
-    """The number, the first byte and the content of each line that is not blank."""
+    """The number, the offset and the content of each line that is not blank."""
     _refuse_missing(path)
     for number, start, record in json_lines(path):
         if not isinstance(record, dict):

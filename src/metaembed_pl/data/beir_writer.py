@@ -20,23 +20,20 @@ _OURS = ("_id", "text", "image", "title", "instruction")
 class RetrievalSetWriter:
     """Writes a retrieval set, item by item; used in a `with` block.
 
-    The folder appears when the block ends without an error, complete and read back, or not at all.
-    Pictures are named by their content, so that one that comes twice is stored once.
+    The folder appears when the block ends without an error, complete and verified, or not at all.
+    Pictures are named by their content, so that repeated ones are stored once.
 
     Args:
-        folder: where the set shall stand.
-        name: how metrics call it.
+        folder: the output folder.
+        name: of the set, in metrics.
         split: of the judgements and lists.
-        licence: of the data; it and the next three are kept in the manifest.
-        attribution: whom to credit.
-        source: where the data are from.
-        note: anything else.
+        licence, attribution, source, note: for the manifest, so that they travel with the data.
         settings: how the set was made, for the manifest.
-        overwrite: replace a set that stands there already.
+        overwrite: replace an existing set.
 
     Raises:
-        UserError: the folder exists, or is no retrieval set to overwrite; at the end of the block,
-            whatever `read_retrieval_set` finds wrong.
+        UserError: the folder exists, or is not a retrieval set that may be overwritten; at the end
+            of the block, any fault that `read_retrieval_set` finds.
     """
 
     def __init__(
@@ -80,7 +77,7 @@ class RetrievalSetWriter:
         """Add a candidate under its `uid`: its id, or a hash of its content.
 
         Raises:
-            UserError: a uid that was added before, a picture that cannot be read.
+            UserError: the uid was added before, or the picture cannot be read.
         """
         self._add(item, CORPUS, self.candidate_ids, metadata)
 
@@ -89,14 +86,14 @@ class RetrievalSetWriter:
         self._add(item, QUERIES, self.query_ids, metadata)
 
     def judge(self, query_id: str, candidate_id: str, score: float = 1) -> None:
-        """Say how right a candidate is; 0 or less says that it is wrong."""
+        """Record how relevant a candidate is; 0 or less: not at all."""
         file = f"qrels/{self.split}.tsv"
         if file not in self._files:
             self._write(file, "\t".join(HEADER))
         self._write(file, f"{query_id}\t{candidate_id}\t{score:g}")
 
     def list_candidates(self, query_id: str, candidate_ids: Iterable[str]) -> None:
-        """Say which candidates a query searches; then every query needs such a list."""
+        """Record the candidates that a query searches; then every query needs such a list."""
         line = {"query-id": query_id, "corpus-ids": list(candidate_ids)}
         self._write(f"candidates/{self.split}.jsonl", _json(line))
 

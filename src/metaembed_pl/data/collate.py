@@ -1,7 +1,7 @@
 """Pairs -> batches of tensors.
 
-Shape letters: Q queries, K ids that are right for one, C candidates, A ids that one answers,
-M hard negatives of all queries, N the most of one query, B rows.
+Shape letters: Q queries, K right ids of a query, C candidates, A ids that a candidate answers,
+M hard negatives of all queries, N most hard negatives of a query, B rows.
 """
 
 import math
@@ -19,23 +19,23 @@ from metaembed_pl.item import Item, Pair, stable_hash
 
 Side = Literal["query", "candidate"]
 NOTHING_ASKED = -2
-"""Fills `asks` of queries for which fewer ids are right; no candidate answers it."""
+"""Pads `asks` of queries with fewer right ids; no candidate answers it."""
 
 
 @dataclass
 class WithTensors:
-    """Says how tensors inside it move.
+    """Moves the tensors inside it.
 
-    Lightning and torch look for these methods; without them, the one would look for tensors in each
-    key of each pair, the other would pin nothing.
+    Lightning and torch look for these methods; without them, Lightning would look for tensors in
+    each key of each pair, and torch would pin nothing.
     """
 
     def to(self, device: torch.device) -> Self:
-        """A copy whose tensors are on the device; on a GPU without waiting for them."""
+        """A copy with its tensors on the device; copies to a GPU are asynchronous."""
         return _changed(self, lambda t: t.to(device, non_blocking=device.type == "cuda"))
 
     def pin_memory(self) -> Self:
-        """A copy whose tensors a GPU can fetch while it computes."""
+        """A copy with its tensors in pinned memory."""
         return _changed(self, Tensor.pin_memory)
 
 
@@ -54,18 +54,18 @@ def _changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 @dataclass
 class Chunk(WithTensors):
-    """Some rows of a batch, encoded by themselves.
+    """Some rows of a batch, which are encoded together.
 
     Args:
-        rows: which rows of the batch.
-        inputs: processed, in this order.
+        rows: their numbers in the batch.
+        inputs: tensors of these rows, in this order.
     """
 
     rows: Int[Tensor, " b"]
     inputs: dict[str, Tensor]
 
     def inputs_on(self, device: torch.device, but: Sequence[str] = ()) -> dict[str, Tensor]:
-        """The inputs on a device, `but` for those that stay where they are."""
+        """The inputs on a device; those named in `but` stay where they are."""
         return {
             name: tensor if name in but else tensor.to(device, non_blocking=True)
             for name, tensor in self.inputs.items()
@@ -73,7 +73,7 @@ class Chunk(WithTensors):
 
 
 Inputs = dict[str, Tensor] | list[Chunk]
-"""Processed rows: in one piece, or in chunks of like length."""
+"""Processed rows: in one piece, or in chunks of similar length."""
 
 
 class Preprocess(Protocol):
@@ -82,23 +82,23 @@ class Preprocess(Protocol):
     cut: "Cut"
 
     def __call__(self, items: Sequence[Item], side: Side) -> dict[str, Tensor]:
-        """Tensors of a batch of items of one side."""
+        """Tensors of a batch of queries, or of candidates."""
         ...
 
     def in_chunks(
         self, items: Sequence[Item], side: Side, max_tokens: int | None = None
     ) -> list[Chunk]:
-        """The same in chunks of like length, of at most so many tokens, padding included."""
+        """The same in chunks of similar length, with at most so many tokens, padding included."""
         ...
 
     def rough_length(self, item: Item, side: Side) -> int:
-        """About how many tokens an item's row has; nothing is decoded."""
+        """Estimated number of tokens of an item's row; pictures are not decoded."""
         ...
 
 
 @dataclass
 class Cut:
-    """How many texts were read, how many of them were cut, and how much of them.
+    """Counts of texts that were truncated.
 
     >>> Cut(3, 1, 100, 25, 32)
     1 of 3 texts are longer than 32 tokens and were cut there: 25.0 % of all tokens are not read
@@ -111,7 +111,7 @@ class Cut:
     limit: int = 0
 
     def note(self, lengths: Sequence[int], limit: int) -> None:
-        """Texts of so many tokens were read up to a limit."""
+        """Add texts of so many tokens each, truncated at a limit."""
         lost = [length - limit for length in lengths if length > limit]
         self += Cut(len(lengths), len(lost), sum(lengths), sum(lost), limit)
 
@@ -130,26 +130,26 @@ class Cut:
 
 @dataclass
 class TrainBatch(WithTensors):
-    """One rank's part of a global batch: candidates, and one or more questions to each.
+    """One rank's part of a global batch: candidates, each with one or more questions.
 
     Args:
-        source: where all its pairs come from.
+        source: the source of all its pairs.
         step: its number in the plan, counted over the entire run.
-        keys: names of its pairs, for error messages.
+        keys: ids of its pairs, for error messages.
         queries: processed queries, Q rows.
         candidates: processed candidates, C + M rows: the positives, then the hard negatives.
         positive_of: the candidate of each query.
-        negatives_of: which hard negatives each query is compared with, filled up with -1; None
-            where there are none at all.
-        asks: what is right for each query: ids, the content of its own positive, and the question
-            itself; padded with NOTHING_ASKED.
-        answers: what each positive answers: ids, its content, and the questions it stands with.
-        negative_answers: what each hard negative answers; None where there are none.
-        scores: what `mine` or a teacher says of each query with its positive and its hard
-            negatives: NaN where nothing is said, -infinity where there is no such negative. None:
-            nothing is said of any.
+        negatives_of: the hard negatives that each query is compared with, padded with -1; None if
+            there are none at all.
+        asks: hashes of what is right for each query: ids, the content of its own positive, and the
+            question itself; padded with NOTHING_ASKED.
+        answers: hashes of what each positive answers: ids, its content, and its own questions.
+        negative_answers: likewise for each hard negative; None if there are none.
+        scores: scores by `mine` or a teacher of each query with its positive and its hard
+            negatives: NaN without a score, -infinity where there is no such negative. None: there
+            are no scores.
         faults: (shard, key, reason) of pairs that could not be used and were replaced.
-        cut: of its texts.
+        cut: counts of its truncated texts.
     """
 
     source: str
@@ -172,7 +172,7 @@ class TrainBatch(WithTensors):
         return len(self.answers)
 
     def loss_inputs(self, candidates: Float[Tensor, "_ Rc D"]) -> dict[str, Tensor | None]:
-        """What `MMRLoss` takes beside the queries, from the embeddings of `candidates`."""
+        """The arguments of `MMRLoss` after the queries, from the embeddings of `candidates`."""
         found: dict[str, Tensor | None] = {
             "positives": candidates[: self.num_positives],
             "positive_of": self.positive_of,
@@ -188,7 +188,7 @@ class TrainBatch(WithTensors):
 
 @dataclass
 class EvalBatch(WithTensors):
-    """Some queries or candidates of an evaluation set; `index` says which."""
+    """Some queries or candidates of an evaluation set, with their numbers in it."""
 
     dataset: str
     side: Side
@@ -197,7 +197,7 @@ class EvalBatch(WithTensors):
 
 
 def decoded(pair: Pair) -> Pair:
-    """The pair with its pictures decoded, so that a broken one shows now.
+    """The pair with its pictures decoded, so that a broken one is noticed now.
 
     Raises:
         UserError: a picture does not decode.
@@ -212,11 +212,11 @@ def decoded(pair: Pair) -> Pair:
 
 @dataclass(frozen=True)
 class Instructions:
-    """What a source tells the model to do with its items.
+    """The instructions of a source.
 
     Args:
-        query: read before the text of each query that has no instruction of its own.
-        candidate: likewise, of positives and hard negatives.
+        query: precedes the text of each query that has no instruction of its own.
+        candidate: likewise, for positives and hard negatives.
 
     Raises:
         UserError: one is empty.
@@ -256,7 +256,7 @@ class Instructions:
 
 
 def chosen_negatives(available: int, count: int, turn: int) -> list[int]:
-    """Which of a pair's hard negatives are used: others each time it comes round.
+    """The numbers of the hard negatives to use: they rotate each time a pair is used.
 
     Args:
         available: how many it has.
@@ -270,10 +270,10 @@ def chosen_negatives(available: int, count: int, turn: int) -> list[int]:
 
 
 def with_positive_of(pair: Pair, first: Pair) -> Pair:
-    """The pair with the positive of another question to the same candidate: it is decoded once.
+    """The pair with the positive of another pair of the same candidate, which is decoded once.
 
     Raises:
-        UserError: the two share the candidate's id, and what it shows differs; names both.
+        UserError: the two share the candidate's id, but not its content; names both.
 
     >>> apple, pear = Item("apple", id="1"), Item("pear", id="1")
     >>> with_positive_of(Pair("b", Item("r"), pear), Pair("a", Item("q"), apple))
@@ -299,18 +299,18 @@ def collate(
     in_chunks: bool = False,
     max_chunk_tokens: int | None = None,
 ) -> TrainBatch:
-    """One batch: for each candidate the pairs that ask it something.
+    """One batch, from the pairs of each candidate.
 
-    Everything is encoded once: a positive however often it is asked, and equal hard negatives.
-    Nothing is added where a pair has fewer hard negatives than others.
+    Everything is encoded once: a positive of several pairs, and equal hard negatives. Nothing is
+    added if a pair has fewer hard negatives than others.
 
     Args:
         questions: at least one pair for each candidate.
-        process: what makes tensors of items.
+        process: turns items into tensors.
         source: the name of their source.
         step: of the plan.
-        in_chunks: rows come in chunks of like length, instead of in one piece.
-        max_chunk_tokens: likewise, in chunks of at most so many tokens.
+        in_chunks: make chunks of rows of similar length, instead of one piece.
+        max_chunk_tokens: make chunks of at most so many tokens.
     """
 
     def processed(items: list[Item], side: Side) -> Inputs:
@@ -318,8 +318,8 @@ def collate(
             return process(items, side)
         return process.in_chunks(items, side, max_chunk_tokens)
 
-    pairs = [pair for asked in questions for pair in asked]
-    positives = [asked[0].positive for asked in questions]
+    pairs = [pair for group in questions for pair in group]
+    positives = [group[0].positive for group in questions]
     negatives, rows = _distinct([pair.negatives for pair in pairs])
     return TrainBatch(
         source=source,
@@ -327,26 +327,26 @@ def collate(
         keys=[pair.id for pair in pairs],
         queries=processed([pair.query for pair in pairs], "query"),
         candidates=processed([*positives, *negatives], "candidate"),
-        positive_of=torch.tensor([c for c, asked in enumerate(questions) for _ in asked]),
+        positive_of=torch.tensor([c for c, group in enumerate(questions) for _ in group]),
         negatives_of=_padded(rows) if negatives else None,
         asks=_padded(map(_relevant_hashes, pairs), NOTHING_ASKED),
-        answers=_padded(map(_answers_to, questions)),
+        answers=_padded(map(_answers_of, questions)),
         negative_answers=_padded(map(_answer_hashes, negatives)) if negatives else None,
         scores=_scores(pairs),
     )
 
 
 def _scores(pairs: Sequence[Pair]) -> Float[Tensor, "Q _"] | None:
-    """What is said of each pair's positive and of its hard negatives."""
+    """The scores of each pair's positive and of its hard negatives."""
     rows = [[item.score for item in (pair.positive, *pair.negatives)] for pair in pairs]
     if all(score is None for row in rows for score in row):
         return None
-    said = [torch.tensor([math.nan if s is None else s for s in row]) for row in rows]
-    return pad_sequence(said, batch_first=True, padding_value=-math.inf)
+    scores = [torch.tensor([math.nan if s is None else s for s in row]) for row in rows]
+    return pad_sequence(scores, batch_first=True, padding_value=-math.inf)
 
 
 def _distinct(items: Sequence[Sequence[Item]]) -> tuple[list[Item], list[list[int]]]:
-    """The different ones of all items, and the numbers of each group's.
+    """The distinct items of all groups, and the numbers of each group's items.
 
     >>> _distinct([[Item("a"), Item("b")], [Item("a")]])[1]
     [[0, 1], [0]]
@@ -366,22 +366,21 @@ def _distinct(items: Sequence[Sequence[Item]]) -> tuple[list[Item], list[list[in
 
 
 def _relevant_hashes(pair: Pair) -> list[int]:
-    """What is right for a pair's query: ids, what its positive shows, what the question names."""
-    right = (*pair.relevant_ids, pair.positive.content, pair.question)
-    return [stable_hash(name) for name in right]
+    """Hashes of what is right for a query: ids, its positive's content, and the question itself."""
+    return list(map(stable_hash, (*pair.relevant_ids, pair.positive.content, pair.question)))
 
 
-def _answers_to(asked: Sequence[Pair]) -> list[int]:
-    """What a positive answers, by what any of its pairs says, and the questions themselves.
+def _answers_of(pairs: Sequence[Pair]) -> list[int]:
+    """Hashes of what a positive answers according to any of its pairs, and of their questions.
 
-    The same question may stand with another positive elsewhere in the global batch.
+    The same question may come with another positive elsewhere in the global batch.
     """
-    found = [answer for pair in asked for answer in _answer_hashes(pair.positive)]
-    return list(dict.fromkeys([*found, *(stable_hash(pair.question) for pair in asked)]))
+    found = [answer for pair in pairs for answer in _answer_hashes(pair.positive)]
+    return list(dict.fromkeys([*found, *(stable_hash(pair.question) for pair in pairs)]))
 
 
 def _answer_hashes(item: Item) -> list[int]:
-    return [stable_hash(answer) for answer in (*item.answer_ids, item.content)]
+    return list(map(stable_hash, (*item.answer_ids, item.content)))
 
 
 def _padded(rows: Iterable[Sequence[int]], padding: int = -1) -> Int[Tensor, "B A"]:

@@ -16,11 +16,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from metaembed_pl.data.batches import EvaluationBatches, TrainingBatches
-from metaembed_pl.data.collate import (
-    Cut,
-    Preprocess,
-    TrainBatch,
-)
+from metaembed_pl.data.collate import Cut, Preprocess, TrainBatch
 from metaembed_pl.data.plan import Plan, PlannedSource
 from metaembed_pl.data.recipe_sources import EvalSource, Questions, TrainSource, open_eval_set
 from metaembed_pl.data.recipe_tables import RecipeTable
@@ -33,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 class _ResumingLoader(Loader):
-    """Asks where to start each time it is iterated, and tells Lightning the steps of an epoch."""
+    """Starts at the plan's next step each time it is iterated; its length is that of an epoch."""
 
     def __init__(self, dataset: TrainingBatches, data: "RetrievalDataModule", **kwargs: Any):
         super().__init__(dataset, batch_size=None, **kwargs)
@@ -53,21 +49,20 @@ class RetrievalDataModule(pl.LightningDataModule):
     """Training sources and evaluation sets.
 
     Args:
-        train: what to train on.
-        val: what to validate on during training.
-        test: what to test on at the end; None: all of what `val` may have only a part of.
+        train: sources to train on.
+        val: sources to validate on during training.
+        test: sources to test on at the end; None: those of `val`, complete.
         global_batch_size: candidates of a step over all ranks, each with one or more queries; a
             query's in-batch negatives are the candidates of the others.
         eval_batch_size: items at a time in validation; changes speed and memory only.
-        num_negatives: hard negatives per query, where a source does not say.
-        questions: queries that come with a candidate, where a source does not say; see
-            `TrainSource`.
+        num_negatives: hard negatives per query, for sources without their own number.
+        questions: queries per candidate, for sources without their own number; see `TrainSource`.
         num_workers: processes that prepare batches on each rank; changes speed only. None: on GPUs
             as many as there are cores for, up to 8; else 1.
-        seed: the order of the pairs.
-        steps_per_epoch: None: as many as all pairs make.
+        seed: determines the order of the pairs.
+        steps_per_epoch: None: one pass over all pairs.
         open_shards: see `Plan`.
-        max_bad_samples: the run stops when more different pairs than this cannot be used.
+        max_bad_samples: the run stops if more different pairs than this cannot be used.
         mixing_temperature: flattens the shares of sources without weights; see `Plan`.
     """
 
@@ -94,7 +89,7 @@ class RetrievalDataModule(pl.LightningDataModule):
         least = {"num_negatives": 0, "first_step": 0, "last_step": 1}
         least |= {"max_queries": 1, "max_candidates": 1}
         for source in [*(train or []), *(val or []), *(test or [])]:
-            _ = source.table  # refuses what no table has
+            _ = source.table  # refuses invalid keys of tables
             for name in least.keys() & vars(source):
                 counts[f"{source.path}: {name}"] = (getattr(source, name), least[name])
         for name, (count, at_least) in counts.items():
@@ -122,7 +117,7 @@ class RetrievalDataModule(pl.LightningDataModule):
         self.eval_sets: dict[str, list[RetrievalSet]] = {}
 
     def prepare_data(self) -> None:
-        """Makes shards of tables: one process of each machine does, and the others wait."""
+        """Make shards of tables: one process on each machine does it, and the others wait."""
         for table in self.tables():
             table.make()
 
@@ -132,7 +127,7 @@ class RetrievalDataModule(pl.LightningDataModule):
         return list({table.folder: table for s in sources if (table := s.table)}.values())
 
     def setup(self, stage: str) -> None:
-        """Opens what the stage needs; all faults of the data show here, before any training."""
+        """Open the data of a stage; all their faults are reported here, before any training."""
         if stage == "fit":
             self._open_training()
         for part in {"fit": ["val"], "validate": ["val"], "test": ["test"]}.get(stage, []):
@@ -149,7 +144,7 @@ class RetrievalDataModule(pl.LightningDataModule):
         self.epoch_length = self._steps_per_epoch or self.plan.steps_per_epoch
 
     def shards_and_negatives(self) -> list[tuple[ShardedPairs, int]]:
-        """The training sources, and the hard negatives of a query in each."""
+        """The training sources, each with its number of hard negatives per query."""
         counts = [
             self.num_negatives if source.num_negatives is None else source.num_negatives
             for source in self.train_sources
@@ -171,7 +166,7 @@ class RetrievalDataModule(pl.LightningDataModule):
         return module.embedder.processor()
 
     def train_dataloader(self) -> DataLoader:
-        """Batches from the next step of the plan on."""
+        """Batches from the next step of the plan onwards."""
         counts = [num_negatives for _, num_negatives in self.shards_and_negatives()]
         instructions = [source.instructions for source in self.train_sources]
         dataset = TrainingBatches(self._shards, counts, self.plan, self._process(), instructions)
@@ -180,16 +175,16 @@ class RetrievalDataModule(pl.LightningDataModule):
         module: Any = trainer.lightning_module
         dataset.in_chunks = not module.embedder.packs
         dataset.max_chunk_tokens = module.max_chunk_tokens
-        # An uneven division shows before workers start.
+        # An uneven division is refused before workers start.
         self.plan.rank_batch(0, 0, dataset.num_ranks)
         return _ResumingLoader(dataset, self, **self._worker_settings())
 
     def val_dataloader(self) -> list[DataLoader]:
-        """One loader a validation set."""
+        """One loader per validation set."""
         return self._eval_loaders("val")
 
     def test_dataloader(self) -> list[DataLoader]:
-        """One loader a test set."""
+        """One loader per test set."""
         return self._eval_loaders("test")
 
     def _eval_loaders(self, part: str) -> list[DataLoader]:
@@ -214,7 +209,7 @@ class RetrievalDataModule(pl.LightningDataModule):
     def transfer_batch_to_device(
         self, batch: Any, device: torch.device, dataloader_idx: int
     ) -> Any:
-        """Leaves chunks where they are: they are brought to the device one by one."""
+        """Leave chunks where they are: the module moves them to the device one by one."""
         if device.type == "cpu":
             return batch
         if not isinstance(batch, TrainBatch) or isinstance(batch.queries, dict):
@@ -224,7 +219,7 @@ class RetrievalDataModule(pl.LightningDataModule):
         return replace(small, queries=batch.queries, candidates=batch.candidates)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Notes how far the plan has been used, and what could not be."""
+        """Record the progress in the plan, and the pairs that could not be used."""
         if isinstance(batch, TrainBatch):
             if batch.cut.num_cut and not self.cut.num_cut:
                 log.warning("%s, step %d: %s", batch.source, batch.step, batch.cut)
@@ -249,7 +244,7 @@ class RetrievalDataModule(pl.LightningDataModule):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """The next step of the plan, what was drawn so far, and the bad samples met."""
+        """The next step of the plan, the pairs drawn so far, and the bad samples."""
         bad = [[*where, reason] for where, reason in self.bad_samples.items()]
         return {
             "next_step": self.next_step,
@@ -258,7 +253,7 @@ class RetrievalDataModule(pl.LightningDataModule):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on at the very next batch."""
+        """Resume at the next batch."""
         self.next_step = state_dict["next_step"]
         self.num_drawn = Counter(state_dict.get("num_drawn", {}))
         self.bad_samples = {(s, k): reason for s, k, reason in state_dict["bad_samples"]}

@@ -18,9 +18,9 @@ class Fetch:
     """How pictures are fetched.
 
     Args:
-        timeout_s: of a picture, from the request to its last byte.
-        max_bytes: of a picture.
-        attempts: where the server is busy or the connection breaks.
+        timeout_s: per picture, from the request to its last byte.
+        max_bytes: per picture.
+        attempts: if the server is busy or the connection breaks.
     """
 
     timeout_s: float = 10.0
@@ -31,7 +31,7 @@ class Fetch:
         """The encoded picture at an address.
 
         Raises:
-            UserError: it is not http or https, is not there, too large or too slow.
+            UserError: the address is not http(s), or the picture is missing, too large or too slow.
         """
         if not url.startswith(SCHEMES):
             raise UserError(f"{url}: pictures are only fetched from http:// and https://")
@@ -53,7 +53,7 @@ class Fetch:
     def _content(self, url: str) -> bytes:
         ends = time.monotonic() + self.timeout_s
         request = urllib.request.Request(url, headers={"User-Agent": AGENT})
-        # A redirect may lead to http, https or ftp, never to a file: urllib sees to it.
+        # A redirect may lead to http, https or ftp, never to a file: urllib ensures that.
         with urllib.request.urlopen(request, timeout=self.timeout_s) as answer:
             parts, size = [], 0
             while chunk := answer.read1(CHUNK_BYTES):

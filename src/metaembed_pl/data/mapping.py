@@ -118,37 +118,38 @@ MegaPairs, whose columns are from memory."""
 
 
 @dataclass(frozen=True)
-class Mapped:
-    """Pairs from rows.
+class MappedRows:
+    """Rows of a table as pairs.
 
     Args:
-        rows: gives them anew each time, each with its place.
+        rows: iterates over the rows, each with its place; may be called several times.
         columns: the mapping; None: the rows are pairs already.
         is_own: the columns are called like the keys, so lists are known by their names.
-        folder: where paths of pictures start.
-        what: what is read, and how much of it, for the manifest.
+        folder: paths of pictures are relative to it.
+        about: checksum or number of rows, for the manifest.
     """
 
     rows: Callable[[], Rows]
     columns: Columns | None
     is_own: bool
     folder: Path
-    what: dict[str, Any]
+    about: dict[str, Any]
 
     def pairs(self, is_base64: bool = False) -> Iterator[Pair]:
-        """The pairs, in order; rows without one are passed over.
+        """The pairs, in order; rows without a pair are skipped.
 
         Args:
             is_base64: pictures are bare base64, not paths.
 
         Raises:
-            UserError: names the file and line (or row) of what is no pair.
+            UserError: a row is not valid; names its file and line (or row).
         """
         seen: dict[str, str] = {}
         for where, row in self.rows():
             name = "/".join(Path(where).parts[-2:])  # files of two folders may have one name
             try:
-                for number, value in enumerate(self._values(row)):
+                values = [row] if self.columns is None else pairs_of(row, self.columns, self.is_own)
+                for number, value in enumerate(values):
                     default = f"{name}.{number}" if number else name
                     pair = Pair.parse(_with_pictures(value, is_base64), self.folder, default)
                     first = seen.setdefault(pair.id, where)
@@ -167,28 +168,25 @@ class Mapped:
                 right[pair.question] += [*pair.relevant_ids, pair.positive.uid]
         for pair in self.pairs(is_base64):
             with suppress(UserError):
-                asked = tuple(dict.fromkeys((*pair.relevant_ids, *right[pair.question])))
-                if len(asked) > 1:
-                    pair = replace(pair, asks=asked)
-                wrong = tuple(n for n in pair.negatives if not set(n.answer_ids) & set(asked))
+                relevant = tuple(dict.fromkeys((*pair.relevant_ids, *right[pair.question])))
+                if len(relevant) > 1:
+                    pair = replace(pair, asks=relevant)
+                wrong = tuple(n for n in pair.negatives if not set(n.answer_ids) & set(relevant))
                 pair = replace(pair, negatives=wrong)
             yield vars(pair)
 
-    def _values(self, row: Any) -> Iterable[Any]:
-        return [row] if self.columns is None else pairs_of(row, self.columns, self.is_own)
 
-
-def open_rows(where: str, columns: Columns | None = None, files: str = "*") -> Mapped:
-    """What is read from a file, a folder, an address or the hub.
+def open_rows(where: str, columns: Columns | None = None, files: str = "*") -> MappedRows:
+    """Open a table as pairs.
 
     Args:
         where: JSON Lines, CSV, Parquet or a tar, a folder of the last two, an address, or ORG/NAME.
         columns: the mapping; None: see the head of this file.
-        files: pattern of the files to read, where there are several.
+        files: pattern of the files to read, if there are several.
 
     Raises:
-        UserError: nothing there that can be read, or a column that is not there.
-        Unreachable: the hub.
+        UserError: there is nothing that can be read, or a column is missing.
+        Unreachable: the hub cannot be reached.
     """
     path, is_own = Path(where), columns is None
     suffix = path.suffix.lower()
@@ -200,10 +198,12 @@ def open_rows(where: str, columns: Columns | None = None, files: str = "*") -> M
     if suffix in (".jsonl", ".json") and path.is_file():
         chosen = columns and _checked(columns, _json_keys(path), where)
         rows = (lambda: _objects(path)) if chosen else (lambda: _json_rows(path))
-        return Mapped(rows, chosen, is_own, path.parent, digest(where, files))
+        return MappedRows(rows, chosen, is_own, path.parent, digest(where, files))
     if suffix == ".csv" and path.is_file():
-        chosen = _checked(columns, _csv_header(path), where)
-        return Mapped(lambda: _csv_rows(path), chosen, is_own, path.parent, digest(where, files))
+        with _opened_csv(path) as file:
+            chosen = _checked(columns, file.fieldnames or (), where)
+        about = digest(where, files)
+        return MappedRows(lambda: _csv_rows(path), chosen, is_own, path.parent, about)
     if tars := _tars(path, files):
         return _of_tars(tars, columns, path, digest(where, files))
     if path.exists() or is_remote(where):
@@ -213,26 +213,26 @@ def open_rows(where: str, columns: Columns | None = None, files: str = "*") -> M
     else:
         raise UserError(f"{where} is neither a file, a folder nor a hub id ORG/NAME")
     chosen = _checked(columns, table.columns, where)
-    needed = dict.fromkeys(base for name in _names(chosen) for base in [name.split(".")[0]])
+    needed = list(dict.fromkeys(name.split(".")[0] for name in _names(chosen)))
     folder = Path("." if is_remote(table.files[0]) else table.files[0]).parent
-    what = digest(where, files) or {"rows": table.num_rows}
-    return Mapped(lambda: table.rows(list(needed)), chosen, is_own, folder, what)
+    about = digest(where, files) or {"rows": table.num_rows}
+    return MappedRows(lambda: table.rows(needed), chosen, is_own, folder, about)
 
 
 def digest(where: str, files: str = "*") -> dict[str, str]:
-    """The checksum of all that would be read from this machine; empty for what is elsewhere."""
+    """The checksum of the files on this machine that would be read; empty if they are remote."""
     path = Path(where)
     if is_remote(where) or not path.exists():
         return {}
-    found = [path] if path.is_file() else _tars(path, files)
-    found = found or [Path(file) for file in Table.open(where, files).files]
-    if len(found) == 1:
-        return {"sha256": sha256_of(found[0])}
-    return {"sha256": hashlib.sha256("".join(map(sha256_of, found)).encode()).hexdigest()}
+    found = [path] if path.is_file() else _tars(path, files) or Table.open(where, files).files
+    digests = [sha256_of(Path(file)) for file in found]
+    if len(digests) > 1:
+        digests = [hashlib.sha256("".join(digests).encode()).hexdigest()]
+    return {"sha256": digests[0]}
 
 
 def _on_hub(id: str, files: str) -> Table:
-    """The Parquet files of a dataset, downloaded once; of one of another form, the hub's own."""
+    """The Parquet files of a dataset, downloaded once; else the hub's conversion to Parquet."""
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
@@ -256,7 +256,7 @@ def _names(columns: Columns) -> list[str]:
 
 
 def _checked(columns: Columns | None, found: Iterable[str], where: str) -> Columns:
-    """The mapping, or that of columns that are called like its keys."""
+    """The mapping, checked; without one, columns are called like its keys."""
     found = list(found)
     twice = [name for name in found if found.count(name) > 1]
     if twice:
@@ -306,11 +306,6 @@ def _csv_rows(path: Path) -> Rows:
             yield where, row
 
 
-def _csv_header(path: Path) -> list[str]:
-    with _opened_csv(path) as rows:
-        return list(rows.fieldnames or ())
-
-
 @contextmanager
 def _opened_csv(path: Path) -> Iterator[csv.DictReader]:
     csv.field_size_limit(CSV_FIELD_BYTES)
@@ -327,7 +322,7 @@ def _tars(path: Path, files: str) -> list[Path]:
     return [path] if path.suffix.lower() == ".tar" and path.is_file() else []
 
 
-def _of_tars(tars: list[Path], columns: Columns | None, where: Path, what: dict) -> Mapped:
+def _of_tars(tars: list[Path], columns: Columns | None, where: Path, about: dict) -> MappedRows:
     def rows() -> Rows:
         for tar in tars:
             yield from _samples(tar)
@@ -336,7 +331,7 @@ def _of_tars(tars: list[Path], columns: Columns | None, where: Path, what: dict)
     if columns is None:
         caption = "txt" if "txt" in found else "json.caption"
         columns = {"query": caption, "positive_image": "image", "positive_id": "key"}
-    return Mapped(rows, _checked(columns, found, str(where)), False, where, what)
+    return MappedRows(rows, _checked(columns, found, str(where)), False, where, about)
 
 
 def _samples(path: Path) -> Rows:
@@ -426,7 +421,7 @@ def _cell(row: Mapping[str, Any], name: str) -> Any:
 
 
 def _values(key: str, cell: Any, is_own: bool) -> list[Any]:
-    """What a cell holds; nothing as None, so that texts and pictures stay side by side."""
+    """The values of a cell; empty ones are None, so that texts and pictures stay aligned."""
     if key in LISTS and isinstance(cell, str) and (is_own or cell.startswith("[")):
         cell = _json_list(key, cell, is_own)
     values = cell if isinstance(cell, list | tuple) else [cell]
@@ -434,7 +429,7 @@ def _values(key: str, cell: Any, is_own: bool) -> list[Any]:
 
 
 def _json_list(key: str, text: str, is_own: bool) -> Any:
-    """The list that a string holds, as CSV has it; the string, where it need hold none."""
+    """The list in a string of CSV; the string itself if it need not be a list."""
     with suppress(ValueError, RecursionError):
         value = parse_json(text or "[]")
         if isinstance(value, list):
@@ -467,7 +462,7 @@ def _passage(text: Any) -> dict[str, Any]:
 
 
 def _with_pictures(value: Any, is_base64: bool) -> Any:
-    """A pair whose pictures are paths or bytes."""
+    """A pair with its pictures as paths or bytes."""
     if not isinstance(value, dict):
         return value
     value = {key: _with_picture(part, is_base64) for key, part in value.items()}

@@ -18,19 +18,19 @@ def in_order(
     num_workers: int,
     chunk: int = 32,
 ) -> Iterator[Result]:
-    """Map a function over jobs in processes; results come in the order of the jobs.
+    """Map a function over jobs in worker processes; results are in the order of the jobs.
 
-    Jobs are taken as they are needed, two chunks a worker ahead, so any number fits in memory.
+    Jobs are read lazily, two chunks per worker ahead, so memory does not grow with their number.
 
     Args:
-        function: of the top level of a module, as other processes find it by name.
-        jobs: what it is called with.
-        num_workers: processes; below 2 everything happens in this one.
+        function: at the top level of a module, since other processes import it by name.
+        jobs: its arguments.
+        num_workers: processes; below 2, everything runs in this one.
         chunk: jobs sent to a process at a time.
     """
     jobs = iter(jobs)
     first = list(islice(jobs, chunk))
-    if num_workers < 2 or len(first) < chunk:  # a few are done before a process has started
+    if num_workers < 2 or len(first) < chunk:  # a few jobs end before a process has started
         yield from map(function, chain(first, jobs))
         return
     chunks = chain([first], iter(lambda: list(islice(jobs, chunk)), []))
@@ -49,7 +49,7 @@ def in_order(
 
 
 def count_cores() -> int:
-    """Return how many cores this process may use, at most 8."""
+    """The number of cores that this process may use, at most 8."""
     cores = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
     return min(8, len(cores))
 

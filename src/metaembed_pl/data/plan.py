@@ -24,17 +24,17 @@ from metaembed_pl.errors import UserError
 
 @dataclass(frozen=True)
 class PlannedSource:
-    """A source as the plan sees it.
+    """A source of the plan.
 
     Args:
-        name: names the source and, with the seed, its order.
+        name: of the source; with the seed, it determines the order of its pairs.
         shard_sizes: pairs in each of its shards.
         weight: share of the batches, relative to the other sources; None: by its size.
-        max_pairs: use only so many pairs: a sample drawn from the seed, the same in each pass.
-        first_step: the source joins at this step; the others share the batches before.
+        first_step: the source joins at this step; before, the others share the batches.
         last_step: the source leaves at this step; None: it stays to the end.
+        max_pairs: use only so many pairs: a sample drawn from the seed, the same in each pass.
         candidates: the number of each pair's candidate; needed for several questions.
-        questions: a candidate comes with up to so many of its pairs at a time; None with all.
+        questions: a candidate comes with up to so many of its pairs at a time; None: with all.
     """
 
     name: str
@@ -48,9 +48,14 @@ class PlannedSource:
 
     @property
     def num_pairs(self) -> int:
-        """Pairs in all its shards, or `max_pairs` where these are fewer."""
+        """Pairs in all its shards, but at most `max_pairs`."""
         found = sum(self.shard_sizes)
         return found if self.max_pairs is None else min(found, self.max_pairs)
+
+    @property
+    def groups(self) -> Int[np.ndarray, " N"] | None:
+        """The candidate of each pair; None if each pair comes by itself."""
+        return None if self.questions == 1 else self.candidates
 
 
 @dataclass(frozen=True)
@@ -58,10 +63,10 @@ class PlannedBatch:
     """The pairs of one global batch, or of one rank's part of it.
 
     Args:
-        step: its number.
+        step: its number in the run.
         source: an index into the sources.
-        positions: of its pairs in the source; those of one candidate stand together.
-        candidates: the candidate of each, counted from 0.
+        positions: the places of its pairs in the source; pairs of one candidate are consecutive.
+        candidates: the candidate of each pair, counted from 0.
     """
 
     step: int
@@ -71,18 +76,18 @@ class PlannedBatch:
 
     @property
     def questions(self) -> list[Int[np.ndarray, " _"]]:
-        """The positions by candidate."""
+        """The positions, grouped by candidate."""
         return np.split(self.positions, np.flatnonzero(np.diff(self.candidates)) + 1)
 
 
 CostsOf = Callable[[PlannedBatch], Sequence[float]]
-"""What encoding each candidate of a batch costs, with its questions and their hard negatives."""
+"""The cost of encoding each candidate of a batch, with its questions and their hard negatives."""
 
 
 def dealt(costs: Float[np.ndarray, " C"], num_ranks: int) -> Int[np.ndarray, "W c"]:
-    """The candidates of each rank, equally many, so that all ranks have about as much to do.
+    """The candidates of each rank, equally many, with about equal costs.
 
-    The dearest first, each to the rank that has least to do and room left.
+    The most expensive are assigned first, each to the rank with the lowest cost that is not full.
 
     Args:
         costs: of the candidates.
@@ -105,8 +110,8 @@ class _Pass(NamedTuple):
     """One pass over a source.
 
     Args:
-        positions: its pairs; those that come together stand together.
-        ends: where each candidate's questions end.
+        positions: its pairs; those that come at the same time are consecutive.
+        ends: the end of each candidate's questions in `positions`.
     """
 
     positions: Int[np.ndarray, " N"]
@@ -124,13 +129,13 @@ class Plan:
     Args:
         sources: at least one, none empty; weights for all or for none.
         global_batch_size: candidates over all ranks, each with one or more questions; a source
-            with fewer is refused, since its batch would hold one twice.
-        seed: the order of pairs; the same seed gives the same batches on every machine.
-        open_shards: pairs are shuffled within this many shards at a time, so that reading stays
-            near a few files however large the source.
-        mixing_temperature: where no weights are given, a source's weight is its number of pairs
-            (of candidates, where they come with several questions) to the power of one over this: 1
-            mixes by size, more brings small sources forward, infinity mixes all alike.
+            with fewer is refused, since a batch would contain one of them twice.
+        seed: determines the order of pairs; the same on every machine.
+        open_shards: pairs are shuffled within so many shards at a time, so that only a few files
+            are read at a time, however large the source is.
+        mixing_temperature: without weights, a source's weight is its number of pairs (or of
+            candidates, if they come with several questions) to the power of one over this: 1 mixes
+            by size, larger values give small sources more batches, infinity mixes all equally.
     """
 
     def __init__(
@@ -160,18 +165,18 @@ class Plan:
             [np.inf if s.last_step is None else s.last_step for s in sources]
         )
         self._due = np.zeros(len(sources))  # batches each source should have had so far
-        self._order = np.empty(0, dtype=np.int64)  # source of each step, as far as asked for
+        self._order = np.empty(0, dtype=np.int64)  # source of each step so far
         self._turns = np.zeros(len(sources), dtype=np.int64)
         self._rounds = np.empty(0, dtype=np.int64)  # batches its source had before each step
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps in which as many pairs come by as there are, rounded up."""
+        """Steps for one pass over as many pairs as there are, rounded up."""
         return -(-sum(self._sizes) // self.global_batch_size)
 
     @property
     def questions_per_candidate(self) -> list[float]:
-        """How many questions a candidate comes with on average, by source."""
+        """The mean number of questions per candidate, by source."""
         return [s.num_pairs / size for s, size in zip(self.sources, self._sizes, strict=True)]
 
     def batch(self, step: int) -> PlannedBatch:
@@ -193,14 +198,14 @@ class Plan:
     def rank_batch(
         self, step: int, rank: int, num_ranks: int, costs_of: CostsOf | None = None
     ) -> PlannedBatch:
-        """This rank's part of the global batch of a step: equally many candidates on each.
+        """This rank's part of the global batch of a step; every rank has equally many candidates.
 
         Args:
             step: of the plan.
             rank: counted from 0.
-            num_ranks: that share the global batch.
-            costs_of: tells what encoding a candidate with its questions costs, so that no rank
-                waits long for another; the same on every rank. None: all cost the same.
+            num_ranks: ranks that share the global batch.
+            costs_of: the cost of encoding each candidate with its questions, so that no rank waits
+                long for another; must be the same on every rank. None: all cost the same.
 
         Raises:
             UserError: the global batch cannot be divided evenly.
@@ -210,18 +215,16 @@ class Plan:
                 f"global_batch_size {self.global_batch_size} cannot be divided evenly over "
                 f"{num_ranks} ranks; choose a multiple of {num_ranks}"
             )
-        whole = self.batch(step)
+        batch = self.batch(step)
         if num_ranks == 1:
-            return whole
-        costs = np.ones(self.global_batch_size)
-        if costs_of is not None:
-            costs = np.array(costs_of(whole))
-        own = np.isin(whole.candidates, dealt(costs, num_ranks)[rank])
-        candidates = np.unique(whole.candidates[own], return_inverse=True)[1]
-        return PlannedBatch(step, whole.source, whole.positions[own], candidates)
+            return batch
+        costs = np.array(costs_of(batch)) if costs_of else np.ones(self.global_batch_size)
+        own = np.isin(batch.candidates, dealt(costs, num_ranks)[rank])
+        candidates = np.unique(batch.candidates[own], return_inverse=True)[1]
+        return PlannedBatch(step, batch.source, batch.positions[own], candidates)
 
     def _extend(self, num_steps: int) -> None:
-        """Gives each further step to the source that lags furthest behind its share."""
+        """Assign each further step to the source that lags furthest behind its share."""
         known = len(self._order)
         if num_steps <= known:
             return
@@ -238,7 +241,7 @@ class Plan:
         self._order, self._rounds = order, rounds
 
     def _shuffled(self, source: int, turn: int) -> _Pass:
-        """The order of one pass: shards shuffled, then candidates within windows of shards."""
+        """The order of one pass: shards are shuffled, then candidates within windows of shards."""
         random = self._random(source, turn)
         by_shard = self._sample(source)
         shards = random.permutation(len(by_shard))
@@ -247,43 +250,41 @@ class Plan:
             pairs = [by_shard[shard] for shard in shards[first : first + self.open_shards]]
             windows.append(random.permutation(np.concatenate(pairs)))
         planned = self.sources[source]
-        if planned.candidates is None or planned.questions == 1:
+        if planned.groups is None:
             positions = np.concatenate(windows)
             return _Pass(positions, np.arange(1, len(positions) + 1))
         grouped = [
-            _grouped(window, planned.candidates[window], planned.questions, random)
+            _grouped(window, planned.groups[window], planned.questions, random)
             for window in windows
         ]
         positions, counts = (np.concatenate(parts) for parts in zip(*grouped, strict=True))
         return _Pass(positions, np.cumsum(counts))
 
     def _num_candidates(self, source: int) -> int:
-        """How often a candidate comes in one pass, all candidates together."""
+        """How often candidates come in one pass, all candidates together."""
         planned = self.sources[source]
-        if planned.candidates is None or planned.questions == 1:
+        if planned.groups is None:
             return planned.num_pairs
         pairs = np.concatenate(self._sample(source))
-        counts = np.unique(planned.candidates[pairs], return_counts=True)[1]
+        counts = np.unique(planned.groups[pairs], return_counts=True)[1]
         return int(_num_turns(counts, planned.questions).sum())
 
     def _drawn(self, source: int) -> list[Int[np.ndarray, " N"]]:
-        """The pairs that are used, by shard, ascending; all of a candidate's with its first."""
-        planned = self.sources[source]
+        """The pairs that are used, by shard, ascending; a candidate's pairs are with its first."""
+        planned, groups = self.sources[source], self.sources[source].groups
         ends = np.cumsum(planned.shard_sizes)
         pairs = np.arange(ends[-1])
         if planned.num_pairs < len(pairs):
             random = self._random(source, 0, 1)  # no pass has this second number
-            if planned.candidates is None or planned.questions == 1:
+            if groups is None:
                 pairs = np.sort(random.choice(pairs, planned.num_pairs, replace=False))
             else:  # complete candidates, so that each keeps its questions
-                first_come = random.permutation(planned.candidates.max() + 1)[planned.candidates]
+                first_come = random.permutation(groups.max() + 1)[groups]
                 pairs = np.sort(np.argsort(first_come, kind="stable")[: planned.num_pairs])
         shards = np.searchsorted(ends, pairs, side="right")
-        if planned.candidates is not None and planned.questions != 1:
-            _, first, candidate = np.unique(
-                planned.candidates[pairs], return_index=True, return_inverse=True
-            )
-            shards = shards[first[candidate]]
+        if groups is not None:
+            _, first, group = np.unique(groups[pairs], return_index=True, return_inverse=True)
+            shards = shards[first[group]]
         order = np.argsort(shards, kind="stable")
         return np.split(pairs[order], np.searchsorted(shards[order], np.arange(1, len(ends))))
 
@@ -293,7 +294,7 @@ class Plan:
 
 
 def _num_turns(counts: Int[np.ndarray, " C"], questions: int | None) -> Int[np.ndarray, " C"]:
-    """How often candidates with so many questions come in a pass."""
+    """How often candidates with so many questions each come in a pass."""
     return np.ones_like(counts) if questions is None else -(-counts // questions)
 
 
@@ -303,13 +304,13 @@ def _grouped(
     questions: int | None,
     random: np.random.Generator,
 ) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, " U"]]:
-    """Deal shuffled pairs to their candidates, in shuffled order.
+    """Group shuffled pairs by candidate, in shuffled order.
 
-    A candidate with more questions than come at a time comes several times, with equal shares and
-    at equal distances, give or take one: seldom twice in a batch.
+    A candidate with more questions than may come at a time comes several times, with about equal
+    shares and at about equal distances: seldom twice in a batch.
 
     Returns:
-        The pairs, those that come together side by side, and how many do each time.
+        The pairs, those of a group consecutive, and the sizes of the groups.
     """
     by_candidate = np.argsort(candidates, kind="stable")
     _, starts, counts = np.unique(candidates[by_candidate], return_index=True, return_counts=True)
@@ -382,7 +383,7 @@ def _check_weights(sources: Sequence[PlannedSource], mixing_temperature: float) 
 
 
 def _check_presence(sources: Sequence[PlannedSource]) -> None:
-    """Refuses sources that never come, and steps at which no source is there."""
+    """Refuse sources that are never active, and steps without an active source."""
     for source in sources:
         if source.last_step is not None and source.last_step <= source.first_step:
             raise UserError(

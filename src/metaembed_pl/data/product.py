@@ -4,9 +4,9 @@
 
     {"id": "CIRR:17", "query": {"text": "with a hat", "image": Named(...)}, "positive": {...}}
 
-Processes read and decode them; what cannot be used is dropped and counted, a bad hard negative by
-itself. The rest goes to shards, in order. A run that was killed goes on after its last complete
-shard, and what is finished already is kept.
+Worker processes read and decode them. Pairs that cannot be used are dropped and counted; a bad hard
+negative is dropped alone. The rest is written to shards, in order. A killed run resumes after its
+last complete shard, and finished products are not made again.
 """
 
 import hashlib
@@ -30,10 +30,10 @@ from metaembed_pl.item import Item, Pair, stable_hash
 from metaembed_pl.progress import with_progress
 
 Draft = dict[str, Any]
-BUCKETS = 1000  # what share can be held out, in steps of a thousandth
-JUDGED_FROM = 1000  # pairs; before that a share of dropped ones says little
+BUCKETS = 1000  # the share held out has steps of a thousandth
+JUDGED_FROM = 1000  # pairs; with fewer, the share of dropped ones means little
 SHOWN = 5  # dropped pairs that are named
-REMEMBERED = 200_000  # pictures that a process knows to decode; a digest each
+REMEMBERED = 200_000  # digests of pictures that a process has decoded
 _DECODED: set[bytes] = set()
 
 
@@ -48,16 +48,16 @@ class Readable(Protocol):
 
 @dataclass(frozen=True)
 class Product:
-    """Shards that are written atomically, with one card.
+    """A folder of shards with a data card, written atomically.
 
     Args:
-        name: the source's name in metrics and logs.
-        folder: where they stand; the card lies in it.
-        drafts: makes the drafts, from the first one on, every time the same.
-        source: where the data are from.
-        held_out: share of the candidates (or of what drafts say by `held_out_by`) for `test/`
-            beside `train/`; None writes shards into `folder` itself.
-        settings: all that decides the pairs.
+        name: of the source, in metrics and logs.
+        folder: the output folder.
+        drafts: iterates over the drafts; each call gives the same ones.
+        source: origin of the data.
+        held_out: share of the candidates (or of the drafts' `held_out_by`) that goes to `test/`
+            instead of `train/`; None writes shards into `folder` itself.
+        settings: everything that determines the pairs.
         licence, attribution, note: for manifest and card.
     """
 
@@ -73,7 +73,7 @@ class Product:
 
     @property
     def splits(self) -> dict[str, Path]:
-        """Folders of shards by split; the split of shards that are not divided is empty."""
+        """Folders of shards by split; without a split, the key is empty."""
         if self.held_out is None:
             return {"": self.folder}
         names = ("train", "test") if self.held_out else ("train",)
@@ -88,9 +88,9 @@ class Making:
         command: for the card.
         limit: use only the first so many rows.
         num_workers: processes that decode.
-        max_dropped: share of the pairs that may be bad.
+        max_dropped: share of the pairs that may be dropped.
         licence: for manifest and card, instead of the product's own.
-        force: make anew what is there already.
+        force: replace existing shards.
     """
 
     command: str
@@ -103,11 +103,11 @@ class Making:
 
 @dataclass(frozen=True)
 class Made:
-    """Shards that are there.
+    """The shards of a product.
 
     Args:
-        splits: by name; the split of shards that are not divided is empty.
-        is_new: they were not there before.
+        splits: by name; without a split, the name is empty.
+        is_new: they were written now.
     """
 
     splits: dict[str, ShardedPairs]
@@ -115,16 +115,16 @@ class Made:
 
     @property
     def dropped(self) -> Counter[str]:
-        """How many pairs cannot be used, by reason."""
+        """Counts of dropped pairs, by reason."""
         return _total(self.splits, "dropped")
 
 
 def make(product: Product, how: Making) -> Made:
-    """Writes a product that is not there yet, and its card.
+    """Write a product unless it is there already, and its card.
 
     Raises:
-        UserError: a folder that must not be overwritten, too much that had to be dropped, or a
-            split without any pair.
+        UserError: the folder must not be overwritten, too many pairs were dropped, or a split has
+            no pairs.
     """
     settings = {**product.settings, "limit": how.limit}
     is_new = how.force or not all(_is_made(path, settings) for path in product.splits.values())
@@ -137,13 +137,13 @@ def make(product: Product, how: Making) -> Made:
 
 @dataclass(frozen=True)
 class Checked:
-    """What became of a draft.
+    """The result of checking a draft.
 
     Args:
-        id: the draft's.
+        id: of the draft.
         pair: None if it cannot be used, or belongs to another split.
-        dropped: why it cannot be used.
-        left_out: why hard negatives of it cannot be.
+        dropped: the reason why it cannot be used.
+        left_out: the reasons why some of its hard negatives cannot be used.
     """
 
     id: str
@@ -153,13 +153,13 @@ class Checked:
 
 
 def check(draft: Draft, held_out: float | None = None, split: str = "") -> Checked:
-    """Read and decode all of a draft.
+    """Read and decode a draft.
 
     Args:
-        draft: a pair as JSON says it; pictures may be `Readable`, items may be `Item`. What it
-            has as `held_out_by` decides its split, instead of its candidate.
-        held_out: share of the candidates that the test owns; None where nothing is divided.
-        split: `train` or `test`, where it is.
+        draft: a pair as in JSON; pictures may be `Readable`, items may be `Item`. Its `held_out_by`
+            determines the split, if given, instead of its candidate.
+        held_out: share of the candidates in the test split; None: there are no splits.
+        split: `train` or `test`; empty without splits.
     """
     draft, left_out = dict(draft), []
     id, owner = str(draft["id"]), draft.pop("held_out_by", None)
@@ -187,12 +187,12 @@ def check(draft: Draft, held_out: float | None = None, split: str = "") -> Check
 
 
 def is_held_out(uid: str, share: float) -> bool:
-    """Whether the test owns a candidate, by its uid: its id or, without one, its content."""
+    """Whether a candidate is in the test split, by its uid: its id, or else its content."""
     return stable_hash(uid) % BUCKETS < share * BUCKETS
 
 
 def check_picture(item: Item) -> None:
-    """Decode an item's picture, if it has one that this process has not decoded before.
+    """Decode an item's picture, unless this process has decoded it before.
 
     Raises:
         UserError: it does not decode, or is too large.
@@ -208,7 +208,7 @@ def check_picture(item: Item) -> None:
 
 
 def kind_of(reason: str) -> str:
-    """A reason without its particulars, to count by.
+    """A reason without its details, to count by.
 
     >>> kind_of("picture not found: a.png"), kind_of("the image does not decode (cut): expected")
     ('picture not found', 'the image does not decode')
@@ -251,7 +251,7 @@ def _write(product: Product, settings: dict[str, Any], how: Making) -> None:
                 writer.record = {"command": "", "rows": 0, "dropped": {}, "left_out": {}}
             writer.record["command"] = how.command
             _fill(writer, product, split, how)
-        # While nothing has its place yet.
+        # Before any folder gets its name.
         _judge(writers.values(), how.max_dropped)
         for split, writer in writers.items():
             if not writer.num_pairs:
@@ -290,10 +290,10 @@ def _count(counts: dict[str, int], reason: str) -> None:
 
 
 def _judge(writers: Iterable[ShardWriter], max_dropped: float, at_least: int = 0) -> None:
-    """Stop if too much had to be dropped.
+    """Stop if too many pairs were dropped.
 
     Raises:
-        UserError: more than `max_dropped` of the pairs, or of `at_least` so many.
+        UserError: more than the share `max_dropped` of the pairs, counted as `at_least` so many.
     """
     writers = list(writers)
     reasons = Counter()
@@ -311,7 +311,7 @@ def loaded(value: Any, side: str) -> Item:
     """An item of a draft, with its picture read.
 
     Raises:
-        UserError: neither text nor picture, or a picture that cannot be read.
+        UserError: it has neither text nor picture, or the picture cannot be read.
     """
     if isinstance(value, str):
         value = {"text": value}
@@ -350,10 +350,29 @@ def _total(made: dict[str, ShardedPairs], what: str) -> Counter[str]:
 
 
 def listed(reasons: Counter[str]) -> str:
-    """Counted reasons in brackets, most frequent first."""
+    """Reasons with their counts, in brackets, most frequent first; empty without any."""
     if not reasons:
         return ""
     return " (" + "; ".join(f"{kind}: {count:,}" for kind, count in reasons.most_common()) + ")"
+
+
+def about_lines(manifest: dict[str, Any], command: str, more: dict[str, str]) -> str:
+    """The lines of a data card: what the manifest says, then `more`; empty values are left out."""
+    settings = {k: value for k, value in manifest["settings"].items() if value is not None}
+    about = {
+        "Source": manifest["source"],
+        "Licence": manifest["licence"] or "unknown: look it up before you share the data",
+        "Attribution": manifest["attribution"],
+        "Note": manifest["note"],
+        "Settings": ", ".join(f"{key} {value}" for key, value in settings.items()),
+        **more,
+        "Made by": f"`{command}`",
+    }
+    return "".join(f"- **{key}**: {value}\n" for key, value in about.items() if value)
+
+
+def _counted(reasons: Counter[str]) -> str:
+    return f"{reasons.total():,}{listed(reasons)}"
 
 
 def _card(product: Product, made: dict[str, ShardedPairs]) -> str:
@@ -364,25 +383,19 @@ def _card(product: Product, made: dict[str, ShardedPairs]) -> str:
         f"{sha256_of(Path(pairs.folder) / MANIFEST_FILE)} |\n"
         for split, pairs in made.items()
     )
-    about = {
-        "Source": manifest["source"],
-        "Licence": manifest["licence"] or "unknown: look it up before you share the shards",
-        "Attribution": manifest["attribution"],
-        "Note": manifest["note"],
-        "Settings": ", ".join(
-            f"{key} {value}" for key, value in manifest["settings"].items() if value is not None
-        ),
-        "Dropped pairs": f"{_total(made, 'dropped').total():,}" + listed(_total(made, "dropped")),
-        "Hard negatives left out": f"{_total(made, 'left_out').total():,}"
-        + listed(_total(made, "left_out")),
-    }
-    lines = "".join(f"- **{key}**: {value}\n" for key, value in about.items() if value)
+    about = about_lines(
+        manifest,
+        manifest["record"]["command"],
+        {
+            "Dropped pairs": _counted(_total(made, "dropped")),
+            "Hard negatives left out": _counted(_total(made, "left_out")),
+        },
+    )
     return f"""# {product.name}
 
 | split | pairs | size | SHA-256 of manifest.json |
 |---|---|---|---|
 {rows}
-{lines}- **Made by**: `{manifest["record"]["command"]}`
-
+{about}
 `manifest.json` holds the checksum of every shard.
 """

@@ -1,14 +1,12 @@
 """What a recipe trains and evaluates on: shards, tables and retrieval sets."""
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from metaembed_pl.data.beir import is_retrieval_set, read_retrieval_set
-from metaembed_pl.data.collate import (
-    Instructions,
-)
+from metaembed_pl.data.collate import Instructions
 from metaembed_pl.data.plan import PlannedSource
 from metaembed_pl.data.recipe_tables import RecipeTable
 from metaembed_pl.data.retrieval_set import RetrievalSet
@@ -22,53 +20,74 @@ Questions = int | Literal["all"]
 
 
 @dataclass
-class TrainSource:
-    """A folder of shards to train on, or a table, of which shards are made at the first `fit`.
+class DataSource:
+    """What training and evaluation sources have in common.
 
     Args:
-        path: the folder, or its address, such as `s3://bucket/pets`; of a table a file (Parquet,
-            JSON Lines, CSV), a folder, an address, ORG/NAME of the hub, or `preset:NAME`.
-        name: how logs call it; None takes the folder's manifest's.
-        weight: share of the batches relative to the other sources; None for all: by size.
-        num_negatives: hard negatives a query; None takes the data module's.
-        questions: a candidate comes with up to so many of its queries at once, and is encoded
-            once; `all` for all it has. None takes the data module's.
-        first_step: the source joins the mixture at this step: names before scenes, say.
-        last_step: the source leaves the mixture at this step; None: it stays.
-        max_pairs: use only so many of its pairs; None for all.
-        instruction: the model reads it before each query's text.
-        candidate_instruction: likewise before each candidate's.
-        columns: of a table: which column is what, such as `{query: question, positive: answer}`.
-        files: of a table: pattern of its files, such as `data/train-*`.
-        held_out: of a table: share of its candidates that only evaluation uses.
+        path: a folder, or its address, such as `s3://bucket/pets`; or a table: a file (Parquet,
+            JSON Lines, CSV), a folder, an address, ORG/NAME on the hub, or `preset:NAME`. Shards
+            are made of a table at the first `fit`.
+        name: in logs, and as DATASET in metric names; None takes the folder's manifest's.
+        instruction: the model reads it before the text of each query.
+        candidate_instruction: the model reads it before the text of each candidate.
+        columns: for a table: which column is what, such as `{query: question, positive: answer}`.
+        files: for a table: pattern of its files, such as `data/train-*`.
+        held_out: for a table: share of its candidates that are evaluated on and not trained on; 0:
+            all are used for both.
     """
 
     path: str
     name: str | None = None
-    weight: float | None = None
-    num_negatives: int | None = None
-    questions: Questions | None = None
-    first_step: int = 0
-    last_step: int | None = None
-    max_pairs: int | None = None
+    _: KW_ONLY
     instruction: str | None = None
     candidate_instruction: str | None = None
     columns: dict[str, str] | None = None
     files: str = "*"
     held_out: float = 0.0
 
+    split: ClassVar[str]
+
     @property
     def table(self) -> RecipeTable | None:
-        """The table it names; None: shards."""
+        """The table that it names; None: a folder."""
         return RecipeTable.of(self.path, self.columns, self.files, self.held_out)
 
     @property
     def folder(self) -> str:
-        """Its shards."""
-        return self.path if self.table is None else str(self.table.shards("train"))
+        """Where its shards or its retrieval set are."""
+        return self.path if self.table is None else str(self.table.shards(self.split))
+
+    @property
+    def instructions(self) -> Instructions:
+        """The instructions of both sides."""
+        return Instructions(self.instruction, self.candidate_instruction)
+
+
+@dataclass
+class TrainSource(DataSource):
+    """A folder of shards, or a table, to train on.
+
+    Args:
+        weight: share of the batches relative to the other sources; None for all: by size.
+        num_negatives: hard negatives per query; None takes the data module's.
+        questions: a candidate comes with up to so many of its queries at once, and is encoded
+            once; `all` for all it has. None takes the data module's.
+        first_step: the source joins the mixture at this step: names before scenes, say.
+        last_step: the source leaves the mixture at this step; None: it stays.
+        max_pairs: use only so many of its pairs; None for all.
+    """
+
+    weight: float | None = None
+    num_negatives: int | None = None
+    questions: Questions | None = None
+    first_step: int = 0
+    last_step: int | None = None
+    max_pairs: int | None = None
+
+    split: ClassVar[str] = "train"
 
     def planned(self, shards: ShardedPairs, questions: Questions = 1) -> PlannedSource:
-        """The source as the plan sees it, with so many questions where it does not say."""
+        """The source for the plan, with so many questions unless it sets its own number."""
         questions = questions if self.questions is None else self.questions
         found = PlannedSource(
             self.name or shards.name,
@@ -89,57 +108,25 @@ class TrainSource:
             )
         return replace(found, candidates=candidates)
 
-    @property
-    def instructions(self) -> Instructions:
-        """Of both sides."""
-        return Instructions(self.instruction, self.candidate_instruction)
-
 
 @dataclass
-class EvalSource:
-    """What to evaluate on: a folder of shards, or a retrieval set as beir.py describes it.
+class EvalSource(DataSource):
+    """A folder of shards, a retrieval set (see beir.py) or a table to evaluate on.
 
-    The queries of shards search the pool of their positives; those of a retrieval set its whole
+    The queries of shards search the pool of their positives; those of a retrieval set its entire
     corpus, or where it has `candidates/` each its own list.
 
     Args:
-        path: the folder; or a table, as in training.
-        name: the DATASET of metric names; None takes the folder's manifest's.
         max_queries: only the first so many; None for all.
         max_candidates: a query searches no more than so many, its right ones included; None: all.
-        where: only queries with these metadata, such as `{language: english}`; of retrieval sets.
-        instruction: as in training.
-        candidate_instruction: likewise.
-        columns: of a table, as in training.
-        files: likewise.
-        held_out: the share that training leaves out, which is evaluated on; 0: everything.
+        where: only queries with these metadata, such as `{language: english}`; for retrieval sets.
     """
 
-    path: str
-    name: str | None = None
     max_queries: int | None = None
     max_candidates: int | None = None
     where: dict[str, str] | None = None
-    instruction: str | None = None
-    candidate_instruction: str | None = None
-    columns: dict[str, str] | None = None
-    files: str = "*"
-    held_out: float = 0.0
 
-    @property
-    def table(self) -> RecipeTable | None:
-        """The table it names; None: a folder."""
-        return RecipeTable.of(self.path, self.columns, self.files, self.held_out)
-
-    @property
-    def folder(self) -> str:
-        """Its shards or retrieval set."""
-        return self.path if self.table is None else str(self.table.shards("test"))
-
-    @property
-    def instructions(self) -> Instructions:
-        """Of both sides."""
-        return Instructions(self.instruction, self.candidate_instruction)
+    split: ClassVar[str] = "test"
 
 
 def open_eval_set(source: EvalSource) -> RetrievalSet:
@@ -153,10 +140,8 @@ def open_eval_set(source: EvalSource) -> RetrievalSet:
         found = found.subset(source.max_queries, source.max_candidates)
         instructed = source.instructions.with_instruction
         queries = [instructed(query, "query") for query in found.queries]
-        candidates = (
-            found.candidates
-        )  # in their file until they are needed, unless all get an instruction
-        if source.candidate_instruction:
+        candidates = found.candidates
+        if source.candidate_instruction:  # else they stay in their file until they are needed
             candidates = [instructed(candidate, "candidate") for candidate in candidates]
         return replace(found, queries=queries, candidates=candidates)
     if source.where:

@@ -3,8 +3,8 @@
     train: [{path: mine.parquet, columns: {query: question, positive_image: page}, held_out: 0.1}]
     val: [{path: mine.parquet, columns: {query: question, positive_image: page}, held_out: 0.1}]
 
-The shards stand in the cache of remote.py, under a key of all that decides them: of a file on this
-machine its content, the mapping, the share held out. What is elsewhere is read once.
+The shards are in the cache of remote.py, under a key of everything that determines them: the
+content of a local file, the mapping, the share held out. Remote tables are read once.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from metaembed_pl.data.mapping import FILES, PRESETS, Columns, Mapped, digest, open_rows
+from metaembed_pl.data.mapping import FILES, PRESETS, Columns, digest, open_rows
 from metaembed_pl.data.product import Making, Product, listed, make
 from metaembed_pl.data.remote import HUB_ID, ShardCache, is_remote
 from metaembed_pl.errors import UserError
@@ -68,33 +68,33 @@ class RecipeTable:
 
     @property
     def name(self) -> str:
-        """What metrics call it, where the recipe does not say."""
+        """Its name in metrics, unless the recipe has one."""
         return re.sub(r"[^\w.-]+", "-", Path(self.where).stem) or "table"
 
     @property
     def folder(self) -> Path:
-        """Where its shards stand, or will."""
+        """The folder of its shards."""
         decides = [self.where, self.columns, self.files, self.held_out, self._content()]
         key = hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
         return ShardCache.of_environment().folder / "tables" / f"{self.name}-{key}"
 
     @property
     def is_made(self) -> bool:
-        """Whether its shards are there; the card is written last."""
+        """Whether its shards are complete; the card is written last."""
         return (self.folder / "README.md").exists()
 
     @property
     def is_elsewhere(self) -> bool:
-        """Whether what they are made from is on another machine."""
+        """Whether the table is remote."""
         is_id = HUB_ID.fullmatch(self.where) and Path(self.where).suffix not in TABLES
         return is_remote(self.where) or bool(is_id and not Path(self.where).exists())
 
     def shards(self, split: str) -> Path:
-        """Where the shards of `train` or `test` stand; what nothing is held out of has one."""
+        """The shards of `train` or `test`; if nothing is held out, those of `train` for both."""
         return self.folder / (split if self.held_out else "train")
 
     def make(self) -> None:
-        """Makes its shards, unless they are there; other processes wait meanwhile.
+        """Make its shards, unless they are there; other processes wait meanwhile.
 
         Raises:
             UserError: the table cannot be read, or too many of its pairs cannot be used.
@@ -119,15 +119,15 @@ class RecipeTable:
             log.info(message, self.where, f"{count:,}", seconds, dropped)
 
     def _product(self, folder: Path) -> Product:
-        rows: Mapped = open_rows(self.where, self.columns, self.files)
-        settings = {"from": self.where, "files": self.files, "held_out": self.held_out, **rows.what}
+        rows = open_rows(self.where, self.columns, self.files)
+        settings = {"from": self.where, "files": self.files, "held_out": self.held_out}
         return Product(
             name=self.name,
             folder=folder,
             drafts=rows.drafts,
             source=self.where,
             held_out=self.held_out,
-            settings=settings,
+            settings=settings | rows.about,
         )
 
     def _content(self) -> dict[str, str]:

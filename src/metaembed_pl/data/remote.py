@@ -23,15 +23,15 @@ from metaembed_pl.errors import Unreachable, UserError
 from metaembed_pl.files import new_file
 
 ATTEMPTS = 3
-"""To read a file: connections break."""
+"""To read a file, since connections break."""
 WAIT_S = 1.0
-"""Before the second attempt; then twice as long."""
+"""Before the second attempt; doubled for each further one."""
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _BLOCK_BYTES = 2**24  # of one request, where the server sends parts
 
 
 class RemoteFile(NamedTuple):
-    """A file elsewhere, and what its manifest says of it."""
+    """A remote file, with its size and checksum from the manifest."""
 
     url: str
     num_bytes: int
@@ -39,14 +39,13 @@ class RemoteFile(NamedTuple):
 
 
 class ShardCache:
-    """Files from elsewhere, on disk.
+    """Remote files, cached on disk.
 
-    A file appears atomically, whatever is killed; two processes that want the same one
-    read it once.
+    Files appear atomically; a file that several processes need is downloaded once.
 
     Args:
-        folder: where they are kept; only this class writes there.
-        max_bytes: of all of them. One that is open may be removed: who reads it reads on.
+        folder: of the cache; only this class writes there.
+        max_bytes: of all files. An open file may be removed: its reader can read on.
     """
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
@@ -54,7 +53,7 @@ class ShardCache:
 
     @classmethod
     def of_environment(cls) -> "ShardCache":
-        """The cache that the environment names.
+        """The cache that the environment variables define.
 
         Raises:
             UserError: METAEMBED_CACHE_GB is not a number above 0.
@@ -70,10 +69,10 @@ class ShardCache:
         return cls(Path(folder).expanduser(), max_bytes)
 
     def open(self, file: RemoteFile) -> BinaryIO:
-        """The file, read from elsewhere if it is not here.
+        """Open a file, downloaded if it is not in the cache.
 
         Raises:
-            Unreachable: it cannot be read, or is not what its manifest says.
+            Unreachable: it cannot be read, or differs from its manifest.
             UserError: it is larger than the cache may be.
         """
         path = self.folder / file.sha256
@@ -87,7 +86,7 @@ class ShardCache:
             return found
 
     def keep(self, file: RemoteFile) -> Path:
-        """The path of a file that never makes room: an index, which is mapped into memory.
+        """The path of a file that is never removed: an index, which is memory-mapped.
 
         Raises:
             Unreachable: as `open`.
@@ -112,16 +111,16 @@ class ShardCache:
                 self._download(file, path)
 
     def _reserve(self, file: RemoteFile) -> None:
-        """Removes what is in the way, and takes the room by a file of its size."""
+        """Remove old files, and reserve the space with a file of its size."""
         with self.lock("room"):
             _partial(self.folder / file.sha256).unlink(missing_ok=True)
             for partial in self.folder.glob("*.part"):
                 self._remove_if_left(partial)
-            kept = sorted(
+            cached = sorted(
                 (stat.st_mtime_ns, stat.st_size, path) for path, stat in _files(self.folder)
             )
-            free = self.max_bytes - sum(size for _, size, _ in kept) - file.num_bytes
-            for _, size, path in kept:
+            free = self.max_bytes - sum(size for _, size, _ in cached) - file.num_bytes
+            for _, size, path in cached:
                 if free >= 0:
                     break
                 if path.suffix != ".part":  # that is being read by another process
@@ -131,7 +130,7 @@ class ShardCache:
                 partial.truncate(file.num_bytes)
 
     def _remove_if_left(self, partial: Path) -> None:
-        """Removes a part of a file whose process was killed: the system has freed its lock."""
+        """Remove an incomplete file whose process was killed, which has freed its lock."""
         from filelock import FileLock, Timeout
 
         try:
@@ -148,7 +147,7 @@ class ShardCache:
                     _copy(file, partial)
                     os.replace(partial, path)
                     return
-                except Exception as error:  # each kind of address has errors of its own
+                except Exception as error:  # each kind of address has its own errors
                     reason = str(error) or type(error).__name__
                 if attempt + 1 < ATTEMPTS:
                     time.sleep(WAIT_S * 2**attempt)
@@ -158,7 +157,7 @@ class ShardCache:
 
     @contextmanager
     def lock(self, name: str) -> Iterator[None]:
-        """Keeps other processes out while one reads a file from elsewhere."""
+        """Lock a name against other processes."""
         from filelock import FileLock
 
         self._lock_path(name).parent.mkdir(parents=True, exist_ok=True)
@@ -170,7 +169,7 @@ class ShardCache:
 
 
 class RemoteFolder:
-    """A folder of shards elsewhere.
+    """A remote folder of shards.
 
     Args:
         url: of the folder, such as `https://host/shards/pets`.
@@ -183,7 +182,7 @@ class RemoteFolder:
         self._files: dict[str, RemoteFile] = {}
 
     def read_bytes(self, name: str) -> bytes:
-        """A small file, read anew each time.
+        """A small file, which is not cached.
 
         Raises:
             Unreachable: it cannot be read.
@@ -196,10 +195,10 @@ class RemoteFolder:
             raise Unreachable(f"{self.url}/{name} cannot be read: {reason}") from error
 
     def know(self, name: str, num_bytes: Any, sha256: Any) -> None:
-        """Notes what the manifest says of a file: only such files are ever read.
+        """Register a file of the manifest: only registered files are read.
 
         Raises:
-            UserError: a name, a size or a checksum that is none.
+            UserError: its name, size or checksum is not valid.
         """
         # Names become part of an address, checksums of a path on this machine.
         checks = isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256)
@@ -225,7 +224,7 @@ class RemoteFolder:
 
 
 def is_remote(folder: Path | str) -> bool:
-    """Whether a folder is an address and not a path.
+    """Whether a folder is an address, not a path.
 
     >>> is_remote("s3://bucket/pets"), is_remote("data/pets")
     (True, False)
@@ -234,7 +233,7 @@ def is_remote(folder: Path | str) -> bool:
 
 
 def address_below(base: str, path: str) -> str:
-    """The address of a file that data at an address name, which may not reach outside.
+    """The address of a file that remote data refer to; it may not leave their folder.
 
     >>> address_below("s3://bucket/pages", "images/1.png")
     's3://bucket/pages/images/1.png'
@@ -259,12 +258,12 @@ def read_bytes(url: str) -> bytes:
     filesystem, path = filesystem_of(url)
     try:
         return filesystem.cat_file(path)
-    except Exception as error:  # each kind of address has errors of its own
+    except Exception as error:  # each kind of address has its own errors
         raise UserError(f"{url} cannot be read: {error or type(error).__name__}") from error
 
 
 def kept_copy(url: str) -> Path:
-    """A copy on disk of a file elsewhere, made anew each time: it may have changed there.
+    """A local copy of a remote file, downloaded each time, since it may have changed.
 
     Raises:
         Unreachable: it cannot be read.
@@ -276,19 +275,19 @@ def kept_copy(url: str) -> Path:
     try:
         with cache.lock(name), new_file(copy) as temporary:
             filesystem.get_file(path, str(temporary))
-    except Exception as error:  # each kind of address has errors of its own
+    except Exception as error:  # each kind of address has its own errors
         raise Unreachable(f"{url} cannot be read: {error or type(error).__name__}") from error
     return copy
 
 
 class _Differs(Exception):
-    """What came is not what the manifest says."""
+    """A download differs from its manifest."""
 
 
 def _copy(file: RemoteFile, target: Path) -> None:
     filesystem, path = filesystem_of(file.url)
     digest, num_bytes = hashlib.sha256(), 0
-    # Not "wb", which would give up the room that was taken.
+    # Not "wb", which would give up the reserved space.
     with (
         filesystem.open(path, "rb", block_size=_BLOCK_BYTES) as remote,
         target.open("r+b" if target.exists() else "wb") as local,
@@ -310,10 +309,10 @@ def _copy(file: RemoteFile, target: Path) -> None:
 
 
 def filesystem_of(url: str) -> tuple[Any, str]:
-    """What reads a kind of address, and the path in it.
+    """The fsspec filesystem of an address, and the path in it.
 
     Raises:
-        UserError: nothing reads it here.
+        UserError: no installed package can read it.
     """
     import fsspec
 

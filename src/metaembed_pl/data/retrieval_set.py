@@ -1,7 +1,7 @@
 """A retrieval set: queries, their candidates, and the right answers among these.
 
-One class serves a pool that all queries share, a list of its own for each query (MMEB), and
-candidates that are right to different degrees (ViDoRe).
+The same class serves a pool that all queries share, separate lists for each query (MMEB), and
+graded relevance (ViDoRe).
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,17 +17,17 @@ class RetrievalSet:
     """Queries, the candidates they search, and which of these are right.
 
     Args:
-        name: the source's name, as metrics show it.
-        queries: what is asked.
-        candidates: everything that any query searches.
-        relevant: for each query the indices of its right candidates, ascending, at least one. One
-            below 0 stands for a candidate that judgements name and nobody can find: it counts.
-        gains: how right each of these is, above 0, in the order of `relevant`; None: all 1.
-        lists: for each query the indices of the candidates it searches, each once, among them all
-            its right ones; None: every query searches the entire pool.
-        num_left_out: queries of the source without a right candidate, which are not asked.
-        itself: for each query the index of the candidate that it is itself, which it does not
-            search; -1: none. None: of no query.
+        name: of the source, in metrics.
+        queries: all with at least one right candidate.
+        candidates: all that any query searches.
+        relevant: for each query the indices of its right candidates, ascending, at least one. An
+            index below 0 is a candidate that is judged but missing: it counts as not found.
+        gains: relevance of each of these, above 0, in the order of `relevant`; None: all 1.
+        lists: for each query the indices of the candidates that it searches, each once, including
+            all its right ones; None: every query searches the entire pool.
+        num_left_out: queries of the source without a right candidate, which are left out.
+        itself: for each query its own index among the candidates, which it does not search; -1:
+            none. None: no query is a candidate.
     """
 
     name: str
@@ -40,7 +40,7 @@ class RetrievalSet:
     itself: list[int] | None = None
 
     def gains_of(self, query: int) -> dict[int, float]:
-        """The right candidates of a query, by index, with how right each is."""
+        """The right candidates of a query, by index, with their gains."""
         relevant = self.relevant[query]
         gains = [1.0] * len(relevant) if self.gains is None else self.gains[query]
         return dict(zip(relevant, gains, strict=True))
@@ -52,12 +52,12 @@ class RetrievalSet:
     def subset(
         self, max_queries: int | None = None, max_candidates: int | None = None
     ) -> "RetrievalSet":
-        """A smaller set for quick looks: scores on it are higher than on all of it.
+        """A smaller set for quick checks: scores on it are higher than on the complete set.
 
         Args:
             max_queries: keep the first so many; None keeps all.
-            max_candidates: a query searches no more than so many, the first ones, but always all
-                right ones of its pool or list; None keeps all.
+            max_candidates: a query searches only the first so many, but always all right ones of
+                its pool or list; None keeps all.
 
         >>> items = [Item(letter) for letter in "abcd"]
         >>> small = RetrievalSet("x", [Item("q"), Item("r")], items, [[3], [0]]).subset(1, 2)
@@ -68,21 +68,21 @@ class RetrievalSet:
         needed = [self.relevant[query] for query in queries]
         if self.lists is None:
             together = {index for indices in needed for index in indices}
-            kept = _first(range(len(self.candidates)), together, max_candidates)
+            chosen = _first(range(len(self.candidates)), together, max_candidates)
             lists = None
         else:
             lists = [
                 _first(self.lists[query], set(right), max_candidates)
                 for query, right in zip(queries, needed, strict=True)
             ]
-            kept = sorted({index for indices in lists for index in indices})
-        if len(kept) == len(self.candidates) and len(queries) == len(self.queries):
+            chosen = sorted({index for indices in lists for index in indices})
+        if len(chosen) == len(self.candidates) and len(queries) == len(self.queries):
             return self if lists is None else replace(self, lists=lists)
-        place = {index: position for position, index in enumerate(kept)}
+        place = {index: position for position, index in enumerate(chosen)}
         return replace(
             self,
             queries=[self.queries[query] for query in queries],
-            candidates=[self.candidates[index] for index in kept],
+            candidates=[self.candidates[index] for index in chosen],
             relevant=[[place.get(index, index) for index in right] for right in needed],
             gains=self.gains and [self.gains[query] for query in queries],
             lists=lists and [[place[index] for index in indices] for indices in lists],
@@ -90,7 +90,7 @@ class RetrievalSet:
         )
 
     def asking(self, queries: Sequence[int]) -> "RetrievalSet":
-        """The same candidates, searched by some of the queries, given by their indices.
+        """The same candidates with some of the queries, given by their indices.
 
         >>> items = [Item(letter) for letter in "abcd"]
         >>> RetrievalSet("x", items, items, [[0], [1], [2], [3]]).asking([1, 2]).relevant
@@ -109,20 +109,20 @@ class RetrievalSet:
     def from_pairs(
         cls, name: str, pairs: Iterable[Pair], max_queries: int | None = None
     ) -> "RetrievalSet":
-        """Pool the positives of pairs; a candidate is right if its answers hold what is asked.
+        """Pool the positives of pairs; a candidate is right if it answers what a query asks.
 
-        A candidate two pairs share stands in the pool once. Hard negatives stay out of it. A query
-        that stands in several pairs is asked once; the positives of all of them are right, and so
-        is a candidate that shows the same as one of them.
+        A candidate of several pairs is in the pool once; hard negatives are not in it. A query of
+        several pairs is evaluated once; the positives of all of them are right, and so are
+        candidates with the same content.
 
         Args:
-            name: the source's name.
-            pairs: a query and one of its right answers each.
+            name: of the source.
+            pairs: each a query and one of its right candidates.
             max_queries: use only the first so many pairs. The pool shrinks with them, so scores
-                are then higher than on the complete set.
+                are higher than on the complete set.
 
         Raises:
-            UserError: no pairs, or a query whose own positive does not answer it.
+            UserError: there are no pairs, or a query's own positive does not answer it.
 
         Example:
             >>> cat, cats = Item("cat", id="1"), Item("cats", id="2", answers=("1", "2"))
@@ -158,10 +158,10 @@ class RetrievalSet:
 
 
 def _first(indices: Sequence[int], needed: set[int], count: int | None) -> list[int]:
-    """All needed indices and the first others, `count` together; in their old order."""
+    """All needed indices and the first others, `count` together, in the same order."""
     if count is None:
         return list(indices)
     others = [index for index in indices if index not in needed]
     needed = needed.intersection(indices)
-    kept = needed.union(others[: max(0, count - len(needed))])
-    return [index for index in indices if index in kept]
+    chosen = needed.union(others[: max(0, count - len(needed))])
+    return [index for index in indices if index in chosen]

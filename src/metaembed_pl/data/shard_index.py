@@ -28,14 +28,14 @@ _MEMBER = re.compile(r"^((?:.*/|)[^./]+)[.]([^/]*)$")
 
 
 class Place(NamedTuple):
-    """Where a pair lies.
+    """The location of a pair.
 
     Args:
-        shard: the file.
+        shard: its file.
         key: its sample.
         spans: offset and size of each member of the sample, by suffix.
         question: its number among the sample's questions.
-        candidate: `stable_hash` of the positive's uid; None where that would need its picture.
+        candidate: `stable_hash` of the positive's uid; None if that would require its picture.
     """
 
     shard: str
@@ -46,10 +46,10 @@ class Place(NamedTuple):
 
 
 class IndexLines:
-    """One JSON line a pair: `["00000.tar", "00000000", {"json": [512, 87], ...}, 0, 81624]`.
+    """One JSON line per pair: `["00000.tar", "00000000", {"json": [512, 87], ...}, 0, 81624]`.
 
     The number of its question and its candidate come last; lines of format 1 lack both. Lines are
-    parsed when asked for. A file is mapped into memory, so ranks share its pages.
+    parsed when needed. A file is memory-mapped, so that ranks share its pages.
 
     Args:
         path: an index file; or
@@ -58,7 +58,7 @@ class IndexLines:
 
     def __init__(self, path: Path | None = None, lines: bytes = b"") -> None:
         self._path, self._lines, self._map = path, lines, None
-        # One comparison over the entire buffer: a million lines take some 0.1 s.
+        # One comparison over the entire buffer: about 0.1 s for a million lines.
         content = self._content()
         ends = np.flatnonzero(np.frombuffer(content, dtype=np.uint8) == ord("\n"))
         self._starts = np.concatenate([np.zeros(1, np.int64), ends + 1])
@@ -84,7 +84,7 @@ class IndexLines:
         raise UserError(f"{self._path}:{i + 1}: not a line of an index; delete {INDEX_FILE}")
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_map": None}  # a map does not pickle; it is made anew
+        return {**self.__dict__, "_map": None}  # a map cannot be pickled; it is opened again
 
     def _content(self) -> bytes | mmap.mmap:
         if self._map is None:
@@ -99,7 +99,7 @@ def read_manifest(folder: Path, shards: list[str]) -> dict[str, Any] | None:
     """Read a folder's manifest and check it against the shard files; None if there is none.
 
     Raises:
-        UserError: no shards, or a manifest that is malformed or disagrees with them.
+        UserError: there are no shards, or the manifest is malformed or disagrees with them.
     """
     if not shards:
         deeper = next(folder.rglob("*.tar"), None)
@@ -133,7 +133,7 @@ def parse_manifest(content: bytes, where: str) -> dict[str, Any]:
     """Read a manifest, and check it against itself.
 
     Raises:
-        UserError: it is malformed; names `where` it is.
+        UserError: it is malformed; names its place, `where`.
     """
     try:
         manifest = json.loads(content)
@@ -148,7 +148,8 @@ def scan_shards(folder: Path, shards: list[str]) -> dict[str, bytes]:
     """Read the headers of tar shards, and the JSON of each sample, into index lines, by shard.
 
     Raises:
-        UserError: not a complete uncompressed tar, or one with links, devices or paths that escape.
+        UserError: a file is not a complete uncompressed tar, or contains links, devices or paths
+            that leave the folder.
     """
     return {shard: _index_lines(folder / shard) for shard in shards}
 
@@ -192,7 +193,7 @@ def _index_lines(path: Path) -> bytes:
                 if match is None or member.name.startswith("__"):
                     left_out.append(member.name)
                     continue  # as WebDataset does: no suffix, or its own notes
-                # What is no UTF-8 cannot stand in JSON as it is.
+                # JSON cannot hold names that are not UTF-8.
                 key = os.fsencode(match[1]).decode("utf-8", "backslashreplace")
                 suffix = os.fsencode(match[2].lower()).decode("utf-8", "backslashreplace")
                 if not samples or samples[-1][0] != key:
@@ -228,9 +229,9 @@ def _refuse_odd(path: Path, member: tarfile.TarInfo, size: int) -> None:
 
 
 def _questions(content: bytes) -> tuple[int, int | None]:
-    """How many questions a sample has, and its candidate where the JSON alone says which it is.
+    """The number of a sample's questions, and its candidate if the JSON identifies it.
 
-    A sample that is broken counts as one question, and is named when it is read.
+    A broken sample counts as one question, and is reported when it is read.
     """
     count = 1
     try:

@@ -1,7 +1,7 @@
 """Write shards into a temporary folder that is renamed when complete.
 
 Consecutive pairs with the same positive are questions about one candidate: they become one sample,
-which has the candidate once.
+which contains the candidate once.
 """
 
 import io
@@ -19,7 +19,7 @@ from metaembed_pl.item import Item, Pair
 
 PROGRESS_FILE = "progress.json"
 QUESTIONS_PER_SAMPLE = 32
-"""Further questions to a candidate begin another sample: reading one of them reads their JSON."""
+"""Further questions begin another sample, since reading one of them reads the JSON of all."""
 _SIGNATURES = {"png": b"\x89PNG\r\n\x1a\n", "jpg": b"\xff\xd8\xff"}
 
 
@@ -29,20 +29,20 @@ class ShardWriter:
     The folder appears when the block ends without an error, complete, or not at all.
 
     Args:
-        folder: where the shards shall stand.
-        name: the source's name: metrics and logs show it.
-        pairs_per_shard: after so many pairs a new tar begins.
+        folder: the output folder.
+        name: of the source, in metrics and logs.
+        pairs_per_shard: a new tar begins after so many pairs.
         licence, attribution, source, note: for the manifest, so that they travel with the data.
         settings: how the shards were made, for the manifest.
-        overwrite: replace shards that stand there already.
-        resume: go on with the complete shards of a run of the same settings that was killed.
+        overwrite: replace existing shards.
+        resume: continue after the complete shards of a killed run with the same settings.
 
     Attributes:
-        record: what the writing script wants to remember, such as how many rows it has read. It
-            is saved with every complete shard, is back after a kill, and goes into the manifest.
+        record: the script's own state, such as how many rows it has read. It is saved with every
+            complete shard, restored when a run resumes, and written to the manifest.
 
     Raises:
-        UserError: the folder holds something already, or no pair was written.
+        UserError: the folder is not empty, or no pair was written.
     """
 
     def __init__(
@@ -95,16 +95,16 @@ class ShardWriter:
 
     @property
     def num_pairs(self) -> int:
-        """Pairs taken so far, including those of a resumed run."""
+        """Pairs written so far, including those of a resumed run."""
         return sum(self._counts) + len(self._held)
 
     def write(self, pair: Pair) -> None:
         """Add a pair. PNG, JPEG and WebP files keep their bytes; other pictures become PNG.
 
-        To resume, `record` must say before this call how far the script is with this pair.
+        Before this call, `record` must include this pair, so that a run can resume after it.
 
         Raises:
-            UserError: a picture that cannot be read; names the pair.
+            UserError: a picture cannot be read; names the pair.
         """
         is_next = bool(self._held) and _is_same_candidate(pair, self._held[0].pair)
         if not is_next or len(self._held) == QUESTIONS_PER_SAMPLE:
@@ -147,12 +147,12 @@ class ShardWriter:
                     shutil.rmtree(self.folder)
                 self._partial.rename(self.folder)
         finally:
-            # What went wrong with the data would go wrong again; what cut us off would not.
+            # A fault of the data would happen again; an interruption would not.
             if not self.resume or error is None or isinstance(error, UserError):
                 shutil.rmtree(self._partial, ignore_errors=True)
 
     def _recall(self) -> bool:
-        """Take over what a killed run left; False if there is nothing, or it was another run."""
+        """Continue what a killed run left; False if there is nothing, or settings differ."""
         try:
             progress = json.loads((self._partial / PROGRESS_FILE).read_bytes())
             if progress["describe"] != json.loads(json.dumps(self._describe)):
@@ -160,11 +160,11 @@ class ShardWriter:
             counts, record = progress["counts"], progress["record"]
         except (OSError, ValueError, KeyError, TypeError):
             return False
-        whole = {f"{number:05d}.tar" for number in range(len(counts))}
-        if not all((self._partial / name).exists() for name in whole):
+        complete = {f"{number:05d}.tar" for number in range(len(counts))}
+        if not all((self._partial / name).exists() for name in complete):
             return False
         for file in self._partial.glob("*.tar"):
-            if file.name not in whole:
+            if file.name not in complete:
                 file.unlink()
         self._counts, self.record = counts, record
         return True
@@ -175,7 +175,7 @@ class ShardWriter:
         write_text(self._partial / PROGRESS_FILE, json.dumps(progress))
 
     def _open_shard(self) -> Any:
-        """Return the tar that takes the next pair."""
+        """The tar for the next pair."""
         if self._tar is not None:
             return self._tar
         # webdataset imports torch: deferred, so that reading alone stays light.
@@ -223,7 +223,7 @@ class ShardWriter:
 
 
 class _EncodedItem(NamedTuple):
-    """An item's JSON, and its picture as a file holds it."""
+    """An item's JSON and its encoded picture."""
 
     value: dict[str, Any]
     picture: bytes | None = None
@@ -244,7 +244,7 @@ def _is_same_candidate(one: Pair, other: Pair) -> bool:
 
 
 def _encoded_pair(pair: Pair, positive: _EncodedItem | None) -> _EncodedPair:
-    """Encode a pair's pictures; the positive's is given where it was encoded before."""
+    """Encode a pair's pictures; `positive` is given if it was encoded before."""
     return _EncodedPair(
         pair,
         _encoded(pair.query),
@@ -260,7 +260,7 @@ def _encoded(item: Item) -> _EncodedItem:
 
 
 def _members(pairs: list[_EncodedPair]) -> dict[str, bytes]:
-    """Return the members of a sample by suffix: its JSON and its encoded pictures."""
+    """The members of a sample by suffix: its JSON and its encoded pictures."""
     members: dict[str, bytes] = {}
 
     def add(item: _EncodedItem, stem: str) -> dict[str, Any]:
@@ -299,21 +299,21 @@ def _members(pairs: list[_EncodedPair]) -> dict[str, bytes]:
             "positive": _without_score(add(first.positive, "positive")),
         }
     if first.pair.positive.id is None and first.positive.picture is not None:
-        value["candidate"] = first.pair.positive.uid  # so that it need not be hashed to be known
+        value["candidate"] = first.pair.positive.uid  # so that readers need not hash the picture
     members["json"] = json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
     return members
 
 
 def _without_score(item: dict[str, Any]) -> dict[str, Any]:
-    """Each question has a score of its own."""
+    """The item without its score, which each question has for itself."""
     return {key: value for key, value in item.items() if key != "score"}
 
 
 def encoded_image(item: Item) -> tuple[bytes, str]:
-    """The item's picture as a file holds it, and the file's suffix; what we cannot name is PNG.
+    """The item's encoded picture and its suffix; formats other than PNG, JPEG, WebP become PNG.
 
     Raises:
-        UserError: a picture that cannot be read, or, where it becomes PNG, does not decode.
+        UserError: the picture cannot be read, or does not decode where it must become PNG.
     """
     content = item.image_content() if isinstance(item.image, (bytes, Path)) else b""
     for extension, signature in _SIGNATURES.items():

@@ -2,11 +2,10 @@
 
 A shard is a WebDataset tar. One pair is `KEY.json` (the pair, without its pictures) and the
 encoded pictures as `KEY.query.png`, `KEY.positive.jpg`, `KEY.negative.0.webp`, ... Several pairs
-that share their positive are one sample: its JSON has a list of `queries`, each with an id, asks
-and hard negatives of its own; their pictures are `KEY.query.2.png` and
-`KEY.query.2.negative.0.webp`. Beside the shards lie `manifest.json` (counts, bytes, checksums,
-source, licence) and `index.jsonl` (one line a pair: shard, key, where each member lies, question
-and candidate).
+that share their positive are one sample: its JSON has a list of `queries`, each with its own id,
+asks and hard negatives; their pictures are `KEY.query.2.png` and `KEY.query.2.negative.0.webp`. The
+folder also has `manifest.json` (counts, bytes, checksums, source, licence) and `index.jsonl` (one
+line per pair: shard, key, offset and size of each member, question and candidate).
 
     with ShardWriter(Path("shards/pets"), "pets", licence="CC0-1.0") as writer:
         for pair in read_pairs(Path("pets.jsonl")):
@@ -42,26 +41,27 @@ from metaembed_pl.item import Item, Pair, parse_json, stable_hash
 __all__ = ["ShardWriter", "ShardedPairs", "verify"]
 
 Choose = Callable[[int], Iterable[int]]
-"""Of so many hard negatives, the numbers of those to keep."""
+"""Chooses among so many hard negatives: the numbers of those to keep."""
 
 HEAD_BYTES = 2**16
-"""Of a picture: its size stands there, behind what cameras and editors write before it."""
+"""Of a picture: enough for its size, which follows the metadata of cameras and editors."""
 _PICTURE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 
 
 class ShardedPairs(Sequence[Pair]):
     """The pairs of a folder of shards, by number.
 
-    Nothing stays open and the index is mapped, not loaded: an instance is cheap to send to
-    DataLoader workers, and a million pairs take 8 MB.
+    No file stays open and the index is memory-mapped: an instance is cheap to send to DataLoader
+    workers, and a million pairs take 8 MB.
 
     Args:
-        folder: what `ShardWriter` made, or any folder of WebDataset tars with the members above:
-            without manifest and index these are scanned, which reads every tar header once. Or the
-            address of what `ShardWriter` made, such as `s3://bucket/pets`: see remote.py.
+        folder: written by `ShardWriter`, or any folder of WebDataset tars with the members above:
+            without manifest and index they are scanned, which reads every tar header once. Or the
+            address of a folder that `ShardWriter` wrote, such as `s3://bucket/pets`: see remote.py.
 
     Raises:
-        UserError: missing or empty folder, manifest that disagrees with the files, broken tar.
+        UserError: the folder is missing or empty, its manifest disagrees with the files, or a tar
+            is broken.
     """
 
     def __init__(self, folder: Path | str) -> None:
@@ -94,7 +94,7 @@ class ShardedPairs(Sequence[Pair]):
         assert self._remote is not None
         where = f"{self.folder}/{MANIFEST_FILE}"
         manifest = parse_manifest(self._remote.read_bytes(MANIFEST_FILE), where)
-        # A folder elsewhere cannot always be listed, and scanning it would read all of it.
+        # A remote folder cannot always be listed, and scanning it would read all of it.
         for file in ({**manifest.get("index", {}), "file": INDEX_FILE}, *manifest["shards"]):
             self._remote.know(file["file"], file.get("bytes"), file.get("sha256"))
         return manifest, _checked_index(self._remote.keep(INDEX_FILE), manifest)
@@ -103,7 +103,7 @@ class ShardedPairs(Sequence[Pair]):
         return len(self._index)
 
     def locate(self, i: int) -> tuple[str, str]:
-        """Return the shard file and the key of pair `i`."""
+        """The shard file and the key of pair `i`."""
         place = self._index[i]
         return place.shard, place.key
 
@@ -111,20 +111,20 @@ class ShardedPairs(Sequence[Pair]):
         """Read pair `i`; its images stay encoded.
 
         Raises:
-            BadSample: its JSON or a member is missing, broken or cut off.
-            Unreachable: its shard lies elsewhere and cannot be read.
+            BadSample: its JSON or a member is missing, broken or truncated.
+            Unreachable: its shard is remote and cannot be read.
         """
         return self.read(i)
 
     def read(self, i: int, choose: Choose | None = None, picture_bytes: int | None = None) -> Pair:
-        """Read pair `i` with some of its hard negatives; the others are not even read.
+        """Read pair `i` with some of its hard negatives; the others are not read.
 
-        Pairs of one sample that are read one after the other share its JSON and their positive.
+        Consecutive reads of pairs of one sample share its JSON and their positive.
 
         Args:
             i: its number.
-            choose: which hard negatives to keep of so many; None keeps all.
-            picture_bytes: of each picture only the first so many: enough to read its size.
+            choose: chooses the hard negatives to keep; None keeps all.
+            picture_bytes: read only the first so many bytes of each picture: enough for its size.
 
         Raises:
             BadSample, Unreachable: as `pairs[i]`.
@@ -146,10 +146,10 @@ class ShardedPairs(Sequence[Pair]):
         return {**self.__dict__, "_last": None}
 
     def candidate_numbers(self) -> Int[np.ndarray, " N"]:
-        """The number of each pair's candidate: pairs with one number share their positive.
+        """The number of each pair's candidate: pairs with the same number share their positive.
 
-        The index says which share it; shards of older versions are read once through, and a pair
-        that cannot be read shares its positive with no other.
+        The numbers come from the index. Shards of older versions are read once instead, and a pair
+        that cannot be read does not share its positive.
         """
         found = []
         for i in range(len(self)):
@@ -169,10 +169,10 @@ class ShardedPairs(Sequence[Pair]):
 
 
 def verify(folder: Path) -> None:
-    """Compare every shard with the checksum in its manifest.
+    """Compare every shard with its checksum in the manifest.
 
     Raises:
-        UserError: names the first shard that differs.
+        UserError: a shard differs; names the first one.
     """
     folder = Path(folder)
     for shard in ShardedPairs(folder).manifest["shards"]:
@@ -186,7 +186,7 @@ def verify(folder: Path) -> None:
 
 
 def _checked_index(path: Path, manifest: dict[str, Any]) -> IndexLines:
-    """Check the first and last line of each shard, which shows a mixed-up index at once."""
+    """Open an index and check the first and last line of each shard, to detect a mixed-up one."""
     index = IndexLines(path=path)
     start, fits = 0, len(index) == manifest["num_pairs"]
     for shard in manifest["shards"]:
@@ -208,7 +208,7 @@ def _manifest_of(name: str, scanned: dict[str, bytes]) -> dict[str, Any]:
 
 
 class _Sample(Mapping[str, bytes]):
-    """A sample of a shard: its members by suffix, each read when it is asked for."""
+    """A sample of a shard: its members by suffix, each read when it is needed."""
 
     def __init__(
         self,
@@ -258,7 +258,7 @@ class _Sample(Mapping[str, bytes]):
 
 
 def _assemble(sample: _Sample, place: Place, choose: Choose | None) -> Pair:
-    """Put a pair together from its sample's members, by suffix."""
+    """Assemble a pair from its sample's members."""
     value, stem, shared = {**sample.value}, "", []
     value.pop("candidate", None)
     if "queries" in value:
@@ -276,7 +276,7 @@ def _assemble(sample: _Sample, place: Place, choose: Choose | None) -> Pair:
 
 
 def _positive_of(sample: _Sample, score: Any) -> Item | None:
-    """The positive, with the score that a question gives it."""
+    """The positive, with its score for a question."""
     if sample.positive is None or score is None:
         return sample.positive
     return replace(sample.positive, score=score)
@@ -296,7 +296,7 @@ def _question_of(sample: dict[str, Any], number: int) -> dict[str, Any]:
 
 
 def _negatives_of(value: dict[str, Any], stem: str, members: _Sample) -> list[tuple[object, str]]:
-    """The hard negatives that the JSON or the members of a stem name, each with its own stem."""
+    """The hard negatives in the JSON or among the members of a stem, each with its own stem."""
     negatives = value.get("negatives")
     negatives = [] if negatives is None else negatives
     if not isinstance(negatives, list):
@@ -307,7 +307,7 @@ def _negatives_of(value: dict[str, Any], stem: str, members: _Sample) -> list[tu
 
 
 def _with_picture(value: object, stem: str, members: _Sample) -> object:
-    """Give an item its picture; one named by the JSON must be a member, never another file."""
+    """An item with its picture; a picture named in the JSON must be a member, not another file."""
     if isinstance(value, str):
         value = {"text": value}
     if not isinstance(value, dict | None):

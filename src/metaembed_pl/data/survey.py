@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -23,71 +23,61 @@ from metaembed_pl.samples import quantiles
 EXAMPLES = 3
 """Shown of what cannot be used, and of what two folders share."""
 
-Kind = Literal["text", "picture", "pair", "negative"]
-LEAKS: tuple[Kind, ...] = ("text", "picture", "pair")
+Content = Literal["text", "picture", "pair", "negative"]
+LEAKS: tuple[Content, ...] = ("text", "picture", "pair")
 
 
 class Seen:
-    """Contents as numbers, with the pair in which each stood."""
+    """Contents as numbers, and the pair of each."""
 
     def __init__(self) -> None:
-        self._hashes, self._pairs = array("q"), array("q")
+        self.hashes, self.pairs = array("q"), array("q")
 
     def add(self, content: str, pair: int) -> None:
-        """Note a content of a pair."""
-        self._hashes.append(stable_hash(content))
-        self._pairs.append(pair)
+        """Record a content of a pair."""
+        self.hashes.append(stable_hash(content))
+        self.pairs.append(pair)
 
     def num_repeats(self) -> int:
-        """How many contents have been there before.
+        """How many contents are repetitions.
 
         >>> seen = Seen()
         >>> for content in "abaa": seen.add(content, 0)
         >>> seen.num_repeats()
         2
         """
-        hashes = np.array(self._hashes)
+        hashes = np.array(self.hashes)
         return len(hashes) - len(np.unique(hashes))
 
     def shared(self, other: "Seen") -> tuple[int, list[int]]:
-        """How many different contents another has as well, and the first pairs here with one."""
-        hashes = np.array(self._hashes)
-        common = np.intersect1d(hashes, np.array(other._hashes))
-        pairs = np.array(self._pairs)[np.isin(hashes, common)]
+        """How many contents are also in another, and the first pairs here that have one."""
+        hashes = np.array(self.hashes)
+        common = np.intersect1d(hashes, np.array(other.hashes))
+        pairs = np.array(self.pairs)[np.isin(hashes, common)]
         return len(common), np.unique(pairs)[:EXAMPLES].tolist()
 
 
-class Candidates:
-    """Which pairs share a candidate."""
+def questions_by_candidate(uids: Seen) -> list[int]:
+    """How many questions each candidate has, ascending, from the uids of the positives.
 
-    def __init__(self) -> None:
-        self._uids, self._contents, self._pairs = array("q"), array("q"), array("q")
+    >>> uids = Seen()
+    >>> for number, uid in enumerate("aba"): uids.add(uid, number)
+    >>> questions_by_candidate(uids)
+    [1, 2]
+    """
+    return sorted(np.unique(np.array(uids.hashes), return_counts=True)[1].tolist())
 
-    def add(self, positive: Item, pair: int) -> None:
-        """Note the positive of a pair."""
-        self._uids.append(stable_hash(positive.uid))
-        self._contents.append(stable_hash(positive.content))
-        self._pairs.append(pair)
 
-    def num_questions(self) -> list[int]:
-        """How many questions each candidate has.
-
-        >>> candidates = Candidates()
-        >>> for number, name in enumerate("aba"): candidates.add(Item(name), number)
-        >>> candidates.num_questions()
-        [1, 2]
-        """
-        return sorted(np.unique(np.array(self._uids), return_counts=True)[1].tolist())
-
-    def differing(self) -> list[tuple[int, int]]:
-        """Two pairs of each id that stands for more than one content."""
-        uids, contents = np.array(self._uids), np.array(self._contents)
-        order = np.lexsort((contents, uids))
-        same = uids[order][1:] == uids[order][:-1]
-        changes = np.flatnonzero(same & (contents[order][1:] != contents[order][:-1]))
-        _, first = np.unique(uids[order][changes], return_index=True)
-        pairs = np.array(self._pairs)[order]
-        return [(int(pairs[i]), int(pairs[i + 1])) for i in changes[first]]
+def differing(uids: Seen, contents: Seen) -> list[tuple[int, int]]:
+    """Two pairs for each uid of a positive that stands for more than one content."""
+    of_uid, of_content = np.array(uids.hashes), np.array(contents.hashes)
+    order = np.lexsort((of_content, of_uid))
+    of_uid, of_content = of_uid[order], of_content[order]
+    is_same = of_uid[1:] == of_uid[:-1]
+    changes = np.flatnonzero(is_same & (of_content[1:] != of_content[:-1]))
+    _, first = np.unique(of_uid[changes], return_index=True)
+    pairs = np.array(uids.pairs)[order]
+    return [(int(pairs[i]), int(pairs[i + 1])) for i in changes[first]]
 
 
 @dataclass
@@ -100,8 +90,19 @@ class SideSurvey:
     heights: array = field(default_factory=lambda: array("q"))
     formats: Counter[str] = field(default_factory=Counter)
 
+    def add(self, item: Item, picture: "_Picture | None") -> None:
+        """Record an item and its picture."""
+        parts = [name for name in ("text", "image") if getattr(item, name) is not None]
+        self.shapes[" and ".join(parts)] += 1
+        if item.text is not None:
+            self.text_lengths.append(len(item.text))
+        if picture is not None:
+            self.widths.append(picture.width)
+            self.heights.append(picture.height)
+            self.formats[picture.format] += 1
+
     def summary(self) -> dict[str, Any]:
-        """As JSON holds it; lengths in characters, sides in pixels."""
+        """The numbers for JSON: lengths in characters, sizes in pixels."""
         return {
             "items": dict(self.shapes.most_common()),
             "text_characters": quantiles(self.text_lengths) or None,
@@ -112,14 +113,14 @@ class SideSurvey:
 
 
 class Survey:
-    """What a folder of shards holds.
+    """The contents of a folder of shards.
 
     Args:
         pairs: the folder.
-        decode: decode every picture, to find those that do not, and compare pixels instead of
-            files. Otherwise only the header of each is read.
+        decode: decode every picture, to find broken ones, and compare pixels instead of files.
+            Otherwise only the header of each picture is read.
         track: wraps the numbers of the pairs, to show progress.
-        processing: of a model, counts the texts that it would cut; None: that is not known.
+        processing: of a model: counts the texts that it would cut; None: they are not counted.
     """
 
     def __init__(
@@ -137,9 +138,8 @@ class Survey:
         self.num_negatives: Counter[int] = Counter()
         self.own_positive_as_negative = 0
         # Texts and pictures of queries and positives, of both together, and of hard negatives.
-        self.seen: dict[Kind, Seen] = {kind: Seen() for kind in get_args(Kind)}
-        self._queries, self._ids = Seen(), Seen()
-        self._candidates = Candidates()
+        self.seen: dict[Content, Seen] = {kind: Seen() for kind in get_args(Content)}
+        self._queries, self._ids, self._uids, self._positives = Seen(), Seen(), Seen(), Seen()
         self._decode = decode
         for i in track(range(len(pairs))):
             try:
@@ -154,42 +154,31 @@ class Survey:
 
     def _add(self, pair: Pair, i: int) -> None:
         items = (pair.query, pair.positive, *pair.negatives)
-        pictures = [_look(item, self._decode) for item in items]  # a broken one shows first
+        pictures = [_picture_of(item, self._decode) for item in items]  # a broken one raises now
         if self._processing is not None:
             self._processing.text_ids(items[:1], "query")
             self._processing.text_ids(items[1:], "candidate")
         for item, picture in zip(items, pictures, strict=True):
-            self._add_item(
-                item, picture, self.sides["query" if item is pair.query else "candidate"]
-            )
-            is_asked = item is pair.query or item is pair.positive
+            self.sides["query" if item is pair.query else "candidate"].add(item, picture)
+            is_negative = item is not pair.query and item is not pair.positive
             if item.text is not None:
-                self.seen["text" if is_asked else "negative"].add(item.text, i)
-            if item.image is not None:
-                alone = picture.pixels or Item(image=item.image)
-                self.seen["picture" if is_asked else "negative"].add(alone.content, i)
+                self.seen["negative" if is_negative else "text"].add(item.text, i)
+            if picture is not None:
+                self.seen["negative" if is_negative else "picture"].add(picture.content, i)
         self.num_negatives[len(pair.negatives)] += 1
         own = pair.positive.content
         self.own_positive_as_negative += any(item.content == own for item in pair.negatives)
         self.seen["pair"].add(f"{pair.query.content} {own}", i)
         self._queries.add(pair.query.content, i)
         self._ids.add(pair.id, i)
-        self._candidates.add(pair.positive, i)
-
-    def _add_item(self, item: Item, picture: "_Picture", side: SideSurvey) -> None:
-        parts = [name for name in ("text", "image") if getattr(item, name) is not None]
-        side.shapes[" and ".join(parts)] += 1
-        if item.text is not None:
-            side.text_lengths.append(len(item.text))
-        if item.image is not None:
-            side.widths.append(picture.width)
-            side.heights.append(picture.height)
-            side.formats[picture.format] += 1
+        self._uids.add(pair.positive.uid, i)
+        self._positives.add(own, i)
 
     def summary(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """The numbers for JSON."""
         manifest = self.pairs.manifest
-        questions, differing = self._candidates.num_questions(), self._candidates.differing()
+        questions = questions_by_candidate(self._uids)
+        contradicting = differing(self._uids, self._positives)
         return {
             "folder": str(self.pairs.folder),
             "name": self.pairs.name,
@@ -204,8 +193,8 @@ class Survey:
             "num_candidates": len(questions),
             "questions": quantiles(array("q", questions)) or None,
             "differing_candidates": {
-                "count": len(differing),
-                "pairs": [[self.pairs[i].id for i in two] for two in differing[:EXAMPLES]],
+                "count": len(contradicting),
+                "pairs": [[self.pairs[i].id for i in two] for two in contradicting[:EXAMPLES]],
             },
             "num_negatives": {str(n): self.num_negatives[n] for n in sorted(self.num_negatives)},
             "repeated": {
@@ -218,11 +207,11 @@ class Survey:
 
 
 def shared(surveys: Sequence[Survey]) -> list[dict[str, Any]]:
-    """What two folders both hold, of any two; those that share nothing are left out.
+    """The contents that two folders share, for each two that share any.
 
-    Texts and pictures of queries and of positives are compared wherever they stand: a training
-    query that is a test candidate is a leak as well. Hard negatives are counted by themselves: as
-    negatives, a model has seen what the other folder asks for.
+    Texts and pictures of queries are also compared with those of positives: a training query that
+    is a test candidate is a leak as well. Hard negatives are counted apart: a model has then seen
+    queries or candidates of the other folder, as negatives.
     """
     found = []
     for one, other in combinations(surveys, 2):
@@ -240,23 +229,21 @@ def shared(surveys: Sequence[Survey]) -> list[dict[str, Any]]:
 
 
 def _num_asked(one: Survey, other: Survey) -> int:
-    """How many hard negatives of the one are queries or positives of the other."""
+    """How many hard negatives of one folder are queries or positives of the other."""
     negatives = one.seen["negative"]
     return sum(negatives.shared(other.seen[kind])[0] for kind in ("text", "picture"))
 
 
-@dataclass(frozen=True)
-class _Picture:
-    width: int = 0
-    height: int = 0
-    format: str = ""
-    pixels: Item | None = None
+class _Picture(NamedTuple):
+    format: str
+    width: int
+    height: int
+    content: str
 
 
-def _look(item: Item, decode: bool) -> _Picture:
+def _picture_of(item: Item, decode: bool) -> _Picture | None:
+    """An item's picture without its text; None if it has none."""
     if item.image is None:
-        return _Picture()
-    format, width, height = picture_size(item.image_content())
-    if not decode:
-        return _Picture(width, height, format)
-    return _Picture(width, height, format, Item(image=item.load_image()))
+        return None
+    size = picture_size(item.image_content())
+    return _Picture(*size, Item(image=item.load_image() if decode else item.image).content)

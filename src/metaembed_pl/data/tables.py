@@ -9,7 +9,7 @@ comes from the footer of each file. Pictures stay encoded.
 """
 
 import fnmatch
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,7 +25,7 @@ from metaembed_pl.errors import Unreachable, UserError, first_line
 SUFFIX = ".parquet"
 ROWS_AT_A_TIME = 256  # pictures and all
 CONVERTED = "@refs%2Fconvert%2Fparquet"
-"""Where the hub keeps what it made of a dataset in another format."""
+"""The hub's branch with its conversion of a dataset from another format."""
 
 
 @dataclass(frozen=True)
@@ -59,18 +59,18 @@ class Table:
 
     @cached_property
     def schema(self) -> pa.Schema:
-        """Columns of the first file."""
+        """The columns of the first file, with their types."""
         with _opened(self.files[0]) as file:
             return file.schema_arrow
 
     @cached_property
     def num_rows(self) -> int:
-        """Of all files."""
-        return sum(self._num_rows_of(file) for file in self.files)
-
-    def _num_rows_of(self, path: str) -> int:
-        with _opened(path) as file:
-            return file.metadata.num_rows
+        """Rows of all files."""
+        count = 0
+        for path in self.files:
+            with _opened(path) as file:
+                count += file.metadata.num_rows
+        return count
 
     @property
     def columns(self) -> list[str]:
@@ -78,34 +78,32 @@ class Table:
         return self.schema.names
 
     def rows(self, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-        """The rows one by one, with `FILE:NUMBER` to name them by.
+        """The rows one by one, each with its place, `FILE:NUMBER`.
 
         Raises:
             UserError: a file is damaged, or lacks a column.
         """
         for path in self.files:
             with _opened(path) as file:
-                self._refuse_missing(path, columns, file.schema_arrow.names)
-                number = 0
-                for batch in file.iter_batches(ROWS_AT_A_TIME, columns=list(columns)):
-                    for row in batch.to_pylist():
-                        number += 1
-                        yield f"{path}:{number}", row
-
-    def _refuse_missing(self, path: str, wanted: Iterable[str], found: list[str]) -> None:
-        missing = [name for name in wanted if name not in found]
-        if missing:
-            raise UserError(f"{path} has no column {missing[0]!r}; it has {', '.join(found)}")
+                found = file.schema_arrow.names
+                missing = [name for name in columns if name not in found]
+                if missing:
+                    has = f"it has {', '.join(found)}"
+                    raise UserError(f"{path} has no column {missing[0]!r}; {has}")
+                batches = file.iter_batches(ROWS_AT_A_TIME, columns=list(columns))
+                rows = (row for batch in batches for row in batch.to_pylist())
+                for number, row in enumerate(rows, start=1):
+                    yield f"{path}:{number}", row
 
 
 def parse_columns(text: str | None) -> dict[str, str] | None:
-    """Which column is what, as a command line says it.
+    """The mapping of columns that a command line gives.
 
     >>> parse_columns("query=question,positive_image=page")
     {'query': 'question', 'positive_image': 'page'}
 
     Raises:
-        UserError: it says something else, or one key twice.
+        UserError: it is no mapping, or names a key twice.
     """
     if text is None:
         return None
@@ -119,7 +117,7 @@ def parse_columns(text: str | None) -> dict[str, str] | None:
 
 
 def picture_bytes(cell: Any) -> Any:
-    """A cell that holds a picture as the hub's files have it: bytes, or the path in their place."""
+    """The bytes or the path of a picture, from a cell in the format of the hub's files."""
     if isinstance(cell, Mapping):
         return cell.get("bytes") or cell.get("path")
     return cell
@@ -136,8 +134,7 @@ def _opened(path: str) -> Iterator[parquet.ParquetFile]:
             with parquet.ParquetFile(path) as file:
                 yield file
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
-        reason = first_line(error)
-        raise UserError(f"{path} is not a complete Parquet file: {reason}") from error
+        raise UserError(f"{path} is not a complete Parquet file: {first_line(error)}") from error
 
 
 def _on_disk(path: Path) -> list[str]:
@@ -160,7 +157,7 @@ def _at_address(url: str) -> list[str]:
         filesystem, inner = filesystem_of(place)
         try:
             found = sorted(filesystem.glob(inner))
-        except Exception as error:  # each kind of address has errors of its own
+        except Exception as error:  # each kind of address has its own errors
             raise Unreachable(f"{url} cannot be listed: {first_line(error)}") from error
         if found:
             return [file if is_remote(file) else f"{scheme}://{file}" for file in map(str, found)]

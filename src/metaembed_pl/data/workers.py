@@ -17,10 +17,10 @@ OUT_OF_SHARED_MEMORY = re.compile(r"shared memory|Bus error|/torch_\d+.*No space
 
 
 class Loader(DataLoader):
-    """A DataLoader whose workers may run out of shared memory.
+    """A DataLoader with a clear error if its workers run out of shared memory.
 
     Args:
-        setting: what to set so that there are no workers, for the message.
+        setting: for the message: the setting that turns workers off.
     """
 
     def __init__(self, *args: Any, setting: str = "data.num_workers: 0", **kwargs: Any):
@@ -33,10 +33,10 @@ class Loader(DataLoader):
 
 
 def _in_shared_memory(collate: Callable[[Any], Any], rows: Any) -> Any:
-    """The batch, which a worker moves to shared memory at once.
+    """The batch, moved to shared memory by the worker itself.
 
-    The thread that sends it would do so, but drops a batch for which there is no room, and the
-    run would wait for it for ever.
+    The thread that sends it would drop a batch that does not fit, and the run would wait for it
+    forever.
     """
     batch = collate(rows)
     if get_worker_info() is not None:
@@ -57,7 +57,7 @@ def _share(value: Any) -> None:
 
 
 def explained(batches: Iterator[Any], setting: str) -> Iterator[Any]:
-    """The same batches; if shared memory is full, one line says so."""
+    """The same batches, with a one-line error if shared memory is full."""
     try:
         yield from batches
     except RuntimeError as error:
@@ -71,5 +71,5 @@ def explained(batches: Iterator[Any], setting: str) -> Iterator[Any]:
 
 
 def workers_for(num_ranks: int) -> int:
-    """Worker processes a rank, of so many ranks on this machine: one core is the rank's own."""
+    """Worker processes per rank, with so many ranks on this machine; each rank keeps a core."""
     return max(1, min(8, (os.cpu_count() or 1) // num_ranks - 1))

@@ -41,43 +41,41 @@ COMPARES = {"cosine": True, "dot": False, "maxsim": False, "MaxSim": False}
 
 
 class Baseline:
-    """What an evaluation asks of a model; a subclass says how items become vectors.
+    """A model of another library as an evaluation needs it; subclasses turn items into vectors.
 
     Args:
         name: as on the command line.
         compares: one of `COMPARES`.
-        vectors: of a query and of a candidate, for models of many; None: one each.
+        vectors: vectors of a query and of a candidate, for multi-vector models; None: one each.
         width: of a vector.
+        device: where vectors are compared.
     """
 
     widths = ()
 
-    def __init__(self, name: str, compares: str, vectors: Budget | None, width: int):
+    def __init__(
+        self, name: str, compares: str, vectors: Budget | None, width: int, device: torch.device
+    ):
         if compares not in COMPARES:
             raise UserError(
                 f"{name} compares vectors by {compares}; expected one of {', '.join(COMPARES)}"
             )
-        self.name, self.compares, self.width = name, compares, width
+        self.name, self.compares, self.width, self.device = name, compares, width, device
         self.groups = (vectors or Budget(1, 1),)
         self.is_many = vectors is not None
         self.processing = SimpleNamespace(cut=Cut())
 
     @property
-    def device(self) -> torch.device:
-        """Where vectors are compared."""
-        raise NotImplementedError
-
-    @property
     def identity(self) -> str:
-        """What tells this model from another."""
+        """A digest that differs from other models'."""
         raise NotImplementedError
 
     def vectors_of(self, items: Sequence[Item], side: Side) -> Any:
-        """One vector, or several, of each item."""
+        """One vector or several for each item."""
         raise NotImplementedError
 
     def settings(self) -> dict[str, Any]:
-        """What a report says of the model."""
+        """The model's settings, for reports."""
         return {"name": self.name, "compares": self.compares, "groups": [str(self.groups[0])]}
 
     def encode_query(self, items: Sequence[Item], batch_size: int = 32) -> Float[Tensor, "N R D"]:
@@ -87,7 +85,7 @@ class Baseline:
     def encode_candidate(
         self, items: Sequence[Item], batch_size: int = 32
     ) -> Float[Tensor, "N R D"]:
-        """Vectors of candidates, filled with vectors that are there already."""
+        """Vectors of candidates, filled with copies of an item's first vector."""
         return self._filled(items, "candidate", self.groups[0].r_c)
 
     def _filled(self, items: Sequence[Item], side: Side, count: int) -> Float[Tensor, "N R D"]:
@@ -118,7 +116,7 @@ class SentenceTransformersBaseline(Baseline):
     Args:
         folder: a folder or hub id.
         device: to run on.
-        vectors: of a query and of a candidate, for models of many; None: `MANY`.
+        vectors: vectors of a query and of a candidate, for multi-vector models; None: `MANY`.
     """
 
     def __init__(self, folder: str, device: str, vectors: Budget | None = None):
@@ -134,21 +132,17 @@ class SentenceTransformersBaseline(Baseline):
             raise UserError(f"sentence-transformers could not load {folder}: {reason}") from error
         compares = "maxsim" if many else str(self.model.similarity_fn_name or "cosine")
         width = int(self.model.get_embedding_dimension())
-        super().__init__(folder, compares, (vectors or MANY) if many else None, width)
-
-    @property
-    def device(self) -> torch.device:
-        """The model's."""
-        return torch.device(self.model.device)
+        on = torch.device(self.model.device)
+        super().__init__(folder, compares, (vectors or MANY) if many else None, width, on)
 
     @property
     def identity(self) -> str:
-        """Of the weights, and how many vectors are kept."""
+        """A digest of the weights and of how many vectors are kept."""
         known = f"{fingerprint(self.model) or self.name} {self.groups[0]} {self.compares}"
         return hashlib.sha256(known.encode()).hexdigest()[:32]
 
     def vectors_of(self, items: Sequence[Item], side: Side) -> Any:
-        """By `encode_query` or `encode_document`, with the prompts that the model brings."""
+        """Encoded by `encode_query` or `encode_document`, with the model's own prompts."""
         encode = self.model.encode_query if side == "query" else self.model.encode_document
         inputs = [_sbert_input(item) for item in items]
         options = {} if self.is_many else {"convert_to_tensor": True}
@@ -159,9 +153,9 @@ class MtebBaseline(Baseline):
     """A model that mteb has registered, through mteb's own interface.
 
     Args:
-        model: its name, or a model of mteb's.
+        model: its name, or a model that mteb has loaded.
         device: to run on.
-        vectors: of a query and of a candidate, for models of many; None: `MANY`.
+        vectors: vectors of a query and of a candidate, for multi-vector models; None: `MANY`.
     """
 
     def __init__(self, model: Any, device: str, vectors: Budget | None = None):
@@ -172,31 +166,24 @@ class MtebBaseline(Baseline):
             raise UserError(f"{about.name} has no `encode`: it searches by itself, without vectors")
         compares = getattr(about.similarity_fn_name, "value", about.similarity_fn_name) or "cosine"
         many = compares == "MaxSim"
-        self._device, name = torch.device(device), str(about.name)
-        self._revision = str(about.revision)
-        self.is_many, self.width = many, about.embed_dim
-        if not isinstance(self.width, int):  # unknown, or all that it can be cut to
-            first = self._encode([Item("a")], "query")
-            self.width = torch.as_tensor(first[0]).shape[-1]
-        super().__init__(name, compares, (vectors or MANY) if many else None, int(self.width))
-
-    @property
-    def device(self) -> torch.device:
-        """Where vectors are compared."""
-        return self._device
+        self._revision, width = str(about.revision), about.embed_dim
+        if not isinstance(width, int):  # unknown, or all that it can be cut to
+            width = torch.as_tensor(self._encode([Item("a")], "query")[0]).shape[-1]
+        vectors = (vectors or MANY) if many else None
+        super().__init__(str(about.name), compares, vectors, width, torch.device(device))
 
     @property
     def identity(self) -> str:
-        """Of its name and revision, and how many vectors are kept."""
+        """A digest of its name, its revision and of how many vectors are kept."""
         known = f"mteb {self.name} {self._revision} {self.groups[0]}"
         return hashlib.sha256(known.encode()).hexdigest()[:32]
 
     def vectors_of(self, items: Sequence[Item], side: Side) -> Any:
-        """Of texts, of pictures, and of both: mteb takes batches of one kind."""
-        kinds = [(item.words is not None, item.image is not None) for item in items]
+        """Texts, pictures and both are encoded apart: mteb takes batches of one modality."""
+        modalities = [(item.words is not None, item.image is not None) for item in items]
         found: list[Any] = [None] * len(items)
-        for kind in dict.fromkeys(kinds):
-            places = [place for place, of_item in enumerate(kinds) if of_item == kind]
+        for modality in dict.fromkeys(modalities):
+            places = [place for place, of_item in enumerate(modalities) if of_item == modality]
             vectors = self._encode([items[place] for place in places], side)
             for place, vector in zip(places, vectors, strict=True):
                 found[place] = vector
@@ -272,7 +259,7 @@ def _need(package: str, install: str) -> None:
 
 
 def _has_many(folder: str) -> bool:
-    """Whether a model gives many vectors: the library's own form says so, or transformers'."""
+    """Whether a model gives many vectors, by the library's own config or transformers'."""
     from sentence_transformers.util import load_file_path
 
     from metaembed_pl.files import read_json_object

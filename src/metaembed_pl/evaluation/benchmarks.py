@@ -20,14 +20,14 @@ class Task:
 
     Args:
         name: in tables and metric names.
-        folder: where its files are, below the folder of all data.
-        metric: what it is judged by.
-        labels: of the means it counts in, such as a meta-task.
-        source: the hub's id.
+        folder: of its files, below the folder of all data.
+        metric: its main metric.
+        labels: the means that it counts in, such as a meta-task.
+        source: its id on the hub.
         where: only queries with these metadata.
-        num_queries: as published; None where it is not known.
+        num_queries: as published; None: not known.
         num_candidates: likewise.
-        prepare: the command that writes its files, but for --out, the folder of its folder.
+        prepare: the command that writes its files, without --out (the parent of its folder).
     """
 
     name: str
@@ -44,7 +44,7 @@ class Task:
         """Its queries and candidates.
 
         Raises:
-            UserError: the files are not there or not valid.
+            UserError: the files are missing or not valid.
         """
         folder = data / self.folder
         if is_retrieval_set(folder):
@@ -52,28 +52,28 @@ class Task:
         return RetrievalSet.from_pairs(self.name, ShardedPairs(folder))
 
     def deviation(self, found: RetrievalSet) -> str | None:
-        """How a set differs from the published one in size; None: it does not, as far as known."""
+        """How a set differs in size from the published one; None if it does not, or is unknown."""
         sizes = (
             ("queries", self.num_queries, len(found.queries)),
             ("candidates", self.num_candidates, len(found.candidates)),
         )
-        said = [
+        differences = [
             f"{count:,} {what} instead of {published:,}"
             for what, published, count in sizes
             if published is not None and count != published
         ]
-        return " and ".join(said) or None
+        return " and ".join(differences) or None
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What somebody else's model scored, in points of 100.
+    """Published scores of another model, in points of 100.
 
     Args:
-        model: its name, with who says so where it is not the paper.
-        budget: vectors it spent; empty for single vectors or where it has no choice.
-        score: the overall mean; None where only tasks are known.
-        tasks: by task or label, where known.
+        model: its name, with the source if that is not the paper.
+        budget: its vectors; empty for single-vector models or without a choice.
+        score: the overall mean; None if only tasks are known.
+        tasks: scores by task or label, if known.
     """
 
     model: str
@@ -100,18 +100,18 @@ class Benchmark:
 
     @property
     def labels(self) -> list[str]:
-        """What means are taken over, the mean over all tasks last."""
+        """The groups of tasks that have a mean; the overall mean is last."""
         return [*dict.fromkeys(label for task in self.tasks for label in task.labels), OVERALL]
 
     def labelled(self, label: str) -> list[Task]:
-        """The tasks of a mean."""
+        """The tasks that a mean is taken over."""
         return [task for task in self.tasks if label == OVERALL or label in task.labels]
 
     def check_files(self, data: Path) -> None:
-        """Refuse to begin where files are missing.
+        """Refuse to start if files are missing.
 
         Raises:
-            UserError: names every one that is, where it comes from and the command that gets it.
+            UserError: names every missing set, its source and the command that downloads it.
         """
         missing = {t.folder: t for t in self.tasks if not (data / t.folder).is_dir()}
         if missing:

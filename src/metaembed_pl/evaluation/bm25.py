@@ -20,12 +20,12 @@ TEXT_LAYER = "text_layer"
 
 
 def bm25_metrics(task: RetrievalSet) -> dict[str, list[float]]:
-    """What each query scores with BM25, in the tables of the models: ties count against it.
+    """The scores of each query with BM25, by the metrics of models: ties count against it.
 
-    Words are what stands between spaces and marks, in lower case; no stemming, no stop words.
+    Words are separated by spaces and punctuation, in lower case; no stemming, no stop words.
 
     Raises:
-        UserError: the extra is missing, or no candidate, or no query, has any text.
+        UserError: the extra is missing, or no candidate or no query has a text.
     """
     if find_spec("bm25s") is None:
         raise UserError("BM25 needs bm25s: pip install metaembed-pl[bm25]")
@@ -55,7 +55,7 @@ def bm25_metrics(task: RetrievalSet) -> dict[str, list[float]]:
 
 
 def bm25_reference(scores: Mapping[str, float]) -> Reference:
-    """BM25 as a row beside models, of its score of each task."""
+    """BM25 as a row beside models, from its score on each task."""
     points = {task: 100 * score for task, score in scores.items()}
     return Reference(
         "BM25 over the text layer (run here)", "", sum(points.values()) / len(points), points
@@ -63,7 +63,7 @@ def bm25_reference(scores: Mapping[str, float]) -> Reference:
 
 
 def _texts(task: RetrievalSet) -> list[str]:
-    """What there is to read of each candidate: its text layer, or else its title and text."""
+    """The text of each candidate: its text layer, or else its title and text."""
     stored = task.candidates
     if isinstance(stored, StoredItems):
         records = (stored.record(i) for i in range(len(stored)))

@@ -1,4 +1,4 @@
-"""The cost of a budget: bytes to keep a candidate, time to score a query.
+"""The cost of a budget: bytes per candidate, time per query.
 
 D: width
 """
@@ -18,18 +18,18 @@ TIMED_POOL_BYTES = 2**29
 
 
 class Cost(NamedTuple):
-    """Bytes of one candidate in bf16, and the time to score one query with 10,000 of them."""
+    """Bytes of a candidate in bf16, and the time to score a query against 10,000 candidates."""
 
     candidate_bytes: int
     scoring_s: float
 
 
 def measure_costs(width: int, budgets: Sequence[Budget], num_repeats: int = 15) -> list[Cost]:
-    """Measure budgets on random vectors, since the time does not depend on what they hold.
+    """Measure budgets on random vectors, since the time does not depend on their values.
 
-    Where 10,000 candidates would not fit in half a GiB, fewer are timed and the time is scaled:
-    MaxSim is linear in their number. The fastest of several runs counts, because other work on the
-    machine only ever adds to it.
+    If 10,000 candidates would not fit in half a GiB, fewer are timed and the time is scaled: MaxSim
+    is linear in their number. The fastest of several runs counts, because other work on the machine
+    can only add to the time.
     """
     largest = max(budget.r_c for budget in budgets)
     num_timed = min(NUM_TIMED_CANDIDATES, max(1, TIMED_POOL_BYTES // (4 * largest * width)))
@@ -38,14 +38,14 @@ def measure_costs(width: int, budgets: Sequence[Budget], num_repeats: int = 15) 
     pool = torch.randn(num_timed, largest, width, generator=generator)
     costs = []
     for r_q, r_c, narrow in budgets:
-        # Contiguous, as an index that keeps this budget's vectors would be.
-        asked, vectors = (
+        # Contiguous, as in an index of this budget's vectors.
+        queries, vectors = (
             side[:, :count, :narrow].contiguous() for side, count in ((query, r_q), (pool, r_c))
         )
         fastest_s = math.inf
         for _ in range(num_repeats):
             start = time.perf_counter()
-            maxsim(asked, vectors)
+            maxsim(queries, vectors)
             fastest_s = min(fastest_s, time.perf_counter() - start)
         costs.append(
             Cost(2 * r_c * (narrow or width), fastest_s * NUM_TIMED_CANDIDATES / num_timed)
@@ -54,7 +54,7 @@ def measure_costs(width: int, budgets: Sequence[Budget], num_repeats: int = 15) 
 
 
 def format_bytes(count: float) -> str:
-    """Bytes as people read them.
+    """Bytes with a unit.
 
     >>> [format_bytes(count) for count in (256, 2048, 2560, 3 * 2**20)]
     ['256 B', '2 KiB', '2.5 KiB', '3 MiB']

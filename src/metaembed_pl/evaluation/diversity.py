@@ -14,7 +14,7 @@ NUM_ITEMS = 64
 
 
 def alikeness(queries: Float[Tensor, "Q Rq D"], store: Store) -> dict[str, list[list[float]]]:
-    """For either side the mean cosine of each two vectors of an item, over some items."""
+    """For each side the mean cosine between vectors i and j of an item, over some items."""
     sides = {
         "query": queries[:NUM_ITEMS],
         "candidate": store.vectors(evenly_spread(len(store), NUM_ITEMS)),
@@ -27,7 +27,7 @@ def alikeness(queries: Float[Tensor, "Q Rq D"], store: Store) -> dict[str, list[
 
 
 def mean_cosine(cosine: list[list[float]], count: int) -> float | None:
-    """The mean over pairs of two among the first `count`; None: there is only one.
+    """The mean over pairs among the first `count` vectors; None if there is only one.
 
     >>> mean_cosine([[1.0, 0.5], [0.5, 1.0]], 2)
     0.5

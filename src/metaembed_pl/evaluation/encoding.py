@@ -32,11 +32,11 @@ from metaembed_pl.retrieval.embedding import Entry, Prepare, embed
 from metaembed_pl.retrieval.store import Store
 
 OnProgress = Callable[[str, int, int], None]
-"""Called with the kind of items, how many are done, and how many there are."""
+"""Called with the kind of items, the number done, and their total number."""
 
 
 def digest_of(items: Sequence[Item]) -> str:
-    """A digest that identifies a corpus: of all content, or of the file that lists it."""
+    """A digest that identifies a corpus: of all its content, or of its file."""
     if isinstance(items, StoredItems):
         return hashlib.sha256(items.path.read_bytes()).hexdigest()
     digest = hashlib.sha256()
@@ -46,7 +46,7 @@ def digest_of(items: Sequence[Item]) -> str:
 
 
 def digest_of_set(task: RetrievalSet) -> str:
-    """A digest that identifies a task: its corpus, its queries and its right answers."""
+    """A digest that identifies a task: its corpus, its queries and its judgements."""
     parts = digest_of(task.candidates), digest_of(task.queries)
     judged = str((task.relevant, task.gains, task.lists)).encode()
     judged += str(task.itself).encode() if task.itself else b""
@@ -61,12 +61,12 @@ def encode_candidates(
     dtype: str,
     on_progress: OnProgress,
 ) -> tuple[Store, list[str]]:
-    """A store of the candidates of a task: what is in it already is not encoded again.
+    """A store of the candidates of a task; candidates that it already contains are not encoded.
 
     Args:
-        model: encodes.
-        task: what to encode.
-        folder: that holds all stores of the evaluation.
+        model: encodes the candidates.
+        task: has the candidates.
+        folder: of all stores of the evaluation.
         pace: how many are encoded at a time, on each rank.
         dtype: of the stored vectors.
         on_progress: called after each batch.
@@ -95,7 +95,7 @@ def encode_queries(
     """Meta embeddings of queries.
 
     Returns:
-        The embeddings, zeros for a query that cannot be read, and which these are, with the reason.
+        The embeddings, zeros for a query that cannot be read, and these queries with the reasons.
     """
     found = torch.zeros(len(queries), model.groups[-1].r_q, model.width)
     bad: dict[int, str] = {}
@@ -128,7 +128,7 @@ def _encode_simply(
     dtype: str,
     on_progress: OnProgress,
 ) -> tuple[Store, list[str]]:
-    """A store of another's model: batch after batch, in this process."""
+    """A store for a model of another library: batch by batch, in this process."""
     if not folder.exists():
         Store.create(folder, model.groups, model.width, identity_of(model), dtype)
     store = Store.open(folder)
@@ -148,7 +148,7 @@ def _encode_simply(
 def _readable(
     items: Sequence[Item], places: Sequence[int], pace: Pace, bad: dict[int, str]
 ) -> Iterator[tuple[list[int], list[Item]]]:
-    """Batches of those that can be read, their pictures decoded; of the others, why not."""
+    """Batches of the readable items, decoded; the reasons for the others go to `bad`."""
     for start in range(0, len(places), pace.batch_size):
         found: dict[int, Item] = {}
         for place in places[start : start + pace.batch_size]:
@@ -161,7 +161,7 @@ def _readable(
 
 
 def _corpus_name(task: RetrievalSet) -> str:
-    """Tasks that search one corpus name it alike."""
+    """The name of a corpus, equal for all tasks that search it."""
     if isinstance(task.candidates, StoredItems):
         return task.candidates.path.resolve().parent.name
     return task.name

@@ -15,14 +15,13 @@ sets those in VLM2Vec's own score files.
 Source: VLM2Vec, arXiv 2410.05160, table 1; VLM2Vec-V2, arXiv 2507.04590, and its loaders.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 from metaembed_pl.evaluation.benchmarks import Benchmark, Reference, Task
-from metaembed_pl.evaluation.vidore import VIDORE_V1, VIDORE_V2_SETS, prepare, set_of
+from metaembed_pl.evaluation.vidore import VIDORE_V1, VIDORE_V2_SETS, page_task, set_of
 
 IN, OUT = "in distribution", "out of distribution"
-IMAGE, DOCUMENTS = "image", "visual documents"
+IMAGE, DOCUMENTS, OOD = "image", "visual documents", "visual documents, OOD"
 
 # Meta-task -> (sets that are in MMEB-train too, sets that are not).
 SETS = {
@@ -83,26 +82,20 @@ def _document_tasks() -> tuple[Task, ...]:
         # Some of ViDoRe's sets are called as image sets are.
         *(replace(task, name=f"ViDoRe {task.name}") for task in (*v1, *v2)),
         *(
-            _pool(f"VisRAG {name}", "VisRAG", "visrag", f"openbmb/VisRAG-Ret-Test-{name}", counts)
+            page_task(
+                f"VisRAG {name}",
+                f"openbmb/VisRAG-Ret-Test-{name}",
+                "ndcg@5",
+                ("VisRAG", DOCUMENTS),
+                counts,
+                "visrag",
+            )
             for name, counts in VISRAG.items()
         ),
         *(
-            _pool(task, "visual documents, OOD", "visdoc_ood", f"VLM2Vec/{name}", counts)
+            page_task(task, f"VLM2Vec/{name}", "ndcg@5", (OOD, DOCUMENTS), counts, "visdoc_ood")
             for name, (task, counts) in VISDOC_OOD.items()
         ),
-    )
-
-
-def _pool(name: str, part: str, subset: str, source: str, counts: Sequence[int | None]) -> Task:
-    return Task(
-        name,
-        f"vidore/{source.rpartition('/')[2]}",
-        "ndcg@5",
-        (part, DOCUMENTS),
-        source,
-        None,
-        *counts,
-        prepare=prepare(subset),
     )
 
 

@@ -36,8 +36,8 @@ class MtebEncoder(AbsEncoder):
     Args:
         model_name: a model folder, its id on the hub, or a model.
         revision: of a hub id.
-        device: None: a GPU where there is one.
-        budget: to spend; None: all vectors.
+        device: None: a GPU if available.
+        budget: to search with; None: all vectors.
         name: `organisation/model`, in results; None: the folder's name.
     """
 
@@ -74,18 +74,18 @@ class MtebEncoder(AbsEncoder):
         batch_size: int | None = None,
         **_: Any,
     ) -> Float[Tensor, "N R D"]:
-        """Meta embeddings of a task's queries or documents, as many as the budget spends.
+        """Meta embeddings of a task's queries or documents, as many as the budget has.
 
         Args:
             inputs: mteb's loader: batches of texts, images, or both.
             task_metadata: of the task.
             hf_split: likewise.
             hf_subset: likewise.
-            prompt_type: which side they are.
-            batch_size: mteb's loader has it already.
+            prompt_type: query or document.
+            batch_size: not used; mteb's loader has one.
 
         Raises:
-            UserError: the task has no sides: it is not about retrieval.
+            UserError: the task does not have queries and documents.
         """
         if prompt_type is None:
             raise UserError(
@@ -108,7 +108,7 @@ class MtebEncoder(AbsEncoder):
 
 
 def meta_of(model: MetaEmbedder, budget: Budget, name: str, revision: str | None) -> ModelMeta:
-    """What mteb keeps beside results."""
+    """The metadata that mteb stores with results."""
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     num_bytes = sum(parameter.nbytes for parameter in model.parameters())
     embedding: Any = model.backbone.get_input_embeddings()
@@ -139,7 +139,7 @@ def meta_of(model: MetaEmbedder, budget: Budget, name: str, revision: str | None
 
 
 def _items(batch: dict[str, Any]) -> list[Item]:
-    """A batch of mteb's as items; an empty text beside an image is none."""
+    """A batch of mteb as items; an empty text with an image is dropped."""
     columns = [batch.get(name) for name in ("text", "image")]
     count = max(len(column) for column in columns if column is not None)
     texts, images = (column if column is not None else [None] * count for column in columns)

@@ -30,9 +30,9 @@ class MtebTask(Task):
     """A subset of a task of mteb's.
 
     Args:
-        task: mteb's.
-        subset: of it, such as a language.
-        split: likewise.
+        task: of mteb.
+        subset: of the task, such as a language.
+        split: of the task.
     """
 
     task: Any = None
@@ -40,7 +40,7 @@ class MtebTask(Task):
     split: str = "test"
 
     def open(self, data: Path) -> RetrievalSet:
-        """Its queries and candidates; loaded by mteb where they are not in `data` yet.
+        """Its queries and candidates; loaded by mteb if they are not in `data` yet.
 
         Raises:
             UserError: mteb cannot load it.
@@ -53,7 +53,7 @@ class MtebTask(Task):
         log.info("%s: loaded by mteb, kept in %s", self.name, folder)
         try:
             self.task.load_data()
-        except Exception as error:  # whatever a network or a dataset's own files lead to
+        except Exception as error:  # any fault of the network or of a dataset's files
             path = self.task.metadata.dataset["path"]
             raise UserError(
                 f"{self.name}: mteb could not load {path}: {why_not(path, error)}"
@@ -72,10 +72,10 @@ class MtebTask(Task):
 
 
 def mteb_benchmark(name: str) -> Benchmark:
-    """A benchmark of mteb's, or a task of its.
+    """A benchmark or a task of mteb.
 
     Raises:
-        UserError: mteb is not installed, or has nothing of that name that can be loaded.
+        UserError: mteb is not installed, or has no usable benchmark or task of that name.
     """
     if find_spec("mteb") is None:
         raise UserError(f"mteb:{name} needs mteb: pip install metaembed-pl[mteb]")
@@ -106,7 +106,7 @@ def _benchmark(mteb: Any, name: str) -> Any:
 
 
 def _parts(task: Any) -> Iterator[MtebTask]:
-    """A task for each subset and split; of a task with several they count in a mean of its own."""
+    """A task for each subset and split; several of them have a mean of their own."""
     about = task.metadata
     if "retrieval" not in about.type.lower() and about.type not in SEARCHES:
         return
@@ -131,7 +131,7 @@ SEARCHES = ("DocumentUnderstanding", "Any2AnyRetrieval", "Reranking", "Instructi
 
 
 def _items(rows: Any) -> Iterator[Item]:
-    """A corpus or queries; the words are put together as mteb does."""
+    """A corpus or queries as items; texts are joined as mteb does."""
     if "image" in rows.features:
         from datasets import Image
 

@@ -33,24 +33,24 @@ RESULTS = "results.json"
 
 @dataclass(frozen=True)
 class TaskOutcome:
-    """One task, evaluated.
+    """The outcome of one task.
 
     Args:
-        name: the task's.
-        metric: what it is judged by.
-        labels: of the means it counts in.
-        data: a digest of what was asked, so that other data are not taken for the same.
+        name: of the task.
+        metric: its main metric.
+        labels: the means that it counts in.
+        data: a digest of the task's data, so that other data are not taken for the same.
         queries: ids, in order.
         num_candidates: in the pool, or in all lists together.
         num_left_out: queries of the source that have no right candidate.
-        deviation: from the published set, if it deviates.
-        values: for each metric and budget, such as `ndcg@5/4x8`, one value a query.
+        deviation: how the set differs in size from the published one, if it does.
+        values: for each metric and budget, such as `ndcg@5/4x8`, one value per query.
         hits: for the smallest and the largest budget the first candidates of each query, by index,
             with their scores.
-        bad_queries: that could not be read, with the reason; each counts as 0.
-        bad_candidates: likewise; no query finds them, and where one is right that counts as missed.
+        bad_queries: queries that could not be read, with the reason; each scores 0.
+        bad_candidates: likewise; no query finds them, and a right one counts as missed.
         diversity: how similar an item's vectors are, by side; see diversity.py.
-        seconds: that encoding and ranking took.
+        seconds: time that encoding and ranking took.
     """
 
     name: str
@@ -93,7 +93,7 @@ class TaskOutcome:
         )
 
     def rank(self, query: int, budget: str) -> float:
-        """The rank of a query's first right candidate; infinity: it was not found."""
+        """The rank of a query's first right candidate; infinity if none was found."""
         reciprocal = self.values[f"mrr/{budget}"][query]
         return round(1 / reciprocal) if reciprocal else math.inf
 
@@ -103,23 +103,23 @@ class TaskOutcome:
         return sum(values) / len(values)
 
     def save(self, folder: Path) -> None:
-        """Keep it in an evaluation's folder."""
+        """Save it in an evaluation's folder."""
         (folder / "tasks").mkdir(parents=True, exist_ok=True)
         write_text(_task_file(folder, self.name), json.dumps(asdict(self)) + "\n")
 
     @classmethod
     def load(cls, folder: Path, name: str) -> "TaskOutcome | None":
-        """A task that was kept; None: it was not."""
+        """A saved task; None if it was not saved."""
         file = _task_file(folder, name)
         if not file.exists():
             return None
-        kept: Any = read_json_object(file)
+        saved: Any = read_json_object(file)
         try:
             hits = {
                 budget: [[(int(i), score) for i, score in found] for found in of_queries]
-                for budget, of_queries in kept["hits"].items()
+                for budget, of_queries in saved["hits"].items()
             }
-            return cls(**kept | {"labels": tuple(kept["labels"]), "hits": hits})
+            return cls(**saved | {"labels": tuple(saved["labels"]), "hits": hits})
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(
                 f"{file} is damaged ({error}): remove it, and evaluate again"
@@ -128,13 +128,13 @@ class TaskOutcome:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A benchmark, evaluated.
+    """The outcome of a benchmark.
 
     Args:
         benchmark: its name.
-        title: for readers.
-        budgets: that were evaluated, smallest first.
-        about: of the model, versions, settings.
+        title: shown in reports.
+        budgets: the evaluated ones, smallest first.
+        about: model, versions and settings.
         tasks: in the benchmark's order.
     """
 
@@ -147,12 +147,12 @@ class Outcome:
 
     @property
     def labels(self) -> list[str]:
-        """What means are taken over; the overall mean last, if there are several tasks."""
+        """The groups of tasks that have a mean; the overall mean is last."""
         labels = dict.fromkeys(label for task in self.tasks for label in task.labels)
         return [*labels, OVERALL]
 
     def labelled(self, label: str) -> list[TaskOutcome]:
-        """The tasks of a mean."""
+        """The tasks that a mean is taken over."""
         return [task for task in self.tasks if label == OVERALL or label in task.labels]
 
     def of_task(self, number: int, budget: str) -> Interval:
@@ -199,14 +199,14 @@ class Outcome:
         return named
 
     def save(self, folder: Path) -> None:
-        """Keep the outcome and its tasks."""
+        """Save the outcome and its tasks."""
         for task in self.tasks:
             task.save(folder)
         means = {
             label: {budget: asdict(self.mean(label, budget)) for budget in self.budgets}
             for label in self.labels
         }
-        kept = {
+        content = {
             "benchmark": self.benchmark,
             "title": self.title,
             "budgets": self.budgets,
@@ -215,19 +215,19 @@ class Outcome:
             "means": means,
             "metrics": self.metrics(),
         }
-        write_text(folder / RESULTS, json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
+        write_text(folder / RESULTS, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> "Outcome":
-        """An evaluation that was kept.
+        """A saved evaluation.
 
         Raises:
             UserError: there is none, or a task of it is missing.
         """
         file = Path(folder) / RESULTS
         try:
-            kept = json.loads(file.read_text())
-            tasks = [TaskOutcome.load(folder, name) for name in kept["tasks"]]
+            saved = json.loads(file.read_text())
+            tasks = [TaskOutcome.load(folder, name) for name in saved["tasks"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{folder} is not a finished evaluation ({error}): expected an output folder of "
@@ -236,11 +236,11 @@ class Outcome:
         found = [task for task in tasks if task is not None]
         if len(found) != len(tasks):
             raise UserError(f"{folder}: a task of {RESULTS} is missing: evaluate again")
-        return cls(kept["benchmark"], kept["title"], kept["budgets"], kept["about"], found)
+        return cls(saved["benchmark"], saved["title"], saved["budgets"], saved["about"], found)
 
 
 def about_model(model: Encoder) -> dict[str, Any]:
-    """What an outcome depends on besides the data: the model, versions, the machine."""
+    """The model, the versions and the machine, which an outcome depends on besides the data."""
     return {
         "width": model.width,
         "groups": [str(group) for group in model.groups],

@@ -15,7 +15,7 @@ from metaembed_pl.evaluation.mmeb import MMEB, MMEB_V2
 from metaembed_pl.evaluation.vidore import VIDORE_V1, VIDORE_V2, VIDORE_V3
 
 OF_MTEB = {"vidore_v3.1": "ViDoRe(v3.1)", "jina_vdr": "JinaVDR"}
-"""Benchmarks that mteb reads, by the names that our command line has for them."""
+"""Benchmarks that mteb loads, by their names on our command line."""
 NAMED = {one.name: one for one in (MMEB, MMEB_V2, VIDORE_V1, VIDORE_V2, VIDORE_V3)}
 
 
@@ -27,7 +27,7 @@ def open_benchmark(name: str, data: Path) -> Benchmark:
         data: the folder of all data.
 
     Raises:
-        UserError: there is none of that name, or its files are not there.
+        UserError: there is no such benchmark, or its files are missing.
     """
     kind, colon, folder = name.partition(":")
     if colon and kind in ("beir", "pairs"):
@@ -48,7 +48,7 @@ def open_benchmark(name: str, data: Path) -> Benchmark:
 
 
 def _of_folder(name: str, kind: str, folder: Path) -> Benchmark:
-    """A benchmark of one user's sets."""
+    """A benchmark of a user's own sets."""
     metric = "ndcg@10" if kind == "beir" else "recall@1"
     found = [path for path in (folder, *_subfolders(folder)) if _is(kind, path)]
     if not found:

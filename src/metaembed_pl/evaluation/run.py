@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,15 +43,15 @@ ALL = "all"
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How to evaluate; nothing here but `dtype` changes a number.
+class EvaluationOptions:
+    """How to evaluate; only `dtype` can change a result.
 
     Args:
         data: the folder of all data.
-        out: where results and stores go.
+        out: the folder for results and stores.
         pace: how many items are encoded at a time.
-        dtype: of stored vectors; bf16 takes half the disk of fp32.
-        on_progress: called with the progress of a side.
+        dtype: of stored vectors; bf16 takes half the disk space of fp32.
+        on_progress: called with the progress on queries, candidates and budgets.
     """
 
     data: Path
@@ -77,130 +77,120 @@ def parse_budgets(text: str, groups: Sequence[Budget], widths: Sequence[int] = (
 
 
 def evaluate(
-    model: Encoder, benchmark: Benchmark, budgets: Sequence[Budget], settings: Settings
+    model: Encoder, benchmark: Benchmark, budgets: Sequence[Budget], options: EvaluationOptions
 ) -> Outcome | None:
-    """Evaluate a model on a benchmark; what was kept of an earlier run is not done again.
+    """Evaluate a model on a benchmark; tasks that an earlier run finished are not repeated.
 
     Args:
         model: on the device to use.
         benchmark: its files are there.
         budgets: smallest first.
-        settings: the rest.
+        options: how to evaluate.
 
     Returns:
-        The outcome, kept in the settings' folder; None on all ranks but the first.
+        The outcome, also saved in the folder `options.out`; None on all ranks but the first.
 
     Raises:
-        UserError: the folder holds another model's or benchmark's evaluation, or data are not
+        UserError: the folder holds the evaluation of another model or benchmark, or data are not
             valid.
     """
     rank, _ = rank_and_world()
-    about = _begin(model, benchmark, settings) if rank == 0 else {}
-    done = []
+    about = _begin(model, benchmark, options) if rank == 0 else {}
+    tasks = []
     for number, task in enumerate(benchmark.tasks, start=1):
-        found = task.open(settings.data)
-        kept = _kept(task, found, budgets, settings.out)
-        if kept is None:
+        pool = task.open(options.data)
+        finished, how = _finished(task, pool, budgets, options.out), "kept"
+        if finished is None:
             started = time.perf_counter()
-            kept = _evaluate_task(model, task, found, budgets, settings)
-            took = time.perf_counter() - started
-            if kept is not None:
-                _say(f"{number} of {len(benchmark.tasks)}", kept, budgets[-1], f"{took:.0f} s")
-        elif rank == 0:
-            _say(f"{number} of {len(benchmark.tasks)}", kept, budgets[-1], "kept")
-        done.append(kept)
+            finished = _evaluate_task(model, task, pool, budgets, options)
+            how = f"{time.perf_counter() - started:.0f} s"
+        if rank == 0 and finished is not None:
+            _log(f"{number} of {len(benchmark.tasks)}", finished, budgets[-1], how)
+            tasks.append(finished)
     if rank:
         return None
     names = [str(budget) for budget in budgets]
-    tasks = [task for task in done if task is not None]
     outcome = Outcome(benchmark.name, benchmark.title, names, about, tasks)
-    outcome.save(settings.out)
+    outcome.save(options.out)
     return outcome
 
 
-def _begin(model: Encoder, benchmark: Benchmark, settings: Settings) -> dict[str, Any]:
-    """Refuse to mix two evaluations in one folder; say what this one depends on."""
+def _begin(model: Encoder, benchmark: Benchmark, options: EvaluationOptions) -> dict[str, Any]:
+    """Record what this evaluation depends on; refuse the folder of another one."""
     key = {
         "benchmark": benchmark.name,
         "identity": identity_of(model),
-        "dtype": settings.dtype,
+        "dtype": options.dtype,
     }
-    file = settings.out / ABOUT
+    file = options.out / ABOUT
     if file.exists():
-        kept = read_json_object(file)
+        earlier = read_json_object(file)
         for name, value in key.items():
-            if kept.get(name) != value:
+            if earlier.get(name) != value:
                 raise UserError(
-                    f"{settings.out} contains an evaluation with {name} {kept.get(name)!r}, not "
+                    f"{options.out} contains an evaluation with {name} {earlier.get(name)!r}, not "
                     f"{value!r}: choose another --out"
                 )
-    settings.out.mkdir(parents=True, exist_ok=True)
-    about = key | about_model(model) | {"batch_size": settings.pace.batch_size}
+    options.out.mkdir(parents=True, exist_ok=True)
+    about = key | about_model(model) | {"batch_size": options.pace.batch_size}
     write_text(file, json.dumps(about, indent=2) + "\n")
     return about
 
 
-def _kept(
-    task: Task, found: RetrievalSet, budgets: Sequence[Budget], out: Path
+def _finished(
+    task: Task, pool: RetrievalSet, budgets: Sequence[Budget], out: Path
 ) -> TaskOutcome | None:
-    """What an earlier run kept of the same task, where it has all the budgets."""
-    kept = TaskOutcome.load(out, task.name)
-    if kept is None or kept.data != digest_of_set(found):
+    """The outcome of an earlier run on the same task, if it has all the budgets."""
+    saved = TaskOutcome.load(out, task.name)
+    if saved is None or saved.data != digest_of_set(pool):
         return None
-    has_all = all(f"{task.metric}/{budget}" in kept.values for budget in budgets)
+    has_all = all(f"{task.metric}/{budget}" in saved.values for budget in budgets)
     ends = {str(budgets[0]), str(budgets[-1])}
-    return kept if has_all and ends <= set(kept.hits) else None
+    return saved if has_all and ends <= set(saved.hits) else None
 
 
 def _evaluate_task(
     model: Encoder,
     task: Task,
-    found: RetrievalSet,
+    pool: RetrievalSet,
     budgets: Sequence[Budget],
-    settings: Settings,
+    options: EvaluationOptions,
 ) -> TaskOutcome | None:
     started = time.perf_counter()
-    stores = settings.out / "stores"
+    stores = options.out / "stores"
     store, bad_candidates = encode_candidates(
-        model, found, stores, settings.pace, settings.dtype, settings.on_progress
+        model, pool, stores, options.pace, options.dtype, options.on_progress
     )
-    # Every rank asks its share of the queries; where there are fewer than ranks, some ask none.
+    # Each rank encodes and ranks its share of the queries, which may be empty.
     rank, world = rank_and_world()
-    share = torch.arange(len(found.queries)).tensor_split(world)[rank].tolist()
-    of_ranks = gather_objects(_ask(model, found.asking(share), store, budgets, settings))
+    share = torch.arange(len(pool.queries)).tensor_split(world)[rank].tolist()
+    gathered = gather_objects(_rank_share(model, pool.asking(share), store, budgets, options))
     wait_for_ranks()  # no rank ends before rank 0 has what it sent
     if rank:
         return None
-    answers = [answer for answer in of_ranks if answer is not None]
-    ranking_s = answers[0].ranking_s
-    kept = TaskOutcome.of(
+    shares = [share for share in gathered if share is not None]
+    ranking_s = shares[0].ranking_s
+    outcome = TaskOutcome.of(
         task,
-        found,
-        {
-            budget: Ranked.joined([answer.ranked[budget] for answer in answers])
-            for budget in budgets
-        },
-        bad_queries=[line for answer in answers for line in answer.bad],
+        pool,
+        {budget: Ranked.joined([share.ranked[budget] for share in shares]) for budget in budgets},
+        bad_queries=[line for share in shares for line in share.bad],
         bad_candidates=bad_candidates,
-        diversity=alikeness(torch.cat([answer.first for answer in answers]), store),
-        seconds={
-            "encoding": time.perf_counter() - started - ranking_s,
-            "ranking": ranking_s,
-        },
+        diversity=alikeness(torch.cat([share.first for share in shares]), store),
+        seconds={"encoding": time.perf_counter() - started - ranking_s, "ranking": ranking_s},
     )
-    kept.save(settings.out)
-    return kept
+    outcome.save(options.out)
+    return outcome
 
 
-@dataclass(frozen=True)
-class _Answer:
-    """What a rank's share of a task's queries found.
+class _RankedShare(NamedTuple):
+    """The results of one rank's share of the queries.
 
     Args:
-        ranked: at each budget; a query that cannot be read has 0 everywhere.
-        bad: these queries, with the reason.
+        ranked: by budget; a query that cannot be read scores 0 everywhere.
+        bad: the queries that cannot be read, with the reason.
         first: embeddings of the first queries.
-        ranking_s: time.
+        ranking_s: time that ranking took.
     """
 
     ranked: dict[Budget, Ranked]
@@ -209,17 +199,17 @@ class _Answer:
     ranking_s: float
 
 
-def _ask(
+def _rank_share(
     model: Encoder,
     share: RetrievalSet,
     store: Store,
     budgets: Sequence[Budget],
-    settings: Settings,
-) -> _Answer | None:
-    """Encode and rank; None where there is no query."""
+    options: EvaluationOptions,
+) -> _RankedShare | None:
+    """Encode a rank's queries and rank their candidates; None if there are no queries."""
     if not share.queries:
         return None
-    queries, bad = encode_queries(model, share.queries, settings.pace, settings.on_progress)
+    queries, bad = encode_queries(model, share.queries, options.pace, options.on_progress)
     is_good = torch.ones(len(queries))
     is_good[list(bad)] = 0
     started = time.perf_counter()
@@ -229,12 +219,13 @@ def _ask(
         values = {name: per_query * is_good for name, per_query in found.values.items()}
         hits = [[] if query in bad else of_query for query, of_query in enumerate(found.hits)]
         ranked[budget] = Ranked(values, hits)
-        settings.on_progress("budgets", number, len(budgets))
+        options.on_progress("budgets", number, len(budgets))
     unreadable = [f"{share.queries[i].uid}: {why}" for i, why in sorted(bad.items())]
-    return _Answer(ranked, unreadable, queries[:NUM_ITEMS].clone(), time.perf_counter() - started)
+    first = queries[:NUM_ITEMS].clone()
+    return _RankedShare(ranked, unreadable, first, time.perf_counter() - started)
 
 
-def _say(place: str, task: TaskOutcome, budget: Budget, how: str) -> None:
+def _log(place: str, task: TaskOutcome, budget: Budget, how: str) -> None:
     name = f"{task.metric}/{budget}"
     log.info("%s: %s, %s %.3f (%s)", place, task.name, name, task.score(str(budget)), how)
     unread = len(task.bad_queries) + len(task.bad_candidates)

@@ -33,9 +33,9 @@ class Group(NamedTuple):
     """Queries that are scored together.
 
     Args:
-        queries: which.
+        queries: their numbers.
         rows: of the store, ascending, that all of them search; None: every row.
-        searched: which rows each of them searches, where they differ.
+        searched: the rows that each of them searches, if they differ.
     """
 
     queries: Int[Tensor, " q"]
@@ -53,11 +53,11 @@ def rank_task(
     """Rank the candidates of a task at a budget.
 
     Args:
-        task: what is asked, and what is right.
-        queries: meta embeddings of its queries; where they are is where scores are made.
-        store: of its candidates, by their uid. One that is missing there, because it could not be
+        task: has the queries and their right candidates.
+        queries: meta embeddings of its queries; scores are computed on their device.
+        store: of its candidates, by uid. A candidate that is missing, because it could not be
             read, is found by no query.
-        budget: to spend.
+        budget: to search with.
         num_hits: how many hits to keep.
     """
     rows = rows_of(task, store)
@@ -67,11 +67,11 @@ def rank_task(
     itself = torch.where(itself >= 0, rows[itself.clamp(min=0)], -1)
     groups, parts, device = _groups(task, rows, len(store)), [], queries.device
     for group in groups:
-        asked = queries[group.queries]
+        vectors = queries[group.queries]
         wanted, of_right, left_out = (of[group.queries].to(device) for of in (right, gains, itself))
-        scores = _right_scores(asked, wanted, store, budget)
+        scores = _right_scores(vectors, wanted, store, budget)
         ranker = Ranker(wanted, scores, of_right, left_out, num_hits)
-        for ids, scores in _scored(asked, group.rows, store, budget):
+        for ids, scores in _scored(vectors, group.rows, store, budget):
             searched = group.searched
             if searched is not None:
                 searched = searched[:, ids.cpu()].to(device)
@@ -86,20 +86,20 @@ def rank_task(
 
 
 def rows_of(task: RetrievalSet, store: Store) -> Int[Tensor, " C"]:
-    """The row of each candidate in the store; -1 where it is not in it."""
+    """The row of each candidate in the store; -1 if it is not there."""
     place = {id: row for row, id in enumerate(store.ids)}
     return torch.tensor([place.get(uid, -1) for uid in uids(task.candidates)])
 
 
 def uids(items: Sequence[Item]) -> list[str]:
-    """The uid of each item, without reading those that are stored with theirs."""
+    """The uid of each item; stored items are not read for this."""
     return items.ids if isinstance(items, StoredItems) else [item.uid for item in items]
 
 
 def _right_scores(
     queries: Float[Tensor, "q Rq D"], right: Int[Tensor, "q P"], store: Store, budget: Budget
 ) -> Float[Tensor, "q P"]:
-    """Scores of right candidates by their rows; -infinity for row -1."""
+    """Scores of right candidates, by their rows; -infinity for row -1."""
     found = torch.full(right.shape, -torch.inf, device=right.device)
     wanted = right[right >= 0].unique()
     for rows, scores in _scored(queries, wanted.cpu(), store, budget):
@@ -126,7 +126,7 @@ def _scored(
 
 
 def _groups(task: RetrievalSet, rows: Int[Tensor, " C"], num_rows: int) -> list[Group]:
-    """One group where all rows are read; else one for each list that queries have in common."""
+    """One group if all rows are read; else one for each list that queries have in common."""
     every = torch.arange(len(task.queries))
     if task.lists is None:
         return [Group(every, None, None)]

@@ -21,7 +21,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over tasks of means over queries, and between what it would lie for other queries."""
+    """A mean over tasks of means over queries, with its confidence interval."""
 
     mean: float
     low: float
@@ -35,12 +35,12 @@ class Comparison:
     Args:
         first: mean of the first.
         second: mean of the second.
-        difference: second less first, with its interval.
-        p_value: how often a difference at least as large comes about when for each query it is left
-            to a coin which of the two values is whose: paired randomisation test.
+        difference: second minus first, with its interval.
+        p_value: how often a difference at least as large occurs if the two values of each query
+            are swapped at random (paired randomisation test).
         num_better: queries on which the second is better.
         num_worse: queries on which it is worse.
-        num_queries: all of them.
+        num_queries: number of queries.
     """
 
     first: float
@@ -53,7 +53,7 @@ class Comparison:
 
     @property
     def is_significant(self) -> bool:
-        """Whether the difference is more than these queries could show by chance."""
+        """Whether the difference is unlikely to be due to chance."""
         return self.p_value < 1 - CONFIDENCE
 
     def verdict(self) -> str:
@@ -66,11 +66,11 @@ class Comparison:
 def interval(tasks: Sequence[Values], seed: int = 0) -> Interval:
     """The mean over tasks, each the mean over its queries, with its bootstrap interval.
 
-    Queries are drawn again within their task: which tasks a benchmark has is no accident.
+    Queries are resampled within their task, since the tasks of a benchmark are fixed.
 
     Args:
         tasks: for each task the values of its queries.
-        seed: of the resampling.
+        seed: for resampling.
 
     >>> interval([[0.0, 1.0], [1.0, 1.0]]).mean
     0.75
@@ -82,16 +82,16 @@ def interval(tasks: Sequence[Values], seed: int = 0) -> Interval:
 
 
 def interval_of(means: Sequence[float], resampled: Sequence[np.ndarray]) -> Interval:
-    """As `interval`, of each task's mean and what `resampled_means` gives for it."""
+    """As `interval`, from each task's mean and its `resampled_means`."""
     tail = 100 * (1 - CONFIDENCE) / 2
     low, high = np.percentile(np.mean(resampled, axis=0), [tail, 100 - tail])
     return Interval(float(np.mean(means)), float(low), float(high))
 
 
 def resampled_means(values: Values, seed: int) -> np.ndarray:
-    """B means of as many queries, drawn with replacement."""
+    """B means over as many queries, drawn with replacement."""
     values, rng = np.asarray(values, dtype=float), np.random.default_rng(seed)
-    # A hundred at a time, so that a large task stays small in memory.
+    # A hundred at a time, to limit the memory for large tasks.
     parts = [
         values[rng.integers(0, len(values), (100, len(values)))].mean(axis=1)
         for _ in range(RESAMPLES // 100)
@@ -108,7 +108,7 @@ def compare(first: Mapping[str, Values], second: Mapping[str, Values], seed: int
         seed: of the resampling.
 
     Raises:
-        UserError: they were not asked the same.
+        UserError: they have different tasks or numbers of queries.
 
     >>> better = compare({"x": [0.0] * 20}, {"x": [1.0] * 20})
     >>> better.difference.mean, better.verdict()
@@ -121,7 +121,7 @@ def compare(first: Mapping[str, Values], second: Mapping[str, Values], seed: int
     ]
     difference = interval(rows, seed)
     by_chance = np.abs(_randomised_means(rows, np.random.default_rng(seed)))
-    # The observed assignment is one of those that a coin could give: p is never 0.
+    # The observed assignment is one of the possible ones: p is never 0.
     as_large = int((by_chance >= abs(difference.mean) - 1e-12).sum())
     every = np.concatenate(rows)
     means = [float(np.mean([np.mean(side[task]) for task in first])) for side in (first, second)]
@@ -137,7 +137,7 @@ def compare(first: Mapping[str, Values], second: Mapping[str, Values], seed: int
 
 
 def _randomised_means(rows: Sequence[np.ndarray], rng: np.random.Generator) -> np.ndarray:
-    """Means over tasks with the sign of each query's difference left to a coin, B times."""
+    """B means over tasks, with a random sign for each query's difference."""
     total = np.zeros(RESAMPLES)
     for values in rows:
         for start in range(0, RESAMPLES, 100):

@@ -17,9 +17,9 @@ class Table:
     """Rows under a head.
 
     Args:
-        head: of the columns; the first is a name, those behind it are numbers.
-        rows: as many cells each.
-        strong: rows to set apart.
+        head: of the columns; the first is a name, the others are numbers.
+        rows: each with as many cells.
+        strong: rows to emphasise.
     """
 
     head: list[str]
@@ -77,9 +77,9 @@ def metric_table(outcome: Outcome) -> Table:
 
 
 def reference_table(outcome: Outcome, references: Sequence[Reference]) -> Table:
-    """This model's means beside what others scored, in points of 100, best first.
+    """This model's means beside published scores, in points of 100, best first.
 
-    The overall mean, and those that any of the others is known by.
+    The columns are the overall mean, and those that any of the others has.
     """
     known = set().union(*(reference.tasks for reference in references))
     labels = [OVERALL, *(label for label in outcome.labels[:-1] if label in known)]
@@ -108,7 +108,7 @@ def reference_table(outcome: Outcome, references: Sequence[Reference]) -> Table:
 
 
 def warnings_of(outcome: Outcome) -> list[str]:
-    """What a reader must know before reading any number."""
+    """Warnings to read before any number."""
     said = []
     for task in outcome.tasks:
         if task.deviation:
@@ -128,7 +128,7 @@ def warnings_of(outcome: Outcome) -> list[str]:
 
 
 def cost_table(outcome: Outcome, costs: Sequence[Cost]) -> Table:
-    """The bytes and the time of each budget, beside the score it reaches."""
+    """The bytes and the time of each budget, with its score."""
     rows = [
         [
             budget,
@@ -142,7 +142,7 @@ def cost_table(outcome: Outcome, costs: Sequence[Cost]) -> Table:
 
 
 def diversity_table(outcome: Outcome, budgets: Sequence[Budget]) -> Table:
-    """How similar the vectors of a budget are; no rows where that was not measured."""
+    """How similar the vectors of a budget are; no rows if that was not measured."""
     if not any(task.diversity for task in outcome.tasks):
         return Table([], [])
     rows = []

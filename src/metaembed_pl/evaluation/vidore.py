@@ -9,6 +9,8 @@ The expected sizes are those in mteb (descriptive_stats); a test compares them.
 Source: ViDoRe, arXiv 2407.01449; v2, arXiv 2505.17166.
 """
 
+from collections.abc import Sequence
+
 from metaembed_pl.evaluation.benchmarks import Benchmark, Reference, Task
 
 # Hub id below vidore/ -> task, queries, pages.
@@ -46,42 +48,36 @@ V3 = {
 }
 
 
+def page_task(
+    name: str,
+    source: str,
+    metric: str,
+    labels: tuple[str, ...],
+    counts: Sequence[int | None],
+    subset: str,
+    where: dict[str, str] | None = None,
+) -> Task:
+    """A set of pages that `prepare vidore --subset SUBSET` writes; its folder is named like it."""
+    folder = f"vidore/{source.rpartition('/')[2]}"
+    command = f"metaembed-pl prepare vidore --subset {subset}"
+    return Task(name, folder, metric, labels, source, where, *counts, prepare=command)
+
+
 def set_of(name: str, metric: str, labels: tuple[str, ...], english: bool = False) -> Task:
     """A set of ViDoRe v2, with all of its languages or in English alone."""
     title, num_queries, num_english, num_pages = VIDORE_V2_SETS[name]
-    several = num_queries != num_english
-    return Task(
-        f"{title} {'English' if english else 'multilingual'}" if several else title,
-        f"vidore/{name}",
-        metric,
-        labels,
-        f"vidore/{name}",
-        {"language": "english"} if english else None,
-        num_english if english else num_queries,
-        num_pages,
-        prepare("v2"),
-    )
-
-
-def prepare(subset: str) -> str:
-    """The command that writes sets of visual documents."""
-    return f"metaembed-pl prepare vidore --subset {subset}"
+    if num_queries != num_english:
+        title += " English" if english else " multilingual"
+    counts = (num_english if english else num_queries, num_pages)
+    where = {"language": "english"} if english else None
+    return page_task(title, f"vidore/{name}", metric, labels, counts, "v2", where)
 
 
 VIDORE_V1 = Benchmark(
     "vidore_v1",
     "ViDoRe v1",
     tuple(
-        Task(
-            title,
-            f"vidore/{name}",
-            "ndcg@5",
-            (),
-            f"vidore/{name}",
-            None,
-            *counts,
-            prepare=prepare("v1"),
-        )
+        page_task(title, f"vidore/{name}", "ndcg@5", (), counts, "v1")
         for name, (title, *counts) in V1.items()
     ),
     (Reference("MetaEmbed-3B", "16x64", 88.7),),
@@ -129,16 +125,7 @@ VIDORE_V3 = Benchmark(
     "vidore_v3",
     "ViDoRe v3, public sets",
     tuple(
-        Task(
-            title,
-            f"vidore/vidore_v3_{name}",
-            "ndcg@10",
-            (),
-            f"vidore/vidore_v3_{name}",
-            None,
-            *counts,
-            prepare=prepare("v3"),
-        )
+        page_task(title, f"vidore/vidore_v3_{name}", "ndcg@10", (), counts, "v3")
         for name, (title, *counts) in V3.items()
     ),
     (Reference("Nemotron ColEmbed V2 8B", "", 63.4),),
