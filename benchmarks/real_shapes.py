@@ -47,7 +47,6 @@ from metaembed_pl.model.backbone import set_up
 from metaembed_pl.model.embedder import MetaEmbedder
 from metaembed_pl.model.family import family_of
 from metaembed_pl.model.image_processors import load_image_processor
-from metaembed_pl.model.lora import set_trainable
 from metaembed_pl.model.processing import Processing
 from metaembed_pl.training.memory import GIB, Step, estimate
 
@@ -96,7 +95,6 @@ def build(recipe: Recipe) -> MetaEmbedder:
             config, dtype=getattr(torch, backbone.dtype), attn_implementation="sdpa"
         ).train()
         set_up(model, backbone, family)
-        set_trainable(model, family, module.lora, module.train_vision)
     image_processor = load_image_processor(str(folder))
     family.set_up(image_processor, config.to_dict(), backbone.min_pixels, backbone.max_pixels)
     marks = {family.image_token: _image_id(config)}
@@ -108,7 +106,7 @@ def build(recipe: Recipe) -> MetaEmbedder:
         backbone.max_text_tokens,
     )
     with torch.device("meta"):
-        return MetaEmbedder(model, processing, module.groups, module.layout, module.projection)
+        return module.assemble(model, processing)
 
 
 @dataclass
