@@ -418,6 +418,13 @@ def test_a_folder_is_tried_as_fit_would_take_it(recipe, data, capsys, flags):
     assert json.loads(capsys.readouterr().out)["steps"]["num_pairs"] == 40
 
 
+def test_of_many_missing_folders_three_are_named(recipe, capsys):
+    path = recipe(data__train=[{"path": f"no{i}", "weight": 1} for i in range(5)])
+    assert check("--config", path) == 2
+    said = "5 of 5 folders of shards are missing: no0, no1, no2 and 2 more; prepare"
+    assert said in capsys.readouterr().err
+
+
 def test_keys_are_changed_by_the_flags_of_fit(recipe, tmp_path, capsys):
     sources = tmp_path / "sources.yaml"
     sources.write_text(yaml.safe_dump([{"path": "nowhere"}]))

@@ -265,9 +265,10 @@ def test_refuses_a_missing_or_empty_folder(tmp_path):
         ShardedPairs(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"no shards \(\*\.tar\).*: prepare the data"):
         ShardedPairs(tmp_path)
-    (tmp_path / "train").mkdir()
-    (tmp_path / "train" / "00000.tar").touch()
-    with pytest.raises(UserError, match=r"choose one folder, such as .*train$"):
+    for name in ("train", "test"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "00000.tar").touch()
+    with pytest.raises(UserError, match=r"choose one of [^,]*test, [^,]*train$"):
         ShardedPairs(tmp_path)
 
 

@@ -126,9 +126,10 @@ def _open(
             faults.append(f"{where}: {error}")
     if missing:
         count = len(missing) + len(found)
+        others = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         faults.append(
             f"{where}: {len(missing)} of {count} folders of shards are missing: "
-            f"{', '.join(missing)}; prepare the data first"
+            f"{', '.join(missing[:3])}{others}; prepare the data first"
         )
     return found
 

@@ -102,8 +102,8 @@ def read_manifest(folder: Path, shards: list[str]) -> dict[str, Any] | None:
         UserError: there are no shards, or the manifest is malformed or disagrees with them.
     """
     if not shards:
-        deeper = next(folder.rglob("*.tar"), None)
-        fix = f"choose one folder, such as {deeper.parent}" if deeper else "prepare the data first"
+        below = sorted({str(shard.parent) for shard in folder.rglob("*.tar")})
+        fix = f"choose one of {', '.join(below)}" if below else "prepare the data first"
         raise UserError(f"no shards (*.tar) in {folder}: {fix}")
     path = folder / MANIFEST_FILE
     if not path.exists():
