@@ -177,8 +177,8 @@ def show_train(row: dict[str, Any]) -> str:
         return f"{row['case']:58} {row['failed']}"
     mfu = f"{row['mfu']:.0%}" if row["mfu"] else "?"
     memory = f"{row['memory_bytes'] / 2**30:.1f}" if row["memory_bytes"] else "?"
-    whole = sum(row["parts_s"].values())
-    shares = ", ".join(f"{p} {row['parts_s'].get(p, 0) / whole:.0%}" for p in PARTS)
+    total = sum(row["parts_s"].values())
+    shares = ", ".join(f"{p} {row['parts_s'].get(p, 0) / total:.0%}" for p in PARTS)
     line = f"{row['case']:58} {row['step_s']:8.3f} {row['pairs_per_s']:8.1f}"
     line += f" {row['tokens_per_s']:9.0f} {mfu:>5} {memory:>7}   {shares}"
     if row["communication_s"] is not None:

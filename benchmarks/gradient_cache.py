@@ -70,13 +70,13 @@ def measure(how: str, batch: int) -> dict[str, float]:
     made = model()
     process, loss_of = made.processor(), MMRLoss(made.groups)
     sides: dict[Side, list[Item]] = {"query": items(batch, 1), "candidate": items(batch, 2)}
-    whole: dict[Side, Any] = {s: process(of_side, s) for s, of_side in sides.items()}
+    inputs: dict[Side, Any] = {s: process(of_side, s) for s, of_side in sides.items()}
     chunks: dict[Side, Any] = {
         s: process.in_chunks(of_side, s, MAX_TOKENS) for s, of_side in sides.items()
     }
 
     def plain() -> None:
-        loss_of(*(made(tensors, side) for side, tensors in whole.items())).loss.backward()
+        loss_of(*(made(tensors, side) for side, tensors in inputs.items())).loss.backward()
 
     def cached() -> None:
         cache = GradientCache(made)

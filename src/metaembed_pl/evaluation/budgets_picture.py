@@ -74,10 +74,10 @@ def _draw_panel(
     axes.set_xlim(low / margin, high * margin)
     axes.set_ylim(0, 1)
     _clear(axes)
-    whole = [i for i, budget in enumerate(budgets) if budget.width is None]
+    full = [i for i, budget in enumerate(budgets) if budget.width is None]
     narrow = [i for i, budget in enumerate(budgets) if budget.width is not None]
-    labels = [cost_labels[i] for i in whole]
-    _label_budgets(axes, [budgets[i] for i in whole], [costs[i] for i in whole], labels)
+    labels = [cost_labels[i] for i in full]
+    _label_budgets(axes, [budgets[i] for i in full], [costs[i] for i in full], labels)
     _label_narrow(axes, [budgets[i] for i in narrow], [costs[i] for i in narrow])
     ends = [curve.values[-1] for curve in curves]
     labels = spread(ends, gap=0.075, highest=1)
@@ -87,11 +87,11 @@ def _draw_panel(
         line = {"color": colour, "clip_on": False, "zorder": 3, **dots}
         if narrow:
             hollow = {"markerfacecolor": "white", "markeredgecolor": colour, "markersize": 6}
-            ending = [*narrow, whole[-1]]
+            ending = [*narrow, full[-1]]
             drawn = line | hollow | {"linestyle": (0, (3, 3)), "linewidth": 1, "zorder": 2.5}
             axes.plot([costs[i] for i in ending], [curve.values[i] for i in ending], **drawn)
-        values = [curve.values[i] for i in whole]
-        axes.plot([costs[i] for i in whole], values, linewidth=2, **line)
+        values = [curve.values[i] for i in full]
+        axes.plot([costs[i] for i in full], values, linewidth=2, **line)
         label = f"{curve.values[-1]:.2f}  {shortened(curve.name, MAX_NAME)}"
         _write(axes, label, (1, label_y), (8, 0), color=colour, fontweight="bold")
 
