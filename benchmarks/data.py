@@ -8,7 +8,7 @@ resized and cut into patches as Qwen2.5-VL takes them, with at most 802,816 pixe
 reads shards by the plan. Theirs is colpali-engine's dataset, collator and ColQwen2.5 processor over
 a Hugging Face `datasets` folder (pip install datasets; pip install --no-deps colpali-engine). Both
 have the same pictures and tokenizer; theirs has transformers' image processor on Pillow, ours the
-one in model/qwen_pictures.py, whose patches are equal to the last bit. Each is measured in a
+one in model/image_processors.py, whose patches are equal to the last bit. Each is measured in a
 process of its own, on one core and on two (a worker process a core).
 
 The memory is that of reading all pairs of one source by the plan, in this process: texts alone, so

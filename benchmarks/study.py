@@ -36,11 +36,11 @@ from metaembed_pl.budget import Budget
 from metaembed_pl.data.retrieval_set import RetrievalSet
 from metaembed_pl.data.shards import ShardedPairs
 from metaembed_pl.files import write_text
-from metaembed_pl.late_interaction import maxsim, narrowed
+from metaembed_pl.late_interaction import maxsim, mean_cosine, narrowed
 from metaembed_pl.model.embedder import MetaEmbedder
 from metaembed_pl.ranking import ranking_metrics
 from metaembed_pl.retrieval.projection import Projection
-from metaembed_pl.training.loss_terms import mean_cosine, rounded
+from metaembed_pl.training.loss_terms import rounded
 
 STUDY = Path(__file__).with_suffix(".yaml")
 SUMMED = "summed"

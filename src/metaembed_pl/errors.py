@@ -9,7 +9,7 @@ class UserError(ValueError):
 
 
 class Unreachable(UserError):
-    """What lies elsewhere cannot be read now: no fault of a sample, and no reason to replace it."""
+    """Remote data cannot be read now: no fault of a sample, and no reason to replace it."""
 
 
 class BadSample(UserError):

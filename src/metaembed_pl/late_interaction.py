@@ -129,6 +129,20 @@ def cosines(vectors: Float[Tensor, "I R D"]) -> Float[Tensor, "R R"]:
     return (vectors @ vectors.transpose(1, 2)).mean(dim=0)
 
 
+def mean_cosine(vectors: Float[Tensor, "I R D"]) -> Float[Tensor, ""]:
+    """The mean cosine between the unit vectors of an item, over all items; 1 if they have only one.
+
+    >>> mean_cosine(torch.tensor([[[1.0, 0.0], [0.6, 0.8]], [[1.0, 0.0], [0.0, 1.0]]]))
+    tensor(0.3000)
+    """
+    count = vectors.shape[1]
+    if count == 1:
+        return vectors.new_ones(())
+    # The square of the sum has every pair twice, and each vector with itself.
+    squares = vectors.sum(dim=1).square().sum(dim=1)
+    return ((squares - count) / (count * (count - 1))).mean()
+
+
 def _check_vectors(
     queries: Tensor, candidate_vectors: int, candidate_width: int, groups: tuple[Budget, ...]
 ) -> None:

@@ -1,6 +1,7 @@
 """Documentation: links lead somewhere, code runs, quoted messages are those of the code."""
 
 import argparse
+import ast
 import importlib
 import re
 import shlex
@@ -58,6 +59,31 @@ def test_the_menu_has_every_page():
 
     listed = set(pages(menu))
     assert listed == {page.name for page in ROOT.glob("docs/*.md")} - {"log.md"} | set(GENERATED)
+
+
+def names_in(file):
+    """Functions, classes and `Class.method` that a source file defines."""
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        if isinstance(node, ast.ClassDef):
+            inner = [part for part in node.body if isinstance(part, ast.FunctionDef)]
+            yield from (f"{node.name}.{part.name}" for part in inner)
+
+
+def test_names_in_the_reading_guide_exist():
+    text, source = (ROOT / "docs/reading.md").read_text(), ROOT / "src/metaembed_pl"
+    files = re.findall(r"`([\w/]+\.py)`", text)
+    assert len(files) > 20
+    assert [file for file in files if not (source / file).is_file()] == []
+    steps = re.findall(r"\*\*`([\w/]+\.py)`\*\*, `([\w.]+)`", text)
+    assert len(steps) > 10
+    assert [step for step in steps if step[1] not in names_in(source / step[0])] == []
+    # Methods without their class, too; a module or a verb may be named like a function.
+    known = {name for file in source.rglob("*.py") for name in (file.stem, *names_in(file))}
+    known |= {name.rpartition(".")[2] for name in known} | {*TRAINING_VERBS, *VERBS}
+    named = {name for name in re.findall(r"`([A-Za-z_][\w.]*)`", text) if name[-3:] != ".py"}
+    assert named - known == set()
 
 
 def test_messages_in_troubleshooting_are_those_of_the_code():

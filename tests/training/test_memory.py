@@ -110,10 +110,10 @@ def measured_peak(model, step: Step, precision: str) -> tuple[int, tuple[Rows, R
 
 
 def _rows(model, inputs) -> Rows:
-    from metaembed_pl.cli.check_data import _num_patches
+    from metaembed_pl.training.activations import num_patches
 
     count, pixels = len(inputs["slot_index"]), inputs["pixel_values"]
-    patches = _num_patches(pixels, model.backbone.config.vision_config.patch_size)
+    patches = num_patches(pixels, model.backbone.config.vision_config.patch_size)
     return Rows(1, inputs["input_ids"].shape[1], patches // count, pixels.nbytes // count)
 
 

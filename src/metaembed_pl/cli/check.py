@@ -11,7 +11,7 @@ import argparse
 import json
 import math
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,21 +68,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Check a recipe, and print what it would take.
-
-    Raises:
-        UserError: the recipe would not run.
-    """
+    """Check a recipe and print what it would take; a UserError if it would not run."""
     if args.gpus is not None and args.gpus < 1:
         raise UserError(f"--gpus must be at least 1, got {args.gpus}")
     paths = [Path(find_recipe(config)) for config in args.config]
     path = ", ".join(map(str, paths))
     from metaembed_pl.cli.recipe_faults import read_recipe
-    from metaembed_pl.training.memory_advice import parse_gib
 
     target = _target(args)
-    if args.gpu_memory is not None:
-        target = replace(target, limit=parse_gib(args.gpu_memory))
     recipe = read_recipe(paths, args.set)
     report, faults = _checked(recipe, target)
     faults = [*recipe.faults, *faults]
@@ -99,13 +92,13 @@ def run(args: argparse.Namespace) -> None:
 
 @dataclass(frozen=True)
 class Target:
-    """What a recipe is to run on.
+    """The GPUs that a recipe is checked for.
 
     Args:
-        num_gpus: None: what the recipe asks for.
+        num_gpus: None: as in the recipe.
         gpu: name of the GPU; None: unknown.
-        limit: bytes of a GPU; None: none.
-        utilisation: share of the GPU's peak; None: the one that is assumed.
+        limit: memory of a GPU in bytes; None: no limit.
+        utilisation: share of the GPU's peak; None: the default.
     """
 
     num_gpus: int | None
@@ -116,6 +109,7 @@ class Target:
 
 def _target(args: argparse.Namespace) -> Target:
     from metaembed_pl.training.flops import GPUS
+    from metaembed_pl.training.memory_advice import parse_gib
 
     name = args.gpu and args.gpu.upper()
     if name is not None and name not in GPUS:
@@ -123,14 +117,15 @@ def _target(args: argparse.Namespace) -> Target:
     if args.utilisation is not None and not 0 < args.utilisation <= 1:
         raise UserError(f"--utilisation is a share above 0 and at most 1, got {args.utilisation}")
     limit = GPUS[name].memory_bytes if name else None
+    if args.gpu_memory is not None:
+        limit = parse_gib(args.gpu_memory)
     return Target(args.gpus, name, limit, args.utilisation)
 
 
 def _checked(recipe: "Recipe", target: Target) -> tuple[dict[str, Any], list[str]]:
     """The report by section, and the faults beyond those of the recipe itself."""
     from metaembed_pl.cli.check_data import look_at, measure
-    from metaembed_pl.cli.check_loss import loss_faults
-    from metaembed_pl.cli.check_machine import hardware, run_faults
+    from metaembed_pl.cli.check_faults import hardware, loss_faults, run_faults
     from metaembed_pl.model.weightless import count_parameters
 
     faults: list[str] = []
@@ -170,7 +165,7 @@ def _has_fault(recipe: "Recipe", key: str) -> bool:
 
 
 def _weightless_model(recipe: "Recipe", faults: list[str]) -> "WeightlessModel | None":
-    """The model on the meta device; None where it cannot be built."""
+    """The model on the meta device; None if it cannot be built."""
     from metaembed_pl.model.weightless import weightless_model
 
     module = recipe.model
@@ -190,7 +185,7 @@ def _weightless_model(recipe: "Recipe", faults: list[str]) -> "WeightlessModel |
 
 
 def _of_licence(recipe: "Recipe") -> list[str]:
-    """That a model must be asked for, unless its weights are here."""
+    """A note that the licence of a gated model must be accepted, unless its weights are here."""
     from huggingface_hub import try_to_load_from_cache
 
     from metaembed_pl.model.hub_faults import must_be_accepted
@@ -269,7 +264,7 @@ def _of_compute(
     steps: dict[str, Any],
     target: Target,
 ) -> dict[str, Any]:
-    """Operations of a step over all ranks, and the hours of the run on GPUs that are named."""
+    """FLOPs of a step over all ranks, and the hours of the run if the GPU is known."""
     from metaembed_pl.training.flops import GPUS, UTILISATION, training_flops
 
     rows = lengths.average or lengths.longest
@@ -294,7 +289,7 @@ def _of_data_path(
     running: "Running",
     compute: dict[str, Any],
 ) -> dict[str, Any] | None:
-    """Pairs a second that one worker makes, and that one GPU takes; None without data."""
+    """Pairs per second that one worker prepares and one GPU consumes; None without data."""
     from metaembed_pl.cli.check_rate import data_rate
     from metaembed_pl.data.workers import workers_for
     from metaembed_pl.training.flops import GPUS
@@ -321,7 +316,7 @@ def _of_data_path(
 
 
 def _num_steps(steps: dict[str, Any]) -> int | None:
-    """Steps of the run, if the recipe or its data say how many."""
+    """Steps of the run, if known from the recipe or its data."""
     most = steps["max_steps"]
     if most not in (None, -1):
         return most
@@ -332,8 +327,6 @@ def _num_steps(steps: dict[str, Any]) -> int | None:
 def _of_memory(
     made: "WeightlessModel", step: "Step", running: "Running", limit: int | None, faults: list[str]
 ) -> dict[str, Any]:
-    from dataclasses import asdict
-
     from metaembed_pl.training.memory import estimate
     from metaembed_pl.training.memory_advice import last_resort, memory_advice
 

@@ -5,6 +5,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any, get_args
 
 from PIL import Image
@@ -14,19 +15,18 @@ from metaembed_pl.data.collate import Side, chosen_negatives
 from metaembed_pl.data.datamodule import RetrievalDataModule
 from metaembed_pl.data.plan import Plan, PlannedSource
 from metaembed_pl.data.recipe_sources import open_eval_set
-from metaembed_pl.data.recipe_tables import RecipeTable
 from metaembed_pl.data.remote import is_remote
 from metaembed_pl.data.shards import ShardedPairs
 from metaembed_pl.errors import UserError
 from metaembed_pl.item import Item
 from metaembed_pl.model.embedder import MetaEmbedder
 from metaembed_pl.samples import evenly_spread
-from metaembed_pl.training.activations import Rows
+from metaembed_pl.training.activations import Rows, num_patches
 
 SAMPLED = 64
-"""Pairs read to see how long items are: some seconds, however large the data."""
+"""Pairs that are read to measure lengths of items."""
 LARGEST_SIDE = 4096
-"""Of the picture that stands for the largest one: above the pixel limits of all families."""
+"""Of the largest picture without data: above the pixel limits of all families."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,13 @@ class Data:
     """The training data of a recipe.
 
     Args:
-        faults: what is wrong, one line each.
-        notes: what is not, but should be known.
-        num_pairs: of all sources that are there; None where none is.
-        steps_per_epoch: None where it is not known.
-        num_negatives: the hard negatives of each source.
-        num_questions: that a candidate comes with on average, of the source with most.
-        sources: those that could be opened, with their hard negatives.
+        faults: one line each.
+        notes: likewise, about what is no fault.
+        num_pairs: of all sources that were opened; None if there are none.
+        steps_per_epoch: None if unknown.
+        num_negatives: the different numbers of hard negatives that sources have.
+        num_questions: queries per candidate on average, of the source with most.
+        sources: those that were opened, with their numbers of hard negatives.
     """
 
     faults: list[str]
@@ -57,10 +57,9 @@ class Lengths:
     """Tokens of items, slots included.
 
     Args:
-        average: a row as long as the sampled items of each side are on average; None where no
-            data are there.
-        longest: the row of the longest of them, or of the longest that the limits allow.
-        is_sampled: `longest` was found in the data.
+        average: a row of average length by side, over sampled items; None without data.
+        longest: the longest row by side; without data, the longest that the limits allow.
+        is_sampled: whether there were data.
     """
 
     average: dict[Side, Rows] | None
@@ -69,7 +68,7 @@ class Lengths:
 
 
 def look_at(data: RetrievalDataModule, num_ranks: int) -> Data:
-    """Opens everything the recipe names, and plans its steps."""
+    """Opens the data of a recipe and plans its steps."""
     faults: list[str] = []
     notes: list[str] = []
     train = _open(data.train_sources, "data.train", faults, notes)
@@ -115,7 +114,10 @@ def _open(
         try:
             if source.table is not None:
                 if source.table.is_elsewhere and not source.table.is_made:
-                    notes.append(_table_note(source.table))
+                    notes.append(
+                        f"{source.table.where}: not looked at; the first fit reads it and makes "
+                        f"shards in {source.table.folder}"
+                    )
                     continue
                 source.table.make()
             elif not is_remote(source.path) and not Path(source.path).is_dir():
@@ -132,12 +134,6 @@ def _open(
             f"{', '.join(missing[:3])}{others}; prepare the data first"
         )
     return found
-
-
-def _table_note(table: RecipeTable) -> str:
-    return (
-        f"{table.where}: not looked at; the first fit reads it and makes shards in {table.folder}"
-    )
 
 
 def _plan(
@@ -161,7 +157,7 @@ def _plan(
 
 
 def _notes(sources: Iterable[tuple[ShardedPairs, int]]) -> list[str]:
-    """Sources whose pairs have fewer hard negatives than they are asked for."""
+    """Notes about sources whose pairs have fewer hard negatives than the recipe uses."""
     notes = []
     for shards, count in sources:
         found = []
@@ -178,7 +174,7 @@ def _notes(sources: Iterable[tuple[ShardedPairs, int]]) -> list[str]:
 
 
 def measure(model: MetaEmbedder, sources: list[tuple[ShardedPairs, int]]) -> Lengths:
-    """How long the items of the data are; without data, the longest that the limits allow."""
+    """Lengths of the items in the data; without data, the longest that the limits allow."""
     row_of = _row_of(model)
     rows: dict[Side, list[Rows]] = {side: [] for side in get_args(Side)}
     for shards, count in sources:
@@ -195,34 +191,21 @@ def measure(model: MetaEmbedder, sources: list[tuple[ShardedPairs, int]]) -> Len
         text = " apple" * model.processing.max_text_tokens
         picture = Image.new("RGB", (LARGEST_SIDE, LARGEST_SIDE), "gray")
         return Lengths(None, {side: row_of(Item(text, picture), side) for side in rows}, False)
+    # As long as the longest text and as large as the largest picture: both decide a batch.
     return Lengths(
-        {side: _average(found) for side, found in rows.items()},
-        {side: _largest(found) for side, found in rows.items()},
+        {side: _combined(found, lambda sizes: round(mean(sizes))) for side, found in rows.items()},
+        {side: _combined(found, max) for side, found in rows.items()},
         True,
     )
 
 
-def _average(rows: list[Rows]) -> Rows:
-    return Rows(
-        1,
-        round(sum(row.num_tokens for row in rows) / len(rows)),
-        round(sum(row.num_patches for row in rows) / len(rows)),
-        round(sum(row.pixel_bytes for row in rows) / len(rows)),
-    )
-
-
-def _largest(rows: list[Rows]) -> Rows:
-    """As long as the longest text and as large as the largest picture: both decide a batch."""
-    return Rows(
-        1,
-        max(row.num_tokens for row in rows),
-        max(row.num_patches for row in rows),
-        max(row.pixel_bytes for row in rows),
-    )
+def _combined(rows: list[Rows], function: Callable[[tuple[int, ...]], int]) -> Rows:
+    sizes = zip(*((row.num_tokens, row.num_patches, row.pixel_bytes) for row in rows), strict=True)
+    return Rows(1, *map(function, sizes))
 
 
 def _row_of(model: MetaEmbedder) -> Callable[[Item, Side], Rows]:
-    """Measures items. Pictures of one size make rows of one length: the first one serves all."""
+    """Measures rows; cached, because pictures of one size make rows of one length."""
     process = model.processor()
     vision: Any = model.backbone.config.vision_config
     seen: dict[Any, Rows] = {}
@@ -236,14 +219,9 @@ def _row_of(model: MetaEmbedder) -> Callable[[Item, Side], Rows]:
             seen[key] = Rows(
                 1,
                 inputs["input_ids"].shape[1],
-                0 if pixels is None else _num_patches(pixels, vision.patch_size),
+                0 if pixels is None else num_patches(pixels, vision.patch_size),
                 0 if pixels is None else pixels.nbytes,
             )
         return seen[key]
 
     return row
-
-
-def _num_patches(pixels: Any, patch_size: int) -> int:
-    """What the vision tower reads: patches that are cut already, or complete pictures and tiles."""
-    return len(pixels) if pixels.dim() == 2 else pixels.numel() // (3 * patch_size**2)

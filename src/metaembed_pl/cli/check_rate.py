@@ -23,12 +23,9 @@ MEASURED = 64
 
 @dataclass(frozen=True)
 class Rate:
-    """What one worker reads, decodes and prepares in a second.
+    """Pairs (with their hard negatives) and pictures that a worker prepares per second.
 
-    Args:
-        pairs: in a second, with their hard negatives.
-        pictures: in a second.
-        num_pairs: that were measured.
+    `num_pairs` is the number of pairs measured.
     """
 
     pairs: float
@@ -37,11 +34,11 @@ class Rate:
 
 
 def data_rate(model: MetaEmbedder, sources: list[tuple[ShardedPairs, int]]) -> Rate | None:
-    """The rate of a worker, over pairs of all sources; None where none can be read.
+    """The rate of a worker over pairs of all sources; None if none can be read.
 
     Args:
-        model: whose preprocessing it is.
-        sources: shards, and how many hard negatives a query has.
+        model: with the preprocessing.
+        sources: shards, with the number of hard negatives of a query.
     """
     process = model.processor()
     num_pairs = num_pictures = 0
@@ -62,7 +59,7 @@ def data_rate(model: MetaEmbedder, sources: list[tuple[ShardedPairs, int]]) -> R
 
 
 def _places(sources: list[tuple[ShardedPairs, int]]) -> Iterator[tuple[ShardedPairs, int, int]]:
-    """Pairs of all sources in turn, and again from the start where they are few."""
+    """Pairs of all sources in turn, repeated if there are few."""
     each = -(-(MEASURED + 1) // max(1, len(sources)))
     of_each = [
         islice(cycle((shards, place, count) for place in evenly_spread(len(shards), each)), each)
@@ -73,7 +70,7 @@ def _places(sources: list[tuple[ShardedPairs, int]]) -> Iterator[tuple[ShardedPa
 
 
 def _prepare(pair: Pair, process: Processing) -> int:
-    """Prepares a pair as training does; how many pictures it shows."""
+    """Prepares a pair as training does; returns its number of pictures."""
     pair = decoded(pair)
     candidates = [pair.positive, *pair.negatives]
     process.in_chunks([pair.query], "query")

@@ -7,7 +7,7 @@ PARTS = ("weights", "gradients", "optimizer", "activations", "gathered", "loss",
 
 
 def print_report(path: str, report: dict[str, Any]) -> None:
-    """Prints what of the report there is, one thing a line."""
+    """Prints the sections that the report has."""
     lines = [("recipe", path)]
     if "backbone" in report:
         lines.append(("backbone", f"as in {report['backbone']}"))
@@ -50,7 +50,7 @@ def _steps_in_words(steps: dict[str, Any]) -> str:
 
 
 def _compute_in_words(compute: dict[str, Any], num_gpus: int) -> str:
-    """Operations of a step, and how long the run takes."""
+    """FLOPs per step, and the hours of the run."""
     line = f"{compute['flops_a_step'] / 1e15:.3g} PFLOP per step"
     if compute["is_longest"]:
         line += ", if every row has the maximum length"
@@ -63,7 +63,7 @@ def _compute_in_words(compute: dict[str, Any], num_gpus: int) -> str:
 
 
 def _running_lines(report: dict[str, Any]) -> list[tuple[str, str]]:
-    """Operations, the data's rate and memory."""
+    """Compute, data rate and memory."""
     lines = [("compute", _compute_in_words(report["compute"], report["memory"]["gpus"]))]
     if report["data_path"]:
         lines.append(("data path", _data_path_in_words(report["data_path"])))
@@ -71,7 +71,7 @@ def _running_lines(report: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _data_path_in_words(found: dict[str, Any]) -> str:
-    """What a worker makes here, and how many a GPU needs."""
+    """The rate of a worker, and the number of workers that a GPU needs."""
     text = (
         f"{found['pairs_a_worker']:.3g} pairs ({found['pictures_a_worker']:.3g} pictures) per "
         f"second and worker, measured on {found['measured']} pairs"

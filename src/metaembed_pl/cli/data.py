@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,11 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Read the shards once, and print what they hold.
-
-    Raises:
-        UserError: a folder that holds no shards, or broken ones.
-    """
+    """Read the shards once and print their contents."""
     from metaembed_pl.data.shards import ShardedPairs
     from metaembed_pl.data.survey import Survey, shared
 
@@ -54,10 +51,9 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--num must be at least 1, got {args.num}")
     folders = [ShardedPairs(folder) for name in args.shards for folder in _folders(name)]
     processing = _processing(args.model)
-    tracked = [_tracked(str(pairs.folder)) for pairs in folders]
     surveys = [
-        Survey(pairs, args.decode, track, processing)
-        for pairs, track in zip(folders, tracked, strict=True)
+        Survey(pairs, args.decode, partial(_tracked, str(pairs.folder)), processing)
+        for pairs in folders
     ]
     summaries, leaks = [survey.summary() for survey in surveys], shared(surveys)
     if args.json:
@@ -86,11 +82,8 @@ def _folders(name: str) -> list[Any]:
     return [folder for folder in found if not folder.name.endswith(".partial")] or [Path(name)]
 
 
-def _tracked(name: str) -> Any:
-    def tracked(numbers: Sequence[int]) -> Iterable[int]:
-        return with_progress(numbers, name, len(numbers))
-
-    return tracked
+def _tracked(name: str, numbers: Sequence[int]) -> Iterable[int]:
+    return with_progress(numbers, name, len(numbers))
 
 
 def _print_sources(summaries: list[dict[str, Any]]) -> None:
@@ -177,7 +170,7 @@ def _draw(surveys: "list[Survey]", path: Path, count: int) -> None:
 
 
 def _sample(pairs: "ShardedPairs", count: int) -> "Iterator[Pair]":
-    """Pairs evenly spread over the shards; in place of one that cannot be shown, its next."""
+    """Pairs evenly spread over the shards; one that cannot be decoded is replaced by the next."""
     from metaembed_pl.data.collate import decoded
 
     for k in range(min(count, len(pairs))):

@@ -98,11 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Evaluate, or compare two evaluations.
-
-    Raises:
-        UserError: a flag, the model or the data are not valid.
-    """
+    """Evaluate, or compare two evaluations."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     if getattr(args, "compare", False):
         _compare(args)
@@ -230,7 +226,7 @@ def _log(outcome: "Outcome", files: list[Path], uri: str) -> None:
 
 @contextmanager
 def _progress(rank: int) -> "Iterator[OnProgress]":
-    """Tells how far a task is; on the first rank alone."""
+    """Shows progress, on the first rank."""
     if rank:
         yield lambda what, done, total: None
         return

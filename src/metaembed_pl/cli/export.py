@@ -12,8 +12,7 @@ needs (docs/export.md).
 import argparse
 import re
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +25,8 @@ if TYPE_CHECKING:
     from metaembed_pl.model.embedder import MetaEmbedder
 
 FORMATS = ("metaembed", "sentence-transformers", "transformers", "vllm")
-PLAIN = ("transformers", "vllm")  # meta tokens among the words
-WHOLE = ("sentence-transformers", *PLAIN)  # others would not know what to do with an adapter
+PLAIN = ("transformers", "vllm")  # meta tokens are words of the vocabulary
+COMPLETE = ("sentence-transformers", *PLAIN)  # formats without adapters
 RUN = "runs/NAME, or a model folder"
 
 
@@ -67,12 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write the folder, and send it off where asked.
-
-    Raises:
-        UserError: a flag or the run is not valid, the export would change the model's vectors, or
-            the hub refuses.
-    """
+    """Write the folder, and upload it with --push-to."""
     from transformers.utils import logging
 
     from metaembed_pl.cli.hub import licence_of, push, would_send
@@ -80,14 +74,14 @@ def run(args: argparse.Namespace) -> None:
 
     _check(args)
     logging.disable_progress_bar()
-    source = Source(args.source)
+    source = ExportSource(args.source)
     if args.checkpoint:
-        source.metrics = {}  # those of the report are of the run's end
+        source.metrics = {}  # the report is about the end of the run
     licence = args.licence
     if args.push_to:
         licence = licence or licence_of(source.base)
     with ExitStack() as stack:
-        out = args.out or stack.enter_context(_passing_folder())
+        out = args.out or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "model"
         with new_folder(out) as folder:
             settings = _write(args, source, folder, out)
             name = args.push_to or out.name
@@ -118,14 +112,8 @@ def _check(args: argparse.Namespace) -> None:
             raise UserError(f"--language takes a code such as en or zh, got {code!r}")
 
 
-@contextmanager
-def _passing_folder() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory() as folder:
-        yield Path(folder) / "model"
-
-
-class Source:
-    """A run, or a model folder without one: where the model is, and what is known of it.
+class ExportSource:
+    """A run or a model folder: the place of the model, its recipe and metrics.
 
     Args:
         path: `runs/NAME` or a model folder.
@@ -147,7 +135,7 @@ class Source:
 
     @property
     def base(self) -> str | None:
-        """Hub id of what the model was trained from; None: a folder, random weights, or unknown."""
+        """Hub id of the base model; None: a folder, random weights, or unknown."""
         model = (self.recipe or {}).get("model") or {}
         names = [model.get("start_from"), (model.get("backbone") or {}).get("path")]
         if self.model is not None:
@@ -159,7 +147,7 @@ class Source:
         return hub[0] if hub else None
 
     def load(self, checkpoint: str | None) -> "MetaEmbedder":
-        """The model, of a checkpoint where one is named."""
+        """The model, or that of a checkpoint."""
         from metaembed_pl.model.embedder import MetaEmbedder
 
         if checkpoint is not None:
@@ -172,7 +160,7 @@ class Source:
 
     @property
     def datasets(self) -> list[str]:
-        """Hub ids of the training sets, as far as the manifests of their shards tell them."""
+        """Hub ids of the training sets, from the manifests of their shards."""
         sources = ((self.recipe or {}).get("data") or {}).get("train") or []
         paths = [source.get("path") if isinstance(source, dict) else source for source in sources]
         manifests = [Path(str(path)) / "manifest.json" for path in paths]
@@ -198,13 +186,13 @@ class Source:
 
 
 def _max_text_tokens(folder: Path) -> int:
-    """Where the model of an export cuts texts."""
+    """The length at which an exported model truncates texts."""
     files = [folder / "processing" / "processing.json", folder / "retrieval.json"]
     return next(read_json_object(file) for file in files if file.is_file())["max_text_tokens"]
 
 
 def _of_checkpoint(run: Path, name: str, recipe: dict[str, Any] | None) -> "MetaEmbedder":
-    """The model of a checkpoint: built by the run's recipe, filled from the checkpoint."""
+    """The model of a checkpoint, built from the run's recipe."""
     import pickle
 
     import torch
@@ -242,12 +230,10 @@ def _of_checkpoint(run: Path, name: str, recipe: dict[str, Any] | None) -> "Meta
     return module.embedder.eval()
 
 
-def _write(args: argparse.Namespace, source: Source, folder: Path, home: Path) -> dict[str, Any]:
-    """Writes the form that was asked for, and prints what was made sure of.
-
-    Returns:
-        The model's settings, as `metaembed.json` has them.
-    """
+def _write(
+    args: argparse.Namespace, source: ExportSource, folder: Path, home: Path
+) -> dict[str, Any]:
+    """Writes the format, prints the result of its checks, and returns the model's settings."""
     from metaembed_pl.model import export
     from metaembed_pl.model.export_sentence_transformers import write_sentence_transformers
     from metaembed_pl.model.export_transformers import write_transformers
@@ -255,10 +241,10 @@ def _write(args: argparse.Namespace, source: Source, folder: Path, home: Path) -
     from metaembed_pl.model.lora import has_adapter
     from metaembed_pl.model.model_folder import read_settings
 
-    is_whole = source.model is not None and not (source.model / "adapter").is_dir()
+    is_complete = source.model is not None and not (source.model / "adapter").is_dir()
     as_it_is = not args.merge and args.checkpoint is None and args.format not in PLAIN
     as_it_is = as_it_is and args.width is None
-    if as_it_is and source.model is not None and (args.format == "metaembed" or is_whole):
+    if as_it_is and source.model is not None and (args.format == "metaembed" or is_complete):
         export.copy_model(source.model, folder)
         settings = read_settings(folder)
     else:
@@ -266,7 +252,7 @@ def _write(args: argparse.Namespace, source: Source, folder: Path, home: Path) -
         if args.width is not None:
             model.narrow(args.width)
         settings = model.settings()
-        if args.merge or (args.format in WHOLE and has_adapter(model.backbone)):
+        if args.merge or (args.format in COMPLETE and has_adapter(model.backbone)):
             print(f"merged: {export.merge(model)}")
         if args.format in PLAIN:
             write = write_vllm if args.format == "vllm" else write_transformers

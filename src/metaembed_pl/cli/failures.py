@@ -26,11 +26,7 @@ NOT_IN_A_STEP = (
 def failures_in_one_line(watch: Watch) -> Iterator[None]:
     """Turns errors that the user can do something about into `UserError`s.
 
-    Args:
-        watch: knows what was going on.
-
-    Raises:
-        UserError: out of memory, full disk, a rank that is gone, an unreadable checkpoint.
+    Such as out of memory, a lost rank or a missing package; `watch` knows what was being done.
     """
     try:
         yield
@@ -66,7 +62,7 @@ def _message(error: Exception, watch: Watch) -> str | None:
 
 
 def _missing_package(error: BaseException | None) -> str | None:
-    """What is said of a package that is not installed, by an error or what led to it."""
+    """The message about a package that is not installed, in an error or its causes."""
     while error is not None:
         if isinstance(error, ModuleNotFoundError):
             return str(error).partition(" HINT")[0].rstrip(".")

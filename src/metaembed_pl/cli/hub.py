@@ -14,15 +14,11 @@ def push(folder: Path, repository: str, private: bool = True) -> str:
 
     Args:
         folder: a model folder with its card.
-        repository: `ORG/NAME`; made where it is not there.
-        private: only its owners may see it.
+        repository: `ORG/NAME`; created if it does not exist.
+        private: visible to its owners only.
 
     Returns:
         The address of the repository.
-
-    Raises:
-        UserError: the folder needs files that others do not have, the repository is public and
-            should not be, or the hub refuses.
     """
     from huggingface_hub import HfApi
 
@@ -45,11 +41,7 @@ def push(folder: Path, repository: str, private: bool = True) -> str:
 
 
 def would_send(folder: Path, repository: str, private: bool = True) -> str:
-    """What `push` would send, without asking the hub.
-
-    Raises:
-        UserError: the folder needs files that others do not have.
-    """
+    """What `push` would send; the hub is not asked."""
     _refuse_local_base(folder)
     files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
     sizes = [(file.stat().st_size, file.relative_to(folder).as_posix()) for file in files]
@@ -70,11 +62,7 @@ def _refuse_local_base(folder: Path) -> None:
 
 
 def licence_of(base: str | None) -> str:
-    """The licence of a base model, according to the hub.
-
-    Raises:
-        UserError: it is unknown; the message asks for `--licence`.
-    """
+    """The licence of a base model on the hub; if unknown, a UserError asks for `--licence`."""
     from huggingface_hub import HfApi
 
     found = None
@@ -90,7 +78,7 @@ def licence_of(base: str | None) -> str:
 
 
 def _ask(repository: str, do: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Calls the hub; whatever it or the network has against it becomes one line."""
+    """Calls the hub; its errors become one line."""
     from huggingface_hub.errors import HfHubHTTPError
 
     http_error: Any = HfHubHTTPError.__mro__[1]  # of the HTTP library that this version of it uses

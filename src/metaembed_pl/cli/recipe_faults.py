@@ -37,11 +37,11 @@ class Recipe:
     """A recipe, as far as it could be read.
 
     Args:
-        faults: what is wrong, one line each.
+        faults: one line each.
         config: the parsed recipe without its faulty keys; None if nothing could be parsed.
-        model: the module, not yet configured; None where its settings are faulty.
-        data: the data module.
-        run: where the run is kept.
+        model: the module, not yet configured; None if its settings are faulty.
+        data: the data module; likewise.
+        run: likewise.
     """
 
     faults: list[str] = field(default_factory=list)
@@ -52,14 +52,11 @@ class Recipe:
 
 
 def read_recipe(paths: Path | Sequence[Path], overrides: Sequence[str] = ()) -> Recipe:
-    """Parses a recipe; faulty keys are noted and left out.
+    """Parses a recipe; faulty keys are recorded and left out.
 
     Args:
-        paths: the file, or several: each is laid over those before it, key by key, as in `fit`.
-        overrides: `key=value`, as flags of training have them.
-
-    Raises:
-        UserError: the file is no YAML of keys and values, or an override is not of that form.
+        paths: one file or several: keys of later ones replace those of earlier ones, as in `fit`.
+        overrides: `key=value`, as the flags of `fit`.
     """
     paths = [paths] if isinstance(paths, Path) else paths
     values: dict[str, Any] = {}
@@ -84,7 +81,7 @@ def read_recipe(paths: Path | Sequence[Path], overrides: Sequence[str] = ()) -> 
 
 
 def recipe_parser() -> RecipeParser:
-    """What training parses recipes with, without its verbs."""
+    """The parser of `fit`, without its verbs."""
     parser = RecipeParser(**PARSING)
     parser.add_argument("--seed_everything", type=bool | int, default=0)
     parser.add_argument("--ckpt_path", type=str | None, default=None)
@@ -108,7 +105,7 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _laid_over(values: Any, others: Any) -> Any:
-    """Keys of a second recipe replace those of a first; lists are replaced as one.
+    """Merges two recipes: keys of the second one replace those of the first; lists as a unit.
 
     >>> _laid_over({"a": {"b": 1, "c": [1, 2]}}, {"a": {"c": [3]}, "d": 4})
     {'a': {'b': 1, 'c': [3]}, 'd': 4}
@@ -119,9 +116,9 @@ def _laid_over(values: Any, others: Any) -> Any:
 
 
 def _set(values: dict[str, Any], override: str, folder: Path) -> None:
-    """Changes a key, as the same flag of `fit` would; `KEY+=VALUE` adds to a list.
+    """Changes a key, as a flag of `fit` does; `KEY+=VALUE` appends to a list.
 
-    Files that a value names are sought here, then beside the recipe.
+    Files that a value names are relative to the working directory or the recipe.
     """
     name, equals, text = override.removeprefix("--").partition("=")
     if not equals or not name:
@@ -149,7 +146,7 @@ def _set(values: dict[str, Any], override: str, folder: Path) -> None:
 
 
 def _kind_of(path: Sequence[str]) -> Any:
-    """The type of a key; None where it is not known."""
+    """The type of a key; None if unknown."""
     kind: Any = PARTS.get(path[0])
     for key in path[1:]:
         made_of, is_list = content_of(kind)
@@ -173,7 +170,7 @@ def _get(values: Any, path: Sequence[str]) -> Any:
 
 
 def _parse(parser: RecipeParser, values: dict[str, Any], faults: list[str]) -> Any:
-    """The parsed recipe without keys whose values are refused; None if that cannot be had."""
+    """The parsed recipe without keys whose values are refused; None if that fails."""
     removed: set[str] = set()
     while True:
         try:
@@ -204,7 +201,7 @@ def _refused(message: str, values: dict[str, Any]) -> str | None:
 
 
 def _why(message: str, name: str, value: Any) -> str:
-    """What the trainer expects there, rather than the parser's account of all that it tried."""
+    """The expected type, instead of the parser's list of everything it tried."""
     part, _, key = name.partition(".")
     kind = inspect.signature(PARTS[part]).parameters.get(key)
     if kind is None or isinstance(kind.annotation, str):
@@ -213,7 +210,7 @@ def _why(message: str, name: str, value: Any) -> str:
 
 
 def _drop_out_of_range(values: dict[str, Any], found: Recipe) -> bool:
-    """Makes each part of the model by itself; those that refuse are noted and left out."""
+    """Builds each part of the model separately; faulty ones are recorded and left out."""
     dropped = False
     for key, kind in keys_of(MetaEmbedModule).items():
         if content_of(kind)[0] is None:
@@ -228,7 +225,7 @@ def _drop_out_of_range(values: dict[str, Any], found: Recipe) -> bool:
 
 
 def _make_parts(found: Recipe) -> None:
-    """Makes run, data and model, each by itself, so that each can say what is wrong with it."""
+    """Builds run, data and model separately, to find the faults of each."""
     start_from = found.config.model.start_from
     is_there = start_from is None or Path(start_from).exists()
     if not is_there:  # a hub id would be downloaded, weights and all

@@ -14,7 +14,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Trainer
 
-from metaembed_pl.cli.recipe_path import read_yaml
+from metaembed_pl.cli.recipe_path import OTHER_KEYS, read_yaml
 from metaembed_pl.cli.train import RunConfig
 from metaembed_pl.data.datamodule import RetrievalDataModule
 from metaembed_pl.errors import did_you_mean
@@ -37,7 +37,6 @@ WORDS: dict[Any, str] = {
     dict: "keys",
     type(None): "null",
 }
-OTHERS = ("seed_everything", "ckpt_path", "weights_only")
 
 
 def inlined(value: Any, kind: Any, folder: Path) -> Any:
@@ -56,7 +55,7 @@ def inlined(value: Any, kind: Any, folder: Path) -> Any:
 
 
 def content_of(kind: Any) -> tuple[Any, bool]:
-    """The class whose keys a value of this type has, or a list of such values; None: neither."""
+    """The class whose keys a value of this type has, and whether it is a list of such values."""
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
         kinds = [content_of(one) for one in typing.get_args(kind)]
         return next((found for found in kinds if found[0] is not None), (None, False))
@@ -68,7 +67,7 @@ def content_of(kind: Any) -> tuple[Any, bool]:
 
 
 def keys_of(kind: Any) -> dict[str, Any]:
-    """The keys that fill a class, with their types."""
+    """The keys of a class with their types."""
     if kind is Trainer:  # its types are Lightning's own affair
         return dict.fromkeys(inspect.signature(Trainer).parameters)
     function: Callable = kind.__init__
@@ -76,11 +75,7 @@ def keys_of(kind: Any) -> dict[str, Any]:
 
 
 def made(value: Any, kind: Any) -> Any:
-    """The object of this type that parsed values (dicts, lists) describe.
-
-    Raises:
-        UserError: a class refuses its values.
-    """
+    """An object of this type from parsed values (dicts, lists)."""
     made_of, is_list = content_of(kind)
     if made_of is None or value is None:
         return value
@@ -92,7 +87,7 @@ def made(value: Any, kind: Any) -> Any:
 
 @dataclass(frozen=True)
 class Fault:
-    """A place in a recipe that training would refuse, and why."""
+    """A faulty place in a recipe, and the reason."""
 
     path: Where
     why: str
@@ -102,13 +97,13 @@ class Fault:
 
 
 def faults_of(values: dict[str, Any]) -> Iterator[Fault]:
-    """Keys that nothing takes, each with the nearest valid one; values of the wrong type.
+    """Unknown keys, each with the nearest valid one, and values of a wrong type.
 
-    The trainer's values are left to Lightning's own types.
+    The types of the trainer's values are Lightning's.
     """
     for key in values:
-        if key not in PARTS and key not in OTHERS:
-            yield _unknown((key,), [*PARTS, *OTHERS])
+        if key not in PARTS and key not in OTHER_KEYS:
+            yield _unknown((key,), [*PARTS, *OTHER_KEYS])
     for part, kind in PARTS.items():
         yield from _faults_in(values.get(part, {}), kind, (part,))
 
@@ -150,7 +145,7 @@ def _accepts(kind: Any, value: Any) -> bool:
 
 
 def in_words(kind: Any) -> str:
-    """A type as people say it.
+    """A type in words.
 
     >>> in_words(float | None), in_words(typing.Literal["both", "own"])
     ('a number or null', "'both' or 'own'")
@@ -169,7 +164,7 @@ def _unknown(path: Where, valid: list[str]) -> Fault:
 
 
 def dotted(path: Sequence[str | int]) -> str:
-    """A path of keys as people write it.
+    """A path of keys with dots.
 
     >>> dotted(["data", "train", 0, "path"])
     'data.train[0].path'

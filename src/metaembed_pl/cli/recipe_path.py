@@ -29,9 +29,6 @@ def with_recipes_found(argv: list[str]) -> list[str]:
 
     `--config NAME` of one of our recipes becomes its path; `--data.train=FOLDER`, and likewise
     `--data.val` and `--data.test`, become a list of that one source.
-
-    Raises:
-        UserError: no such file, and no recipe of that name.
     """
     found = []
     for flag, value in _flags(argv):
@@ -59,7 +56,7 @@ def with_settings(argv: list[str]) -> list[str]:
 
 
 def _flags(argv: list[str]) -> Iterator[tuple[str, str | None]]:
-    """Each argument with its value, whether `=` or a blank stands between them."""
+    """Each argument with its value, in the form `--flag=value` or `--flag value`."""
     rest = list(argv)
     while rest:
         flag, equals, value = rest.pop(0).partition("=")
@@ -84,10 +81,10 @@ def as_sources(key: str, value: str) -> str:
 
 
 def read_yaml(path: Path) -> Any:
-    """What a YAML file holds; each key of a mapping once, and no more than a person would write.
+    """The content of a YAML file.
 
     Raises:
-        UserError: it is none, too large, or aliases in it unfold to too much or to themselves.
+        UserError: it is not YAML, too large, repeats a key, or aliases expand to too many values.
     """
     import yaml  # not at the top: `recipes` and other light verbs do without
 
@@ -108,7 +105,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def _count_nodes(path: Path, node: Any, counted: dict[int, int | None]) -> int:
-    """Nodes below one of `yaml.compose`, those of aliases counted again."""
+    """The number of nodes below a node; aliases are counted each time."""
     import yaml
 
     if id(node) not in counted:
@@ -131,11 +128,8 @@ def _count_nodes(path: Path, node: Any, counted: dict[int, int | None]) -> int:
 
 
 def find_recipe(name: str) -> str:
-    """A recipe's path: the file itself, or one of ours by name.
-
-    Such as `emoji` or `recipes/emoji.yaml`.
-    """
-    if Path(name).is_file():  # a folder of data may well be called like a recipe
+    """The path of a recipe: a file, or one of ours by name, such as `emoji`."""
+    if Path(name).is_file():  # a folder of data may have the name of a recipe
         read_yaml(Path(name))
         return name
     folder = recipe_folder()

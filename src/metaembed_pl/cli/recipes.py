@@ -11,7 +11,6 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from metaembed_pl.cli.recipe_path import find_recipe, recipe_folder
@@ -36,11 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """List the recipes, or print or copy one.
-
-    Raises:
-        UserError: no such recipe, or something is at PATH already.
-    """
+    """List the recipes, or print or copy one."""
     if args.name is None:
         if args.copy is not None:
             raise UserError("--copy needs the NAME of a recipe: recipes NAME --copy PATH")
@@ -58,15 +53,12 @@ def run(args: argparse.Namespace) -> None:
 
 
 def recipe_files() -> list[Path]:
-    """The recipes that come with the package; what they share lies in folders beside them."""
+    """The recipes that come with the package."""
     return sorted(recipe_folder().glob("*.yaml"))
 
 
 def read_head(path: Path) -> dict[str, str]:
-    """A recipe's head: `title` and what it says of `HEAD_KEYS`.
-
-    A line that opens with no key goes on with the value before it.
-    """
+    """A recipe's head: `title` and `HEAD_KEYS`; a line without a key continues the last value."""
     head: dict[str, str] = {}
     key = "title"
     for line in path.read_text(encoding="utf-8").splitlines():
@@ -82,15 +74,9 @@ def read_head(path: Path) -> dict[str, str]:
 
 
 def copy_recipe(source: Path, target: Path) -> list[Path]:
-    """Copies a recipe under another name, with the files beside it that it refers to.
+    """Copies a recipe under another name, with the files that it refers to.
 
-    The copy trains in a folder of its own: its `run.name` is the new file's.
-
-    Returns:
-        What was written, the recipe first.
-
-    Raises:
-        UserError: there is something at `target`, or another file where a part must go.
+    The copy's `run.name` is the name of the new file. Returns the files written, the recipe first.
     """
     target = target / source.name if target.is_dir() else target
     target = target if target.suffix in (".yaml", ".yml") else target.with_suffix(".yaml")
@@ -129,11 +115,8 @@ def _print_list(heads: dict[str, dict[str, str]]) -> None:
             table.add_row(*map(Text, row))
         Console().print(table)
         return
-    _print_aligned([columns, *rows])
-
-
-def _print_aligned(rows: Sequence[tuple[str, ...]]) -> None:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
+    lines = [columns, *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for row in lines:
         cells = (f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))
         print("  ".join(cells).rstrip())

@@ -71,7 +71,7 @@ log = logging.getLogger(__name__)
 PARSING = {"parser_mode": "omegaconf+", "allow_abbrev": False, "prog": "metaembed-pl"}
 
 NOT_COMPARED = ("ckpt_path", "weights_only", "run.overwrite")
-FIXED = (  # of what a checkpoint's weights are, and its optimiser's
+FIXED = (  # settings of the weights and the optimiser state in a checkpoint
     "model.backbone.scratch",
     "model.backbone.tokenizer",
     "model.layout",
@@ -83,7 +83,7 @@ FIXED = (  # of what a checkpoint's weights are, and its optimiser's
     "model.bidirectional",
 )
 
-QUIET = (  # what libraries warn of and a user of this package can do nothing about
+QUIET = (  # warnings of libraries that users of this package can do nothing about
     ".*does not have many workers.*",
     ".*`IterableDataset` has `__len__` defined.*",
     ".*LeafSpec.* is deprecated.*",
@@ -91,7 +91,7 @@ QUIET = (  # what libraries warn of and a user of this package can do nothing ab
     ".*could not find the monitored key.*",  # likewise: it has no best checkpoint
     ".*Checkpoint directory .* exists and is not empty.*",  # a resumed run
     ".*your dataloader is not resumable.*",  # the data module keeps the place in the plan
-    ".*`hidden_state` is deprecated.*",  # transformers 5.17 calls its own mllama layers so
+    ".*`hidden_state` is deprecated.*",  # used by transformers 5.17 itself, for mllama
     ".*sync_dist=True.*",  # our metrics have gathered all ranks' rows already
     ".*WeightAveraging callback with a model that overrides.*",  # sharding: docs/study.md
     ".*torch.distributed.* is deprecated.*",  # their successors came with torch 2.13
@@ -107,17 +107,17 @@ REFUSED_CALLBACKS: dict[type, str] = {
 
 @dataclass
 class RunConfig:
-    """Where a run is kept.
+    """The folder of a run, its checkpoints and its tracking.
 
     Args:
         name: the run's folder below `folder`, and its name in MLflow.
-        folder: where all runs are.
+        folder: the folder of all runs.
         checkpoint_every_n_steps: how often `checkpoints/last.ckpt` is written.
-        stall_timeout_s: a rank on which nothing moves for longer says where it is and ends; 0:
-            never. Above the longest batch, validation and writing of a checkpoint; below the half
-            hour after which torch.distributed gives up by itself.
-        overwrite: start anew although a run of this name exists.
-        mlflow_uri: where MLflow keeps its records; null: nothing is logged to MLflow.
+        stall_timeout_s: a rank without progress for this long reports where it is stuck and exits;
+            0: never. Choose more than the longest batch, validation or checkpoint takes, and less
+            than the half hour after which torch.distributed gives up.
+        overwrite: start again although a run of this name exists.
+        mlflow_uri: MLflow's tracking URI; null: nothing is logged to MLflow.
         experiment: the MLflow experiment.
     """
 
@@ -145,15 +145,15 @@ class RunConfig:
 
     @property
     def last_checkpoint(self) -> Path:
-        """What `--ckpt_path last` goes on from."""
+        """The checkpoint of `--ckpt_path last`."""
         return self.path / "checkpoints" / "last.ckpt"
 
 
 class RecipeParser(LightningArgumentParser):
-    """Says what is wrong with a recipe in one line, with the nearest valid key."""
+    """Reports an error of a recipe in one line, with the nearest valid key."""
 
     def parse_args(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuses keys that take their values from each other, too."""
+        """As Lightning's; circular interpolations are errors of the user."""
         with _interpolated():
             return super().parse_args(*args, **kwargs)
 
@@ -163,11 +163,11 @@ class RecipeParser(LightningArgumentParser):
             return super().parse_object(*args, **kwargs)
 
     def _apply_actions(self, cfg: Any, *args: Any, **kwargs: Any) -> Any:
-        # Parsing changes values in place, and what a YAML alias names twice is one object.
+        # Parsing changes values in place, and YAML aliases refer to the same object.
         return super()._apply_actions(_unshared(cfg), *args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raises instead of printing the usage of some two hundred keys."""
+        """Raises a UserError instead of printing the usage, which has some two hundred keys."""
         text = " ".join(str(ex or message).split())
         raise UserError(text + self._suggestion(text))
 
@@ -184,7 +184,7 @@ class RecipeParser(LightningArgumentParser):
         return f"; did you mean {near[0]!r}?" if near and near[0] not in text else ""
 
 
-class KeepConfig(SaveConfigCallback):
+class SaveRecipe(SaveConfigCallback):
     """Writes the resolved recipe to `config.VERB.yaml` in the run's folder."""
 
     def __init__(self, parser: Any, config: Any, *, folder: Path, verb: str):
@@ -195,24 +195,20 @@ class KeepConfig(SaveConfigCallback):
         self.changed: dict[str, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Lightning writes here; of a fit, what is refused later must leave the file as it was."""
+        """Lightning writes here; in a fit this is too early, because it may still be refused."""
         if stage != "fit":
             super().setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Nothing can be refused any more."""
+        """Writes the recipe of a fit."""
         super().setup(trainer, pl_module, "fit")
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict) -> None:
-        """Keeps the recipe for the run that goes on from here."""
+        """Stores the recipe, for `compare`."""
         checkpoint["recipe"] = self.recipe
 
     def compare(self, checkpoint: dict[str, Any]) -> None:
-        """Says which settings a run goes on with that are not those of its checkpoint.
-
-        Raises:
-            UserError: one that cannot change.
-        """
+        """Logs the settings that differ from a checkpoint's; a UserError if one cannot change."""
         old, new, step = checkpoint.get("recipe"), _flat(self.recipe), checkpoint["global_step"]
         before = new if old is None else _flat(old)
         keys = sorted(k for k in before.keys() | new.keys() if before.get(k) != new.get(k))
@@ -268,12 +264,12 @@ def _flat(recipe: dict[str, Any], before: str = "") -> dict[str, Any]:
 
 
 class RecipeCLI(LightningCLI):
-    """Adds what every run has: its folder, checkpoints, progress, tracking and the report.
+    """Lightning's CLI with the run's folder, checkpoints, progress, tracking and report.
 
     Args:
         argv: the command line.
-        watch: ends this process if nothing moves.
-        stops: on a signal.
+        watch: ends this process without progress.
+        stops: stops the run on a signal.
         stack: ends with the process.
     """
 
@@ -282,7 +278,7 @@ class RecipeCLI(LightningCLI):
         super().__init__(
             MetaEmbedModule,
             RetrievalDataModule,
-            save_config_callback=KeepConfig,
+            save_config_callback=SaveRecipe,
             seed_everything_default=0,
             parser_class=RecipeParser,
             parser_kwargs={verb: PARSING for verb in self.subcommands()} | PARSING,
@@ -295,7 +291,7 @@ class RecipeCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's, but for `predict`: `embed` writes meta embeddings."""
+        """Lightning's without `predict`, for which there is `embed`."""
         verbs = LightningCLI.subcommands()
         return {verb: verbs[verb] for verb in ("fit", "validate", "test")}
 
@@ -307,20 +303,20 @@ class RecipeCLI(LightningCLI):
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parses what `main` passes on: Lightning's own form warns that `sys.argv` is there too."""
+        """Parses the given arguments; Lightning's method warns that `sys.argv` has some, too."""
         self.config = parser.parse_args(args)
 
     def _parse_ckpt_path(self) -> None:
-        """Reads no settings from a checkpoint: ours hold none."""
+        """Reads no settings from a checkpoint."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The keys that Lightning does not know."""
+        """Adds the keys of `run`."""
         parser.add_class_arguments(RunConfig, "run")
 
     def before_instantiate_classes(self) -> None:
-        """Fixes the run's folder, and refuses to mix two runs in one."""
+        """Sets the run's folder, and refuses to mix two runs in it."""
         self.run = RunConfig(**self._get(self.config, "run").as_dict())
-        # A checkpoint is data: never let it bring Python objects to life.
+        # A checkpoint must not create Python objects, which could run code.
         self.config[str(self.subcommand)]["weights_only"] = True
         self.save_config_kwargs = {"folder": self.run.path, "verb": self.subcommand}
         resuming = self._get(self.config, "ckpt_path")
@@ -337,7 +333,7 @@ class RecipeCLI(LightningCLI):
             )
 
     def before_fit(self) -> None:
-        """Lets no other process train into the run's folder, and looks into its checkpoint."""
+        """Locks the run's folder, and has its checkpoint checked."""
         self.model.check_checkpoint = self._check_checkpoint
         self._stops.last = self.run.last_checkpoint
         if rank_zero_only.rank == 0:
@@ -349,18 +345,18 @@ class RecipeCLI(LightningCLI):
             said = f"the run is already at step {step}; trainer.max_steps is {last}"
             if step > last or self._is_complete():
                 if isinstance(self.trainer.logger, MLflowRun):
-                    self.trainer.logger.flush()  # what could not be sent before
+                    self.trainer.logger.flush()  # records that could not be sent before
                 raise UserError(f"{said}: nothing to train; raise it to continue")
             log.info("%s: what comes after training is made", said)
-        keep = [c for c in self.trainer.callbacks if isinstance(c, KeepConfig)]  # pyright: ignore
+        keep = [c for c in self.trainer.callbacks if isinstance(c, SaveRecipe)]  # pyright: ignore
         for callback in keep:
             callback.compare(checkpoint)
 
     def _is_complete(self) -> bool:
-        """Whether all that comes after training is there, made of its last checkpoint."""
-        made = ["model/metaembed.json"]
-        made += ["report/metrics.json"] * bool(self.datamodule.eval_sources["test"])
-        files, last = [self.run.path / name for name in made], self.run.last_checkpoint
+        """Whether the results of training are newer than its last checkpoint."""
+        results = ["model/metaembed.json"]
+        results += ["report/metrics.json"] * bool(self.datamodule.eval_sources["test"])
+        files, last = [self.run.path / name for name in results], self.run.last_checkpoint
         at = last.stat().st_mtime if last.exists() else float("inf")
         return all(file.exists() and file.stat().st_mtime >= at for file in files)
 
@@ -412,7 +408,7 @@ class RecipeCLI(LightningCLI):
         return callbacks
 
     def _loggers(self, given: Any) -> Any:
-        """Ours first, and those of the recipe beside it; none where it says false."""
+        """Our logger, then those of the recipe; none if it is false there."""
         if given is False or self.subcommand != "fit":
             return given or False
         others = [] if given in (None, True) else given if isinstance(given, list) else [given]
@@ -445,7 +441,9 @@ class RecipeCLI(LightningCLI):
             self.after_test()
         logger = self.trainer.logger
         if isinstance(logger, MLflowRun) and self.trainer.is_global_zero:
-            logger.keep([self.run.path / name for name in ("config.fit.yaml", "model", "report")])
+            logger.log_files(
+                [self.run.path / name for name in ("config.fit.yaml", "model", "report")]
+            )
 
     def after_test(self) -> None:
         """Writes the report of the test sets."""
@@ -467,7 +465,7 @@ class RecipeCLI(LightningCLI):
         outcome = Outcome("test", f"{self.run.name}: test sets", budgets, about, tasks)
         write_report(outcome, pools, folder, model=self._embedder_to_map())
         outcome.save(folder)
-        # Last, so that whoever waits for the numbers finds the complete report.
+        # Last, so that the report is complete once this file exists.
         metrics = json.dumps(outcome.task_metrics("test"), indent=2, sort_keys=True)
         write_text(folder / "metrics.json", metrics + "\n")
         log.info("report: %s", folder)
@@ -480,7 +478,7 @@ class RecipeCLI(LightningCLI):
                 print(f"{name}  {value:.4f}")
 
     def _embedder_to_map(self) -> MetaEmbedder | None:
-        """The embedder for attention maps; None if weights are sharded: other ranks are done."""
+        """The embedder for attention maps; None if weights are sharded."""
         embedder = self.model.embedder
         if any(map(is_sharded, embedder.parameters())):
             return None
@@ -489,23 +487,19 @@ class RecipeCLI(LightningCLI):
 
 
 def _precision(config: Any) -> Any:
-    """The recipe's precision; fp32 instead of mixed bf16 where that would be slower and rounder."""
-    asked = config.get("precision")
+    """The recipe's precision; fp32 instead of mixed bf16 if this CPU has no bf16 instructions."""
+    precision = config.get("precision")
     on_cpu = config.get("accelerator") == "cpu" or not torch.cuda.is_available()
-    if asked == "bf16-mixed" and on_cpu and not computes_in_bf16(torch.device("cpu")):
+    if precision == "bf16-mixed" and on_cpu and not computes_in_bf16(torch.device("cpu")):
         log.info("this CPU has no bf16 instructions: training in fp32 instead of bf16-mixed")
         return "32-true"
-    return asked
+    return precision
 
 
 def run(argv: list[str]) -> None:
-    """Runs a training verb.
-
-    Raises:
-        UserError: anything wrong with the recipe, the data or a checkpoint.
-    """
+    """Runs a training verb."""
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-    first = not getattr(rank_zero_only, "rank", 0)  # the others would say the same once more
+    first = not getattr(rank_zero_only, "rank", 0)  # the others would repeat the messages
     level = logging.INFO if first else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     for chatty in ("httpx", "httpx2", "alembic", "mlflow", "lightning.pytorch.utilities.rank_zero"):
@@ -519,5 +513,5 @@ def run(argv: list[str]) -> None:
                 RecipeCLI(with_recipes_found(argv), watch, stops, stack)
         except Stopped as stopped:
             if not getattr(rank_zero_only, "rank", 0):  # known by now, if there are several
-                print(f"metaembed-pl: stopped by {stopped.name}; {stops.kept()}", file=sys.stderr)
+                print(f"metaembed-pl: stopped by {stopped.name}; {stops.saved()}", file=sys.stderr)
             raise

@@ -69,17 +69,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run trials until there are as many as asked for; print the best.
-
-    Raises:
-        UserError: no space, Optuna is missing, or a trial that cannot train.
-    """
+    """Run trials up to the number of --trials; print the best."""
     space = read_space(args.space)
     optuna = _optuna()
     args.out.mkdir(parents=True, exist_ok=True)
     with only_process(args.out, f"tunes in {args.out}"):
         study = _study(optuna, args)
-        num_done = len(study.get_trials(states=_finished(optuna)))
+        num_done = _num_finished(study)
         while num_done < args.trials:
             _try(optuna, study, study.ask(), space, args)
             num_done += 1
@@ -87,11 +83,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def read_space(file: Path) -> dict[str, Any]:
-    """The keys that are searched: a list of choices, or a range.
-
-    Raises:
-        UserError: it is no such file; says which key is wrong.
-    """
+    """The keys to search, each with a list of choices or a range."""
     try:
         space = yaml.safe_load(as_on_disk(file).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -130,7 +122,7 @@ def _optuna() -> Any:
 
 
 def _study(optuna: Any, args: argparse.Namespace) -> Any:
-    """The study, with trials that a kill cut off lined up to be gone on with."""
+    """The study; trials that were killed are queued to be resumed."""
     storage = f"sqlite:///{args.out / 'study.db'}"
     pruner = optuna.pruners.NopPruner() if args.no_pruning else optuna.pruners.MedianPruner()
     known = optuna.study.get_all_study_names(storage)
@@ -151,8 +143,8 @@ def _study(optuna: Any, args: argparse.Namespace) -> Any:
     return study
 
 
-def _finished(optuna: Any) -> list[Any]:
-    return [optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED]
+def _num_finished(study: Any) -> int:
+    return sum(trial.state.name in ("COMPLETE", "PRUNED") for trial in study.trials)
 
 
 def _try(
@@ -213,7 +205,7 @@ def _command(args: argparse.Namespace, folder: Path, settings: dict[str, Any]) -
 
 
 def _headlines(process: subprocess.Popen, file: Path) -> Iterator[tuple[int, float]]:
-    """What a run says of itself, as it says it; ends with the run."""
+    """Step and headline of each validation, while the process runs."""
     num_read, is_over = 0, False
     while not is_over:
         is_over = process.poll() is not None
@@ -234,7 +226,7 @@ def _print_best(optuna: Any, study: Any) -> None:
         return
     best = study.best_trial
     flags = " ".join(f"--{key}={value}" for key, value in best.params.items())
-    print(f"best of {len(study.get_trials(states=_finished(optuna)))}: {best.value:.4f}, {flags}")
+    print(f"best of {_num_finished(study)}: {best.value:.4f}, {flags}")
 
 
 def _shown(settings: dict[str, Any]) -> str:

@@ -43,7 +43,7 @@ class ScratchTokenizer:
 
 @dataclass
 class BackboneConfig:
-    """Which vision-language model (`path` or `scratch`), and how it is run (from `dtype` on).
+    """The vision-language model (`path` or `scratch`), and options to run it (from `dtype` on).
 
     Args:
         path: hub id or folder of a pretrained model.
@@ -112,10 +112,7 @@ def build_processing(config: BackboneConfig, prompt: Prompt) -> Processing:
 
 
 def build_backbone(config: BackboneConfig, processing: Processing) -> PreTrainedModel:
-    """The base model, in train mode; pretrained weights are checked one by one.
-
-    It is on the CPU, or quantized on its GPU.
-    """
+    """The base model, in train mode, on the CPU, or quantized on its GPU."""
     attention = "sdpa" if config.attention == FP32 else config.attention
     if attention == "flash_attention_2":
         refuse_missing_flash()
@@ -137,7 +134,7 @@ def build_backbone(config: BackboneConfig, processing: Processing) -> PreTrained
 
 
 def set_up(model: PreTrainedModel, config: BackboneConfig, family: Family) -> None:
-    """Lets a model that was built with its attention run as the config says; weights stay."""
+    """Applies a config's options to a model; weights stay as they are."""
     if config.attention in ("sdpa", FP32):
         set_attention(model, config.attention, family)
     project_patches(model, family)

@@ -29,7 +29,7 @@ def refuse_missing_flash() -> None:
 
 
 def nf4_weights() -> dict[str, Any]:
-    """What `from_pretrained` takes to hold the linear layers in 4-bit NormalFloat, as QLoRA does.
+    """Arguments of `from_pretrained` for linear layers in 4-bit NormalFloat, as in QLoRA.
 
     Source: Dettmers et al. 2023, arXiv 2305.14314; the products themselves are in bf16.
     """
@@ -84,9 +84,9 @@ def _refuse_missing(key: str, package: str, is_there: bool, instead: str) -> Non
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
     """Recompute activations in the backward pass; under the name that this transformers has."""
-    # The reentrant form needs inputs with gradients, which frozen first layers do not give. For its
-    # sake transformers has every input embedding ask for a gradient: all that a frozen vision tower
-    # computes would be kept.
+    # The reentrant form needs inputs with gradients, which frozen first layers do not have. For it,
+    # transformers makes every input embedding require a gradient: a frozen vision tower would then
+    # save its activations.
     settings = {"use_reentrant": False}
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(settings)

@@ -52,9 +52,9 @@ from metaembed_pl.ranks import rank_and_world
 OWN_FILE = "meta_tokens.safetensors"
 T = TypeVar("T")
 Pooling = Literal["meta_tokens", "last", "mean"]
-"""Where vectors are read: at meta tokens, at the last token, or as the mean over all tokens."""
+"""The source of vectors: meta tokens, the last token, or the mean over all tokens."""
 Shared = Literal["gradients", "weights"]
-"""What the ranks of a run wait for: DDP for gradients, ZeRO-3 and FSDP2 for weights as well."""
+"""What ranks exchange in a step: gradients with DDP; with ZeRO-3 and FSDP2 also weights."""
 
 
 class MetaEmbedder(nn.Module):
@@ -74,9 +74,9 @@ class MetaEmbedder(nn.Module):
         bidirectional: every token of the language model sees those after it, too (MoCa).
 
     Attributes:
-        widths: below the full one, at which its first components were trained, largest first.
-        shared: what ranks that train the model together wait for: None where there is but one. For
-            its sake each must run the modules that the others run, also where there is no picture.
+        widths: smaller widths at which its first components were trained, largest first.
+        shared: what the ranks of a training run exchange; None in one process. All must run the
+            same modules, even without pictures.
         packs: the rows of a call go through the language model as one, without padding.
     """
 
@@ -95,7 +95,8 @@ class MetaEmbedder(nn.Module):
         super().__init__()
         self.groups = parse_groups(groups)
         self.widths: tuple[int, ...] = ()
-        self.pooling: Pooling = _checked_pooling(pooling, self.groups, bidirectional)
+        _check_pooling(pooling, self.groups, bidirectional)
+        self.pooling: Pooling = pooling
         self.bidirectional = bidirectional
         self.merged: dict[str, str] = {}  # identity of merged weights -> of the adapter's
         self.processing = processing
@@ -134,10 +135,10 @@ class MetaEmbedder(nn.Module):
         """Meta embeddings of a processed batch: unit vectors, fp32.
 
         Args:
-            inputs: of one call.
+            inputs: see `Processing.__call__`.
             side: of its items.
-            is_first: of the calls whose gradients are reduced together: the others need not run
-                modules for the sake of ranks that wait for gradients alone.
+            is_first: of several calls with one reduction of gradients: only the first must run the
+                same modules as on other ranks.
         """
         family = self.processing.family
         pictures, inputs = family.split(inputs)
@@ -169,7 +170,7 @@ class MetaEmbedder(nn.Module):
         mask: Int[Tensor, "B S"],
         side: Side,
     ) -> Float[Tensor, "B R H"]:
-        """The states that become vectors; padding and rows beyond the batch's are left out."""
+        """The hidden states that become vectors, without padding and additional rows."""
         if self.pooling == "meta_tokens":
             return self.meta_tokens.read(hidden, slot_index, side)
         hidden = hidden[: len(mask)]
@@ -180,14 +181,14 @@ class MetaEmbedder(nn.Module):
         return hidden[torch.arange(len(hidden), device=hidden.device), last][:, None]
 
     def _see_for_others(self) -> vision.Seen:
-        """Runs the vision tower on the smallest picture, where other ranks wait for it."""
+        """Runs the vision tower on the smallest picture, because other ranks run it."""
         if self.shared == "gradients" and self.vision_is_frozen:
             return {}
         smallest = self.processing.smallest_picture.items()
         return self.see({name: part.to(self.device) for name, part in smallest})
 
     def see(self, pictures: dict[str, Tensor]) -> vision.Seen:
-        """What the language model takes of pictures; nothing is kept where all of it is frozen."""
+        """The vision tower's outputs; without a graph if it is frozen."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.vision_is_frozen):
             return self.processing.family.see(self.backbone, pictures)
 
@@ -199,13 +200,9 @@ class MetaEmbedder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the meta tokens are, and so where inputs must go."""
-        return self._weight.device
-
-    @property
-    def _weight(self) -> Tensor:
-        # By its name, ZeRO-3 would gather it: on this rank, but not on those that do not ask.
-        return next(self.meta_tokens.parameters())
+        """The device of the meta tokens, and of inputs."""
+        # By its name, ZeRO-3 would gather the weight: on this rank, but not on the others.
+        return next(self.meta_tokens.parameters()).device
 
     def encode_query(
         self, items: Iterable[Item | str | dict], batch_size: int = 32, progress: bool = False
@@ -240,11 +237,10 @@ class MetaEmbedder(nn.Module):
         def prepare(window: list[Item]) -> Prepared:
             return process.prepared(window, side, pace.chunk_tokens)
 
-        parts = (part for _, part in self.encoded(windows, prepare, side))
         found = torch.empty(len(parsed), self.num_vectors(side), self.width)
         done = 0
         with Progress(f"encoding {side}s", len(parsed), is_shown=progress) as bar:
-            for part in parts:
+            for _, part in self.encoded(windows, prepare, side):
                 found[done : done + len(part)] = part
                 done += len(part)
                 bar.update(done)
@@ -262,21 +258,21 @@ class MetaEmbedder(nn.Module):
         num_workers: int | None = 0,
         num_ranks: int = 1,
     ) -> Iterator[tuple[Prepared, Float[Tensor, "N R D"]]]:
-        """Meta embeddings of windows of items, while more of them are read and prepared.
+        """Meta embeddings of windows of items, while the next ones are read and prepared.
 
         Args:
             windows: see `Pace.windows`.
-            prepare: makes a window ready with `Processing.prepared`, here or in a worker.
+            prepare: calls `Processing.prepared` on a window, here or in a worker.
             side: of all items.
             num_workers: see `encoding.prepared`.
             num_ranks: likewise.
 
         Yields:
-            What `prepare` gave, and fp32 unit vectors on the CPU, in its items' order.
+            The result of `prepare`, and fp32 unit vectors on the CPU, in the order of its items.
         """
         ready = prepared(windows, prepare, self.device, num_workers, num_ranks)
         begun = ((window, self._run(window, side)) for window in ready)
-        # A GPU goes on computing while the vectors before are taken care of.
+        # A GPU computes the next window while the caller handles the last one.
         for window, vectors in one_ahead(begun) if self.device.type == "cuda" else begun:
             self.processing.cut += window.cut
             yield window, vectors.cpu()
@@ -301,9 +297,9 @@ class MetaEmbedder(nn.Module):
         candidates: Float[Tensor, "C Rc D"],
         budget: Budget | str | None = None,
     ) -> Float[Tensor, "Q C"]:
-        """MaxSim scores at a budget; None spends all vectors. Not divided by r_q.
+        """MaxSim scores at a budget; None uses all vectors. Not divided by r_q.
 
-        A width behind the budget, as in "4x8x64", takes the first components alone.
+        A budget with a width, such as "4x8x64", uses only the first components.
 
         Raises:
             UserError: the model was not trained for this budget.
@@ -314,12 +310,11 @@ class MetaEmbedder(nn.Module):
     def save_pretrained(self, folder: str | Path, overwrite: bool = False) -> None:
         """Writes a model folder, atomically; safetensors only.
 
-        Where several ranks train the model, each must call this, and the first one writes: weights
-        that are shared out are gathered.
+        If several ranks train the model, each must call this: sharded weights are gathered, and the
+        first rank writes.
 
         Raises:
-            UserError: the folder exists and `overwrite` is not set, or what was written does not
-                read back.
+            UserError: the folder exists without `overwrite`, or the files differ when read back.
         """
         tensors = self._saved_tensors()
         if rank_and_world()[0] == 0:
@@ -327,7 +322,7 @@ class MetaEmbedder(nn.Module):
                 self._write(tensors, temporary, Path(folder))
 
     def write_into(self, folder: Path, home: Path) -> None:
-        """Writes a model folder into an existing one, whose place will be `home`."""
+        """Writes a model folder into an existing one, which will be moved to `home`."""
         self._write(self._saved_tensors(), folder, home)
 
     def _saved_tensors(self) -> dict[str, dict[str, Tensor]]:
@@ -353,16 +348,16 @@ class MetaEmbedder(nn.Module):
             known = ", ".join(map(str, self.widths)) or "no other width than its own"
             raise UserError(f"width {width}: this model was trained at {known}")
         own, old = self.meta_tokens.embedding.weight, self.projection
-        kept = torch.eye(width, self.width) if isinstance(old, nn.Identity) else old.weight[:width]
-        layer = nn.Linear(kept.shape[1], width, bias=False, device=own.device, dtype=own.dtype)
+        rows = torch.eye(width, self.width) if isinstance(old, nn.Identity) else old.weight[:width]
+        layer = nn.Linear(rows.shape[1], width, bias=False, device=own.device, dtype=own.dtype)
         with torch.no_grad():
-            layer.weight.copy_(kept)
+            layer.weight.copy_(rows)
         self.projection, self.width = layer.train(self.training), width
         self.widths = tuple(smaller for smaller in self.widths if smaller < width)
         self.merged = {}  # the vectors are not the adapter's any more
 
     def settings(self) -> dict[str, Any]:
-        """What `metaembed.json` says, but for where the backbone is."""
+        """The content of `metaembed.json`, except for the place of the backbone."""
         return {
             "format": FORMAT,
             "groups": [str(group) for group in self.groups],
@@ -399,12 +394,12 @@ class MetaEmbedder(nn.Module):
         Args:
             folder: a model folder, or the hub id of one.
             device: where the model goes.
-            options: how the backbone is run; None: as it was saved. What it is, the folder says.
+            options: how the backbone is run; None: as it was saved.
             revision: of a hub id.
 
         Raises:
-            UserError: not a model folder, or its weights are missing, unexpected or mis-shaped, or
-                its adapter belongs to another base model.
+            UserError: not a model folder; or weights are missing, unexpected or mis-shaped; or its
+                adapter belongs to another base model.
         """
         folder = find_model_folder(folder, revision)
         settings = read_settings(folder)
@@ -429,8 +424,7 @@ class MetaEmbedder(nn.Module):
         return model.eval().to(device)
 
 
-def _checked_pooling(pooling: Pooling, groups: Sequence[Budget], bidirectional: bool) -> Pooling:
-    """How vectors are read, where it goes with the groups."""
+def _check_pooling(pooling: Pooling, groups: Sequence[Budget], bidirectional: bool) -> None:
     if pooling not in get_args(Pooling):
         raise UserError(f"pooling must be one of {', '.join(get_args(Pooling))}, got {pooling!r}")
     if pooling != "meta_tokens" and list(groups) != [Budget(1, 1)]:
@@ -443,4 +437,3 @@ def _checked_pooling(pooling: Pooling, groups: Sequence[Budget], bidirectional: 
             "bidirectional is for pooling last or mean: meta tokens are read under the causal "
             "mask, where a query does not see the candidate tokens behind its own"
         )
-    return pooling

@@ -15,27 +15,32 @@ T = TypeVar("T")
 
 
 @runtime_checkable
-class Encoder(Protocol):
-    """Turns items into vectors: a `MetaEmbedder`, or a `Baseline` of evaluation/baselines.py."""
+class MultiVector(Protocol):
+    """The size of a model's vectors."""
 
     @property
     def groups(self) -> Sequence[Budget]:
-        """Budgets it can be searched at, smallest first; the last one says how many it gives."""
+        """Budgets it can be searched at, smallest first; the last one is its number of vectors."""
         ...
 
     @property
     def widths(self) -> Sequence[int]:
-        """Smaller ones, that a budget may name."""
+        """Smaller widths at which its first components were trained."""
         ...
 
     @property
     def width(self) -> int:
-        """Of a vector."""
+        """The width of a vector."""
         ...
+
+
+@runtime_checkable
+class Encoder(MultiVector, Protocol):
+    """Turns items into vectors: a `MetaEmbedder`, or a `Baseline` of evaluation/baselines.py."""
 
     @property
     def device(self) -> torch.device:
-        """Where vectors are compared."""
+        """The device on which vectors are compared."""
         ...
 
     def encode_query(self, items: Sequence[Any], batch_size: int = 32) -> Tensor:
@@ -47,13 +52,13 @@ class Encoder(Protocol):
         ...
 
     def settings(self) -> dict[str, Any]:
-        """What a report says of it."""
+        """Its settings, for reports."""
         ...
 
 
 @runtime_checkable
 class Preparer(Protocol):
-    """Makes items ready for an `Engine`, in this process or in a worker."""
+    """Prepares items for an `Engine`, in this process or in a worker."""
 
     def prepared(
         self, items: Sequence[Item], side: Side, chunk_tokens: int, about: Any = None
@@ -63,23 +68,8 @@ class Preparer(Protocol):
 
 
 @runtime_checkable
-class Engine(Protocol):
-    """What embeds many items: a `MetaEmbedder`, or vLLM in its place (serving/vllm_engine.py)."""
-
-    @property
-    def groups(self) -> Sequence[Budget]:
-        """Smallest first."""
-        ...
-
-    @property
-    def width(self) -> int:
-        """Of a vector."""
-        ...
-
-    @property
-    def widths(self) -> Sequence[int]:
-        """Below the full one, at which its first components were trained."""
-        ...
+class Engine(MultiVector, Protocol):
+    """Embeds many items: a `MetaEmbedder`, or vLLM (serving/vllm_engine.py)."""
 
     def processor(self) -> Preparer:
         """Prepares windows of items."""
@@ -93,5 +83,5 @@ class Engine(Protocol):
         num_workers: int | None = 0,
         num_ranks: int = 1,
     ) -> Iterator[tuple[Prepared, Tensor]]:
-        """What `prepare` gave, and fp32 unit vectors (N, R, D) on the CPU."""
+        """The results of `prepare`, with fp32 unit vectors (N, R, D) on the CPU."""
         ...

@@ -18,19 +18,19 @@ from metaembed_pl.errors import UserError
 
 T = TypeVar("T")
 TEXTS_AS_ONE = 8
-"""A window holds so many times more texts than pictures: they take less memory, and are many."""
+"""A window has so many times more texts than pictures, because they take less memory."""
 CHUNK_TOKENS = 4096
 
 
 @dataclass
 class Prepared(WithTensors):
-    """A window that the model can take.
+    """A window of items, ready for the model.
 
     Args:
-        chunks: its rows: `Chunk`s, those of like length together; of vLLM, prompts.
+        chunks: `Chunk`s of rows of similar length; for vLLM, prompts.
         num_items: rows of all chunks.
         cut: of its texts.
-        about: what the caller keeps beside it.
+        about: the caller's data about it.
     """
 
     chunks: list[Any]
@@ -41,15 +41,12 @@ class Prepared(WithTensors):
 
 @dataclass(frozen=True)
 class Pace:
-    """How fast items are encoded; changes speed and memory, not the result.
+    """Settings of encoding that change speed and memory, but not the result.
 
     Args:
-        batch_size: pictures of a window; it holds eight times as many texts.
-        chunk_tokens: of what the model is given at once, padding included.
-        num_workers: processes that read and prepare; None: what suits the device.
-
-    Raises:
-        UserError: a number out of range.
+        batch_size: pictures of a window; it has eight times as many texts.
+        chunk_tokens: of one forward pass, padding included.
+        num_workers: processes that read and prepare items; None: depends on the device.
     """
 
     batch_size: int = 32
@@ -91,11 +88,11 @@ def prepared(
     """Windows, prepared in order; by workers, ahead of time, where there are any.
 
     Args:
-        windows: gone through in this process, a few ahead; with workers each is sent to one.
-        prepare: runs in a worker; raises what is wrong with a window when it is its turn.
+        windows: iterated in this process, a few ahead; with workers, each is sent to one.
+        prepare: runs in a worker; its errors are raised when the window's turn comes.
         device: of the model.
         num_workers: None: none on a CPU, which the model needs for itself.
-        num_ranks: processes that share this machine.
+        num_ranks: processes on this machine.
     """
     on_gpu = device.type == "cuda"
     if num_workers is None:

@@ -24,12 +24,12 @@ LEAST_COSINE = {torch.float32: 0.9999, torch.bfloat16: 0.995, torch.float16: 0.9
 
 
 class Difference(NamedTuple):
-    """How far the vectors of an exported model are from those of the model it came from.
+    """The difference between vectors before and after an export.
 
     Args:
         cosine: the smallest one between a vector before and after.
         allowed: the smallest one that rounding explains.
-        swaps: how many candidates of a query changed places that rounding cannot have swapped.
+        swaps: pairs of candidates that changed places and were too far apart for rounding.
     """
 
     cosine: float
@@ -69,11 +69,7 @@ def sample_vectors(model: MetaEmbedder) -> Vectors:
 
 
 def compare(before: Vectors, after: Vectors, dtype: torch.dtype, what: str) -> Difference:
-    """How far two models' vectors are apart, and whether they rank the samples alike.
-
-    Raises:
-        UserError: further than rounding explains, or not finite.
-    """
+    """The difference between two models' vectors; a UserError if rounding does not explain it."""
     pairs = zip(before, after, strict=True)
     cosines = [cosine_similarity(b, a, dim=-1).flatten() for b, a in pairs]
     cosine = float(torch.cat(cosines).min())  # also where one is not a number
@@ -88,10 +84,9 @@ def compare(before: Vectors, after: Vectors, dtype: torch.dtype, what: str) -> D
 
 
 def _swaps(before: Vectors, after: Vectors, allowed: float) -> int:
-    """Pairs of candidates that change places for a query, though their scores were apart.
+    """Pairs of candidates that change places for a query although their scores were apart.
 
-    Rounding turns each vector in a direction of its own, so the mean of a query's products moves
-    far less than the vectors do.
+    The mean over a query's vectors changes far less than each vector, because rounding is random.
     """
     was, now = (maxsim(v.queries, v.candidates) / v.queries.shape[1] for v in (before, after))
     gap = was[:, :, None] - was[:, None, :]
@@ -100,11 +95,7 @@ def _swaps(before: Vectors, after: Vectors, allowed: float) -> int:
 
 
 def merge(model: MetaEmbedder) -> Difference:
-    """Makes the adapter part of the weights, and makes sure that the vectors stay.
-
-    Raises:
-        UserError: the model has no adapter, or merging changes its vectors.
-    """
+    """Merges the adapter into the weights, and checks that vectors stay equal."""
     if not has_adapter(model.backbone):
         raise UserError("--merge: this model has no adapter: its weights are complete already")
     before = sample_vectors(model)
@@ -113,7 +104,7 @@ def merge(model: MetaEmbedder) -> Difference:
 
 
 def merge_in_memory(model: MetaEmbedder) -> None:
-    """Makes the adapter part of the weights, where there is one: vectors differ by rounding."""
+    """Merges the adapter into the weights, if there is one."""
     if not has_adapter(model.backbone):
         return
     identity = known_identity(model)

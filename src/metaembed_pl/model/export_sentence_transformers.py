@@ -35,7 +35,7 @@ OWN_CODE = "sentence_transformers_module.py"
 OWN_CODE_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 TAKEN = {"method": "forward", "method_output_name": "token_embeddings"}
 BERT_CONFIG = {"modality_config": {"text": TAKEN, "image": TAKEN}}
-"""What tells programs such as mteb that texts and pictures are taken."""
+"""Declares texts and pictures as inputs, for programs such as mteb."""
 
 
 def write_sentence_transformers(folder: Path) -> None:
@@ -80,7 +80,7 @@ class MetaEmbedderModule(nn.Module):
 
     @property
     def modalities(self) -> list[Any]:
-        """What an input may be; `message` is its word for batches of several kinds."""
+        """The kinds of inputs; `message` stands for batches of several kinds."""
         return ["text", "image", ("image", "text"), ("text", "image"), "message"]
 
     def preprocess(
@@ -97,8 +97,8 @@ class MetaEmbedderModule(nn.Module):
     def forward(self, features: dict[str, Tensor], task: str | None = None) -> dict[str, Tensor]:
         """Meta embeddings (B, R, D) as `token_embeddings`: every one of them counts."""
         found = self.embedder(features, _side(task))
-        kept = torch.ones(found.shape[:2], dtype=torch.long, device=found.device)
-        return {**features, "token_embeddings": found, "attention_mask": kept}
+        mask = torch.ones(found.shape[:2], dtype=torch.long, device=found.device)
+        return {**features, "token_embeddings": found, "attention_mask": mask}
 
     def get_embedding_dimension(self) -> int:
         """D."""
@@ -123,11 +123,7 @@ class MetaEmbedderModule(nn.Module):
         backend: str = "torch",
         **_: Any,
     ) -> "MetaEmbedderModule":
-        """Loads a model folder or a hub repository of one.
-
-        Raises:
-            UserError: another backend than torch, or a setting of the model that is not known here.
-        """
+        """Loads a model folder, or a hub repository of one."""
         if backend != "torch":
             raise UserError(f"this model runs with backend='torch', not {backend!r}")
         options = _options(model_kwargs or {})
@@ -146,7 +142,7 @@ class MetaEmbedderModule(nn.Module):
 
 
 def _options(given: dict[str, Any]) -> BackboneConfig | None:
-    """How a backbone is run, of what sentence-transformers calls `model_kwargs`."""
+    """The options of sentence-transformers' `model_kwargs`."""
     names = {"dtype": "dtype", "torch_dtype": "dtype", "attn_implementation": "attention"}
     if unknown := given.keys() - names:
         raise UserError(

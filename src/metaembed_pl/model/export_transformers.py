@@ -42,17 +42,13 @@ RESERVED = re.compile(r"<\|reserved_special_token_\d+\|>|<unused\d+>")
 def write_transformers(
     model: MetaEmbedder, folder: Path, renamed: tuple[str, str] = ("", "")
 ) -> Difference:
-    """Writes the form into an existing folder, reads it back and compares the vectors.
+    """Writes the files into an existing folder, reads them back and compares the vectors.
 
     Args:
         model: without an adapter; spare rows of its input embedding are overwritten.
         folder: gets weights, tokenizer, image processor, `retrieval.json` (the words around an
-            item) and, where the model has one, `projection.safetensors`.
-        renamed: how names of weights begin, and how they begin in the file; `AutoModel` must
-            know both.
-
-    Raises:
-        UserError: the vocabulary has too few spare rows, or the vectors differ.
+            item) and the projection, if any, as `projection.safetensors`.
+        renamed: the prefix of weights' names, and that in the file; `AutoModel` must know both.
     """
     if model.pooling != "meta_tokens":
         raise UserError(
@@ -84,15 +80,9 @@ def write_transformers(
 
 
 def spare_words(tokenizer: Any, num_rows: int, count: int) -> list[str]:
-    """Words for `count` rows that nothing uses; the tokenizer knows them afterwards.
+    """Words for `count` unused of the `num_rows` rows of the input embedding.
 
-    Args:
-        tokenizer: is changed.
-        num_rows: of the input embedding.
-        count: of meta tokens.
-
-    Raises:
-        UserError: there are fewer such rows.
+    They are added to the tokenizer.
     """
     vocabulary = tokenizer.get_vocab()
     reserved = sorted((i, word) for word, i in vocabulary.items() if RESERVED.fullmatch(word))
@@ -111,7 +101,7 @@ def spare_words(tokenizer: Any, num_rows: int, count: int) -> list[str]:
 
 
 def _form(model: MetaEmbedder, words: Sequence[str]) -> dict[str, Any]:
-    """What a program must know that is not in the weights: the words around an item."""
+    """The words around an item, which are not in the weights."""
     prompt = model.processing.prompt
     num_query, num_candidate, _ = model.groups[-1]
     first = 0 if model.meta_tokens.layout == "both" else num_query

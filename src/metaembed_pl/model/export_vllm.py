@@ -54,12 +54,7 @@ TEMPLATE = """\
 
 
 def write_vllm(model: MetaEmbedder, folder: Path) -> Difference:
-    """Writes the form into an existing folder; what `write_transformers` makes sure of holds.
-
-    Raises:
-        UserError: vLLM or our plugin does not know the family, or the transformers form cannot be
-            written.
-    """
+    """Writes the files into an existing folder; see `write_transformers`."""
     kind = model.processing.family.model_type
     if kind not in ARCHITECTURES:
         raise UserError(
@@ -72,13 +67,13 @@ def write_vllm(model: MetaEmbedder, folder: Path) -> Difference:
         (folder / PROJECTION).rename(folder / "projection" / PROJECTION)
     form = read_json_object(folder / FORM)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    _tell_vllm(folder / "config.json", kind, form, tokenizer)
+    _add_to_config(folder / "config.json", kind, form, tokenizer)
     (folder / "chat_template.jinja").write_text(chat_template(form), encoding="utf-8")
     return difference
 
 
-def _tell_vllm(file: Path, kind: str, form: Mapping[str, Any], tokenizer: Any) -> None:
-    """Writes into `config.json` which class to take, and which tokens are meta tokens."""
+def _add_to_config(file: Path, kind: str, form: Mapping[str, Any], tokenizer: Any) -> None:
+    """Adds the class and the meta tokens to `config.json`."""
     config = read_json_object(file)
     config["architectures"] = list(ARCHITECTURES[kind])
     ids = {
@@ -96,11 +91,7 @@ def _tell_vllm(file: Path, kind: str, form: Mapping[str, Any], tokenizer: Any) -
 
 
 def chat_template(form: Mapping[str, Any]) -> str:
-    """A template for messages whose role is `query` or `candidate`.
-
-    Args:
-        form: `retrieval.json` of the folder.
-    """
+    """A template for messages whose role is `query` or `candidate`, from `retrieval.json`."""
     sides = ("query", "candidate")
     words = {name: form[name] for name in ("prefix", "before_text", "image_only", "suffix")}
     words["picture"] = PICTURE

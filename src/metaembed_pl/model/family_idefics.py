@@ -28,7 +28,7 @@ SMOLVLM_TOKENS = (("<|im_end|>", None), ("<|im_start|>", None), *_IMAGE_TOKENS)
 def image_text(image_processor: Any, images: Mapping[str, Any]) -> list[str]:
     """Each tile under its row and column, a line for every row, then the full picture."""
     tile = "<image>" * image_processor.image_seq_length
-    whole = f"<fake_token_around_image><global-img>{tile}<fake_token_around_image>"
+    full = f"<fake_token_around_image><global-img>{tile}<fake_token_around_image>"
     texts = []
     for (num_rows,), (num_columns,) in zip(images["rows"], images["cols"], strict=True):
         lines = [
@@ -38,7 +38,7 @@ def image_text(image_processor: Any, images: Mapping[str, Any]) -> list[str]:
             )
             for row in range(1, num_rows + 1)
         ]
-        texts.append("".join(f"{line}\n" for line in lines) + ("\n" if lines else "") + whole)
+        texts.append("".join(f"{line}\n" for line in lines) + ("\n" if lines else "") + full)
     return texts
 
 

@@ -70,7 +70,7 @@ def model_inputs(
 
 
 def see(backbone: nn.Module, pictures: Mapping[str, Tensor]) -> vision.Seen:
-    """What the text looks at: (N, T * P, hidden width)."""
+    """The states that the text attends to: (N, T * P, hidden width)."""
     model = _base(backbone)
     seen = model.vision_model(**pictures).last_hidden_state
     return {"states": model.multi_modal_projector(seen).flatten(1, 3)}
@@ -91,8 +91,8 @@ def in_step(
 ) -> Iterator[vision.Inputs]:
     """While open, the cross-attention layers run on a single token, and change nothing.
 
-    Without anything to look at, transformers skips them. ZeRO-3 also asks that gradients go where
-    they go on other ranks: back to the tower, if it was run.
+    Without pictures, transformers skips them. With ZeRO-3, gradients must also flow to the same
+    modules as on other ranks: back to the tower, if it was run.
     """
     text = _base(backbone).language_model
     layers: list[Any] = [m for m in text.layers if isinstance(m, MllamaCrossAttentionDecoderLayer)]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from metaembed_pl.errors import UserError
 from metaembed_pl.model import vision
-from metaembed_pl.model.qwen_pictures import Qwen2VLImageProcessorPil
+from metaembed_pl.model.image_processors import Qwen2VLImageProcessorPil
 
 SPECIAL_TOKENS = (
     ("<|endoftext|>", None),
@@ -76,7 +76,7 @@ def limit_pixels(
 def model_inputs(
     batch: Mapping[str, Tensor], images: Mapping[str, Any], rows: Int[Tensor, " N"], image_id: int
 ) -> dict[str, Tensor]:
-    """Which tokens are an image's: without it M-RoPE silently counts images as text."""
+    """Adds the types of tokens, without which M-RoPE silently treats images as text."""
     return {"mm_token_type_ids": (batch["input_ids"] == image_id).long(), **images}
 
 

@@ -15,12 +15,7 @@ HUB = "https://huggingface.co"
 
 
 def why_not(path: str, error: BaseException) -> str:
-    """What went wrong when a model was read from a folder or the hub.
-
-    Args:
-        path: the folder or hub id that was asked for.
-        error: what the library raised; its causes are looked at too.
-    """
+    """Why a model could not be read from a folder or the hub, with the next step."""
     kinds = [type(each) for each in causes(error)]
     repository = "/".join(path.split("/")[:2])
 
@@ -46,7 +41,7 @@ def why_not(path: str, error: BaseException) -> str:
 
 
 def could_not_reach(error: BaseException) -> bool:
-    """Whether the network is to blame: no answer came from the hub."""
+    """Whether the hub did not answer."""
     kinds = [type(each) for each in causes(error)]
     names = ("Connect", "Timeout", "ProxyError")
     return any(
@@ -57,7 +52,7 @@ def could_not_reach(error: BaseException) -> bool:
 
 
 def must_be_accepted(repository: str) -> str:
-    """What a gated model asks for."""
+    """How to get access to a gated model."""
     return (
         f"its weights are gated: accept the licence at {HUB}/{repository}, then log in with `hf "
         "auth login` (or set HF_TOKEN)"

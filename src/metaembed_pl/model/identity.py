@@ -16,13 +16,10 @@ if TYPE_CHECKING:
 
 
 def identity_of(model: "MetaEmbedder | Encoder | Engine") -> str:
-    """A digest of all that a model's vectors depend on: weights, groups, prompt, picture sizes.
+    """A digest of everything that a model's vectors depend on: weights, groups, prompt, image size.
 
-    It is the same in fp32 and in bf16, on any device, and for a model that was saved and loaded.
-    An adapter and what `merge` makes of it have the same: their vectors differ by rounding alone.
-
-    Raises:
-        UserError: the weights have no fingerprint (quantized, fp16, on the meta device).
+    It is the same in fp32 and bf16, on any device, and for an adapter before and after merging. A
+    UserError if the weights have no fingerprint (quantized, fp16, on the meta device).
     """
     if own := getattr(model, "identity", None):  # of a baseline, or of vLLM
         return own
@@ -52,6 +49,6 @@ def identity_of(model: "MetaEmbedder | Encoder | Engine") -> str:
 
 
 def _size(size: Any) -> dict[str, int]:
-    """The sides that are given: a processor that was loaded names the others as None."""
+    """The sides that are set: a loaded processor has None for the others."""
     named = size if isinstance(size, dict) else vars(size)
     return {side: count for side, count in named.items() if count is not None}

@@ -19,7 +19,7 @@ Shape letters: S patches of all images, H heads, E width of a head, n chunks of 
 tokens that they attend to, s patches of an image, t tokens of it, w its windows.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -43,16 +43,6 @@ SHORT = 64
 """Tokens; at 36 plain products took half the time on a CPU, at 256 half as much again."""
 
 
-def _kernel_of(query: Float[Tensor, "n H L E"]) -> AbstractContextManager[Any]:
-    """Plain products where they are faster, else what torch chooses."""
-    return sdpa_kernel(SDPBackend.MATH) if is_short(query) else nullcontext()
-
-
-def is_short(query: Float[Tensor, "n H L E"]) -> bool:
-    """Whether plain products take less time than torch's fused kernel."""
-    return query.device.type == "cpu" and query.shape[2] <= SHORT
-
-
 def _attend(
     query: Float[Tensor, "n H L E"],
     key: Float[Tensor, "n H M E"],
@@ -61,8 +51,9 @@ def _attend(
     dropout: float,
     **given: Any,
 ) -> Float[Tensor, "n H L E"]:
-    """What torch computes."""
-    with _kernel_of(query):
+    # Plain products take less time than torch's fused kernel for short sequences on a CPU.
+    is_short = query.device.type == "cpu" and query.shape[2] <= SHORT
+    with sdpa_kernel(SDPBackend.MATH) if is_short else nullcontext():
         return scaled_dot_product_attention(
             query, key, value, scale=scale, dropout_p=dropout, **given
         )
@@ -146,16 +137,16 @@ def packed_attention(
 
 
 class _SameLength(NamedTuple):
-    """Chunks of one length, and which patches they are made of."""
+    """Chunks of one length, and the indices of their patches."""
 
     length: int
     places: Int[Tensor, " p"]
 
 
 def _by_length(ends: Any) -> list[_SameLength]:
-    """Chunks by their length, from cumulative lengths; found once, as it waits for the GPU.
+    """Chunks by length, from cumulative lengths; computed once, because it waits for the GPU.
 
-    It stays with the tensor, which all layers of a forward pass are given.
+    The result is stored on the tensor, which all layers of a forward pass share.
     """
     if not hasattr(ends, "by_length"):
         on_cpu = ends.cpu()
@@ -185,12 +176,12 @@ _ZERO = torch.zeros(1, dtype=torch.int32)
 
 
 class Places(NamedTuple):
-    """What follows from the size of an image.
+    """Values that depend only on the size of an image.
 
     Args:
         positions: row and column of each patch.
-        order: of its tokens, window by window; empty where there are no windows.
-        ends: of its windows, counted in patches; likewise.
+        order: of its tokens, window by window; empty without windows.
+        ends: of its windows, in patches; likewise.
     """
 
     positions: Int[Tensor, "s 2"]
@@ -202,7 +193,7 @@ class Places(NamedTuple):
 def _places(
     grid: tuple[int, int, int], merge_size: int, window_size: int | None, patch_size: int
 ) -> Places:
-    # What is made in inference mode could not be used in training later.
+    # Tensors that are made in inference mode cannot be used in training later.
     with torch.inference_mode(False):
         one = torch.tensor([grid])
         positions = get_vision_position_ids(one, merge_size)
@@ -213,7 +204,7 @@ def _places(
 
 
 def _with_places(visual: Any, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
-    """What a vision tower's forward would find for itself, under the names that it looks for."""
+    """Adds what a vision tower's forward would compute itself, under the same names."""
     config, window_size = visual.config, getattr(visual.config, "window_size", None)
     positions, orders, ends, images = [], [], [_ZERO], [_ZERO]
     num_tokens = num_patches = 0
@@ -234,7 +225,7 @@ def _with_places(visual: Any, args: tuple[Any, ...], given: dict[str, Any]) -> A
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """On the device; cumulative lengths are looked through here, where it costs no wait."""
+    """Moves a tensor; chunks are found before, because that would wait for the GPU later."""
     moved: Any = tensor.to(device, non_blocking=True)
     if tensor.dtype == torch.int32 and moved is not tensor:
         moved.by_length = [
@@ -245,14 +236,14 @@ def _moved(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def look_up_grids(model: PreTrainedModel, family: Family) -> None:
-    """Lets a vision tower that packs images look up what depends on their sizes alone."""
+    """Makes a vision tower that packs images look up values that depend only on their sizes."""
     if family.packs_images:
         visual: Any = model.visual
         visual.register_forward_pre_hook(_with_places, with_kwargs=True)
 
 
 def project_patches(model: PreTrainedModel, family: Family) -> None:
-    """Lets a vision tower that packs images embed their patches by `PatchProjection`."""
+    """Makes a vision tower that packs images embed patches with `PatchProjection`."""
     if family.packs_images:
         visual: Any = model.visual
         visual.patch_embed.proj.__class__ = PatchProjection
@@ -264,7 +255,7 @@ def set_attention(model: PreTrainedModel, name: str, family: Family) -> None:
     Args:
         model: a transformers base model.
         name: `sdpa` or `sdpa_fp32`.
-        family: says whether its vision tower packs the images of a batch into one sequence.
+        family: of the model.
     """
     if name == FP32:
         model.set_attn_implementation(FP32)

@@ -61,17 +61,14 @@ class LoraConfig:
 def set_trainable(
     backbone: PreTrainedModel, family: Family, lora: LoraConfig | None, train_vision: bool
 ) -> None:
-    """Freezes what is not trained, and adds the adapter where there is one.
+    """Adds the adapter, or freezes the parameters that are not trained.
 
     Args:
         backbone: without an adapter.
-        family: says which modules LoRA adapts and where the vision tower is.
+        family: of the backbone.
         lora: None trains the weights themselves.
         train_vision: without LoRA: train the vision tower and its projector; with LoRA: adapt the
             vision tower's linear layers too.
-
-    Raises:
-        UserError: the pattern of `lora` is not valid or matches no linear layer.
     """
     if lora is not None:
         add_lora(backbone, lora, lora_targets(lora, family, train_vision))
@@ -91,7 +88,7 @@ def lora_targets(lora: LoraConfig, family: Family, train_vision: bool) -> str:
 
 
 def add_lora(backbone: Any, lora: LoraConfig, targets: str) -> None:
-    """Puts a new adapter into the backbone and freezes everything else in it."""
+    """Adds a new adapter to the backbone and freezes everything else in it."""
     from peft import LoraConfig as PeftConfig
 
     config = PeftConfig(
@@ -127,10 +124,9 @@ def _inject(backbone: Any, config: Any) -> None:
 
 
 class _Casts:
-    """Whether adapters cast their inputs to their own fp32.
+    """Whether adapters cast their inputs to fp32: not under autocast, which would cast them back.
 
-    Not under autocast: it would cast them back to bf16 at once. peft asks at every call, also when
-    gradient checkpointing runs a layer again.
+    peft asks at every call, also when gradient checkpointing runs a layer again.
     """
 
     def __bool__(self) -> bool:
@@ -165,12 +161,12 @@ def adapted_layers(backbone: nn.Module) -> dict[str, Any]:
 
 
 def has_adapter(backbone: nn.Module) -> bool:
-    """Whether the backbone holds an adapter that is not merged."""
+    """Whether the backbone has an adapter that is not merged."""
     return "default" in getattr(backbone, "peft_config", {})
 
 
 def adapter_tensors(backbone: Any) -> dict[str, Tensor]:
-    """The adapter's own tensors (not copies), under the names that peft gives them in files."""
+    """The adapter's tensors (not copies), under their names in peft's files."""
     from peft import get_peft_model_state_dict
 
     state = backbone.state_dict(keep_vars=True)
@@ -183,9 +179,9 @@ def save_adapter(backbone: Any, tensors: dict[str, Tensor], folder: Path, base: 
 
     Args:
         backbone: with an adapter.
-        tensors: its complete `adapter_tensors`.
-        folder: made where it is not there.
-        base: what the adapter belongs to, for other programs that read it.
+        tensors: its `adapter_tensors`, unsharded.
+        folder: created if it does not exist.
+        base: the base model's name, for other programs.
     """
     config = copy.copy(backbone.peft_config["default"])
     config.base_model_name_or_path, config.inference_mode = base, True
@@ -197,11 +193,7 @@ def save_adapter(backbone: Any, tensors: dict[str, Tensor], folder: Path, base: 
 
 
 def load_adapter(backbone: Any, folder: Path) -> None:
-    """Puts a saved adapter into the backbone; every tensor must be there and fit.
-
-    Raises:
-        UserError: a file is missing or broken, or the adapter was made for another backbone.
-    """
+    """Adds a saved adapter to the backbone; every tensor must exist and fit."""
     from peft import LoraConfig as PeftConfig
 
     try:
@@ -218,7 +210,7 @@ def load_adapter(backbone: Any, folder: Path) -> None:
 
 
 def merge_adapter(backbone: Any) -> None:
-    """Adds the adapter to the weights and takes it out; without one, does nothing."""
+    """Merges the adapter into the weights, if there is one."""
     layers = adapted_layers(backbone)
     if any(is_sharded(layer.get_base_layer().weight) for layer in layers.values()):
         raise UserError(
@@ -235,7 +227,7 @@ def merge_adapter(backbone: Any) -> None:
 
 
 def base_weights(backbone: nn.Module) -> dict[str, Tensor]:
-    """The weights as they are without the adapter, under the names they have without it."""
+    """The base model's weights, under their names without an adapter."""
     return {
         name.replace(".base_layer.", "."): tensor
         for name, tensor in backbone.state_dict(keep_vars=True).items()

@@ -124,7 +124,7 @@ def _folded(title: str, value: Mapping[str, Any]) -> str:
 
 
 def _results(metrics: Mapping[str, float], groups: list[str]) -> Iterator[EvalResult]:
-    """What the hub shows beside a model: every metric at the smallest and the largest budget."""
+    """Results that the hub shows: every metric at the smallest and the largest budget."""
     for key, value in sorted(metrics.items()):
         match = METRIC.fullmatch(key)
         if match and match["metric"] in SHOWN and match["budget"] in (groups[0], groups[-1]):

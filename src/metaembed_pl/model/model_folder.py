@@ -39,11 +39,7 @@ SOURCE = ("path", "revision", "scratch", "tokenizer", "min_pixels", "max_pixels"
 
 
 def find_model_folder(name: str | Path, revision: str | None = None) -> Path:
-    """A model folder on disk: the folder itself, or a copy of the hub repository of that id.
-
-    Raises:
-        UserError: there is no such folder or repository, or it is no model folder.
-    """
+    """The path of a model folder, which is downloaded if `name` is a hub id."""
     folder = Path(name)
     if not folder.exists() and HUB_ID.fullmatch(str(name)):
         folder = _from_hub(str(name), revision)
@@ -69,7 +65,7 @@ def _from_hub(repository: str, revision: str | None) -> Path:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """What `metaembed.json` of a model folder says."""
+    """The content of `metaembed.json`."""
     file = folder / SETTINGS
     settings = read_json_object(file)
     if settings.get("format") != FORMAT:
@@ -80,14 +76,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
 def options_to_run(
     folder: Path, dtype: str | None = None, attention: Any = "sdpa", compile: bool = False
 ) -> BackboneConfig:
-    """How the backbone of a model folder is run.
-
-    Args:
-        folder: a model folder.
-        dtype: of its weights; None: as they were saved.
-        attention: see `BackboneConfig`.
-        compile: likewise.
-    """
+    """How the backbone of a model folder is run; `dtype` None: as its weights were saved."""
     saved: Any = dtype or read_settings(folder).get("dtype", "float32")
     return BackboneConfig(dtype=saved, attention=attention, compile=compile)
 
@@ -98,13 +87,12 @@ def settings_to_start_from(
     """The settings of a model folder that training starts from.
 
     Args:
-        name: a model folder or the hub id of one.
-        backbone: what the recipe says of it: how it is run, and nothing else.
-        given: `groups`, `layout`, `projection`, `prompt` and the like of the recipe; None: not
-            given.
+        name: a model folder or hub id.
+        backbone: of the recipe: may only set how the backbone is run.
+        given: `groups`, `layout`, `projection`, `prompt` and so on of the recipe; None: not given.
 
     Raises:
-        UserError: the recipe asks for something else than the folder has.
+        UserError: the recipe differs from the folder.
     """
     folder = find_model_folder(name)
     plain = {field.name: field.default for field in fields(BackboneConfig)}
@@ -116,7 +104,8 @@ def settings_to_start_from(
             )
     settings = read_settings(folder)
     plain_head = {"pooling": "meta_tokens", "bidirectional": False}
-    own = plain_head | settings | {"prompt": _words(folder)}
+    processing = read_json_object(folder / "processing" / "processing.json")
+    own = plain_head | settings | {"prompt": processing["prompt"]}
     for key, value in given.items():
         if value is not None and not _agrees(value, own.get(key)):
             raise UserError(
@@ -124,10 +113,6 @@ def settings_to_start_from(
                 "out, or train from a backbone instead"
             )
     return settings
-
-
-def _words(folder: Path) -> dict[str, str]:
-    return read_json_object(folder / "processing" / "processing.json")["prompt"]
 
 
 def _agrees(value: Any, own: Any) -> bool:
@@ -139,7 +124,7 @@ def _agrees(value: Any, own: Any) -> bool:
 def backbone_tensors(backbone: Any) -> dict[str, dict[str, Tensor]]:
     """The parts of a backbone in a model folder: its `weights`, its `adapter`, or both.
 
-    Of weights that are shared out over ranks, every rank must ask.
+    If weights are sharded over ranks, every rank must call this.
     """
     if not has_adapter(backbone):
         return {"weights": unsharded(backbone.state_dict(keep_vars=True))}
@@ -161,7 +146,7 @@ def save_backbone(
         home: where the folder will be: the path of a base model on disk is relative to it.
 
     Returns:
-        What `metaembed.json` has to say of the backbone.
+        The backbone's part of `metaembed.json`.
     """
     if "weights" in tensors:
         weights = {name: tensor.contiguous() for name, tensor in tensors["weights"].items()}
@@ -179,10 +164,7 @@ def save_backbone(
 
 
 def base_from(base: str, home: Path) -> str:
-    """The name of a base model as a model folder at `home` keeps it.
-
-    A folder is stored relative to `home`, so that both can move together; a hub id as it is.
-    """
+    """A base model's path relative to `home`, so that both can move together; a hub id as it is."""
     if not Path(base).exists():
         return base
     relative = os.path.relpath(Path(base).resolve(), home.resolve())
@@ -192,16 +174,13 @@ def base_from(base: str, home: Path) -> str:
 def load_folder_backbone(
     folder: Path, settings: dict[str, Any], options: BackboneConfig | None, processing: Processing
 ) -> PreTrainedModel:
-    """The backbone of a model folder, with its adapter where it has one.
+    """The backbone of a model folder, with its adapter if it has one.
 
     Args:
         folder: a model folder.
         settings: its `metaembed.json`.
         options: how the backbone is run; None: as it was saved.
         processing: the folder's.
-
-    Raises:
-        UserError: weights are missing or do not fit, or the base model is another one.
     """
     options = options or BackboneConfig(dtype=settings.get("dtype", "float32"))
     known = settings.get("backbone")
@@ -223,7 +202,7 @@ def load_folder_backbone(
 
 
 def find_base(folder: Path, base: str) -> str:
-    """Where the base model is that a model folder names; a hub id as it is."""
+    """The path of a model folder's base model; a hub id as it is."""
     if not base.startswith("."):
         return base
     path = (folder / base).resolve()

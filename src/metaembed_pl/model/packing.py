@@ -19,7 +19,7 @@ from metaembed_pl.model.vision import Inputs
 def packed(
     inputs: Inputs, slot_index: Int[Tensor, "B K"]
 ) -> tuple[dict[str, Any], Int[Tensor, "B K"]]:
-    """What a decoder takes of padded rows, as a single row, and where their slots are then.
+    """Padded rows as a single row for a decoder, and the columns of their slots in it.
 
     Args:
         inputs: of shape (B, L), but M-RoPE's `position_ids` of shape (3, B, L).
@@ -28,7 +28,7 @@ def packed(
     mask = inputs["attention_mask"].bool()
     of_all = mask.flatten().nonzero()[:, 0]
     place = mask.flatten().cumsum(0).view_as(mask) - 1
-    text = mask.cumsum(1) - 1  # tells the decoder where a row begins
+    text = mask.cumsum(1) - 1  # rows begin where positions restart
     grid = inputs.get("position_ids", text.expand(3, -1, -1))
     rows = {name: part for name, part in inputs.items() if part.dim() == 2}
     found: dict[str, Any] = {name: part.flatten()[of_all][None] for name, part in rows.items()}

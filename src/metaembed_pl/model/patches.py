@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 def patch_attention(model: "MetaEmbedder", item: Item, side: Side) -> Float[Tensor, "R H W"] | None:
-    """How much each meta embedding of an item attends to each patch of its picture.
+    """The attention of each meta embedding of an item to each patch of its picture.
 
-    The mean over all layers and heads of the language model: what its slot takes from the image's
-    tokens directly. What reaches it by way of other tokens is not in it.
+    The mean over all layers and heads of the language model, from its slot to the image's tokens.
+    Information that reaches the slot through other tokens is not included.
 
     Args:
         model: in eval mode.
@@ -31,17 +31,17 @@ def patch_attention(model: "MetaEmbedder", item: Item, side: Side) -> Float[Tens
         side: whose meta embeddings.
 
     Returns:
-        Shares of the slot's attention. Of a picture cut into tiles (Idefics3, SmolVLM): those on
-        the full picture that follows them. None where there is no picture, or its tokens are not
-        in the row (mllama, which sees pictures by cross-attention).
+        Shares of the slot's attention. If a picture is cut into tiles (Idefics3, SmolVLM): those of
+        the full picture that follows them. None without a picture, or if its tokens are not in the
+        row (mllama, which has cross-attention to pictures).
     """
     if model.pooling != "meta_tokens":
         return None
     batch = model.processor()([item], side)
     image_id = model.processing.tokenizer.convert_tokens_to_ids(model.processing.family.image_token)
     places = (batch["input_ids"][0] == image_id).nonzero().flatten()
-    of_whole = getattr(model.processing.image_processor, "image_seq_length", None)
-    places = places[-of_whole:] if of_whole else places
+    num_full = getattr(model.processing.image_processor, "image_seq_length", None)
+    places = places[-num_full:] if num_full else places
     grid = _grid(batch, len(places), model.processing.image_processor)
     if grid is None:
         return None

@@ -33,11 +33,11 @@ from metaembed_pl.model.image_processors import load_image_processor
 from metaembed_pl.picture import picture_size
 
 PASS_TOKENS = 128
-"""What a pass through the layers costs beside its tokens: to save fewer, it is not worth one."""
+"""The cost of a forward pass in addition to its tokens, in tokens."""
 BYTES_A_TOKEN = 4
 """Of a text, on average."""
 PICTURE_TOKENS = 1024
-"""A picture of a family that sees all of them at one size is as costly as so many tokens."""
+"""The cost of a picture in tokens, for families that see all pictures at one size."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Prompt:
 
 
 class Processing:
-    """Turns items into what a backbone takes.
+    """Turns items into the inputs of a backbone.
 
     Args:
         family: the backbone's family.
@@ -76,7 +76,7 @@ class Processing:
         image_processor: a transformers image processor; its pixel limits are the only ones.
         prompt: the words around an item.
         max_text_tokens: longer texts are cut at their end; image placeholders and slots never are.
-        padding_side: changes nothing but the place of the padding.
+        padding_side: the place of the padding.
 
     Attributes:
         cut: how many texts were cut so far.
@@ -127,40 +127,36 @@ class Processing:
             side: queries get the prompt's `query` words.
 
         Returns:
-            `input_ids`, `attention_mask` (B, L), `slot_index` (K columns of each row), and what
-            else the family's model takes.
+            `input_ids`, `attention_mask` (B, L), `slot_index` (K columns of each row), and further
+            inputs of the family's model.
 
         Raises:
-            UserError: an image does not decode, or its family cannot take its shape.
+            UserError: an image does not decode, or the family does not support its shape.
         """
-        images, texts = self._images_and_texts(items, side)
+        images = _load_images(items)
         with_image = [i for i, image in enumerate(images) if image is not None]
         seen = self._see([images[i] for i in with_image], self.family.image_options)
         shown = dict(zip(with_image, self._image_text(seen), strict=True))
-        rows = self._rows([shown.get(i, "") for i in range(len(images))], texts)
+        rows = self._rows([shown.get(i, "") for i in range(len(images))], items, side)
         return self._assembled(rows, seen, with_image, self._num_slots[side])
 
     def in_chunks(
         self, items: Sequence[Item], side: Side, max_tokens: int | None = None
     ) -> list[Chunk]:
-        """Tensors of a batch in chunks of like length, longest first: little of them is padding.
+        """Tensors of a batch in chunks of similar length, longest first, with little padding.
 
         Args:
             items: at least one.
             side: as for a batch.
             max_tokens: see `chunked`.
-
-        Raises:
-            UserError: an image does not decode, or its family cannot take its shape.
         """
-        images, texts = self._images_and_texts(items, side)
         num_slots = self._num_slots[side]
         seen = [
             self._see([] if image is None else [image], self.family.image_options)
-            for image in images
+            for image in _load_images(items)
         ]
         shown = [next(iter(self._image_text(each)), "") for each in seen]
-        rows = self._rows(shown, texts)
+        rows = self._rows(shown, items, side)
         chunks = []
         for chosen in chunked([len(row) + num_slots for row in rows], max_tokens):
             some, parts = [rows[i] for i in chosen], [seen[i] for i in chosen]
@@ -183,7 +179,7 @@ class Processing:
 
     def rough_length(self, item: Item, side: Side) -> int:
         """About how many tokens an item's row has; nothing is decoded."""
-        num_bytes = len((self._before(side) + self._words(item)).encode())
+        num_bytes = len(self._text(item, side).encode())
         text = min(self.max_text_tokens, num_bytes // BYTES_A_TOKEN)
         return text + self._picture_length(item) + self._num_slots[side]
 
@@ -203,29 +199,23 @@ class Processing:
         area = max(limits["shortest_edge"], min(limits["longest_edge"], width * height))
         return area // (side * self.image_processor.merge_size) ** 2
 
-    def _images_and_texts(
-        self, items: Sequence[Item], side: Side
-    ) -> tuple[list[Image.Image | None], list[list[int]]]:
-        if not items:
-            raise UserError("expected at least one item, got none")
-        return [item.load_image() for item in items], self.text_ids(items, side)
-
     @cached_property
     def smallest_picture(self) -> dict[str, Tensor]:
-        """What the vision tower takes for a grey picture, as small as it can be."""
+        """The vision tower's inputs for a grey picture of the smallest size."""
         options = {**self.family.image_options, **self.family.smallest_options}
-        # What is made in inference mode could not be used in training later.
+        # Tensors that are made in inference mode cannot be used in training later.
         with torch.inference_mode(False):
             seen = self._see([Image.new("RGB", (1, 1), "gray")], options)
         return {name: seen[name] for name in self.family.picture_inputs}
 
     def smallest_row(self, side: Side) -> dict[str, Tensor]:
-        """Tensors of a row that shows nothing, as short as it can be."""
+        """Tensors of the shortest row, without content."""
         return self._assembled([[self._slot_id]], {}, [], self._num_slots[side])
 
-    def _rows(self, shown: list[str], texts: list[list[int]]) -> list[list[int]]:
+    def _rows(self, shown: list[str], items: Sequence[Item], side: Side) -> list[list[int]]:
         """Token ids without slots: [prefix ; image ; text ; suffix]."""
-        parts = zip(self._ids([self._head(image) for image in shown]), texts, strict=True)
+        heads = [self.prompt.prefix + image + self.prompt.before_text for image in shown]
+        parts = zip(self._ids(heads), self.text_ids(items, side), strict=True)
         return [[*head, *text, *self._suffix] for head, text in parts]
 
     def _assembled(
@@ -240,7 +230,7 @@ class Processing:
         return batch | self.family.model_inputs(batch, seen, row_index, self._image_id)
 
     def _own_template(self) -> Template:
-        """Of the family's, the one whose marks this model's tokenizer knows."""
+        """The family's template whose special tokens this model's tokenizer knows."""
         templates = (self.family.template, *self.family.other_templates)
         known = (t for t in templates if all(map(self._knows, _marks(t.prefix + t.suffix))))
         return next(known, self.family.template)
@@ -250,7 +240,7 @@ class Processing:
         return self.tokenizer.convert_tokens_to_ids(mark) not in nothing
 
     def _refuse_unknown_marks(self, own: Template) -> None:
-        """Models of one family may have other marks for a turn, which would be read as letters."""
+        """Refuses special tokens that this model's tokenizer would read as letters."""
         parts = {own.prefix, own.before_text, own.suffix}
         used = parts & {self.prompt.prefix, self.prompt.before_text, self.prompt.suffix}
         if not self._knows(self.family.image_token):
@@ -280,9 +270,6 @@ class Processing:
     def _image_text(self, seen: Mapping[str, Any]) -> list[str]:
         return self.family.image_text(self.image_processor, seen) if seen else []
 
-    def _head(self, image: str) -> str:
-        return self.prompt.prefix + image + self.prompt.before_text
-
     def _ids(self, texts: list[str], **settings: Any) -> list[list[int]]:
         different = list(dict.fromkeys(texts))  # pictures of one size have the same text
         ids = self.tokenizer(different, add_special_tokens=False, **settings)["input_ids"]
@@ -294,18 +281,15 @@ class Processing:
         return self._ids([self.prompt.suffix])[0]
 
     def text_ids(self, items: Sequence[Item], side: Side) -> list[list[int]]:
-        """The tokens of each item's text, as many as are read; what is cut is counted."""
-        texts = [self._before(side) + self._words(item) for item in items]
+        """The tokens of each item's text, truncated; truncated texts are counted in `cut`."""
         # split_special_tokens: "<|image_pad|>" typed by a user is plain text, not a placeholder.
-        ids = self._ids(texts, split_special_tokens=True)
+        ids = self._ids([self._text(item, side) for item in items], split_special_tokens=True)
         self.cut.note([len(row) for row in ids], self.max_text_tokens)
         return [row[: self.max_text_tokens] for row in ids]
 
-    def _before(self, side: Side) -> str:
-        return self.prompt.query if side == "query" else ""
-
-    def _words(self, item: Item) -> str:
-        return item.words or self.prompt.image_only
+    def _text(self, item: Item, side: Side) -> str:
+        before = self.prompt.query if side == "query" else ""
+        return before + (item.words or self.prompt.image_only)
 
     def _pad(self, rows: list[list[int]], num_slots: int) -> dict[str, Tensor]:
         length = max(map(len, rows)) + num_slots
@@ -326,7 +310,7 @@ class Processing:
 
     @cached_property
     def _slot_id(self) -> int:
-        """Any ordinary id does: the slots' embeddings are overwritten, the padding's masked."""
+        """Any ordinary id: embeddings of slots are overwritten, those of padding masked."""
         pad = self.tokenizer.pad_token_id
         return self.tokenizer.eos_token_id if pad is None else pad
 
@@ -360,11 +344,11 @@ class Processing:
 
 
 def chunked(lengths: Sequence[int], max_tokens: int | None = None) -> list[list[int]]:
-    """Rows in chunks of like length, longest first, so that encoding all of them costs least.
+    """Splits rows into chunks of similar length, longest first, at the lowest cost of encoding.
 
     Args:
         lengths: of the rows, slots included.
-        max_tokens: of a chunk, padding included; a longer row is a chunk by itself.
+        max_tokens: per chunk, padding included; a longer row is a chunk by itself.
 
     >>> chunked([3, 9, 4, 4], max_tokens=12)
     [[1], [2, 3, 0]]
@@ -373,8 +357,8 @@ def chunked(lengths: Sequence[int], max_tokens: int | None = None) -> list[list[
     """
     order = np.argsort(-np.asarray(lengths), kind="stable")
     longest = np.asarray(lengths)[order]
-    costs = np.zeros(len(order) + 1)  # of the first so many rows
-    starts = np.zeros(len(order) + 1, dtype=np.int64)  # of the chunk that they end in
+    costs = np.zeros(len(order) + 1)  # of the first rows, by their number
+    starts = np.zeros(len(order) + 1, dtype=np.int64)  # of the last chunk of these rows
     for end in range(1, len(order) + 1):
         tokens = longest[:end] * np.arange(end, 0, -1)
         found = costs[:end] + tokens + PASS_TOKENS
@@ -390,11 +374,16 @@ def chunked(lengths: Sequence[int], max_tokens: int | None = None) -> list[list[
     return chunks[::-1]
 
 
-def _joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """What is seen of several images, from what is seen of each.
+def _load_images(items: Sequence[Item]) -> list[Image.Image | None]:
+    if not items:
+        raise UserError("expected at least one item, got none")
+    return [item.load_image() for item in items]
 
-    One after the other, padded to the widest: so do image processors where images have different
-    numbers of tiles.
+
+def _joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """Concatenates the image processor's outputs of several images, padded to the widest.
+
+    Image processors do the same if images have different numbers of tiles.
     """
     found = {}
     for name in parts[0] if parts else ():
@@ -413,11 +402,7 @@ def _widened(tensor: Tensor, shape: Sequence[int]) -> Tensor:
 def load_processors(path: str, revision: str | None = None) -> tuple[Any, Any]:
     """Tokenizer and image processor of a model folder or hub id.
 
-    Loaded one by one: the complete processor of the Qwen family needs torchvision only because of
-    its video part, which a retriever of texts and images has no use for.
-
-    Raises:
-        UserError: the files are missing.
+    They are loaded separately, because the video part of the Qwen processors needs torchvision.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
@@ -434,7 +419,7 @@ def load_processors(path: str, revision: str | None = None) -> tuple[Any, Any]:
 
 
 def _marks(words: str) -> list[str]:
-    """The special tokens that stand in a template.
+    """The special tokens of a template.
 
     >>> _marks("<|im_start|>User: a < b")
     ['<|im_start|>']

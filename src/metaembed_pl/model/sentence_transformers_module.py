@@ -51,7 +51,7 @@ class MetaEmbed(InputModule):
 
     @property
     def modalities(self) -> list[Any]:
-        """What an input may be; `message` is its word for batches of several kinds."""
+        """The kinds of inputs; `message` stands for batches of several kinds."""
         return ["text", "image", ("image", "text"), ("text", "image"), "message"]
 
     def _ids(self, text: str, **settings: Any) -> list[int]:
@@ -86,7 +86,7 @@ class MetaEmbed(InputModule):
         return batch
 
     def _rows(self, task: str | None) -> slice:
-        """Which meta tokens an input of this side ends in."""
+        """The meta tokens at the end of an input of this side."""
         if task == "query":
             return slice(0, self.num_query)
         both = self.settings["layout"] == "both"
@@ -173,7 +173,7 @@ class MetaEmbed(InputModule):
 
 
 def bert_config() -> dict[str, Any]:
-    """What tells programs such as mteb that texts and pictures are taken."""
+    """Declares texts and pictures as inputs, for programs such as mteb."""
     taken = {"method": "forward", "method_output_name": "token_embeddings"}
     return {"modality_config": {"text": taken, "image": taken}}
 

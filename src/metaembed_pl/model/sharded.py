@@ -11,13 +11,13 @@ from metaembed_pl.ranks import rank_and_world
 
 
 def unsharded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors with all their values: copies on the CPU of those that are sharded.
+    """The complete tensors: sharded ones are copied to the CPU of the first rank.
 
-    They are gathered one by one, so that no GPU holds more than one of them. Every rank must ask;
-    those after the first get no values, but the shapes.
+    They are gathered one by one to save memory. Every rank must call this; the others get tensors
+    without values.
 
     Args:
-        tensors: parameters themselves, not detached: a detached one has lost its other parts.
+        tensors: parameters, not detached: a detached one has no link to its other parts.
     """
     found = {}
     for name, tensor in tensors.items():
@@ -33,7 +33,7 @@ def unsharded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @contextmanager
 def complete_tensor(tensor: Tensor) -> Iterator[Tensor]:
-    """While open, the tensor with all its values; every rank must ask."""
+    """While open, the complete tensor; every rank must enter."""
     if hasattr(tensor, "ds_id"):
         import deepspeed
 

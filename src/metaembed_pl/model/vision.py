@@ -16,20 +16,20 @@ from torch.utils._pytree import tree_leaves
 
 Inputs = dict[str, Tensor]
 Seen = dict[str, Any]
-"""What the language model takes of pictures: tensors, and lists of them, by name."""
+"""The vision tower's outputs for the language model: tensors, and lists of them, by name."""
 
 READ = ("pooler_output", "deepstack_features")  # of what `get_image_features` gives
 
 
 def image_features(backbone: Any, pictures: Mapping[str, Tensor]) -> Seen:
-    """What the library's own method makes of pictures, projected; only what will be read."""
+    """The projected features of the library's own method, without unused outputs."""
     output = backbone.get_image_features(**pictures)
     return {name: output[name] for name in READ if name in output}
 
 
 @contextmanager
 def shown(backbone: Any, inputs: Inputs, seen: Seen) -> Iterator[Inputs]:
-    """While open, `backbone(**inputs)` takes what was seen for what its vision tower gives."""
+    """While open, `backbone(**inputs)` uses `seen` instead of its vision tower."""
     backbone.get_image_features = lambda *_args, **_kwargs: SimpleNamespace(**seen)
     try:
         # The backbone asks for features where there are pixels, whatever they are.
@@ -45,6 +45,6 @@ def as_it_is(backbone: nn.Module, inputs: Inputs, unused: Seen) -> Iterator[Inpu
 
 
 def nothing_of(seen: Seen) -> Tensor | float:
-    """0, with a graph to all that was seen: weights that count for nothing get a gradient of 0."""
+    """0, with a graph to all outputs: weights without influence get a gradient of 0."""
     leaves = [leaf for leaf in tree_leaves(seen) if isinstance(leaf, Tensor) and leaf.requires_grad]
     return 0 * torch.stack([leaf.float().sum() for leaf in leaves]).sum() if leaves else 0.0

@@ -30,7 +30,7 @@ CHARACTERS_A_TOKEN = 4  # of English, by the byte-pair vocabularies of these mod
 
 
 class RoughTokenizer:
-    """Stands in for a tokenizer that is not at hand: right in its special tokens, rough in words.
+    """Replaces a tokenizer that is not available: exact for special tokens, rough for words.
 
     >>> rough = RoughTokenizer()
     >>> ids = rough(["<|image_pad|><|image_pad|>", "a small red apple"])["input_ids"]
@@ -45,7 +45,7 @@ class RoughTokenizer:
         return {"input_ids": [[0] * self._count(text) for text in texts]}
 
     def convert_tokens_to_ids(self, token: str) -> int:
-        """Of a special token: one that no text has."""
+        """The id of a special token: one that no text has."""
         return 1
 
     def _count(self, text: str) -> int:
@@ -55,11 +55,11 @@ class RoughTokenizer:
 
 @dataclass(frozen=True)
 class WeightlessModel:
-    """A model on the meta device, and what is known of it.
+    """A model on the meta device.
 
     Args:
-        model: with its real processing, or one with a `RoughTokenizer`.
-        source: where its shape is from, in words.
+        model: with its processing, or one with a `RoughTokenizer`.
+        source: of its config, in words.
         counts_tokens: the tokenizer is the model's own.
     """
 
@@ -147,11 +147,7 @@ def _on_meta(config: Any, dtype: str) -> PreTrainedModel:
 def _place(
     path: str, revision: str | None, shapes: Path, key: str = "model.backbone.path"
 ) -> tuple[str, str]:
-    """What `from_pretrained` is to read a config from, and that in words.
-
-    Raises:
-        UserError: neither on this machine nor on the hub; the message begins with the key.
-    """
+    """The place of a config for `from_pretrained`, and its description."""
     if Path(path).is_dir():
         return path, f"the folder {path}"
     with suppress(HFValidationError):

@@ -28,23 +28,23 @@ NUM_SAMPLED = 64  # values of each tensor that a fingerprint reads
 
 
 def load_backbone(path: str, dtype: str = "float32", **kwargs: Any) -> PreTrainedModel:
-    """A pretrained base model, with every weight accounted for.
+    """A pretrained base model; every weight must be loaded.
 
-    Weights of a model that held this one as a part (an embedder that wraps it, say) are read too:
-    their names then have one prefix more.
+    Weights of a model that has this one as a part, such as an embedder around it, are read too:
+    their names then have a prefix.
 
     Args:
         path: a folder, `ORG/NAME` on the hub, or `ORG/NAME/FOLDER` in it.
         dtype: of the weights.
-        kwargs: what else `from_pretrained` takes.
+        kwargs: further arguments of `from_pretrained`.
 
     Raises:
-        UserError: a weight is missing, unexpected (but for a language-model head) or mis-shaped:
-            transformers would go on with random values there.
+        UserError: a weight is missing, unexpected (except for a language-model head) or mis-shaped:
+            transformers would continue with random values there.
     """
     revision = kwargs.get("revision")
     source, kwargs["subfolder"] = split_hub_folder(path)
-    model, report = _from_pretrained_by_trial(source, dtype, kwargs)
+    model, report = _from_pretrained_with_prefixes(source, dtype, kwargs)
     faults = {
         "missing": sorted(report["missing_keys"]),
         "unexpected": sorted(_unexpected(report)),
@@ -57,10 +57,10 @@ def load_backbone(path: str, dtype: str = "float32", **kwargs: Any) -> PreTraine
     return model
 
 
-def _from_pretrained_by_trial(
+def _from_pretrained_with_prefixes(
     path: str, dtype: str, kwargs: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
-    """A model and its report, whose names are not always those in the files: so by trial."""
+    """A model and its report, also if the names in the files have a prefix."""
     best, report = _from_pretrained(path, dtype, kwargs)
     for prefix in _foreign_prefixes(report):
         other = kwargs | {"key_mapping": {rf"^{re.escape(prefix)}": ""}}
@@ -103,10 +103,7 @@ def _unexpected(report: dict[str, Any]) -> list[str]:
 
 
 def _foreign_prefixes(report: dict[str, Any]) -> list[str]:
-    """What all names that have no place begin with, where weights that have one are missing.
-
-    Short ones first, such as `base.` and `base.model.`.
-    """
+    """Common prefixes of the unexpected names, such as `base.` and `base.model.`."""
     names = [key.split(".")[:-1] for key in _unexpected(report)]
     if len(names) < 2 or not report["missing_keys"]:
         return []
@@ -140,7 +137,7 @@ def commit_of(path: str, revision: str | None) -> str | None:
 
 
 def refuse_faults(path: str | Path, faults: dict[str, list[str]]) -> None:
-    """Raises one UserError that counts and names the weights that do not fit."""
+    """Raises a UserError that counts and names the weights that do not fit."""
     messages = [
         f"{len(keys)} {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
         for kind, keys in faults.items()
@@ -159,7 +156,7 @@ def refuse_misfit(
     found: Mapping[str, Tensor],
     optional: Set[str] = frozenset(),
 ) -> None:
-    """Raises one UserError about all tensors that are missing, unexpected or mis-shaped."""
+    """Raises a UserError about tensors that are missing, unexpected or mis-shaped."""
     both = expected.keys() & found.keys()
     faults = {
         "missing": sorted(expected.keys() - found.keys() - optional),
@@ -170,11 +167,7 @@ def refuse_misfit(
 
 
 def load_into(tensors: dict[str, Tensor], file: Path) -> None:
-    """Fills tensors from a safetensors file; every one must be there and fit, and no other.
-
-    Raises:
-        UserError: the file is missing, broken or of another model.
-    """
+    """Fills tensors from a safetensors file, which must contain exactly these."""
     try:
         found = load_file(file)
     except (OSError, SafetensorError) as error:
@@ -186,11 +179,9 @@ def load_into(tensors: dict[str, Tensor], file: Path) -> None:
 
 
 def refuse_unlike(file: Path, tensors: dict[str, Tensor]) -> None:
-    """Reads back what was just written.
+    """Raises a UserError if a file that was just written does not contain exactly these tensors.
 
-    Raises:
-        UserError: the file does not hold exactly these tensors, or one of them is empty: rivals
-            have saved empty adapters from weights that were shared out.
+    Or if one of them is empty: other libraries have saved empty adapters from sharded weights.
     """
     found = load_file(file)
     same = found.keys() == tensors.keys() and all(
@@ -202,11 +193,10 @@ def refuse_unlike(file: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def fingerprint(backbone: nn.Module) -> str | None:
-    """A short digest of the weights: equal for equal weights, in fp32 and in bf16 alike.
+    """A short digest of the weights, the same in fp32 and in bf16.
 
-    It reads a few values of each tensor, so that it costs next to nothing; of weights that are
-    shared out over ranks, every rank must ask. None where the values are not there to read (a meta
-    device) or are coarser than bf16 (quantized, fp16).
+    It reads a few values of each tensor; if they are sharded over ranks, every rank must call it.
+    None if there are no values (meta device) or they are coarser than bf16 (quantized, fp16).
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(backbone.named_parameters()):

@@ -1,4 +1,4 @@
-"""The bytes kept for a backbone's backward pass, counted over its layers without running them.
+"""The bytes saved for a backbone's backward pass, counted over its layers without running them.
 
 A layer keeps, for each token: the tensors of its norms and its attention, the inputs of the linear
 layers that are trained (or adapted), and the inner states of its MLP. With gradient checkpointing
@@ -14,29 +14,29 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from metaembed_pl.model.family import Family
 
 FP32_BYTES = 4
-# Linear layers that read what attention or the MLP made; the others read a norm's output.
+# Linear layers after attention and inside the MLP; the others read a norm's output.
 ATTENDED, INNER = {"o_proj", "out_proj", "proj"}, {"down_proj", "fc2", "linear_fc2"}
 OUTPUTS = ATTENDED | INNER
-# What cross-attention does to image patches instead of tokens.
+# Parts of cross-attention that process image patches instead of tokens.
 OF_PATCHES = ("k_proj", "v_proj", "k_norm")
 
 
 @dataclass(frozen=True)
 class Precision:
-    """How wide numbers are, and what that costs.
+    """The sizes of numbers.
 
     Args:
-        compute_bytes: of what matrix products read and give.
-        residual_bytes: of the stream between the layers.
-        dropped_bytes: of what dropout keeps of a number: a mark, or on the CPU a factor.
-        has_autocast: linear layers cast their inputs, each for itself.
+        compute_bytes: of the inputs and outputs of matrix products.
+        residual_bytes: of the residual stream.
+        dropped_bytes: of dropout's mask, per number; on the CPU it is a factor.
+        has_autocast: each linear layer casts its inputs.
     """
 
     compute_bytes: int
@@ -52,8 +52,8 @@ class Rows:
     Args:
         num_rows: items.
         num_tokens: of each row, slots and padding included.
-        num_patches: of each row's image, as the vision tower reads them.
-        pixel_bytes: of each row's image, as the image processor gives it.
+        num_patches: of each row's image, as inputs of the vision tower.
+        pixel_bytes: of each row's image, after the image processor.
     """
 
     num_rows: int
@@ -62,17 +62,22 @@ class Rows:
     pixel_bytes: int = 0
 
 
+def num_patches(pixels: Tensor, patch_size: int) -> int:
+    """Patches that the vision tower reads: cut ones, or those of complete pictures or tiles."""
+    return len(pixels) if pixels.dim() == 2 else pixels.numel() // (3 * patch_size**2)
+
+
 @dataclass(frozen=True)
 class LayerBytes:
-    """What one layer keeps.
+    """The bytes that one layer saves for the backward pass.
 
     Args:
-        token: for each token.
-        pair: for each pair of tokens of a row.
-        cross: for each image patch that its tokens attend to.
-        input: for each token, if nothing but its input is kept.
-        backward: for each token, beside, while its gradients are computed.
-        is_checkpointed: it is computed again in the backward pass, where that is asked for.
+        token: per token.
+        pair: per pair of tokens of a row.
+        cross: per image patch that its tokens attend to.
+        input: per token, if only its input is saved.
+        backward: additional bytes per token while its gradients are computed.
+        is_checkpointed: it supports gradient checkpointing.
     """
 
     token: float
@@ -82,8 +87,8 @@ class LayerBytes:
     backward: float
     is_checkpointed: bool
 
-    def kept(self, num_rows: int, num_tokens: int, num_patches: int) -> float:
-        """Of all rows of a call."""
+    def saved(self, num_rows: int, num_tokens: int, num_patches: int) -> float:
+        """The bytes for all rows of a call."""
         a_row = num_tokens * (self.token + num_tokens * self.pair) + num_patches * self.cross
         return num_rows * a_row
 
@@ -96,42 +101,42 @@ def activation_bytes(
     is_checkpointed: bool,
     has_mask: bool = True,
 ) -> int:
-    """Bytes kept between forward and backward, and what computing one layer backwards takes beside.
+    """Bytes saved between forward and backward pass, plus the peak of one layer's backward pass.
 
     Args:
-        backbone: may be on the meta device; what is trained in it counts.
-        family: says where its towers are.
-        calls: the forward calls whose graphs are alive at once.
+        backbone: may be on the meta device; with the trained parameters set.
+        family: of the backbone.
+        calls: the forward calls whose graphs exist at the same time.
         precision: of numbers.
-        is_checkpointed: each layer is computed again in the backward pass.
-        has_mask: attention keeps a mask of tokens by tokens, as sdpa does where rows are padded.
+        is_checkpointed: with gradient checkpointing.
+        has_mask: attention saves a mask of tokens by tokens, as sdpa does for padded rows.
     """
     vision_tower = backbone.get_submodule(family.vision_module)
     text = _layers(backbone.get_submodule(family.text_module), precision, has_mask)
-    # A frozen tower keeps nothing: no gradient goes through it.
+    # A frozen tower saves nothing: no gradient passes through it.
     is_frozen = not any(p.requires_grad for p in vision_tower.parameters())
     vision = [] if is_frozen else _layers(vision_tower, precision, False)
     passing = _seeing(backbone, vision_tower, precision) if is_frozen else 0.0
-    kept = beside = peak = 0.0
+    saved = beside = peak = 0.0
     for rows in calls:
-        kept += rows.num_rows * rows.pixel_bytes
-        peak = max(peak, kept + rows.num_rows * rows.num_patches * passing)
+        saved += rows.num_rows * rows.pixel_bytes
+        peak = max(peak, saved + rows.num_rows * rows.num_patches * passing)
         for layers, num_tokens in ((text, rows.num_tokens), (vision, rows.num_patches)):
             count = rows.num_rows * num_tokens
             for layer in layers:
-                complete = layer.kept(rows.num_rows, num_tokens, rows.num_patches)
+                complete = layer.saved(rows.num_rows, num_tokens, rows.num_patches)
                 redone = is_checkpointed and layer.is_checkpointed
-                kept += layer.input * count if redone else complete
+                saved += layer.input * count if redone else complete
                 beside = max(beside, (complete if redone else 0) + layer.backward * count)
-        kept += rows.num_rows * rows.num_tokens * _around(backbone, precision)
-        kept += rows.num_rows * rows.num_patches * _shown(backbone, precision)
-    return round(max(peak, kept + beside))
+        saved += rows.num_rows * rows.num_tokens * _around(backbone, precision)
+        saved += rows.num_rows * rows.num_patches * _shown(backbone, precision)
+    return round(max(peak, saved + beside))
 
 
 def _seeing(backbone: PreTrainedModel, tower: nn.Module, precision: Precision) -> float:
-    """Of a patch, while a frozen tower runs: its widest layer, and states that it collects.
+    """Bytes per patch while a frozen tower runs: its widest layer, and states that it collects.
 
-    Llama 3.2 Vision reads states of several layers, for which transformers keeps those of all.
+    Llama 3.2 Vision uses states of several layers, for which transformers stores those of all.
     """
     layers = _modules(tower)
     shape = _shape(list(_parts(layers[0])))
@@ -145,14 +150,14 @@ def _seeing(backbone: PreTrainedModel, tower: nn.Module, precision: Precision) -
 
 
 def _shown(backbone: PreTrainedModel, precision: Precision) -> float:
-    """Of a patch, what cross-attention layers look at, kept once for all of them."""
+    """Bytes per patch of the inputs of cross-attention layers, saved once for all of them."""
     config: Any = backbone.config.get_text_config()
     looks = getattr(config, "cross_attention_layers", None)
     return 2 * config.hidden_size * precision.compute_bytes if looks else 0.0
 
 
 def _around(backbone: PreTrainedModel, precision: Precision) -> float:
-    """Of a token outside the layers: its embedding with the meta tokens, and the final norm."""
+    """Bytes per token outside the layers: embeddings with meta tokens, and the final norm."""
     config: Any = backbone.config.get_text_config()
     return config.hidden_size * (2 * precision.residual_bytes + FP32_BYTES)
 
@@ -162,7 +167,7 @@ def _layers(tower: nn.Module, precision: Precision, has_mask: bool) -> list[Laye
 
 
 def _modules(tower: nn.Module) -> list[nn.Module]:
-    """Its layers: what stands in lists and has attention and an MLP."""
+    """Its layers: modules in lists that have attention and an MLP."""
     lists = [module for module in tower.modules() if isinstance(module, nn.ModuleList)]
     return [layer for layers in lists for layer in layers if _is_layer(layer)]
 
@@ -176,7 +181,7 @@ def _layer_bytes(layer: nn.Module, precision: Precision, has_mask: bool) -> Laye
     parts = list(_parts(layer))
     shape, seen = _shape(parts), set()
     compute = precision.compute_bytes
-    # Where there is a mask, sdpa repeats keys and values for every query head.
+    # With a mask, sdpa repeats keys and values for every query head.
     own_keys = 0 if shape.is_cross else shape.num_attended if has_mask else shape.num_keys
     each = {name: _part_bytes(name, part, shape, seen, precision) for name, part in parts}
     of_patches = {name for name in each if shape.is_cross and name.endswith(OF_PATCHES)}
@@ -196,7 +201,7 @@ def _layer_bytes(layer: nn.Module, precision: Precision, has_mask: bool) -> Laye
 
 @dataclass(frozen=True)
 class _Shape:
-    """Of a layer: its width, that of its queries, keys and MLP, and states the MLP keeps."""
+    """A layer's widths (its own, of queries, keys and MLP), and states that its MLP saves."""
 
     width: int
     num_attended: int
@@ -221,7 +226,7 @@ def _shape(parts: list[tuple[str, Any]]) -> _Shape:
 
 
 def _parts(layer: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Its norms and linear layers; an adapted linear layer with its adapter is one."""
+    """Its norms and linear layers; a linear layer and its adapter are one part."""
     adapted: tuple[str, ...] = ()
     for name, module in layer.named_modules():
         if adapted and name.startswith(adapted):
@@ -238,7 +243,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _part_bytes(name: str, part: Any, shape: _Shape, seen: set, precision: Precision) -> float:
-    """Of one token."""
+    """Bytes per token."""
     parent, _, last = name.rpartition(".")
     if not _is_norm(part):
         return _input_bytes(part, (parent, last in OUTPUTS), seen, precision)
@@ -251,7 +256,7 @@ def _part_bytes(name: str, part: Any, shape: _Shape, seen: set, precision: Preci
 
 
 def _input_bytes(linear: Any, where: tuple[str, bool], seen: set, precision: Precision) -> float:
-    """What a linear layer keeps of its input: nothing if frozen, a copy if it casts or drops."""
+    """Bytes per token of a linear layer's input: none if frozen, a copy with casts or dropout."""
     size = linear.in_features
     adapters = getattr(linear, "lora_A", None)
     if adapters is not None:
@@ -268,7 +273,7 @@ def _input_bytes(linear: Any, where: tuple[str, bool], seen: set, precision: Pre
 
 
 def _once(where: tuple[str, bool], is_copy: bool, seen: set) -> bool:
-    """Whether an input takes memory of its own, or is one that another layer keeps already."""
+    """Whether an input takes additional memory, because no other layer saves it."""
     is_new = is_copy or where not in seen
     seen.add(where)
     return is_new

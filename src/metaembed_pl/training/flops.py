@@ -25,11 +25,11 @@ FUSED_BACKWARD = 2.5  # five products, where the forward pass has two
 
 @dataclass(frozen=True)
 class Gpu:
-    """What a GPU can do.
+    """A GPU's speed and memory.
 
     Args:
-        flops: a second, in dense bf16.
-        memory_bytes: that a program can have.
+        flops: per second, in dense bf16.
+        memory_bytes: available to a program.
     """
 
     flops: float
@@ -42,14 +42,14 @@ GPUS = {
     "H200": Gpu(989e12, round(139.8 * 2**30)),
 }
 UTILISATION = 0.4
-"""Of a GPU's peak: assumed, until a run has been measured."""
+"""The assumed share of a GPU's peak, until a run has been measured."""
 
 
 def training_flops(model: MetaEmbedder, calls: Iterable[Rows], is_checkpointed: bool) -> float:
-    """Of the forward and the backward pass of some forward calls.
+    """FLOPs of the forward and backward passes of some calls.
 
     Args:
-        model: may be on the meta device; what is trained in it counts.
+        model: may be on the meta device; with the trained parameters set.
         calls: rows without padding; tokens and patches may be means.
         is_checkpointed: gradient checkpointing.
     """
@@ -68,20 +68,20 @@ def _of_text(model: MetaEmbedder, rows: Rows, is_checkpointed: bool) -> float:
     cross = len(getattr(config, "cross_attention_layers", None) or [])
     total = 0.0
     for name, linear in _linear(text):
-        # What cross-attention looks at are patches; without a picture its layers are not run.
+        # Cross-attention reads patches; without a picture its layers are not run.
         is_cross = ".cross_attn." in f".{name}"
         of_patches = is_cross and name.split(".cross_attn.")[1].startswith(("k_proj", "v_proj"))
         if is_cross and not rows.num_patches:
             continue
         count = rows.num_patches if of_patches else rows.num_tokens
-        # No gradient goes on to the patches: of what reads them, only weights have one.
+        # Patches have no gradient: of the layers that read them, only the weights have one.
         total += _of_linear(linear, count, forward, not of_patches or "lora_B" in name)
     seen = (config.num_hidden_layers - cross) * rows.num_tokens + cross * rows.num_patches
     return total + 4 * rows.num_tokens * seen * width * (forward + FUSED_BACKWARD)
 
 
 def _of_vision(model: MetaEmbedder, rows: Rows) -> float:
-    """Of the vision tower and what stands between it and the language model."""
+    """FLOPs of the vision tower and the projector, per row."""
     if not rows.num_patches:
         return 0.0
     family = model.processing.family
@@ -101,7 +101,7 @@ def _of_vision(model: MetaEmbedder, rows: Rows) -> float:
 
 
 def _patch_pairs(config: Any, num_patches: float) -> float:
-    """Patches that see each other, over all layers; some layers see windows alone."""
+    """Pairs of patches that attend to each other, over all layers; some layers have windows."""
     depth = getattr(config, "depth", None) or config.num_hidden_layers
     depth += getattr(config, "num_global_layers", 0)
     full = len(getattr(config, "fullatt_block_indexes", None) or range(depth))

@@ -51,10 +51,10 @@ def encode(embedder: MetaEmbedder, inputs: Inputs, side: Side) -> Float[Tensor, 
 def in_step(
     embedder: MetaEmbedder, chunks: Sequence[Chunk], side: Side
 ) -> Iterator[tuple[Chunk, float]]:
-    """The chunks with the weight 1, and the passes that only keep step with weight 0.
+    """The chunks with weight 1, and with weight 0 additional passes to keep in step.
 
-    Where weights are shared out every rank must make equally many passes, or the others wait for
-    ever: one with fewer chunks encodes a row that shows nothing.
+    If weights are sharded, every rank must run equally many passes, or the others would wait
+    forever: a rank with fewer chunks encodes an empty row.
     """
     missing = 0
     if embedder.shared == "weights":
@@ -66,14 +66,14 @@ def in_step(
 
 
 def in_order(chunks: Sequence[Chunk], parts: Sequence[Tensor]) -> Float[Tensor, "N R D"]:
-    """What was found of each chunk as rows of the batch."""
+    """The results of chunks, as rows of the batch."""
     found = torch.cat(list(parts))
     return found[torch.cat([chunk.rows for chunk in chunks]).argsort().to(found.device)]
 
 
 @dataclass
 class GradientCacheConfig:
-    """The gradient of a large batch, in the memory of a few rows.
+    """Gradient caching: the gradient of a large batch in the memory of one chunk.
 
     Args:
         max_tokens: of a chunk, padding and meta tokens included. More is faster and takes more
@@ -89,14 +89,14 @@ class GradientCacheConfig:
 
 @dataclass
 class _Pass:
-    """What encoding a chunk again needs to give the same.
+    """What is needed to encode a chunk again with the same result.
 
     Args:
         side: of its rows.
         chunk: the rows.
-        weight: 0 for a chunk that only keeps step with other ranks.
+        weight: 0 for a pass that only keeps in step with other ranks.
         random_state: before it was encoded.
-        seen: what the language model was shown of the pictures, where none of it is trained.
+        seen: outputs of the vision tower, if it is frozen.
     """
 
     side: Side
@@ -107,11 +107,7 @@ class _Pass:
 
 
 class GradientCache:
-    """One batch on its way through an embedder.
-
-    Args:
-        embedder: in training.
-    """
+    """Encodes one batch with an embedder in training."""
 
     def __init__(self, embedder: MetaEmbedder):
         self._embedder = embedder
@@ -120,11 +116,11 @@ class GradientCache:
 
     @property
     def num_passes(self) -> int:
-        """Chunks that were encoded, on every rank equally many."""
+        """The number of chunks encoded, the same on every rank."""
         return len(self._passes)
 
     def encode(self, chunks: Sequence[Chunk], side: Side) -> Float[Tensor, "N R D"]:
-        """Meta embeddings of all rows of one side: leaves that want a gradient."""
+        """Meta embeddings of all rows of one side, as leaves that require a gradient."""
         device = self._embedder.device
         parts = []
         for chunk, weight in in_step(self._embedder, chunks, side):
@@ -135,12 +131,12 @@ class GradientCache:
         return in_order(chunks, parts[: len(chunks)]).requires_grad_()
 
     def surrogates(self, gradients: Mapping[Side, Float[Tensor, "N R D"]]) -> Iterator[Tensor]:
-        """One number a chunk; the gradients of them all add up to that of the loss.
+        """A number for each chunk; their gradients add up to that of the loss.
 
-        Go backwards from each before taking the next: its graph is all that is held.
+        Run the backward pass of each before the next: only one graph is in memory.
 
         Args:
-            gradients: of the loss at what `encode` returned, by side.
+            gradients: of the loss at the results of `encode`, by side.
         """
         device = self._embedder.device
         for done in self._passes:
@@ -151,9 +147,9 @@ class GradientCache:
             yield done.weight * (again * of_chunk).sum()
 
     def _embed(self, done: _Pass) -> Float[Tensor, "b R D"]:
-        # Autocast keeps weights it has cast; those cast without gradient must not serve again.
+        # Autocast caches the weights that it has cast, without gradient in the first pass.
         torch.clear_autocast_cache()
-        # Pixels that will not be looked at again stay where they are.
+        # Pixels that are not needed again stay on the CPU.
         staying = ("pixel_values",) if done.seen else ()
         inputs = done.chunk.inputs_on(self._embedder.device, but=staying)
         with self._seeing_once(done.seen):
@@ -161,7 +157,7 @@ class GradientCache:
 
     @contextmanager
     def _seeing_once(self, seen: list[Seen]) -> Iterator[None]:
-        """While open, what the embedder sees is kept in `seen`; what is there is not seen again."""
+        """While open, outputs of a frozen vision tower are stored in `seen` and reused."""
         if not self._sees_once:
             yield
             return
@@ -189,7 +185,7 @@ def _random_state(device: torch.device) -> list[Tensor]:
 
 @contextmanager
 def _as_then(random_state: list[Tensor], device: torch.device) -> Iterator[None]:
-    """While open, random numbers come as they came after `random_state` was taken."""
+    """While open, random numbers repeat those after `random_state` was taken."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.set_rng_state(random_state[0])

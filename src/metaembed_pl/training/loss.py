@@ -1,13 +1,11 @@
 """MMR: InfoNCE at every nested group, summed. The loss that makes every prefix a good embedding.
 
 Each query must find its own positive among the candidates of all ranks and its own hard negatives,
-at every group (r_q, r_c) separately. Several queries may share a candidate, whose vectors are then
-there once.
+at every group (r_q, r_c) separately. Queries may share a candidate, whose vectors then occur once.
 
 Q: queries of this rank    C: candidates of this rank    P: candidates of all ranks    G: groups
-M: hard negatives of this rank    N: the most that a query has    Rq, Rc: vectors of a query, of a
-candidate    D: width    K: ids of what one query asks for    A, An: ids of what one candidate
-answers, one hard negative, padded
+M: hard negatives of this rank    N: maximum per query    Rq, Rc: vectors of a query, of a candidate
+D: width    K: ids that are right for a query    A, An: ids that a candidate, a negative answers
 """
 
 import math
@@ -33,10 +31,10 @@ from metaembed_pl.ranks import (
 )
 
 PADDING = -1
-"""Fills `answers` of candidates that answer fewer things than others; an id is never negative."""
+"""Pads `answers`; an id is never negative."""
 CPU_BLOCK_ELEMENTS = 2**20
 GPU_BLOCK_ELEMENTS = 2**26
-"""Scores of all groups held at a time: 4 and 256 MB, some three times so much going back."""
+"""Scores of all groups held at a time: 4 and 256 MB, about three times as much in the backward."""
 
 
 class MMRLossOutput(NamedTuple):
@@ -45,13 +43,11 @@ class MMRLossOutput(NamedTuple):
     Args:
         loss: the weighted sum of `per_group` and of the terms beside it; what to minimise.
         per_group: InfoNCE of each group, unweighted and detached.
-        num_in_batch: candidates of all ranks that a query is compared with, its own apart, before
-            masking.
-        num_hard: hard negatives a query of this rank has on average, before masking.
+        num_in_batch: other queries' candidates that a query is compared with, before masking.
+        num_hard: hard negatives per query of this rank, on average, before masking.
         num_masked: negatives of both kinds left out as false negatives, on average.
-        recall: of each group, the share of this rank's queries whose positive scores above all that
-            they are compared with.
-        also: what else is worth a curve, by name.
+        recall: of each group, the share of this rank's queries whose positive scores highest.
+        also: further metrics to log, by name.
     """
 
     loss: Float[Tensor, ""]
@@ -67,26 +63,19 @@ OfTerm = Callable[[Tensor, Tensor, slice], Tensor]
 
 
 class Term(NamedTuple):
-    """What the loss of each group has beside InfoNCE.
+    """A term that is added to the InfoNCE of each group.
 
     Args:
         name: for logs.
-        weight: InfoNCE has 1.
-        of: its value (G, q) for each group and query, from the logits (G, q, P + N) of some queries
-            (-infinity where a candidate is left out; those of all ranks, then the query's own hard
-            negatives), from the column of each one's positive, and from which queries these are.
+        weight: that of InfoNCE is 1.
+        of: from the logits (G, q, P + N) of some queries with all candidates and their hard
+            negatives (-infinity where one is left out), the column of each positive, and the slice
+            of queries, to the value (G, q) of each group and query.
     """
 
     name: str
     weight: float
     of: OfTerm
-
-
-class _HardMask(NamedTuple):
-    """Which places for hard negatives are taken, and by which that are none."""
-
-    is_there: Bool[Tensor, "q N"]
-    answered: Bool[Tensor, "q N"] | None
 
 
 class MMRLoss(nn.Module):
@@ -131,7 +120,8 @@ class MMRLoss(nn.Module):
     ):
         super().__init__()
         self.groups = parse_groups(groups)
-        self._start, self._bounds = _check_temperature(temperature, temperature_bounds)
+        _check_temperature(temperature, temperature_bounds)
+        self._start, self._bounds = temperature, temperature_bounds
         self.weights = _check_weights(weights, len(self.groups))
         if learn_weights and not all(self.weights):
             raise UserError(f"weights that are learned start above 0, got {self.weights}")
@@ -220,12 +210,12 @@ class MMRLoss(nn.Module):
         def of_block(rows: slice) -> tuple[Float[Tensor, "_ G"], Int[Tensor, " 1+G"]]:
             scores = nested_scores(queries[rows], all_positives, self.groups)
             answered = _is_answered(_at(asks, rows), all_answers)
-            hard = hard_mask = None
+            hard = None
             if negatives is not None and negatives_of is not None:
-                hard, hard_mask = self._hard(
+                hard = self._hard(
                     queries[rows], negatives, negatives_of[rows], _at(asks, rows), negative_answers
                 )
-            losses, counts, logits = self._info_nce(scores, own[rows], answered, hard, hard_mask)
+            losses, counts, logits = self._info_nce(scores, own[rows], answered, hard)
             beside = [term.of(logits, own[rows], rows).sum(dim=1) for term in terms]
             if others is not None:
                 # Where these are all scores there are, the other direction has them, transposed.
@@ -254,7 +244,7 @@ class MMRLoss(nn.Module):
         )
 
     def _weighted(self, sums: Float[Tensor, "_ G"], terms: Sequence[Term]) -> Float[Tensor, ""]:
-        """The terms of each group added up, then the groups."""
+        """The weighted sum over terms, then over groups."""
         # Not as a dot product: autocast would round it to bf16.
         factors = sums.new_tensor([1.0, *(term.weight for term in terms)])[:, None]
         per_group = (sums * factors).sum(dim=0)
@@ -264,6 +254,7 @@ class MMRLoss(nn.Module):
         return (per_group * logs.exp() - logs).sum()
 
     def _learned(self) -> dict[str, Float[Tensor, ""]]:
+        """The learned temperature and weights, for logs."""
         found = {}
         if isinstance(self.temperature, Tensor):
             found["temperature"] = self.temperature.detach()
@@ -279,8 +270,8 @@ class MMRLoss(nn.Module):
         negatives_of: Int[Tensor, "q N"],
         asks: Int[Tensor, "q K"] | None,
         negative_answers: Int[Tensor, "M An"] | None,
-    ) -> tuple[Float[Tensor, "G q N"], _HardMask]:
-        """The scores of some queries with their own hard negatives, and which of these count."""
+    ) -> tuple[Float[Tensor, "G q N"], Bool[Tensor, "q N"] | None, Bool[Tensor, "q N"]]:
+        """Scores of some queries with their hard negatives, which are answers, and which exist."""
         # A query with fewer than N is scored with the first one, and the score left out.
         rows = negatives_of.clamp(min=0)
         own = negatives.index_select(0, rows.flatten()).unflatten(0, rows.shape)
@@ -289,7 +280,7 @@ class MMRLoss(nn.Module):
         if asks is not None and negative_answers is not None:
             answered = (asks[:, None, :, None] == negative_answers[rows][:, :, None, :]).flatten(2)
             answered = answered.any(dim=2)
-        return hard, _HardMask(negatives_of >= 0, answered)
+        return hard, answered, negatives_of >= 0
 
     def _reverse(
         self,
@@ -300,7 +291,7 @@ class MMRLoss(nn.Module):
         answers: Int[Tensor, "C A"] | None,
         scores: Float[Tensor, "G Q C"] | None,
     ) -> Float[Tensor, " G"]:
-        """Summed over some queries: the loss of their positives finding them among all queries."""
+        """The loss of positives finding their own among all queries, summed over some of them."""
         if scores is None:
             found, column = positive_of.unique(return_inverse=True)
             scores = nested_scores(others.queries, positives[found], self.groups)
@@ -318,7 +309,7 @@ class MMRLoss(nn.Module):
         return self._info_nce(of_positives, own, no_negative)[0]
 
     def _blocks(self, num_rows: int, num_columns: int, on_gpu: bool) -> list[slice]:
-        """Rows of the scores, so many at a time that they take bounded memory."""
+        """Blocks of rows of the scores that fit the memory limit."""
         elements = GPU_BLOCK_ELEMENTS if on_gpu else CPU_BLOCK_ELEMENTS
         step = max(1, elements // (len(self.groups) * num_columns))
         return [slice(i, i + step) for i in range(0, num_rows, step)]
@@ -328,21 +319,27 @@ class MMRLoss(nn.Module):
         scores: Float[Tensor, "G q P"],
         own: Int[Tensor, " q"],
         answered: Bool[Tensor, "q P"] | None,
-        hard: Float[Tensor, "G q N"] | None = None,
-        hard_mask: _HardMask | None = None,
+        hard: tuple[Tensor, Tensor | None, Tensor] | None = None,
     ) -> tuple[Float[Tensor, " G"], Int[Tensor, " 1+G"], Float[Tensor, "G q _"]]:
-        """Summed over some rows: the loss of each group; and counts; and the logits.
+        """The loss of each group, summed over some rows; counts; and the logits.
 
-        How many candidates are left out, and of each group how many rows have their own on top.
+        The counts: candidates left out, then of each group the rows whose positive ranks first.
+
+        Args:
+            scores: of the rows with all candidates.
+            own: the column of each row's positive.
+            answered: candidates that are no negatives.
+            hard: see `_hard`.
         """
         own_scores = scores[-1].detach().gather(1, own[:, None])
         # The own positive answers what is asked, but is never left out.
         mask = self._mask(scores, own_scores, answered).scatter(1, own[:, None], False)
         logits, num_masked = self._logits(scores, mask), mask.sum()
-        if hard is not None and hard_mask is not None:
-            mask = self._mask(hard, own_scores, hard_mask.answered)
-            num_masked = num_masked + (mask & hard_mask.is_there).sum()
-            logits = torch.cat([logits, self._logits(hard, mask | ~hard_mask.is_there)], dim=2)
+        if hard is not None:
+            hard_scores, hard_answered, exists = hard
+            mask = self._mask(hard_scores, own_scores, hard_answered)
+            num_masked = num_masked + (mask & exists).sum()
+            logits = torch.cat([logits, self._logits(hard_scores, mask | ~exists)], dim=2)
         losses = F.cross_entropy(logits.flatten(0, 1), own.repeat(len(logits)), reduction="none")
         on_top = (logits.detach().argmax(dim=2) == own).sum(dim=1)
         counts = torch.cat([num_masked[None], on_top])
@@ -354,7 +351,7 @@ class MMRLoss(nn.Module):
         own_scores: Float[Tensor, "Q 1"],
         answered: Bool[Tensor, "Q P"] | None,
     ) -> Bool[Tensor, "Q P"]:
-        """Which candidates are no negatives: they answer what is asked, or seem to."""
+        """Candidates that are no negatives: they answer the query, or likely do."""
         largest = scores[-1].detach()
         mask = torch.zeros_like(largest, dtype=torch.bool) if answered is None else answered
         if self.false_negative_margin is None:
@@ -378,13 +375,13 @@ class MMRLoss(nn.Module):
 
 
 class _Others(NamedTuple):
-    """The queries of all ranks, among which a positive finds its own.
+    """The queries of all ranks, for the other direction.
 
     Args:
         queries: their vectors.
-        positives: the number of each one's positive, over all ranks.
-        asks: what they ask for.
-        first_own: the number of this rank's first query.
+        positives: the index of each one's positive among those of all ranks.
+        asks: see `MMRLoss.forward`.
+        first_own: the index of this rank's first query.
     """
 
     queries: Float[Tensor, "A Rq D"]
@@ -396,7 +393,7 @@ class _Others(NamedTuple):
 def _summed(
     of_block: Callable[[slice], tuple[Tensor, Tensor]], blocks: list[slice]
 ) -> tuple[Tensor, Tensor]:
-    """What is found over all blocks; scores of several are dropped, and made again going back."""
+    """Sums over all blocks; with several, scores are recomputed in the backward pass."""
     if len(blocks) == 1:
         return of_block(blocks[0])
     found = [
@@ -413,35 +410,32 @@ def _at(values: Tensor | None, rows: slice) -> Tensor | None:
 def _is_answered(
     asks: Int[Tensor, "Q K"] | None, answers: Int[Tensor, "P A"] | None
 ) -> Bool[Tensor, "Q P"] | None:
-    """Which candidates answer what a query asks; None where nobody says."""
+    """Which candidates answer which query; None if that is not given."""
     if asks is None or answers is None:
         return None
     return (asks[:, None, :, None] == answers[None, :, None, :]).flatten(2).any(dim=2)
 
 
 def _pad(ids: Int[Tensor, "B A"], padding: int = PADDING) -> Int[Tensor, "B W"]:
-    """As wide as the widest of all ranks."""
+    """Pads to the width of the widest rank."""
     width = maximum_over_ranks(ids.shape[1], ids.device)
     return F.pad(ids, (0, width - ids.shape[1]), value=padding)
 
 
-def _check_temperature(
-    temperature: float, bounds: Sequence[float] | None
-) -> tuple[float, tuple[float, float] | None]:
+def _check_temperature(temperature: float, bounds: Sequence[float] | None) -> None:
     if not 0 < temperature < float("inf"):
         raise UserError(f"the temperature must be a number above 0, got {temperature}")
     if bounds is None:
-        return temperature, None
+        return
     if len(bounds) != 2 or not 0 < bounds[0] < temperature < bounds[1] < float("inf"):
         raise UserError(
             "temperature_bounds are two numbers with the temperature between them: expected "
             f"0 < low < {temperature} < high, got {list(bounds)}"
         )
-    return temperature, (bounds[0], bounds[1])
 
 
 def _place(temperature: float, low: float, high: float) -> float:
-    """Where a temperature is between two others, as what a sigmoid makes its share of the way."""
+    """The parameter whose sigmoid is the temperature's (logarithmic) place between the bounds."""
     share = math.log(temperature / low) / math.log(high / low)
     return math.log(share / (1 - share))
 
@@ -491,7 +485,7 @@ def _check_batch(
 
 
 def _check_rows(name: str, rows: Tensor, least: int, end: int) -> None:
-    """Refuses numbers of rows that are not there; on a GPU they are trusted, to not wait for it."""
+    """Refuses row numbers out of range; on a GPU they are trusted, to avoid a synchronisation."""
     if rows.is_cuda or rows.numel() == 0:
         return
     if rows.min() < least or rows.max() >= end:

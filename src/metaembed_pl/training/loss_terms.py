@@ -28,9 +28,6 @@ class SpreadConfig:
     Args:
         weight: of the penalty beside the loss of a group, which has weight 1.
         margin: the cosine up to which two of them may be alike, -1 to below 1.
-
-    Raises:
-        UserError: a number out of range.
     """
 
     weight: float = 10.0
@@ -43,9 +40,7 @@ class SpreadConfig:
 
 
 def likeness(vectors: Float[Tensor, "N R D"], margin: float) -> Float[Tensor, " N"]:
-    """Of each input, how far the cosine of two of its unit vectors is above the margin.
-
-    The mean over all pairs of two; pairs below the margin count 0.
+    """How far cosines between an input's unit vectors exceed the margin, the mean over all pairs.
 
     >>> likeness(torch.tensor([[[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]]]), margin=0.7)
     tensor([0.0333])
@@ -56,35 +51,16 @@ def likeness(vectors: Float[Tensor, "N R D"], margin: float) -> Float[Tensor, " 
     return (cosines[:, first, second] - margin).clamp(min=0).mean(dim=1)
 
 
-def mean_cosine(vectors: Float[Tensor, "N R D"]) -> Float[Tensor, ""]:
-    """How alike the unit vectors of an item are: the mean cosine of two of them, over all items.
-
-    1 where items have only one.
-
-    >>> mean_cosine(torch.tensor([[[1.0, 0.0], [0.6, 0.8]], [[1.0, 0.0], [0.0, 1.0]]]))
-    tensor(0.3000)
-    """
-    count = vectors.shape[1]
-    if count == 1:
-        return vectors.new_ones(())
-    # The square of the sum has every pair twice, and each vector with itself.
-    squares = vectors.sum(dim=1).square().sum(dim=1)
-    return ((squares - count) / (count * (count - 1))).mean()
-
-
 @dataclass
 class SelfDistillationConfig:
-    """The largest group teaches the smaller ones how it ranks the candidates of a batch.
+    """Distillation: smaller groups learn how the largest one ranks the candidates of a batch.
 
     Args:
         weight: of the divergence beside a group's loss, which has weight 1.
-        temperature: logits of teacher and student are divided by it; above 1 says more of what
-            ranks below the first.
-        first_step: the step from which it counts: the teacher knows nothing at first.
+        temperature: logits of teacher and student are divided by it; above 1, candidates below the
+            first one count more.
+        first_step: the step at which it starts, once the teacher has learned something.
         warmup_steps: its weight rises from 0 over so many steps.
-
-    Raises:
-        UserError: a number out of range.
     """
 
     weight: float = 1.0
@@ -113,7 +89,7 @@ class SelfDistillationConfig:
 
 @dataclass
 class TeacherConfig:
-    """A teacher says how well candidates answer a query.
+    """Distillation from a teacher's scores.
 
     Args:
         model: folder of a trained model that scores the batch as the student does. None: the
@@ -122,9 +98,6 @@ class TeacherConfig:
         objective: `kl`: the distribution over candidates. `margin_mse`: how far the positive is
             above each other candidate, in logits.
         temperature: the teacher's scores are divided by it; a model's are first divided by r_q.
-
-    Raises:
-        UserError: a number out of range.
 
     Source: MarginMSE: Hofstätter et al., arXiv 2010.02666.
     """
@@ -140,14 +113,11 @@ class TeacherConfig:
 
 @dataclass
 class QuantizationConfig:
-    """Candidates as a store with fewer bits has them, in a share of the steps.
+    """Rounds candidates in a share of the steps, as a store with fewer bits does.
 
     Args:
         bits: of a component: 8, with a scale for each vector, or 1, its sign.
         share: of the steps; in the others nothing is rounded.
-
-    Raises:
-        UserError: other numbers.
     """
 
     bits: int = 8
@@ -160,7 +130,7 @@ class QuantizationConfig:
             raise UserError(f"quantization.share is a share, above 0 to 1, got {self.share}")
 
     def is_on(self, step: int) -> bool:
-        """Whether a step is one of the share: evenly spread, the same on every rank.
+        """Whether a step is one of the share: evenly spaced, the same on every rank.
 
         >>> [QuantizationConfig(share=0.5).is_on(step) for step in range(4)]
         [False, True, False, True]
@@ -179,8 +149,8 @@ def divergence(
 ) -> Float[Tensor, "G Q"]:
     """KL of the teacher's distribution over candidates from each group's.
 
-    Candidates that either side does not know (-infinity) count for neither. Times the temperature's
-    square, so that gradients keep their size (Hinton et al., arXiv 1503.02531).
+    Candidates with -infinity on either side are ignored. The result is multiplied by the squared
+    temperature, so that gradients keep their size (Hinton et al., arXiv 1503.02531).
 
     >>> teacher = torch.tensor([[0.0, 0.0]])
     >>> divergence(torch.tensor([[[0.0, 0.0]], [[0.0, 5.0]]]), teacher)
@@ -197,14 +167,14 @@ def divergence(
 def margin_error(
     logits: Float[Tensor, "G Q C"], teacher: Float[Tensor, "Q C"], own: Int[Tensor, " Q"]
 ) -> Float[Tensor, "G Q"]:
-    """MarginMSE: the squared error of how far the own candidate is above each other.
+    """MarginMSE: the squared error of the margins between the positive and each other candidate.
 
-    The mean over the candidates that both sides know.
+    The mean over candidates with finite logits of student and teacher.
 
     Args:
         logits: of the student.
-        teacher: -infinity where it does not know.
-        own: which candidate is the query's positive.
+        teacher: its logits; -infinity where unknown.
+        own: the index of each query's positive.
     """
     index = own[:, None]
     known = (teacher.isfinite() & logits[0].isfinite()).scatter(1, index, False)
@@ -215,15 +185,15 @@ def margin_error(
 
 
 def rounded(vectors: Float[Tensor, "N R D"], bits: int) -> Float[Tensor, "N R D"]:
-    """What a store with so many bits gives back; the gradient is that of the vectors themselves.
+    """Vectors as a store with so many bits returns them; the gradient passes through unchanged.
 
     >>> rounded(torch.tensor([[[0.6, -0.8]]]), 1)
     tensor([[[ 0.7071, -0.7071]]])
     """
     exact = vectors.detach()
     if bits == 1:
-        kept = torch.where(exact < 0, -1.0, 1.0).to(exact.dtype) / exact.shape[-1] ** 0.5
+        stored = torch.where(exact < 0, -1.0, 1.0).to(exact.dtype) / exact.shape[-1] ** 0.5
     else:
         scale = exact.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / 127
-        kept = (exact / scale).round() * scale
-    return vectors + (kept - exact)
+        stored = (exact / scale).round() * scale
+    return vectors + (stored - exact)

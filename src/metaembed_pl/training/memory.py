@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from metaembed_pl.late_interaction import CPU_TILE_ELEMENTS, GPU_TILE_ELEMENTS
 from metaembed_pl.model.embedder import MetaEmbedder
@@ -30,12 +30,12 @@ NF4_BYTES = 4.127 / 8  # a weight in 4 bits with its double-quantized scales (QL
 
 @dataclass(frozen=True)
 class Step:
-    """What one rank computes in a step.
+    """The work of one rank in a step.
 
     Args:
         num_pairs: candidates of this rank, each with at least one query.
         num_negatives: hard negatives a query.
-        query: one query's row; `num_rows` is not read.
+        query: one query's row; `num_rows` is ignored.
         candidate: likewise.
         both_directions: see `MMRLoss`.
         num_questions: queries a candidate has, on average.
@@ -50,7 +50,7 @@ class Step:
 
     @property
     def num_queries(self) -> int:
-        """Of this rank."""
+        """Queries of this rank."""
         return round(self.num_pairs * self.num_questions)
 
     @property
@@ -65,16 +65,16 @@ class Step:
 
 @dataclass(frozen=True)
 class Running:
-    """How the step is run.
+    """The setting in which a step runs.
 
     Args:
         num_gpus: ranks.
         strategy: Lightning's name, such as `ddp` or `deepspeed_stage_3`.
         precision: Lightning's name, such as `bf16-mixed`.
         is_checkpointed: gradient checkpointing.
-        has_mask: attention keeps a mask; False for flash attention.
-        on_gpu: on the CPU dropout keeps more, tiles are smaller and CUDA takes nothing.
-        is_quantized: frozen linear layers are held in 4 bits.
+        has_mask: attention saves a mask; False for flash attention.
+        on_gpu: on the CPU dropout saves more, tiles are smaller and CUDA needs no memory.
+        is_quantized: frozen linear layers have 4 bits.
         max_chunk_tokens: of gradient caching; None: all rows at once.
     """
 
@@ -89,12 +89,12 @@ class Running:
 
     @property
     def stage(self) -> int:
-        """DeepSpeed's ZeRO stage: from 1 the optimiser, 2 gradients, 3 weights are shared out."""
+        """DeepSpeed's ZeRO stage: from 1 on it shards the optimiser, 2 gradients, 3 weights."""
         return int(self.strategy.split("_stage_")[1][0]) if "_stage_" in self.strategy else 0
 
     @property
     def is_offloaded(self) -> bool:
-        """Whether the optimiser lives in the computer's memory."""
+        """Whether the optimiser state is in CPU memory."""
         return "offload" in self.strategy
 
     @property
@@ -127,19 +127,29 @@ def estimate(model: MetaEmbedder, step: Step, running: Running) -> Memory:
     Args:
         model: may be on the meta device.
         step: what a rank computes; lengths of the longest rows give the largest memory.
-        running: on how many GPUs, and how.
+        running: number of GPUs, strategy and so on.
     """
-    kept = max(_activation_bytes(model, calls, running) for calls in _graphs(step, running))
+    activations = max(
+        activation_bytes(
+            model.backbone,
+            model.processing.family,
+            calls,
+            number_widths(model, running),
+            running.is_checkpointed,
+            running.has_mask,
+        )
+        for calls in _graphs(step, running)
+    )
     if running.max_chunk_tokens is not None:
-        kept += _seen_bytes(model, step, running)
+        activations += _seen_bytes(model, step, running)
     return Memory(
         weights=_weight_bytes(model, running),
         gradients=_gradient_bytes(model, running),
         optimizer=_optimizer_bytes(model, running),
-        activations=kept,
+        activations=activations,
         gathered=_gathered_bytes(model, step, running),
         loss=_loss_bytes(model, step, running),
-        reserve=round(CUDA_BYTES + FRAGMENTED * kept) if running.on_gpu else 0,
+        reserve=round(CUDA_BYTES + FRAGMENTED * activations) if running.on_gpu else 0,
     )
 
 
@@ -154,32 +164,19 @@ def _graphs(step: Step, running: Running) -> list[tuple[Rows, ...]]:
     return chunks
 
 
-def _activation_bytes(model: MetaEmbedder, calls: tuple[Rows, ...], running: Running) -> int:
-    return activation_bytes(
-        model.backbone,
-        model.processing.family,
-        calls,
-        number_widths(model, running),
-        running.is_checkpointed,
-        running.has_mask,
-    )
-
-
 def _seen_bytes(model: MetaEmbedder, step: Step, running: Running) -> int:
-    """What a frozen vision tower gave of all images, kept for the second pass."""
-    family = model.processing.family
-    tower = model.backbone.get_submodule(family.vision_module)
-    if any(parameter.requires_grad for parameter in tower.parameters()):
+    """Bytes of a frozen vision tower's outputs for all images, for the second pass."""
+    if not model.vision_is_frozen:
         return 0
-    merged = 4 if family.packs_images else 1  # patches that become one token
+    merged = 4 if model.processing.family.packs_images else 1  # patches that become one token
     tokens = sum(rows.num_rows * rows.num_patches // merged for rows in step.calls)
     text: Any = model.backbone.config.get_text_config()
     return tokens * text.hidden_size * number_widths(model, running).compute_bytes
 
 
 def number_widths(model: MetaEmbedder, running: Running) -> Precision:
-    """How wide numbers are in the backbone, from its weights and the precision."""
-    held = _held_bytes(model.backbone.get_input_embeddings(), running)
+    """The sizes of numbers in the backbone, from its weights and the precision."""
+    held = _held_bytes(next(model.backbone.get_input_embeddings().parameters()), running)
     mixed = "mixed" in running.precision and running.is_half and not running.stage
     return Precision(
         compute_bytes=2 if running.is_half else held,
@@ -189,20 +186,16 @@ def number_widths(model: MetaEmbedder, running: Running) -> Precision:
     )
 
 
-def _held_bytes(module: nn.Module, running: Running) -> int:
-    """Bytes of a weight as the run holds it: DeepSpeed and `true` precisions cast all of them."""
-    if running.is_half and (running.stage or "true" in running.precision):
-        return 2
-    return next(module.parameters()).element_size()
+def _held_bytes(weight: Tensor, running: Running) -> int:
+    """Bytes per number in the run: DeepSpeed and `true` precisions cast all floating-point ones."""
+    cast = running.is_half and (running.stage or "true" in running.precision)
+    return 2 if cast and weight.is_floating_point() else weight.element_size()
 
 
 def _sizes(model: nn.Module, running: Running, trained: bool) -> Iterator[tuple[int, int]]:
-    cast = running.is_half and (running.stage or "true" in running.precision)
-    for parameter in model.parameters():
-        if parameter.requires_grad or not trained:
-            is_float = parameter.is_floating_point()
-            size = 2 if cast and is_float else parameter.element_size()
-            yield parameter.numel(), size
+    for weight in model.parameters():
+        if weight.requires_grad or not trained:
+            yield weight.numel(), _held_bytes(weight, running)
 
 
 def _weight_bytes(model: MetaEmbedder, running: Running) -> int:

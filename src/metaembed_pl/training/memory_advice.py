@@ -13,13 +13,10 @@ CHUNK_TOKENS = GradientCacheConfig().max_tokens
 
 
 def parse_gib(text: str) -> int:
-    """Bytes of what a user writes: 80GB, 80 or 24GiB; GPUs are sold by 2^30 bytes, so GB is that.
+    """Bytes of a GPU's memory such as 80GB, 80 or 24GiB; GB is 2^30 bytes, as GPUs are sold.
 
     >>> parse_gib("80GB") == 80 * 2**30
     True
-
-    Raises:
-        UserError: not a number above 0.
     """
     number = text.strip().lower().removesuffix("b").removesuffix("i").removesuffix("g")
     try:
@@ -32,9 +29,9 @@ def parse_gib(text: str) -> int:
 
 
 def memory_advice(model: MetaEmbedder, step: Step, running: Running, limit: int) -> list[str]:
-    """Settings that bring the memory of a GPU under the limit: each by itself, cheapest first.
+    """Settings that each bring the memory of a GPU under the limit, cheapest first.
 
-    Where none does, all of them together, with the largest batch that then fits.
+    If there is none: all of them together, with the largest batch that then fits.
     """
 
     def fits(step: Step = step, **changes: Any) -> bool:
@@ -64,12 +61,7 @@ def memory_advice(model: MetaEmbedder, step: Step, running: Running, limit: int)
 
 
 def last_resort(memory: Memory, limit: int) -> str:
-    """What to change where `memory_advice` finds nothing: one pair a GPU is too much.
-
-    Args:
-        memory: the estimate; what the model itself takes is the same for every batch.
-        limit: bytes of a GPU.
-    """
+    """What to change if even one pair per GPU is too much for `limit` bytes."""
     of_model = memory.weights + memory.gradients + memory.optimizer + memory.reserve
     if of_model > limit:
         return (
@@ -84,7 +76,7 @@ def last_resort(memory: Memory, limit: int) -> str:
 
 
 def _settings(step: Step, running: Running) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What can be set beside the batch, and what it changes."""
+    """Settings other than the batch, with the fields of `Running` that they change."""
     if not running.is_checkpointed:
         name = "model.backbone.gradient_checkpointing: true (slower by about a third)"
         yield name, {"is_checkpointed": True}

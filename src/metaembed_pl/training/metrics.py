@@ -148,14 +148,14 @@ class RetrievalMetrics(Metric):
     def _scores(
         self, queries: Float[Tensor, "q Rq D"], candidates: Float[Tensor, "C Rc D"]
     ) -> Iterator[tuple[Budget, Float[Tensor, "q C"]]]:
-        """Of some queries, at every group and then at every width."""
+        """Scores of some queries at every group, then at every width."""
         yield from zip(self.groups, nested_scores(queries, candidates, self.groups), strict=True)
         for budget in self.budgets:
             if budget.width is not None:
                 yield budget, maxsim(*(narrowed(of, budget.width) for of in (queries, candidates)))
 
     def _sizes(self, side: str) -> tuple[int, int]:
-        """How many rows the side has, and vectors a row."""
+        """The number of rows of the side, and of vectors per row."""
         if side == "query":
             return len(self.relevant), self.groups[-1].r_q
         if side == "candidate":
@@ -181,16 +181,13 @@ class RetrievalMetrics(Metric):
 def headline(
     values: Mapping[str, Mapping[str, Tensor]], choice: str | None, budgets: Sequence[Budget]
 ) -> Float[Tensor, ""]:
-    """The one number that checkpoints go by.
+    """The metric that selects the best checkpoint.
 
     Args:
         values: metrics by dataset.
         choice: a metric; at a budget if it ends in one, else at the largest; of one dataset if it
             begins with its name, else the mean over all. None: recall@1.
-        budgets: that are measured, see `budgets_of`.
-
-    Raises:
-        UserError: there is no such metric.
+        budgets: see `budgets_of`.
 
     >>> values = {"a": {"mrr/1x1": torch.tensor(0.5)}, "b": {"mrr/1x1": torch.tensor(1.0)}}
     >>> groups = parse_groups(["1x1"])
@@ -204,11 +201,7 @@ def headline(
 def check_headline(
     choice: str, datasets: Sequence[str], budgets: Sequence[Budget | str]
 ) -> tuple[list[str], str]:
-    """The datasets and the metric that a headline means.
-
-    Raises:
-        UserError: there is no such metric.
-    """
+    """The datasets and the metric of a headline; a UserError if there is no such metric."""
     chosen = [name for name in datasets if choice.startswith(f"{name}/")]
     metric = choice.removeprefix(f"{max(chosen, key=len)}/") if chosen else choice
     at = [f"{name}/{budget}" for budget in reversed(budgets) for name in METRICS]

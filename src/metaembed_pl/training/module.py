@@ -37,9 +37,9 @@ from metaembed_pl.training.metrics import RetrievalMetrics, check_headline, head
 from metaembed_pl.training.objective import LossConfig, Objective, check_widths
 from metaembed_pl.training.optimizer import (
     OptimizerConfig,
+    apply_settings,
     build_optimizer,
-    go_on_with,
-    settings_of,
+    settings_of_groups,
 )
 from metaembed_pl.training.strategy import Fsdp2Strategy, ZeroStrategy, backward_by_parts, shared_by
 from metaembed_pl.training.teacher import Teacher, refuse_unscored
@@ -48,9 +48,9 @@ log = logging.getLogger(__name__)
 
 
 def dropout_turn(step: int, rank: int, num_ranks: int) -> int:
-    """Which dropout masks a rank draws in a step: others than in any other step, on any other rank.
+    """The number of a rank's random draws in a step, different for every step and rank.
 
-    A resumed run draws what an unbroken one would.
+    A resumed run therefore has the same dropout masks as one without interruption.
 
     >>> [[dropout_turn(step, rank, num_ranks=2) for rank in (0, 1)] for step in (0, 1)]
     [[0, 1], [2, 3]]
@@ -63,7 +63,7 @@ def _accept(checkpoint: dict[str, Any]) -> None:
 
 
 def _surrogate(parameters: list[nn.Parameter], gradients: list[Tensor]) -> Tensor:
-    """A number whose gradient by the parameters is what is given."""
+    """A number with the given gradients."""
     pairs = zip(parameters, gradients, strict=True)
     return torch.stack([(parameter * gradient).sum() for parameter, gradient in pairs]).sum()
 
@@ -72,23 +72,23 @@ class MetaEmbedModule(pl.LightningModule):
     """A MetaEmbed retriever in training.
 
     Args:
-        backbone: the vision-language model; with `start_from`, only how it is run.
+        backbone: the vision-language model; with `start_from`, only options to run it.
         groups: nested budgets, smallest first, such as `["1x1", "2x4"]`; the paper's by default.
         layout: which meta tokens an input ends in, see `MetaTokens`; `both` by default.
         projection: width of the meta embeddings; None keeps the backbone's.
         meta_token_std: of the meta tokens' random start; None: the backbone's `initializer_range`.
         meta_tokens_orthogonal: whether the meta tokens start at right angles to each other.
-        pooling: where a model of one vector is read, see `MetaEmbedder`; `meta_tokens` by default.
+        pooling: see `MetaEmbedder`; `meta_tokens` by default.
         bidirectional: likewise; False by default.
         prompt: the words around an item.
-        loss: the MMR loss, and what stands beside it.
+        loss: the MMR loss and its optional terms.
         optimizer: AdamW and its schedule.
         start_from: a trained model (folder or hub id) that gives backbone, preprocessing, groups,
             layout, projection and meta tokens; an adapter of its own becomes part of its weights.
         lora: adapt the backbone by LoRA; None: train its weights themselves.
         train_vision: see `set_trainable`.
-        headline: the metric that says which checkpoint is best, such as `ndcg@5`, `recall@1/4x8`
-            or `esg/ndcg@5`; see `headline`. None: recall@1.
+        headline: the metric that selects the best checkpoint, such as `ndcg@5`, `recall@1/4x8` or
+            `esg/ndcg@5`; see `headline`. None: recall@1.
         gradient_cache: for batches whose activations do not fit; None: all rows at once.
     """
 
@@ -146,24 +146,21 @@ class MetaEmbedModule(pl.LightningModule):
         self.check_checkpoint: Callable[[dict[str, Any]], None] = _accept
 
     def __getstate__(self) -> dict[str, Any]:
-        """Of a copy, such as Lightning's average of the weights: it loads no checkpoints."""
+        """For copies, such as Lightning's average of the weights, which load no checkpoints."""
         return super().__getstate__() | {"check_checkpoint": _accept}
 
     @property
     def budgets(self) -> tuple[Budget, ...]:
-        """What is measured: the groups, and the largest one at each width."""
+        """The budgets to measure: the groups, and the largest one at each width."""
         return budgets_of(self.groups, self.loss.widths)
 
     @property
     def is_pretrained(self) -> bool:
-        """Whether frozen weights can be read again from where they came from."""
+        """Whether frozen weights can be read again from the base model."""
         return self.backbone_config.scratch is None
 
     def configure_model(self) -> None:
-        """Builds the embedder, once.
-
-        Strategies that shard the weights call this in their own place.
-        """
+        """Builds the embedder, once; sharding strategies call this in their own context."""
         if hasattr(self, "embedder"):
             return
         self.embedder = self._new() if self.start_from is None else self._started()
@@ -203,7 +200,7 @@ class MetaEmbedModule(pl.LightningModule):
         return embedder.train()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leaves out the frozen weights, unless they were drawn at random."""
+        """Leaves out frozen weights that can be read from the base model."""
         if self.is_pretrained:
             leave_out_frozen(self, checkpoint, self._base)
 
@@ -213,7 +210,7 @@ class MetaEmbedModule(pl.LightningModule):
         refuse_other_base(checkpoint, self._base)
         if "state_dict" in checkpoint:  # ZeRO has loaded the weights by now
             refuse_misfit(self, checkpoint["state_dict"])
-        self.strict_loading = False  # frozen weights may be missing, and nothing else is
+        self.strict_loading = False  # only frozen weights are missing
 
     def configure_optimizers(self) -> Any:
         """AdamW and its schedule over the steps the trainer will take."""
@@ -223,7 +220,7 @@ class MetaEmbedModule(pl.LightningModule):
             self.optimizer_config,
             int(self.trainer.estimated_stepping_batches),
         )
-        self._rates = settings_of(optimizer)
+        self._rates = settings_of_groups(optimizer)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
@@ -242,10 +239,10 @@ class MetaEmbedModule(pl.LightningModule):
             group["initial_lr"] *= factor
 
     def on_train_start(self) -> None:
-        """Trains with the recipe's rates, whatever those of a checkpoint were."""
+        """Uses the recipe's learning rates instead of those of a checkpoint."""
         scheduler = self.trainer.lr_scheduler_configs[0].scheduler
         if isinstance(scheduler, LambdaLR):  # LearningRateFinder has one of its own
-            go_on_with(scheduler, self._rates)
+            apply_settings(scheduler, self._rates)
 
     def training_step(self, batch: TrainBatch, batch_idx: int) -> Tensor:
         """The MMR loss of this rank's queries."""
@@ -260,11 +257,11 @@ class MetaEmbedModule(pl.LightningModule):
         return self._loss(queries, candidates, batch)
 
     def _cached_step(self, batch: TrainBatch, batch_idx: int) -> Tensor:
-        """The same with gradient caching: all backward passes but the last are done here."""
+        """The same with gradient caching: all backward passes except the last one run here."""
         assert isinstance(batch.queries, list)
         assert isinstance(batch.candidates, list)
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
-            self.zero_grad()  # `optimizer_zero_grad` comes too late for them
+            self.zero_grad()  # `optimizer_zero_grad` would be too late
         cache = GradientCache(self.embedder)
         queries = cache.encode(batch.queries, "query")
         candidates = cache.encode(batch.candidates, "candidate")
@@ -274,7 +271,7 @@ class MetaEmbedModule(pl.LightningModule):
             loss, (queries, candidates, *learned)
         )
         surrogates = cache.surrogates({"query": of_queries, "candidate": of_candidates})
-        if learned:  # by the loss itself: a share in each part, as DDP waits for all in the last
+        if learned:  # parameters of the loss: a share in each part, as DDP expects all in the last
             surrogates = (
                 part + _surrogate(learned, of_learned) / cache.num_passes for part in surrogates
             )
@@ -329,7 +326,7 @@ class MetaEmbedModule(pl.LightningModule):
         # Lightning sets `log_every_n_steps` from outside its class.
         every = self.trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue]
         if not every or (self.global_step + 1) % every:
-            return  # Lightning would drop them, after a third of a millisecond each
+            return  # Lightning would discard them, after a third of a millisecond each
         self.log("train/false_negatives", output.num_masked, batch_size=size)
         for group, value in zip(self.groups, output.per_group, strict=True):
             self.log(f"train/loss/{group}", value, batch_size=size)
@@ -348,7 +345,7 @@ class MetaEmbedModule(pl.LightningModule):
         self._note_norm(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def on_train_batch_end(self, outputs: Any, batch: TrainBatch, batch_idx: int) -> None:
-        """Under ZeRO, looks at the norm of the gradients that the step was made of."""
+        """Under ZeRO, checks the norm of the step's gradients."""
         strategy = self.trainer.strategy
         if isinstance(strategy, ZeroStrategy) and (norm := strategy.gradient_norm) is not None:
             self._note_norm(torch.tensor(norm))
@@ -390,19 +387,19 @@ class MetaEmbedModule(pl.LightningModule):
         self._start("test")
 
     def validation_step(self, batch: EvalBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Keeps the meta embeddings of a batch."""
-        self._keep("val", batch)
+        """Adds the meta embeddings of a batch to the metrics."""
+        self._update("val", batch)
 
     def test_step(self, batch: EvalBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Keeps the meta embeddings of a batch."""
-        self._keep("test", batch)
+        """Adds the meta embeddings of a batch to the metrics."""
+        self._update("test", batch)
 
     def on_validation_epoch_end(self) -> None:
-        """Logs `val/DATASET/recall@1/16x64` and its like."""
+        """Logs metrics such as `val/DATASET/recall@1/16x64`."""
         self._finish("val")
 
     def on_test_epoch_end(self) -> None:
-        """Logs `test/DATASET/recall@1/16x64` and its like."""
+        """Logs metrics such as `test/DATASET/recall@1/16x64`."""
         self._finish("test")
 
     def _start(self, part: str) -> None:
@@ -421,12 +418,12 @@ class MetaEmbedModule(pl.LightningModule):
             for pool in data.eval_sets[part]
         }
 
-    def _keep(self, part: str, batch: EvalBatch) -> None:
+    def _update(self, part: str, batch: EvalBatch) -> None:
         embeddings = self.embedder(batch.inputs, batch.side)
         self.metrics[part][batch.dataset].update(batch.side, batch.index, embeddings)
 
     def _finish(self, part: str) -> None:
-        """Logs every metric and, what checkpoints go by, the headline."""
+        """Logs every metric and the headline, which selects the best checkpoint."""
         values = {name: metric.compute() for name, metric in self.metrics[part].items()}
         for dataset, found in values.items():
             self.log_dict({f"{part}/{dataset}/{name}": value for name, value in found.items()})

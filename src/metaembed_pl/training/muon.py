@@ -20,7 +20,7 @@ EPS = 1e-7
 
 
 def computes_in_bf16(device: torch.device) -> bool:
-    """Whether matrix products in bf16 are made by the hardware, and so faster than in fp32."""
+    """Whether the hardware has bf16 matrix products, which are then faster than fp32."""
     if device.type != "cpu":
         return True
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -29,14 +29,11 @@ def computes_in_bf16(device: torch.device) -> bool:
 def orthogonal(
     matrices: Float[Tensor, "N A B"], dtype: torch.dtype = torch.float32
 ) -> Float[Tensor, "N A B"]:
-    """About U V^T of each matrix U S V^T: its singular values brought near 1, to about 0.7 to 1.2.
+    """Approximately U V^T of each matrix U S V^T: singular values become about 0.7 to 1.2.
 
     Args:
         matrices: any; zero stays zero.
-        dtype: what the products are computed in.
-
-    Returns:
-        In `dtype`.
+        dtype: of the products and the result.
 
     Source: the quintic Newton-Schulz iteration of Jordan et al., "Muon: an optimizer for hidden
     layers in neural networks", 2024.
@@ -53,13 +50,13 @@ def orthogonal(
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, made orthogonal; updates are of the size that AdamW's have.
+    """Orthogonalized Nesterov momentum; updates have the size of AdamW's.
 
     Args:
-        params: matrices alone.
+        params: only matrices.
         lr: of AdamW's order.
         weight_decay: decoupled.
-        momentum: share of the old direction that is kept.
+        momentum: share of the old direction that remains.
 
     Source: Jordan et al. 2024; the scale is that of Liu et al., "Muon is scalable for LLM
     training", arXiv 2502.16982, section 2.2.
@@ -101,10 +98,10 @@ class Muon(torch.optim.Optimizer):
             parameter.mul_(1 - lr * weight_decay).add_(update, alpha=-lr * size)
 
     def _ahead(self, parameter: nn.Parameter, momentum: float) -> Tensor:
-        """Where the momentum goes if the next gradient is as this one: Nesterov's."""
+        """Nesterov's momentum: the update if the next gradient equals this one."""
         assert parameter.grad is not None
         state = self.state[parameter]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
-        kept = state["momentum_buffer"].lerp_(parameter.grad, 1 - momentum)
-        return parameter.grad.lerp(kept, momentum)
+        direction = state["momentum_buffer"].lerp_(parameter.grad, 1 - momentum)
+        return parameter.grad.lerp(direction, momentum)

@@ -1,8 +1,8 @@
 """The training objective: the MMR loss, and the options beyond the paper.
 
 Q: queries of this rank    C: candidates of this rank    P: candidates of all ranks    G: groups
-M: hard negatives of this rank    N: the most that a query has    Rq, Rc: vectors of a query, of a
-candidate    D: width
+M: hard negatives of this rank    N: maximum per query    Rq, Rc: vectors of a query, of a candidate
+D: width
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from metaembed_pl.budget import Budget
 from metaembed_pl.errors import UserError
-from metaembed_pl.late_interaction import narrowed, nested_scores, paired_scores
+from metaembed_pl.late_interaction import mean_cosine, narrowed, nested_scores, paired_scores
 from metaembed_pl.ranks import gather, rank_and_world
 from metaembed_pl.training.loss import MMRLoss, MMRLossOutput, OfTerm, Term
 from metaembed_pl.training.loss_terms import (
@@ -26,7 +26,6 @@ from metaembed_pl.training.loss_terms import (
     divergence,
     likeness,
     margin_error,
-    mean_cosine,
     rounded,
 )
 
@@ -68,14 +67,7 @@ class LossConfig:
 
 
 class Taught(NamedTuple):
-    """What a teaching model makes of a batch.
-
-    Args:
-        group: the vectors that it scores with.
-        queries: of this rank.
-        positives: of this rank.
-        negatives: hard ones of this rank; None: there are none.
-    """
+    """A teacher model's vectors of this rank's batch; `group` is the budget it scores at."""
 
     group: Budget
     queries: Float[Tensor, "Q Tq Dt"]
@@ -84,14 +76,11 @@ class Taught(NamedTuple):
 
 
 class Objective(nn.Module):
-    """The MMR loss at every width, with what stands beside it.
+    """The MMR loss at every width, plus the optional terms of the recipe.
 
     Args:
         groups: nested budgets, smallest first.
-        config: what a recipe says of the loss.
-
-    Raises:
-        UserError: a setting out of range, or one that the groups have no use for.
+        config: of the recipe.
     """
 
     def __init__(
@@ -145,14 +134,11 @@ class Objective(nn.Module):
             queries: unit vectors.
             positives: unit vectors.
             negatives: unit vectors.
-            step: of the plan: some terms come later, some in a share of the steps.
+            step: of the plan: some terms start later, some are in a share of the steps.
             scores: a teacher's, of each query with its positive and its hard negatives, in the
-                order of `negatives_of`; NaN: not known.
-            taught: what a teaching model makes of the batch.
-            batch: what else `MMRLoss` takes.
-
-        Raises:
-            UserError: as `MMRLoss`; or the teacher's scores are missing.
+                order of `negatives_of`; NaN: unknown.
+            taught: the teacher model's vectors of the batch.
+            batch: further arguments of `MMRLoss`.
         """
         r_q, r_c, _ = self.groups[-1]
         queries, positives = queries[:, :r_q], positives[:, :r_c]
@@ -184,10 +170,10 @@ class Objective(nn.Module):
         return output._replace(loss=loss, also=also)
 
     def _stored(self, vectors: Float[Tensor, "N R D"], width: int | None, step: int) -> Tensor:
-        """Candidates' vectors as a store gives them back."""
-        found, quantization = narrowed(vectors, width), self.config.quantization
-        is_rounded = quantization is not None and quantization.is_on(step)
-        return rounded(found, quantization.bits) if quantization and is_rounded else found
+        """Candidates' vectors as a store returns them."""
+        vectors, quantization = narrowed(vectors, width), self.config.quantization
+        is_rounded = quantization and quantization.is_on(step)
+        return rounded(vectors, quantization.bits) if quantization and is_rounded else vectors
 
     def _terms(
         self,
@@ -206,14 +192,13 @@ class Objective(nn.Module):
         if teacher is None:
             return
         if teacher.model is None:
-            known = _known(scores)
-            yield Term("teacher", teacher.weight, _by_scores(teacher, known))
+            yield Term("teacher", teacher.weight, _by_scores(teacher, _known(scores)))
         elif taught is not None:
             yield Term("teacher", teacher.weight, _by_model(teacher, taught, negatives_of))
 
 
 def _by_scores(teacher: TeacherConfig, scores: Float[Tensor, "Q _"]) -> OfTerm:
-    """A term of what is known of each query's positive and of its hard negatives."""
+    """Distillation from given scores of each query's positive and hard negatives."""
 
     def of(logits: Tensor, own: Tensor, rows: slice) -> Tensor:
         theirs = torch.full_like(logits[0], -torch.inf)
@@ -229,7 +214,7 @@ def _by_scores(teacher: TeacherConfig, scores: Float[Tensor, "Q _"]) -> OfTerm:
 def _by_model(
     teacher: TeacherConfig, taught: Taught, negatives_of: Int[Tensor, "Q N"] | None
 ) -> OfTerm:
-    """A term of what a model says of all candidates that a query is compared with."""
+    """Distillation from a model's scores of all candidates of a query."""
     positives = gather(taught.positives)
 
     def of(logits: Tensor, own: Tensor, rows: slice) -> Tensor:
@@ -265,22 +250,17 @@ def _known(scores: Float[Tensor, "Q _"] | None) -> Float[Tensor, "Q _"]:
 
 
 def _penalty(spread: SpreadConfig, vectors: Float[Tensor, "N R D"]) -> Float[Tensor, ""]:
-    """The mean over some inputs, weighted."""
     return spread.weight * likeness(vectors, spread.margin).mean()
 
 
 def _share(rows: Float[Tensor, "N R D"]) -> float:
-    """How many rows this rank has beside the mean of all ranks."""
+    """The number of rows of this rank, relative to the mean over ranks."""
     total = gather(torch.tensor([len(rows)], device=rows.device)).sum()
     return len(rows) * rank_and_world()[1] / int(total)
 
 
 def check_widths(widths: Sequence[int] | None, width: int | None = None) -> list[int]:
-    """The widths, if they are nested, and below that of the meta embeddings where it is known.
-
-    Raises:
-        UserError: they are not.
-    """
+    """The widths; a UserError if they are not nested, or not below a known `width` of the model."""
     found = list(widths or [])
     if sorted(set(found), reverse=True) != found or (found and found[-1] < 1):
         raise UserError(

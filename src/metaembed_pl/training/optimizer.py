@@ -59,11 +59,7 @@ class OptimizerConfig:
 
 
 def optimizer_class(config: OptimizerConfig) -> type[torch.optim.Optimizer]:
-    """The class that a recipe names.
-
-    Raises:
-        UserError: it cannot be imported, is no optimiser, or does not take the options.
-    """
+    """The class that a recipe names; a UserError if it is none or does not take the options."""
     module, _, name = config.kind.rpartition(".")
     try:
         found = getattr(import_module(module), name)
@@ -84,14 +80,7 @@ def optimizer_class(config: OptimizerConfig) -> type[torch.optim.Optimizer]:
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
-    """Two optimisers that step, are scheduled and are saved as one.
-
-    Args:
-        muon: of the matrices.
-        adamw: of all other parameters.
-
-    Source: muon.py, which takes matrices alone.
-    """
+    """Two optimisers that step, are scheduled and are saved as one: Muon takes only matrices."""
 
     def __init__(self, muon: torch.optim.Optimizer, adamw: torch.optim.Optimizer):
         self.parts = (muon, adamw)
@@ -101,7 +90,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
         self._share()
 
     def _share(self) -> None:
-        """A schedule writes its rate into our groups: let them be the parts' own."""
+        """Shares the parts' groups, into which a schedule writes its rate."""
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -119,19 +108,19 @@ class MuonAndAdamW(torch.optim.Optimizer):
         return {"muon": self.parts[0].state_dict(), "adamw": self.parts[1].state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over both states."""
+        """Loads both states."""
         for part, name in zip(self.parts, ("muon", "adamw"), strict=True):
             part.load_state_dict(state_dict[name])
         self._share()
 
 
-def settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """What a recipe says of each group of parameters: rates, decay, betas."""
+def settings_of_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """The settings of each parameter group: rates, decay, betas."""
     return [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
 
 
-def go_on_with(scheduler: Any, settings: list[dict[str, Any]]) -> None:
-    """Replaces what a checkpoint has brought by these settings, at the step that it is at."""
+def apply_settings(scheduler: Any, settings: list[dict[str, Any]]) -> None:
+    """Replaces a checkpoint's settings by these, at its step."""
     scheduler.base_lrs = [of_group["initial_lr"] for of_group in settings]
     factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
     for group, own, factor in zip(scheduler.optimizer.param_groups, settings, factors, strict=True):

@@ -9,28 +9,28 @@ import torch
 
 from metaembed_pl.data.collate import TrainBatch
 from metaembed_pl.model.embedder import MetaEmbedder
-from metaembed_pl.training.activations import Rows
+from metaembed_pl.training.activations import Rows, num_patches
 from metaembed_pl.training.memory import GIB, Running, Step, estimate
 from metaembed_pl.training.memory_advice import memory_advice
 
 CPU_WORDS = "DefaultCPUAllocator: "  # how torch's CPU allocator begins its RuntimeError
 CACHE = "model.gradient_cache.max_tokens"
 LOWERED = 0.8
-"""Where a step was estimated to fit and did not, advice aims this far below the estimate."""
+"""If a step did not fit although the estimate did, advice aims at this share of the estimate."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch, on a GPU or a CPU, or Python could not get the memory it asked for."""
+    """Whether an allocation failed, of torch on a GPU or a CPU, or of Python."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and CPU_WORDS in str(error)
     )
 
 
 class OutOfMemory(pl.Callback):
-    """Adds advice to an error of memory, as a note that the command line shows.
+    """Adds advice to an out-of-memory error, as a note for the command line.
 
     Args:
-        strategy: the recipe's name of it.
+        strategy: its name in the recipe.
     """
 
     def __init__(self, strategy: str):
@@ -72,7 +72,7 @@ class OutOfMemory(pl.Callback):
 
 
 def step_of(batch: TrainBatch, model: MetaEmbedder, both_directions: bool) -> Step:
-    """What a batch makes a rank compute."""
+    """The work of a rank for a batch."""
     vision: Any = model.backbone.config.vision_config
     return Step(
         num_pairs=batch.num_positives,
@@ -85,18 +85,17 @@ def step_of(batch: TrainBatch, model: MetaEmbedder, both_directions: bool) -> St
 
 
 def _row(inputs: Any, patch_size: int) -> Rows:
-    """The mean row of a batch, in one piece or in chunks; as long as the longest."""
+    """The mean row of a batch, with the length of the longest one."""
     pieces = [inputs] if isinstance(inputs, dict) else [chunk.inputs for chunk in inputs]
     count = sum(len(piece["input_ids"]) for piece in pieces)
     num_tokens = max(piece["input_ids"].shape[1] for piece in pieces)
     pixels = [piece["pixel_values"] for piece in pieces if "pixel_values" in piece]
-    # Patches that are cut already, or complete pictures and tiles.
-    patches = sum(len(p) if p.dim() == 2 else p.numel() // (3 * patch_size**2) for p in pixels)
+    patches = sum(num_patches(p, patch_size) for p in pixels)
     return Rows(1, num_tokens, -(-patches // count), sum(p.nbytes for p in pixels) // count)
 
 
 def limit_bytes(device: torch.device) -> int:
-    """The memory of a GPU; of a CPU, what this process may have."""
+    """The memory of a GPU, or the limit of this process."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     import resource  # not on Windows
@@ -123,7 +122,7 @@ def advice(model: MetaEmbedder, step: Step, running: Running, limit: int) -> str
 
 
 def _smaller_chunks(step: Step, running: Running, settings: list[str]) -> tuple[int, str]:
-    """A key that leaves the gradient as it is, and its place: before what changes the batch."""
+    """A key that does not change the gradient, and its place before those that change the batch."""
     if running.max_chunk_tokens is not None:
         return 0, f"{CACHE}: {running.max_chunk_tokens // 2} (smaller chunks, the same gradient)"
     tokens = max(rows.num_rows * rows.num_tokens for rows in step.calls)

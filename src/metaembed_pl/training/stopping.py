@@ -21,7 +21,7 @@ SIGNALS += [signal.SIGXCPU]
 
 
 class Stopped(SystemExit):
-    """The run was stopped by a signal, whose number it holds; its code is the exit status."""
+    """The run was stopped by a signal; `code` is the exit status."""
 
     def __init__(self, number: int):
         super().__init__(128 + number)
@@ -29,15 +29,15 @@ class Stopped(SystemExit):
 
 
 class StopsOnSignal(pl.Callback):
-    """Takes signals inside its block: while training at the end of a step, else at once.
+    """Handles signals inside its block: in training at the end of a step, otherwise at once.
 
     Args:
-        last: the checkpoint that is written before the run stops; None: none is.
+        last: the checkpoint to write before the run stops; None: none.
     """
 
     def __init__(self, last: Path | None = None):
         self.last = last
-        self.kept_step: int | None = None
+        self.saved_step: int | None = None
         self._number = 0
         self._waits = False
         self._trainer: pl.Trainer | None = None
@@ -65,14 +65,14 @@ class StopsOnSignal(pl.Callback):
         twice, self._number = self._number == number == signal.SIGINT, number
         launcher = self._trainer and self._trainer.strategy.launcher
         if isinstance(launcher, _SubprocessScriptLauncher) and number != signal.SIGINT:
-            launcher.kill(number)  # of Ctrl-C, the terminal tells all processes
+            launcher.kill(number)  # a terminal sends Ctrl-C to all processes
         if not self._waits or twice:
             raise Stopped(number)
         message = f"metaembed-pl: {signal.Signals(number).name}: stopping at the end of this step\n"
         os.write(2, message.encode())
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """From now on a step is finished first; Lightning has put its own handlers before ours."""
+        """From now on a step is finished first; Lightning has replaced our handlers."""
         self._trainer, self._waits = trainer, True
         self._take()
 
@@ -82,7 +82,7 @@ class StopsOnSignal(pl.Callback):
             self._stop_if_signalled(trainer)
 
     def on_validation_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Stops while training validates, as if that had not begun."""
+        """Stops during a validation, which is repeated when the run resumes."""
         if self._waits and not trainer.sanity_checking and self._is_signalled(trainer):
             trainer.fit_loop.epoch_loop.val_loop.batch_progress.reset()
             self._stop(trainer)
@@ -90,11 +90,11 @@ class StopsOnSignal(pl.Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Remembers what is kept."""
-        self.kept_step = trainer.global_step
+        """Remembers the step of the checkpoint."""
+        self.saved_step = trainer.global_step
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """What comes after training need not be finished."""
+        """After training, a signal stops the run at once."""
         self._waits = False
         self._stop_if_signalled(trainer)
 
@@ -115,9 +115,9 @@ class StopsOnSignal(pl.Callback):
             trainer.save_checkpoint(self.last, weights_only=False)
         raise Stopped(self._number)
 
-    def kept(self) -> str:
-        """What is left of the run, and how to go on."""
+    def saved(self) -> str:
+        """What was saved of the run, and how to resume."""
         if self.last is None or not self.last.exists():
             return "nothing was saved: start it again"
-        step = "" if self.kept_step is None else f" of step {self.kept_step}"
+        step = "" if self.saved_step is None else f" of step {self.saved_step}"
         return f"{self.last}{step} is saved: resume with --ckpt_path last"

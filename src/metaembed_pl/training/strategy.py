@@ -39,7 +39,7 @@ TRUSTED = (
     "deepspeed.utils.tensor_fragment.",
 )
 COALESCED_SHARE = 0.1
-"""Where no more is trained, the gradients of a step are kept unreduced until its end."""
+"""Up to this share of trained weights, gradients are reduced once, at the end of the step."""
 
 
 class ZeroStrategy(DeepSpeedStrategy):
@@ -69,18 +69,18 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     @property
     def root_device(self) -> torch.device:
-        """Of this rank; on the CPU with an index, which DeepSpeed asks for."""
+        """The device of this rank; on the CPU with an index, which DeepSpeed needs."""
         return super().root_device if self._on_gpu else torch.device("cpu", self.local_rank)
 
     def setup_environment(self) -> None:
         """As Lightning's, which refuses the CPU."""
         if self._on_gpu:
             super().setup_environment()
-            return
-        DDPStrategy.setup_environment(self)
+        else:
+            DDPStrategy.setup_environment(self)
 
     def setup_distributed(self) -> None:
-        """As Lightning's, which asks for the index of a GPU."""
+        """As Lightning's, which needs the index of a GPU."""
         if self._on_gpu:
             super().setup_distributed()
             return
@@ -88,8 +88,8 @@ class ZeroStrategy(DeepSpeedStrategy):
 
         # Or DeepSpeed compiles a kernel for sums in shared memory at first use, for minutes.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        # Or for each layer it looks through all that follow within 1e9 weights, which on the small
-        # models of a CPU is all of a step, every chunk of gradient caching again.
+        # Or for each layer it searches the next 1e9 weights: with small models on a CPU, the
+        # entire step and every chunk of gradient caching.
         assert isinstance(self.config, dict)
         self.config["zero_optimization"].setdefault("stage3_max_reuse_distance", 0)
         self.set_world_ranks()
@@ -97,32 +97,30 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
-        """While open, transformers shards pretrained weights as it reads them.
+        """While open, transformers shards pretrained weights while reading them.
 
-        A model from scratch is small and built unsharded: its random start is drawn into complete
-        tensors. DeepSpeed then shares it out like the meta tokens, from rank 0.
+        A model from scratch is small and initialised unsharded. DeepSpeed then shards it from rank
+        0, like the meta tokens.
         """
         from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
         self._init_config_if_needed()
         module: Any = self.lightning_module
-        # Alive as long as this name is: transformers asks for it.
-        sharded = HfDeepSpeedConfig(self.config) if self._shards(module) else None
+        shards = self.zero_stage_3 and module.is_pretrained
+        # transformers finds it as long as this reference exists.
+        reference = HfDeepSpeedConfig(self.config) if shards else None
         yield
-        del sharded
-
-    def _shards(self, module: Any) -> bool:
-        return self.zero_stage_3 and module.is_pretrained
+        del reference
 
     @property
     def gradient_norm(self) -> float | None:
-        """Of all ranks' gradients at the last step, before clipping; None before the first."""
+        """The norm over all ranks at the last step, before clipping; None before the first."""
         engine: Any = self.deepspeed_engine
         norm = engine.get_global_grad_norm()
         return None if norm is None else float(norm)
 
     def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """As Lightning's, unless gradient caching has gone backwards already."""
+        """As Lightning's, unless gradient caching has run the backward passes already."""
         if self._parts_are_done:
             self._parts_are_done = False
             return closure_loss
@@ -132,13 +130,13 @@ class ZeroStrategy(DeepSpeedStrategy):
         return super().backward(closure_loss, *args, **kwargs)
 
     def backward_by_parts(self, parts: Iterator[Tensor]) -> Tensor:
-        """Goes backwards from each part in turn; what they add up to is one gradient.
+        """Runs a backward pass from each part; their gradients add up.
 
         Returns:
-            The last one, done with.
+            The last part, detached.
 
         Raises:
-            UserError: batches are to be accumulated as well, which stages 1 and 2 cannot.
+            UserError: batches are accumulated as well, which stages 1 and 2 do not support.
         """
         engine: Any = self.deepspeed_engine
         is_accumulating = engine.gradient_accumulation_steps() > 1
@@ -156,7 +154,7 @@ class ZeroStrategy(DeepSpeedStrategy):
             return part.detach()
         for number, part in enumerate(parts):
             if number:
-                # DeepSpeed takes a second backward pass of a step for a repetition of the first.
+                # DeepSpeed mistakes a second backward pass of a step for a repetition.
                 engine.optimizer.clear_backward_seen_flag()
             engine.backward(part)
         return part.detach()
@@ -164,9 +162,9 @@ class ZeroStrategy(DeepSpeedStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
     ) -> None:
-        """Writes a folder beside the last one, and lets `filepath` point to it once it is complete.
+        """Writes a new folder, and lets the link `filepath` point to it once it is complete.
 
-        Frozen weights that can be read again from the base model are left out.
+        Frozen weights that can be read from the base model are left out.
         """
         module: Any = self.lightning_module
         self.exclude_frozen_parameters = module.is_pretrained
@@ -181,11 +179,11 @@ class ZeroStrategy(DeepSpeedStrategy):
     def load_checkpoint(
         self, checkpoint_path: Any, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Goes on from a folder of `save_checkpoint`.
+        """Reads a folder of `save_checkpoint`.
 
         Raises:
-            UserError: it is no such folder, was written by another number of ranks, or holds what
-                would run code.
+            UserError: it is no such folder, was written by another number of ranks, or contains
+                objects that would run code.
         """
         folder = Path(checkpoint_path)
         _refuse_other_world(folder, self.world_size)
@@ -197,10 +195,10 @@ class ZeroStrategy(DeepSpeedStrategy):
         return super().load_checkpoint(checkpoint_path, weights_only)
 
     def _load_weights(self, folder: Path) -> dict[str, Any]:
-        """Reads weights alone: without an optimiser, stage 3 of DeepSpeed has no place for them."""
+        """Reads only weights, which stage 3 of DeepSpeed cannot do without an optimiser."""
         module: Any = self.lightning_module
         state: dict[str, Any] = {"state_dict": {}}
-        if self.is_global_zero:  # which hands each weight on to those that hold a share of it
+        if self.is_global_zero:  # which sends each weight to the other ranks
             state = consolidated(folder, with_frozen=not module.is_pretrained)
             wanted = {name for name, weight in module.named_parameters() if weight.requires_grad}
             if missing := sorted(wanted - state["state_dict"].keys()):
@@ -211,7 +209,7 @@ class ZeroStrategy(DeepSpeedStrategy):
 
 
 class Fsdp2Strategy(ModelParallelStrategy):
-    """torch's FSDP2: weights, gradients and optimiser shared out over all ranks, layer by layer."""
+    """torch's FSDP2: weights, gradients and optimiser are sharded over all ranks, by layer."""
 
     def __init__(self, **kwargs: Any):
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False, **kwargs)
@@ -222,7 +220,7 @@ class Fsdp2Strategy(ModelParallelStrategy):
         super().setup_environment()
 
     def shard(self, embedder: nn.Module) -> None:
-        """Shares out each layer, and what is around the layers, as units that are gathered."""
+        """Shards each layer, and the remaining weights, as units that are gathered together."""
         mesh = self.device_mesh["data_parallel"]
         for layer in embedder.modules():
             if isinstance(layer, GradientCheckpointingLayer):
@@ -231,7 +229,7 @@ class Fsdp2Strategy(ModelParallelStrategy):
 
 
 def shared_by(trainer: Trainer) -> Shared | None:
-    """What the ranks of a run wait for."""
+    """What the ranks of a run exchange."""
     if trainer.world_size == 1:
         return None
     strategy = trainer.strategy
@@ -240,16 +238,16 @@ def shared_by(trainer: Trainer) -> Shared | None:
 
 
 def backward_by_parts(trainer: Trainer, parts: Iterator[Tensor]) -> Tensor:
-    """Goes backwards from all parts of a loss, each before the next is made.
+    """Runs the backward passes of the parts of a loss, each before the next one is computed.
 
     Returns:
-        What `training_step` returns: the last part, from which Lightning itself goes backwards
-        (then DDP reduces the gradients of all), or under ZeRO a number that is done with.
+        For `training_step`: the last part, from which Lightning runs the backward pass (then DDP
+        reduces all gradients); under ZeRO a detached number.
     """
     if isinstance(trainer.strategy, ZeroStrategy):
         return trainer.strategy.backward_by_parts(parts)
     num_accumulated = trainer.accumulate_grad_batches
-    # DDP listens to gradients only after `training_step`: until then they just add up.
+    # DDP reduces gradients only after `training_step`: until then they add up.
     last = next(parts)
     for part in parts:
         trainer.precision_plugin.pre_backward(
@@ -260,14 +258,11 @@ def backward_by_parts(trainer: Trainer, parts: Iterator[Tensor]) -> Tensor:
 
 
 def consolidated(folder: Path, with_frozen: bool = False) -> dict[str, Any]:
-    """The weights of a folder that ZeRO wrote, put together, as another checkpoint has them.
+    """The complete weights of a folder that ZeRO wrote, in the form of other checkpoints.
 
     Args:
         folder: of `save_checkpoint`.
-        with_frozen: those that were not trained, too; a model from scratch has them there.
-
-    Raises:
-        UserError: parts are missing or hold what would run code, or deepspeed is not installed.
+        with_frozen: also frozen weights, which the checkpoint of a model from scratch has.
     """
     _refuse_objects(folder)
     if find_spec("deepspeed") is None:
@@ -294,11 +289,10 @@ def _trained_share(module: nn.Module) -> float:
 
 
 def _free_slot(link: Path) -> Path:
-    """One of two folders, whichever `link` does not point to; emptied."""
-    slots = [link.with_name(f".{link.name}.{letter}") for letter in "ab"]
-    slot = next(
-        slot for slot in slots if not (link.is_symlink() and link.readlink() == Path(slot.name))
-    )
+    """The one of two folders to which `link` does not point, emptied."""
+    taken = link.readlink().name if link.is_symlink() else ""
+    first, second = (link.with_name(f".{link.name}.{letter}") for letter in "ab")
+    slot = second if taken == first.name else first
     shutil.rmtree(slot, ignore_errors=True)
     return slot
 
@@ -332,7 +326,7 @@ def _refuse_other_world(folder: Path, num_ranks: int) -> None:
 
 
 def _refuse_objects(folder: Path) -> None:
-    """DeepSpeed reads its files by pickle: none may name anything but what DeepSpeed puts there."""
+    """DeepSpeed unpickles its files: they may only contain objects that DeepSpeed writes."""
     for file in sorted(folder.rglob("*.pt")):
         try:
             names = torch.serialization.get_unsafe_globals_in_checkpoint(file)

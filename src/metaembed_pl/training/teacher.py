@@ -21,18 +21,15 @@ from metaembed_pl.training.gradient_cache import encode
 from metaembed_pl.training.objective import Taught
 
 NUM_LOOKED_AT = 8
-"""Pairs of a source in which scores are looked for before training."""
+"""Pairs of a source that are checked for scores before training."""
 
 
 class Teacher:
-    """A frozen model; no `nn.Module`, so that nothing trains, shards or saves it.
+    """A frozen model; not an `nn.Module`, so that it is not trained, sharded or saved.
 
     Args:
         folder: a model folder or hub id.
         student: the model in training.
-
-    Raises:
-        UserError: the two do not make the same tensors of an item; says what differs.
     """
 
     def __init__(self, folder: str, student: MetaEmbedder):
@@ -41,7 +38,7 @@ class Teacher:
 
     @torch.no_grad()
     def taught(self, batch: TrainBatch) -> Taught:
-        """What it makes of a batch."""
+        """Its vectors of a batch."""
         candidates = encode(self.model, batch.candidates, "candidate")
         negatives = candidates[batch.num_positives :]
         return Taught(
@@ -53,15 +50,12 @@ class Teacher:
 
 
 def refuse_other_inputs(folder: str, student: MetaEmbedder, but: Sequence[str] = ()) -> None:
-    """Refuse a teacher that makes other tensors of an item; reads its settings alone.
+    """Raises a UserError if a teacher's preprocessing differs; only its settings are read.
 
     Args:
         folder: a model folder or hub id.
-        student: the model in training; may have no weights.
-        but: what is not known of it.
-
-    Raises:
-        UserError: says what differs.
+        student: the model in training; may be without weights.
+        but: parts that are not compared.
     """
     found = find_model_folder(folder)
     settings = read_settings(found)
@@ -79,15 +73,7 @@ def refuse_other_inputs(folder: str, student: MetaEmbedder, but: Sequence[str] =
 
 
 def refuse_unscored(pairs: ShardedPairs, num_negatives: int) -> None:
-    """Refuse a source without a teacher's scores; looks at some of its pairs.
-
-    Args:
-        pairs: of the source.
-        num_negatives: hard negatives that a query is compared with.
-
-    Raises:
-        UserError: a pair has no scores, or nothing to compare them with.
-    """
+    """Raises a UserError if some pairs of a source have no teacher's scores or no negatives."""
     found = []
     for i in range(0, len(pairs), math.ceil(len(pairs) / NUM_LOOKED_AT)):
         with suppress(BadSample):  # replaced in training
@@ -108,7 +94,7 @@ def refuse_unscored(pairs: ShardedPairs, num_negatives: int) -> None:
 
 
 def _what_reads(processing: Processing, layout: str, largest: Budget) -> dict[str, Any]:
-    """All that decides which tensors an item becomes."""
+    """Everything that determines the tensors of an item."""
     return {
         "family": processing.family.model_type,
         "tokenizer": processing.tokenizer.get_vocab(),

@@ -50,19 +50,19 @@ def mlflow_name(metric: str) -> str:
 
 
 class MLflowRun(Logger):
-    """Logs to the MLflow run that belongs to a run folder; a resumed run goes on in the same one.
+    """Logs to the MLflow run of a run folder.
 
     Args:
-        uri: MLflow's tracking uri.
+        uri: MLflow's tracking URI.
         experiment: its experiment.
         name: the run's name.
-        folder: the run's folder, where the id of the MLflow run is kept.
-        resuming: go on in the MLflow run noted there.
+        folder: the run's folder, with a file that has the id of the MLflow run.
+        resuming: continue the MLflow run of that id.
     """
 
     def __init__(self, uri: str, experiment: str, name: str, folder: Path, resuming: bool):
         super().__init__()
-        # Else a server that is gone would be waited for for minutes.
+        # By default, MLflow waits minutes for an unreachable server.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         self._uri, self._experiment, self._name = uri, experiment, name
@@ -82,23 +82,23 @@ class MLflowRun(Logger):
 
     @property
     def name(self) -> str:
-        """The run's."""
+        """The run's name."""
         return self._name
 
     @property
     def version(self) -> str:
-        """There is one."""
+        """Not used."""
         return ""
 
     @property
     def run_id(self) -> str | None:
-        """MLflow's; None while it cannot be reached."""
+        """The id of the MLflow run; None while MLflow cannot be reached."""
         self.flush()
         return self._run_id
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Logs under MLflow's spelling of the names."""
+        """Logs metrics, under names that MLflow accepts."""
         values = [(mlflow_name(name), float(value)) for name, value in metrics.items()]
         for start in range(0, len(values), AT_A_TIME):
             some = dict(values[start : start + AT_A_TIME])
@@ -112,21 +112,21 @@ class MLflowRun(Logger):
             self._add({"params": dict(flat[start : start + 100])})
 
     @rank_zero_only
-    def keep(self, paths: list[Path]) -> None:
+    def log_files(self, paths: list[Path]) -> None:
         """Stores files and folders as the run's artifacts."""
         self._add({"artifacts": [str(path.resolve()) for path in paths]})
         self.flush(timeout_s=None)
 
     @rank_zero_only
     def finalize(self, status: str = "success") -> None:
-        """Says how the run ended."""
+        """Logs the final status."""
         if self._thread:
             self._add({"status": "FAILED" if status == "failed" else "FINISHED"})
             self.flush()
 
     @rank_zero_only
     def flush(self, timeout_s: float | None = FLUSH_S) -> None:
-        """Waits until all is sent, or cannot be."""
+        """Waits until all records are sent, or sending fails."""
         self._start()
         with self._changed:
             before = self._failures
@@ -135,18 +135,18 @@ class MLflowRun(Logger):
                 lambda: not self._entries or self._failures > before, timeout=timeout_s
             )
             if self._entries:
-                self._keep_unsent()
+                self._save_unsent()
 
     def _add(self, entry: dict[str, Any]) -> None:
         self._start()
         with self._changed:
             self._entries.append(entry)
             if self._failures:
-                self._keep_unsent()
+                self._save_unsent()
             else:
                 self._changed.notify_all()
 
-    def _keep_unsent(self) -> None:
+    def _save_unsent(self) -> None:
         try:
             self._unsent.parent.mkdir(parents=True, exist_ok=True)
             write_text(self._unsent, "".join(json.dumps(entry) + "\n" for entry in self._entries))
@@ -154,7 +154,7 @@ class MLflowRun(Logger):
             log.warning("%s could not be written: %s", self._unsent, error.strerror)
 
     def _start(self) -> None:
-        """Connects here, since that imports, which a thread must not while workers are forked."""
+        """Connects in this thread: that imports modules, which must not happen during a fork."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="mlflow", daemon=True)
             self._attempt([])
@@ -171,7 +171,7 @@ class MLflowRun(Logger):
                 self._attempt(batch)
 
     def _next(self) -> list[dict[str, Any]]:
-        """The next entry, or the next ones with metrics: slow servers then keep up."""
+        """The next records: one, or several with metrics, so that slow servers keep up."""
         batch, count = [], 0
         for entry in self._entries:
             count += len(entry.get("metrics", ()))
@@ -189,7 +189,7 @@ class MLflowRun(Logger):
         except Exception as error:  # whatever a server, a network or a disk may do
             if batch and getattr(error, "error_code", "") == "INVALID_PARAMETER_VALUE":
                 log.warning("MLflow rejects the records: %s", first_line(error)[:200])
-                self._forget(len(batch))  # it would be refused again
+                self._drop(len(batch))  # it would be refused again
                 return
             if not self._failures:
                 log.warning(
@@ -203,9 +203,9 @@ class MLflowRun(Logger):
                 self._failures += 1
                 self._changed.notify_all()
             return
-        self._forget(len(batch))
+        self._drop(len(batch))
 
-    def _forget(self, count: int) -> None:
+    def _drop(self, count: int) -> None:
         with self._changed:
             del self._entries[:count]
             self._failures = 0
@@ -218,7 +218,7 @@ class MLflowRun(Logger):
         from mlflow.tracking.context.registry import resolve_tags
 
         database = self._uri.partition("sqlite:///")[2]
-        # Of two that open a new database at once, each would make its tables.
+        # Two processes that open a new database at once would both create its tables.
         file = Path(database or ".").absolute()
         if database:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -237,7 +237,7 @@ class MLflowRun(Logger):
                 self._note.parent.mkdir(parents=True, exist_ok=True)
                 write_text(self._note, json.dumps({"run_id": self._run_id}) + "\n")
             elif self.is_resumed:
-                # Steps behind the checkpoint are done again: they are there already.
+                # Steps after the checkpoint are repeated, but have been logged already.
                 latest = client.get_run(self._run_id).data._metric_objs
                 self._sent_up_to = {metric.key: metric.step for metric in latest}
         self._client = client

@@ -26,10 +26,10 @@ NUM_FRAMES = 12  # innermost ones, of what is shown of a stack
 
 
 class Watch:
-    """A thread that ends this process when nothing moves, or when its launcher is gone.
+    """A thread that ends this process without progress, or when its launcher has exited.
 
-    Args (attributes, as they become known):
-        timeout_s: nothing may stand still for longer; 0 allows everything.
+    Attributes:
+        timeout_s: longest time without progress; 0: any.
         rank: of this process.
     """
 
@@ -52,26 +52,26 @@ class Watch:
         self._thread.join()
 
     def note(self, doing: str) -> None:
-        """Something moves: this is what the main thread does from now on."""
+        """Records progress, and what the main thread does from now on."""
         self._noted = (doing,)  # a new object each time, so that the same words count as well
 
     def rest(self) -> None:
-        """From now on nothing need move."""
+        """From now on no progress is expected."""
         self._noted = None
 
     @property
     def rests(self) -> bool:
-        """Whether nothing need move."""
+        """Whether no progress is expected."""
         return self._noted is None
 
     @property
     def doing(self) -> str:
-        """What was noted last."""
+        """The last note."""
         return self._noted[0] if self._noted else "at rest"
 
     @property
     def where(self) -> str:
-        """The rank, and what it was doing last."""
+        """The rank and its last note."""
         return f"{self.rank}, {self.doing}"
 
     def _run(self) -> None:

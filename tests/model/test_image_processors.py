@@ -9,7 +9,7 @@ from PIL import Image
 from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as library
 
 import tiny
-from metaembed_pl.model.qwen_pictures import Qwen2VLImageProcessorPil
+from metaembed_pl.model.image_processors import Qwen2VLImageProcessorPil
 
 SIDES = st.integers(1, 150)
 SETTINGS = [

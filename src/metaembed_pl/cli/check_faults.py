@@ -1,17 +1,25 @@
-"""Checks of the machine and of the folder that a recipe runs in."""
+"""Faults of a recipe that its keys alone do not show: run folder, strategy, devices, loss."""
 
+from collections.abc import Iterator
+from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.strategies import StrategyRegistry
 
+from metaembed_pl.cli.check_data import Data
 from metaembed_pl.cli.recipe_faults import Recipe
-from metaembed_pl.errors import did_you_mean
+from metaembed_pl.errors import UserError, did_you_mean
+from metaembed_pl.model.weightless import WeightlessModel
+from metaembed_pl.training.module import MetaEmbedModule
+from metaembed_pl.training.objective import check_widths
+from metaembed_pl.training.teacher import refuse_other_inputs, refuse_unscored
 
 
 def run_faults(recipe: Recipe) -> list[str]:
-    """A run of that name, and packages that the recipe needs and that are not here."""
+    """An existing run of the same name, an unknown strategy, and missing packages."""
     faults = []
     run = recipe.run
     starts = run is not None and not run.overwrite and not recipe.config.ckpt_path
@@ -34,7 +42,7 @@ def run_faults(recipe: Recipe) -> list[str]:
 
 
 def hardware(trainer: Any, num_gpus: int | None, faults: list[str]) -> tuple[int, bool]:
-    """How many ranks there will be, and whether they are GPUs."""
+    """The number of ranks, and whether they are GPUs."""
     has_gpu = num_gpus is not None or torch.cuda.is_available()
     on_gpu = trainer.accelerator in ("gpu", "cuda") or (trainer.accelerator == "auto" and has_gpu)
     if num_gpus is not None:
@@ -48,3 +56,25 @@ def hardware(trainer: Any, num_gpus: int | None, faults: list[str]) -> tuple[int
     if count < 1:
         faults.append(f"trainer.devices: expected at least 1, got {trainer.devices}")
     return max(1, count), on_gpu
+
+
+def loss_faults(
+    module: MetaEmbedModule, made: WeightlessModel | None, data: Data | None
+) -> Iterator[str]:
+    """What `fit` would refuse, one line each; `made` and `data` are None if they are faulty."""
+    teacher, checks = module.loss.config.teacher, []
+    if made is not None:
+        checks.append(partial(check_widths, module.loss.widths, made.model.width))
+    folder = teacher and teacher.model
+    if teacher and not folder:
+        checks += [partial(refuse_unscored, *source) for source in (data.sources if data else [])]
+    elif folder and not Path(folder).exists():  # a hub id would be downloaded
+        yield (f"model.loss.teacher.model: {folder} does not exist: train or download it first")
+    elif folder and made is not None:
+        unknown = () if made.counts_tokens else ("tokenizer",)
+        checks.append(partial(refuse_other_inputs, folder, made.model, unknown))
+    for check in checks:
+        try:
+            check()
+        except UserError as error:
+            yield str(error)
