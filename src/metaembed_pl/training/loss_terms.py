@@ -31,7 +31,7 @@ class SpreadConfig:
     """
 
     weight: float = 10.0
-    margin: float = 0.3
+    margin: float = 0.5
 
     def __post_init__(self) -> None:
         _check_positive("spread", weight=self.weight)
