@@ -67,7 +67,7 @@ def test_goes_on_with_what_was_cut_off_and_stops_what_is_worse_than_the_others(
     assert "best of 6: 2.0000, --model.optimizer.lr=0.001" in said
     config = yaml.safe_load((tmp_path / f"tune/trial-{cut_off.number}/config.fit.yaml").read_text())
     assert config["model"]["optimizer"]["lr"] == 2e-3
-    assert config["model"]["loss"]["query_spread"] == {"weight": 3.0, "margin": 0.3}
+    assert config["model"]["loss"]["query_spread"] == {"weight": 3.0, "margin": 0.5}
 
     short = tiny_run.recipe(
         data, tmp_path / "short", trainer__max_steps=1, trainer__val_check_interval=1
