@@ -30,7 +30,7 @@ def peak_bytes(device: str, run: Callable[[], Any]) -> int:
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to what is held now
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to current usage
     before = resident_bytes("VmRSS")
     run()
     return resident_bytes("VmHWM") - before

@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Check a recipe and print what it would take; a UserError if it would not run."""
+    """Check a recipe and print its cost; raise a UserError if it cannot run."""
     if args.gpus is not None and args.gpus < 1:
         raise UserError(f"--gpus must be at least 1, got {args.gpus}")
     paths = [Path(find_recipe(config)) for config in args.config]

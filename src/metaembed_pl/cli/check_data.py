@@ -35,7 +35,7 @@ class Data:
 
     Args:
         faults: one line each.
-        notes: likewise, about what is no fault.
+        notes: likewise, for remarks that are not faults.
         num_pairs: of all sources that were opened; None if there are none.
         steps_per_epoch: None if unknown.
         num_negatives: the different numbers of hard negatives that sources have.

@@ -231,7 +231,7 @@ def _mine_all(
 
 
 def _embedded(model: "MetaEmbedder", folder: Path, corpus: "Corpus", pace: "Pace") -> "Store":
-    """The store of a corpus; all processes embed what is missing."""
+    """The store of a corpus; all processes embed the missing items."""
     from metaembed_pl.ranks import wait_for_ranks
     from metaembed_pl.retrieval.embedding import embed
     from metaembed_pl.retrieval.store import Store

@@ -366,7 +366,7 @@ def _distinct(items: Sequence[Sequence[Item]]) -> tuple[list[Item], list[list[in
 
 
 def _relevant_hashes(pair: Pair) -> list[int]:
-    """Hashes of what is right for a query: ids, its positive's content, and the question itself."""
+    """Hashes of a query's right answers: ids, its positive's content, the question itself."""
     return list(map(stable_hash, (*pair.relevant_ids, pair.positive.content, pair.question)))
 
 
