@@ -4,9 +4,11 @@ import io
 import json
 import random
 import re
+import tempfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +207,17 @@ def batches(folder: Path, model: MetaEmbedder, case: Case, num_pairs: int) -> Tr
     if case.chunk_tokens is not None:
         found.max_chunk_tokens = case.chunk_tokens
     return found
+
+
+@cache
+def first_batch(case: Case, num_pairs: int, is_tiny: bool) -> dict[str, dict[str, Any]]:
+    """The rows of the first batch of steps, in one piece a side."""
+    case = replace(case, chunk_tokens=None)
+    model = build(case, "meta", is_tiny)
+    with tempfile.TemporaryDirectory() as folder:
+        write_pairs(Path(folder), max(64, 2 * num_pairs), is_tiny)
+        batch: Any = batches(Path(folder), model, case, num_pairs).load(0)
+    return {"query": batch.queries, "candidate": batch.candidates}
 
 
 def pieces(side: Any) -> list[dict[str, Any]]:

@@ -26,7 +26,6 @@ from metaembed_pl.training.gradient_cache import GradientCache
 from metaembed_pl.training.loss import MMRLoss
 
 WARM_UP = 2  # steps that are not timed; one of a tiny stand-in
-PARTS = ("data", "vision", "text", "loss", "text backward", "optimizer")
 
 
 class Trainee(nn.Module):

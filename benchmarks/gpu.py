@@ -1,44 +1,55 @@
 """The cost of training and search on a GPU: real shapes, random weights. Not yet run on one.
 
-    python benchmarks/gpu.py --save                       # all of it, on the first GPU
-    python benchmarks/gpu.py --parts train --sizes 7B     # only some
-    torchrun --nproc-per-node 8 benchmarks/gpu.py --parts train    # with communication
-    python benchmarks/gpu.py                              # no GPU: tiny stand-ins, in seconds
+    bash benchmarks/gpu_day.sh                            # all parts, each with a time limit
+    python benchmarks/gpu.py train --sizes 7B --variants  # one part
+    torchrun --nproc-per-node 8 benchmarks/gpu.py train   # with communication
 
-train    LoRA of Qwen2.5-VL (3B, 7B) as the paper's recipes have it, on mixed texts and pictures:
-         pairs and tokens a second, model-FLOP utilisation, peak memory, where the time goes; sdpa
-         against flash attention, gradient checkpointing on and off, what gradient caching costs
-loss     the MMR loss, forward and backward, against its three matrix products alone (the roof) and
-         against one einsum per group
+roof     TFLOP/s of a large bf16 matrix product, the peak that others are compared with
+train    LoRA of Qwen2.5-VL as the paper's recipes have it, on mixed texts and pictures: memory
+         against the estimate of `check`, tokens a second, share of the roof, where the time goes.
+         --variants: also flash attention, no gradient checkpointing, gradient caching
+peers    the same rows through sentence-transformers' and colpali-engine's models and losses, with
+         the same backbone shape and LoRA
+loss     the MMR loss, forward and backward, against its three matrix products alone and against
+         one einsum per group
+zero     `fit` under ZeRO-3 on one rank: three steps, a checkpoint, two more from it
 search   scoring 100,000 candidates at each budget, beside the paper's efficiency table
 
-Utilisation: the operations that a step needs (training/flops.py has the formula), over the time it
-took, over what the GPU can do in dense bf16. --save writes benchmarks/results/gpu-MACHINE.json.
-Tested on a CPU alone, with torch 2.11 and 2.13, transformers 5.17 and 5.23.
+Each row is printed as JSON, and appended to OUT/PART.jsonl. A row that fails gives the reason, and
+the next one follows. On a CPU all parts run on tiny stand-ins. Tested on a CPU alone, with torch
+2.11 and 2.13, transformers 5.17 and 5.23.
 """
 
 import argparse
 import gc
+import json
 import os
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import _shapes as shapes
 import loss
 import torch
 import torch.distributed as dist
 import transformers
+import yaml
 from _clock import fastest
-from _results import RESULTS, machine, peak_bytes, save
-from _shapes import Case
-from _train_step import PARTS, measure
+from _gpu_peers import PEERS, measure_peer
+from _results import machine, peak_bytes
+from _train_step import measure
+from torch import Tensor
 
 from metaembed_pl.budget import PAPER_GROUPS, Budget
-from metaembed_pl.errors import UserError
 from metaembed_pl.retrieval.planes import Plane
 from metaembed_pl.retrieval.scoring import scan
+from metaembed_pl.training.activations import Rows
+from metaembed_pl.training.memory import Running, Step, estimate
 
+Row = dict[str, Any]
 CHUNK_TOKENS = 16384
 # Queries of a rank, candidates of all, width: a global batch of 2048 on eight GPUs and on one.
 LOSS_SHAPES = [(256, 2048, 3584), (2048, 2048, 3584)]
@@ -52,46 +63,79 @@ PAPER_SEARCH: dict[Budget, tuple[float, float | None, float]] = {
 }
 
 
-# Dense bf16, without sparsity, by a part of the device's name.
-TFLOPS = {"B200": 2250, "H200": 989, "H100": 989, "A100": 312, "L40S": 362, "4090": 165, "A10": 125}
+def roof(options: argparse.Namespace) -> Iterator[Row]:
+    """The fastest bf16 product of square matrices."""
+    yield {"tflops": _roof_flops(options) / 1e12}
 
 
-def train_cases(sizes: list[str], tiny: bool) -> list[Case]:
-    """The cases: each differs from the first of its size in one setting."""
-    chunk = 512 if tiny else CHUNK_TOKENS
-    return [
-        case
-        for size in sizes
-        for case in (
-            Case(size),
-            Case(size, attention="flash_attention_2"),
-            Case(size, is_checkpointed=False),
-            Case(size, chunk_tokens=chunk),
-        )
-    ]
+def _roof_flops(options: argparse.Namespace) -> float:
+    size = 256 if options.tiny else 8192
+    left, right = (
+        torch.randn(size, size, device=options.device, dtype=torch.bfloat16) for _ in range(2)
+    )
+    return 2 * size**3 / fastest(lambda: left @ right, options.device, options.min_s)
 
 
-def train(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Rows of the table of training steps."""
-    peak = options.peak_tflops and options.peak_tflops * 1e12
-    if peak is None and options.device == "cuda":
-        name = torch.cuda.get_device_name()
-        peak = next((1e12 * found for known, found in TFLOPS.items() if known in name), None)
-    for case in train_cases(options.sizes, options.tiny):
-        if case.chunk_tokens and dist.is_initialized():
-            continue  # strategies do that in training; here one rank shows the overhead
-        yield attempt(
-            {"case": str(case)},
-            lambda case=case: measure(
-                case, options.device, options.pairs, options.steps, peak, options.tiny
-            ),
-        )
+def cases(options: argparse.Namespace) -> list[shapes.Case]:
+    """How steps are run: the first of each size as the recipe has it, the others changed once."""
+    changes: list[dict[str, Any]] = [{}]
+    if options.variants:
+        changes += [{"attention": "flash_attention_2"}, {"is_checkpointed": False}]
+        if not dist.is_initialized():  # with more ranks the strategy caches gradients
+            changes += [{"chunk_tokens": 512 if options.tiny else CHUNK_TOKENS}]
+    return [shapes.Case(size, **change) for size in options.sizes for change in changes]
 
 
-def loss_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Rows of the table of the MMR loss."""
+def train(options: argparse.Namespace) -> Iterator[Row]:
+    """Steps of ours."""
+    peak = _roof_flops(options)
+    for case in cases(options):
+        yield attempt({"case": str(case)}, partial(_step, case, options, peak))
+
+
+def _step(case: shapes.Case, options: argparse.Namespace, peak: float) -> Row:
+    row = measure(case, options.device, options.pairs, options.steps, peak, options.tiny)
+    row["check_bytes"] = _check_bytes(case, options)
+    memory = row["memory_bytes"]
+    return row | {"memory_of_check": memory and memory / row["check_bytes"]}
+
+
+def _check_bytes(case: shapes.Case, options: argparse.Namespace) -> int:
+    """What `check` expects of such a step, rows as long as the longest of the batch."""
+    model = shapes.build(case, "meta", options.tiny)
+    batch = shapes.first_batch(case, options.pairs, options.tiny)
+    step = Step(options.pairs, 1, _longest(batch["query"]), _longest(batch["candidate"]))
+    running = Running(
+        num_gpus=dist.get_world_size() if dist.is_initialized() else 1,
+        precision="bf16-mixed",
+        is_checkpointed=case.is_checkpointed,
+        has_mask=case.attention == "sdpa",
+        max_chunk_tokens=case.chunk_tokens,
+    )
+    return estimate(model, step, running).total
+
+
+def _longest(inputs: dict[str, Tensor]) -> Rows:
+    patches = inputs["image_grid_thw"].prod(dim=1) if "image_grid_thw" in inputs else torch.zeros(1)
+    most, pixels = int(patches.max()), inputs.get("pixel_values")
+    width = 0 if pixels is None else pixels.shape[1] * pixels.element_size()
+    return Rows(1, inputs["input_ids"].shape[1], most, most * width)
+
+
+def peers(options: argparse.Namespace) -> Iterator[Row]:
+    """Steps of other libraries on the rows of our first batch."""
+    for size in options.sizes:
+        batch = shapes.first_batch(shapes.Case(size), options.pairs, options.tiny)
+        config = shapes.config_of(size, options.tiny)
+        for name in PEERS:
+            measured = partial(measure_peer, name, config, batch, options.device, options.min_s)
+            yield attempt({"case": f"{size}, {name}"}, measured)
+
+
+def loss_rows(options: argparse.Namespace) -> Iterator[Row]:
+    """The MMR loss at each shape."""
     for num_queries, num_candidates, width in [(8, 16, 64)] if options.tiny else LOSS_SHAPES:
-        row: dict[str, Any] = {"shape": [num_queries, num_candidates, width]}
+        row: Row = {"shape": [num_queries, num_candidates, width]}
         r_q, r_c, _ = PAPER_GROUPS[-1]
         for form in ("ours", "einsums", "roof"):
             queries = loss.vectors(num_queries, r_q, width, device=options.device)
@@ -118,16 +162,69 @@ def _time_and_memory(run: Callable[[], None], options: argparse.Namespace) -> di
     return {"time_s": fastest(run, options.device, options.min_s), "memory_bytes": memory}
 
 
-def search_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Rows of the table of scoring: one query, bf16, candidates on the device."""
+def zero(options: argparse.Namespace) -> Iterator[Row]:
+    """Training under ZeRO-3, interrupted and resumed."""
+    yield attempt({"case": "deepspeed_stage_3, one rank"}, partial(_zero, options))
+
+
+def _zero(options: argparse.Namespace) -> Row:
+    from metaembed_pl.cli.train import run
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        shapes.write_pairs(folder / "pairs", 64, is_tiny=True)
+        recipe = folder / "recipe.yaml"
+        recipe.write_text(yaml.safe_dump(_zero_recipe(folder, options)))
+        start = time.perf_counter()
+        fit = ["fit", "--config", str(recipe)]
+        run([*fit, "--trainer.max_steps=3"])
+        run([*fit, "--trainer.max_steps=5", "--ckpt_path=last"])
+        has_model = (folder / "runs" / "zero" / "model" / "metaembed.json").is_file()
+        return {"steps": 5, "seconds": time.perf_counter() - start, "has_model": has_model}
+
+
+def _zero_recipe(folder: Path, options: argparse.Namespace) -> Row:
+    values = shapes.config_of("3B", options.tiny)
+    if not options.tiny:  # real widths, a few layers
+        values["text_config"] |= {"num_hidden_layers": 4}
+        values["vision_config"] |= {"depth": 4, "fullatt_block_indexes": [3]}
+    for key in ("architectures", "transformers_version", "torch_dtype", "dtype"):
+        values.pop(key, None)
+    pairs = str(folder / "pairs")
+    accelerator = "gpu" if options.device == "cuda" else "cpu"
+    return {
+        "run": {"name": "zero", "folder": str(folder / "runs")},
+        "model": {
+            "backbone": {
+                "scratch": values,
+                "tokenizer": {"vocab_size": 400, "sources": [pairs]},
+                "max_pixels": shapes.TINY_PIXELS,
+                "gradient_checkpointing": True,
+            },
+            "lora": {"r": 32},
+            "train_vision": False,
+        },
+        "data": {"train": [{"path": pairs}], "global_batch_size": 8},
+        "trainer": {
+            "accelerator": accelerator,
+            "devices": 1,
+            "strategy": "deepspeed_stage_3",
+            "precision": "bf16-mixed" if accelerator == "gpu" else "32-true",
+            "logger": False,
+        },
+    }
+
+
+def search_rows(options: argparse.Namespace) -> Iterator[Row]:
+    """Scoring one query in bf16, candidates on the device."""
     count, width = (500, 64) if options.tiny else (100_000, 3584)
     for budget in PAPER_GROUPS:
-        row: dict[str, Any] = {"budget": str(budget), "candidates": count, "width": width}
+        row: Row = {"budget": str(budget), "candidates": count, "width": width}
         row["gflops"], row["index_bytes"] = scoring_cost(budget, count, width)
         row |= dict(
             zip(("paper_gflops", "paper_ms", "paper_gib"), PAPER_SEARCH[budget], strict=True)
         )
-        yield attempt(row, lambda b=budget: _score(b, count, width, options))
+        yield attempt(row, partial(_score, budget, count, width, options))
 
 
 def scoring_cost(budget: Budget, count: int, width: int) -> tuple[float, int]:
@@ -136,7 +233,7 @@ def scoring_cost(budget: Budget, count: int, width: int) -> tuple[float, int]:
     return gflops, 2 * width * budget.r_c * count
 
 
-def _score(budget: Budget, count: int, width: int, options: argparse.Namespace) -> dict[str, Any]:
+def _score(budget: Budget, count: int, width: int, options: argparse.Namespace) -> Row:
     device = options.device
     held = torch.empty(count, budget.r_c, width, dtype=torch.bfloat16, device=device)
     planes = [Plane(0, held.normal_(), None)]
@@ -154,15 +251,11 @@ def _score(budget: Budget, count: int, width: int, options: argparse.Namespace) 
     return {"ms": 1e3 * all_s, "ms_by_1000": 1e3 * by_1000_s, "gb_per_s": read / all_s / 1e9}
 
 
-def attempt(
-    row: dict[str, Any],
-    run: Callable[[], dict[str, Any]],
-    faults: Any = (torch.OutOfMemoryError, UserError),
-) -> dict[str, Any]:
+def attempt(row: Row, run: Callable[[], Row]) -> Row:
     """The row with what was measured, or with the fault that prevented it."""
     try:
         return row | run()
-    except faults as error:
+    except Exception as error:  # a missing peer must not cost the other answers
         reason = (str(error).splitlines() or [""])[0]
         return row | {"failed": f"{type(error).__name__}: {reason}"}
     finally:
@@ -171,92 +264,41 @@ def attempt(
             torch.cuda.empty_cache()
 
 
-def show_train(row: dict[str, Any]) -> str:
-    """A line of the first table."""
-    if "failed" in row:
-        return f"{row['case']:58} {row['failed']}"
-    mfu = f"{row['mfu']:.0%}" if row["mfu"] else "?"
-    memory = f"{row['memory_bytes'] / 2**30:.1f}" if row["memory_bytes"] else "?"
-    total = sum(row["parts_s"].values())
-    shares = ", ".join(f"{p} {row['parts_s'].get(p, 0) / total:.0%}" for p in PARTS)
-    line = f"{row['case']:58} {row['step_s']:8.3f} {row['pairs_per_s']:8.1f}"
-    line += f" {row['tokens_per_s']:9.0f} {mfu:>5} {memory:>7}   {shares}"
-    if row["communication_s"] is not None:
-        line += f"; collectives {row['communication_s'] / row['step_s']:.0%}, partly beside"
-    return line
-
-
-def show_loss(row: dict[str, Any]) -> str:
-    """A line of the second table."""
-    roof = row["roof"].get("time_s")
-    parts = []
-    for form in ("ours", "einsums", "roof"):
-        found = row[form]
-        if "failed" in found:
-            parts.append(f"{form}: {found['failed']}")
-            continue
-        times = f" ({found['time_s'] / roof:.2f} x roof)" if roof and form != "roof" else ""
-        parts.append(
-            f"{form} {1e3 * found['time_s']:.1f} ms{times}, {found['memory_bytes'] / 1e6:.0f} MB"
-        )
-    return f"{'x'.join(map(str, row['shape'])):16} {'; '.join(parts)}"
-
-
-def show_search(row: dict[str, Any]) -> str:
-    """A line of the third table."""
-    paper = "?" if row["paper_ms"] is None else f"{row['paper_ms']:.2f}"
-    start = f"{row['budget']:>6} {row['gflops']:8.2f} {row['index_bytes'] / 2**30:8.2f}"
-    if "failed" in row:
-        return f"{start} {row['failed']}"
-    return (
-        f"{start} {row['ms']:9.2f} {row['ms_by_1000']:12.2f} {row['gb_per_s']:8.0f}   "
-        f"{row['paper_gflops']:8.2f} {paper:>6} {row['paper_gib']:7.2f}"
-    )
-
-
-TRAIN_HEAD = f"{'training step':58} {'s':>8} {'pairs/s':>8} {'tokens/s':>9} {'MFU':>5} {'GiB':>7}"
-SEARCH_HEAD = (
-    f"{'budget':>6} {'GFLOP':>8} {'GiB':>8} {'ms':>9} {'by 1000, ms':>12} {'GB/s':>8}"
-    f"   {'paper:':>8} {'ms':>6} {'GiB':>7}"
-)
-TABLES: dict[str, tuple[str, Callable[..., Iterator[dict]], Callable[[dict], str]]] = {
-    "train": (TRAIN_HEAD, train, show_train),
-    "loss": ("MMR loss, Q x C x D, groups to 16x64", loss_rows, show_loss),
-    "search": (SEARCH_HEAD, search_rows, show_search),
+PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
+    "roof": roof,
+    "train": train,
+    "peers": peers,
+    "loss": loss_rows,
+    "zero": zero,
+    "search": search_rows,
 }
 
 
-def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    """Measures, prints a table for each part, saves them if asked to."""
+def main(arguments: list[str] | None = None) -> list[Row]:
+    """Measure one part, print its rows and write them."""
     options = _parser().parse_args(arguments)
-    if options.device is None:
-        options.device = "cuda" if torch.cuda.is_available() else "cpu"
-    options.tiny = options.tiny or options.device == "cpu"
-    first = True
-    if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
+    options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    options.tiny = options.device == "cpu"
+    is_first = True
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if options.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if options.device == "cuda" else "gloo")
-        first = dist.get_rank() == 0
-    name = machine(options.device)
-    found: dict[str, Any] = {
-        "machine": name,
-        "device": options.device,
-        "is_tiny": options.tiny,
+        is_first = dist.get_rank() == 0
+    about = {
+        "machine": machine(options.device),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    say = print if first else lambda *_, **__: None
-    say(f"{name}, torch {torch.__version__}, transformers {transformers.__version__}")
-    for part in options.parts:
-        head, measured, shown = TABLES[part]
-        say(f"\n{head}")
-        found[part] = []
-        for row in measured(options):
-            found[part].append(row)
-            say(shown(row), flush=True)
-    if options.save and first:
-        save("gpu", found, options.out)
+    options.out.mkdir(parents=True, exist_ok=True)
+    found = []
+    for row in PARTS[options.part](options):
+        found.append(about | row)
+        if is_first:
+            line = json.dumps(found[-1])
+            print(line, flush=True)
+            with (options.out / f"{options.part}.jsonl").open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
     if dist.is_initialized():
         dist.destroy_process_group()
     return found
@@ -265,16 +307,13 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="What training and search cost on a GPU.")
     add = parser.add_argument
-    add("--parts", nargs="+", choices=list(TABLES), default=list(TABLES))
-    add("--sizes", nargs="+", choices=["3B", "7B"], default=["3B", "7B"])
-    add("--pairs", type=int, default=8, help="pairs of a rank's batch")
-    add("--steps", type=int, default=5, help="training steps that are timed")
-    add("--min_s", type=float, default=1.0, help="how long loss and scoring are repeated")
-    add("--device", choices=["cpu", "cuda"])
-    add("--tiny", action="store_true", help="narrow stand-ins also on a GPU")
-    add("--peak-tflops", type=float, help="of the GPU in dense bf16, where its name is not known")
-    add("--save", action="store_true", help="write a file into --out")
-    add("--out", type=Path, default=RESULTS)
+    add("part", choices=list(PARTS))
+    add("--sizes", nargs="+", choices=["3B", "7B"], default=["3B"], help="of the backbone (3B)")
+    add("--variants", action="store_true", help="train: also other ways to run a step")
+    add("--pairs", type=int, default=8, help="pairs of a rank's batch (8)")
+    add("--steps", type=int, default=5, help="training steps that are timed (5)")
+    add("--min_s", type=float, default=1.0, help="how long short runs are repeated (1)")
+    add("--out", type=Path, default=Path("gpu_day"), help="folder of the results (gpu_day)")
     return parser
 
 

@@ -35,7 +35,7 @@ run() { # SECONDS PART [FLAGS...]
     local limit="$1" part="$2" start="$SECONDS" status=0
     shift 2
     echo "== $part (at most $limit s)"
-    timeout --kill-after=5 "$((limit * ${PATIENCE:-1}))" "$python" benchmarks/gpu_day.py "$part" --out "$out" "$@" \
+    timeout --kill-after=5 "$((limit * ${PATIENCE:-1}))" "$python" benchmarks/gpu.py "$part" --out "$out" "$@" \
         2>"$out/$part.err" || status=$?
     echo "{\"part\": \"$part\", \"status\": $status, \"seconds\": $((SECONDS - start))}" |
         tee -a "$out/parts.jsonl"
@@ -44,7 +44,8 @@ run() { # SECONDS PART [FLAGS...]
 
 nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv >"$out/machine.txt" 2>/dev/null
 run 30 roof "${@:2}"
-run 240 train "${@:2}"
+run 120 train "${@:2}"
+run 120 peers "${@:2}"
 run 70 loss "${@:2}"
 run 120 zero "${@:2}"
 run 60 search "${@:2}"

@@ -11,7 +11,7 @@ encoding of their own.
 """
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations, count, islice, product
@@ -28,38 +28,19 @@ NUM_TEST_SCENES = 800
 NUM_QUERIES = 12  # of a training scene; test scenes have one
 NUM_RELATED = 6 * NUM_TILES  # pictures that the scenes of a shard share
 NUM_SCENES_RELATED = 84  # with all their queries about a shard
-Choice = tuple[int, ...]  # of each part: 0 from the first pictures, 1 from the second
-Things = tuple[str, ...]  # ids, as a query names them
+Things = tuple[str, ...]  # ids of pictures: of a scene row by row, of a query as it names them
 
 
 @dataclass(frozen=True)
-class Family:
-    """Scenes that differ by whole parts.
+class Scene:
+    """Nine pictures, what the scene is asked for, and the scenes that show all of that but one."""
 
-    Args:
-        pictures: the first nine ids, and the nine that stand in their places.
-        parts: the places of each part.
-        asked: what each scene is asked for.
-    """
+    tiles: Things
+    asked: tuple[Things, ...]
+    near: tuple[Things, ...] = ()
 
-    pictures: tuple[Things, Things]
-    parts: tuple[tuple[int, ...], ...]
-    asked: dict[Choice, list[Things]]
 
-    def scene(self, choice: Choice) -> Things:
-        """The ids of a scene, row by row."""
-        tiles = list(self.pictures[0])
-        for part, chosen in zip(self.parts, choice, strict=True):
-            for place in part:
-                tiles[place] = self.pictures[chosen][place]
-        return tuple(tiles)
-
-    def neighbours(self, choice: Choice) -> list[Choice]:
-        """The scenes with one part exchanged."""
-        return [
-            tuple(c ^ (part == other) for part, c in enumerate(choice))
-            for other in range(len(choice))
-        ]
+Family = list[Scene]  # scenes that are drawn together: of a test family, or one
 
 
 def make_families(
@@ -84,7 +65,7 @@ def make_families(
 
 def make_related_scenes(
     pictures: dict[str, Picture], ids: list[str], num_scenes: int, seed: int, test: list[Family]
-) -> dict[Things, list[Things]]:
+) -> list[Family]:
     """Deal training scenes, a shard's from a few pictures, and choose what each is asked for.
 
     Args:
@@ -93,69 +74,45 @@ def make_related_scenes(
         num_scenes: how many.
         seed: decides the deal.
         test: no training scene is asked for what these are asked for.
-
-    Returns:
-        Scenes (ids row by row), and for each the ids that its queries name.
     """
     if not test:
-        return {}
-    num_things = len(test[0].parts)
-    taken = {frozenset(things) for things in _asked(test)}
+        return []
+    taken = _asked(test)
+    num_things = len(next(iter(taken)))
     rng = random.Random(f"related emoji scenes of {num_things} things {seed}")
-    found: dict[Things, list[Things]] = {}
+    found = []
     for tiles in islice(_related_deals(ids, rng), num_scenes):
         named = [id for id in tiles if pictures[id].names]
         free = [t for t in combinations(named, num_things) if frozenset(t) not in taken]
         chosen = rng.sample(free, min(NUM_QUERIES, len(free)))
-        found[tiles] = [tuple(rng.sample(things, num_things)) for things in chosen]
+        found.append([Scene(tiles, tuple(tuple(rng.sample(c, num_things)) for c in chosen))])
     return found
 
 
-def related_pairs(
-    drawn: Drawn, scenes: dict[Things, list[Things]], num_things: int, num_jobs: int
+def several_pairs(
+    drawn: Drawn, split: str, families: list[Family], num_things: int, num_jobs: int
 ) -> Iterator[Pair]:
-    """Names of some pictures -> scene, for training; no hard negatives of their own."""
-    shown = {id for tiles in scenes for id in tiles}
+    """Names of some pictures -> scene; hard negatives are the scenes of its family near it."""
+    shown = {id for family in families for scene in family for id in scene.tiles}
     pictures = {id: drawn.shown[id] for id in sorted(shown)}
-    asked = {frozenset(things) for of_scene in scenes.values() for things in of_scene}
-    layouts = ([tiles] for tiles in scenes)
+    asked = _asked(families)
+    layouts = ([scene.tiles for scene in family] for family in families)
     composed = in_order(partial(compose, pictures, drawn.palette), layouts, num_jobs)
-    watched = with_progress(composed, f"scenes of {num_things} things", len(scenes))
-    for number, ((tiles, questions), [png]) in enumerate(zip(scenes.items(), watched, strict=True)):
-        id = f"train-scene-for-{num_things}-{number:05d}"
-        scene = Item(image=png, id=id, answers=tuple(_answers(tiles, num_things, asked)))
-        for things in questions:
-            yield _pair(drawn, things, scene)
-
-
-def family_pairs(drawn: Drawn, families: list[Family], num_jobs: int) -> Iterator[Pair]:
-    """Names of some pictures -> scene, for tests; the hard negatives hold all of these but one."""
-    shown = {id for family in families for ids in family.pictures for id in ids}
-    tiles = {id: drawn.shown[id] for id in sorted(shown)}
-    asked = {frozenset(things) for things in _asked(families)}
-    layouts = ([family.scene(choice) for choice in family.asked] for family in families)
-    composed = in_order(partial(compose, tiles, drawn.palette), layouts, num_jobs)
-    num_things = len(families[0].parts) if families else 0
-    watched = with_progress(composed, "test families", len(families))
+    watched = with_progress(composed, f"{split} scenes of {num_things} things", len(families))
     for number, (family, pngs) in enumerate(zip(families, watched, strict=True)):
-        name = f"test-scene-for-{num_things}-{number:05d}"
-        scenes = {
-            choice: Item(
-                image=png,
-                id=f"{name}-{''.join(map(str, choice))}",
-                answers=tuple(_answers(family.scene(choice), num_things, asked)),
-            )
-            for choice, png in zip(family.asked, pngs, strict=True)
-        }
-        for choice, questions in family.asked.items():
-            negatives = tuple(scenes[other] for other in family.neighbours(choice))
-            for things in questions:
-                yield _pair(drawn, things, scenes[choice], negatives)
-
-
-def _pair(drawn: Drawn, things: Things, scene: Item, negatives: tuple[Item, ...] = ()) -> Pair:
-    asks = _together(things)
-    return Pair(f"{scene.id}/{asks}", Item(_words(drawn, things)), scene, negatives, asks=asks)
+        items = {}
+        for place, (scene, png) in enumerate(zip(family, pngs, strict=True)):
+            within = f"-{place:0{num_things}b}" if split == "test" else ""  # of which parts
+            id = f"{split}-scene-for-{num_things}-{number:05d}{within}"
+            answers = tuple(_answers(scene.tiles, num_things, asked))
+            items[scene.tiles] = Item(image=png, id=id, answers=answers)
+        for scene in family:
+            positive = items[scene.tiles]
+            negatives = tuple(items[tiles] for tiles in scene.near)
+            for things in scene.asked:
+                asks = _together(things)
+                query = Item(_words(drawn, things))
+                yield Pair(f"{positive.id}/{asks}", query, positive, negatives, asks=asks)
 
 
 def _deals(ids: Sequence[str], rng: random.Random, num: int) -> Iterator[Things]:
@@ -177,25 +134,33 @@ def _family(
 ) -> Family:
     """A family of eighteen pictures, each scene with one question."""
     places = rng.sample(range(NUM_TILES), NUM_TILES)
-    parts = tuple(tuple(places[part::num_things]) for part in range(num_things))
-    first, second = (
+    part_of = {place: index % num_things for index, place in enumerate(places)}
+    either = [
         # Those with a name come first, so that each part has one.
         dict(zip(places, sorted(nine, key=lambda id: not pictures[id].names), strict=True))
         for nine in (tiles[:NUM_TILES], tiles[NUM_TILES:])
-    )
-    in_grid = [tuple(ids[place] for place in range(NUM_TILES)) for ids in (first, second)]
-    family = Family((in_grid[0], in_grid[1]), parts, {})
+    ]
+
+    def shown(choice: Sequence[int]) -> Things:
+        return tuple(either[choice[part_of[place]]][place] for place in range(NUM_TILES))
+
+    family = []
     for choice in product((0, 1), repeat=num_things):
-        scene = family.scene(choice)
-        named = [[scene[place] for place in part if pictures[scene[place]].names] for part in parts]
+        scene = shown(choice)
+        named = [
+            [scene[place] for place in places[part::num_things] if pictures[scene[place]].names]
+            for part in range(num_things)
+        ]
         possible = list(product(*named))
         chosen = rng.sample(possible, min(1, len(possible)))
-        family.asked[choice] = [tuple(rng.sample(things, num_things)) for things in chosen]
+        asked = tuple(tuple(rng.sample(things, num_things)) for things in chosen)
+        near = ([c ^ (part == p) for p, c in enumerate(choice)] for part in range(num_things))
+        family.append(Scene(scene, asked, tuple(map(shown, near))))
     return family
 
 
-def _asked(families: list[Family]) -> Iterable[Things]:
-    return (things for family in families for asked in family.asked.values() for things in asked)
+def _asked(families: list[Family]) -> set[frozenset[str]]:
+    return {frozenset(things) for family in families for scene in family for things in scene.asked}
 
 
 def _answers(scene: Things, num_things: int, asked: set[frozenset[str]]) -> Iterator[str]:

@@ -146,10 +146,9 @@ def _makers(options: argparse.Namespace) -> dict[str, Callable[..., Iterable[Pai
     )
     from metaembed_pl.data_prep._emoji_several import (
         NUM_THINGS,
-        family_pairs,
         make_families,
         make_related_scenes,
-        related_pairs,
+        several_pairs,
     )
     from metaembed_pl.data_prep._openmoji import load_pictures
     from metaembed_pl.data_prep._raster import draw
@@ -168,12 +167,11 @@ def _makers(options: argparse.Namespace) -> dict[str, Callable[..., Iterable[Pai
         return scene_pairs(drawn, split, dealt, jobs)
 
     def several(split: str, num_things: int) -> Iterable[Pair]:
-        test = make_families(drawn.pictures, shown, options.seed, num_things)
-        if split == "test":
-            return family_pairs(drawn, test, jobs)
-        num_train = -(-options.scenes // SEVERAL_SHARE[num_things])
-        train = make_related_scenes(drawn.pictures, shown, num_train, options.seed, test)
-        return related_pairs(drawn, train, num_things, jobs)
+        families = make_families(drawn.pictures, shown, options.seed, num_things)
+        if split == "train":
+            count = -(-options.scenes // SEVERAL_SHARE[num_things])
+            families = make_related_scenes(drawn.pictures, shown, count, options.seed, families)
+        return several_pairs(drawn, split, families, num_things, jobs)
 
     named = {"drawn": drawn, "languages": languages, "seed": options.seed}
     return {

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 # Files that train, export or start processes; `make test-fast` leaves them out.
 SLOW = {
-    "benchmarks": "test_gpu test_gpu_day test_real_shapes",
+    "benchmarks": "test_gpu test_real_shapes",
     "cli": "test_check test_embed test_evaluate test_export test_mine test_push test_recipes"
     " test_hub_refusals test_tune",
     "data_prep": "test_emoji test_pdf",

@@ -1,6 +1,8 @@
 """The GPU benchmark on a CPU: all its parts run, and what it counts is right."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,42 +13,60 @@ from torch.utils.flop_counter import FlopCounterMode
 from metaembed_pl.budget import PAPER_GROUPS, Budget
 from metaembed_pl.item import Item
 
-FOLDER = Path(__file__).parent.parent.parent / "benchmarks"
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def importable():
-    sys.path.insert(0, str(FOLDER))
+    folder = str(ROOT / "benchmarks")
+    sys.path.insert(0, folder)
     yield
-    sys.path.remove(str(FOLDER))
+    sys.path.remove(folder)
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory) -> tuple[dict, dict]:
-    """What it returns and what it saves."""
-    import gpu
+def rows(tmp_path_factory) -> dict[str, list[dict]]:
+    """The rows of each part, by its name."""
+    out = tmp_path_factory.mktemp("gpu_day")
+    flags = "--variants --pairs 2 --steps 1 --min_s 0"
+    done = subprocess.run(
+        ["bash", "benchmarks/gpu_day.sh", str(out), *flags.split()],
+        cwd=ROOT,
+        env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "PATIENCE": "4"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr
+    return {
+        file.stem: [json.loads(line) for line in file.read_text().splitlines()]
+        for file in out.glob("*.jsonl")
+    }
 
-    folder = tmp_path_factory.mktemp("results")
-    flags = "--device cpu --sizes 3B --pairs 2 --steps 1 --min_s 0 --save --out"
-    found = gpu.main([*flags.split(), str(folder)])
-    (file,) = folder.glob("gpu-*.json")
-    return found, json.loads(file.read_text())
+
+def test_every_part_ends_well(rows):
+    assert [row["part"] for row in rows["parts"]] == [
+        "roof",
+        "train",
+        "peers",
+        "loss",
+        "zero",
+        "search",
+    ]
+    assert {row["status"] for row in rows["parts"]} == {0}
+    assert rows["roof"][0]["tflops"] > 0
+    assert {row["torch"] for row in rows["roof"] + rows["loss"]} == {torch.__version__}
 
 
-def test_what_is_saved_is_what_was_measured(measured):
-    found, saved = measured
-    assert json.loads(json.dumps(found)) == saved
-    assert saved["is_tiny"]
-    assert saved["torch"] == torch.__version__
-
-
-def test_every_case_has_its_speed_and_where_the_time_goes(measured):
-    import gpu
-
-    rows = {row["case"]: row for row in measured[0]["train"]}
-    assert list(rows) == list(map(str, gpu.train_cases(["3B"], tiny=True)))
-    assert "flash-attn" in rows.pop("3B, flash, checkpointed")["failed"]
-    for name, row in rows.items():
+def test_every_case_has_its_speed_and_where_the_time_goes(rows):
+    by_case = {row["case"]: row for row in rows["train"]}
+    assert "flash-attn" in by_case.pop("3B, flash, checkpointed")["failed"]
+    assert list(by_case) == [
+        "3B, sdpa, checkpointed",
+        "3B, sdpa",
+        "3B, sdpa, checkpointed, cached in chunks of 512 tokens",
+    ]
+    for name, row in by_case.items():
         parts = row["parts_s"]
         assert {"data", "vision", "text", "loss", "text backward", "optimizer"} == parts.keys(), (
             name
@@ -56,13 +76,34 @@ def test_every_case_has_its_speed_and_where_the_time_goes(measured):
         assert row["pairs_per_s"] == pytest.approx(2 / row["step_s"])
         # Two pairs of three rows, each with at least its 80 slots.
         assert row["tokens_per_s"] * row["step_s"] > 6 * 80
+        assert 0 < row["mfu"] < 1.5
+        assert row["check_bytes"] > 2**20
 
 
-def test_loss_and_scoring_are_timed_at_every_shape(measured):
-    for row in measured[0]["loss"]:
+def test_peers_take_steps_on_the_same_rows(rows):
+    assert len(rows["peers"]) == 2
+    for row in rows["peers"]:
+        assert row.get("step_s", 0) > 0 or "No module named" in row["failed"], row
+
+
+def test_zero_resumes_and_leaves_a_model(rows):
+    pytest.importorskip("deepspeed")
+    (row,) = rows["zero"]
+    assert row["has_model"], row
+
+
+def test_loss_and_scoring_are_timed_at_every_shape(rows):
+    for row in rows["loss"]:
         assert all(row[form]["time_s"] > 0 for form in ("ours", "einsums", "roof"))
-    assert [row["budget"] for row in measured[0]["search"]] == list(map(str, PAPER_GROUPS))
-    assert all(row["ms"] > 0 and row["ms_by_1000"] > 0 for row in measured[0]["search"])
+    assert [row["budget"] for row in rows["search"]] == list(map(str, PAPER_GROUPS))
+    assert all(row["ms"] > 0 and row["ms_by_1000"] > 0 for row in rows["search"])
+
+
+def test_the_limits_leave_room_within_ten_minutes():
+    script = (ROOT / "benchmarks" / "gpu_day.sh").read_text()
+    limits = [int(line.split()[1]) for line in script.splitlines() if line.startswith("run ")]
+    assert len(limits) == 6
+    assert sum(limits) <= 570
 
 
 def test_costs_of_scoring_are_those_of_the_papers_table():
@@ -78,7 +119,7 @@ def test_costs_of_scoring_are_those_of_the_papers_table():
     "item",
     [
         Item(" ".join(["word"] * 40)),
-        Item("a page", image=FOLDER.parent / "docs/images/budgets.png"),
+        Item("a page", image=ROOT / "docs/images/budgets.png"),
     ],
     ids=["text", "both"],
 )

@@ -47,7 +47,7 @@ def test_every_promised_recipe_is_there_and_found_by_the_verb():
 def test_a_head_says_what_a_reader_must_know(path):
     head = read_head(path)
     assert head["title"]
-    needed = HEAD_KEYS if not path.stem.startswith("emoji") else ("row", "command", "hardware")
+    needed = HEAD_KEYS if not path.stem.startswith("emoji") else ("paper", "command", "hardware")
     assert not [key for key in needed if not head.get(key)]
     assert f"--config recipes/{path.name}" in head["command"]
     assert max(map(len, path.read_text().splitlines())) <= 120
@@ -82,7 +82,7 @@ def test_the_capped_mix_is_the_papers_with_a_cap_for_each_mmeb_subset():
 def test_the_list_has_one_line_a_recipe(capsys):
     assert main(["recipes"]) == 0
     first, *lines = capsys.readouterr().out.splitlines()
-    assert first.split() == ["recipe", "row", "hardware", "verified"]
+    assert first.split() == ["recipe", "paper", "hardware", "verified"]
     assert [line.split()[0] for line in lines] == [path.stem for path in RECIPES]
     qwen = next(line for line in lines if line.startswith("qwen7b "))
     assert "MetaEmbed-7B" in qwen
@@ -91,7 +91,7 @@ def test_the_list_has_one_line_a_recipe(capsys):
 
 def test_the_list_as_json(capsys):
     assert main(["recipes", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["qwen3b"]["row"] == "MetaEmbed-3B"
+    assert json.loads(capsys.readouterr().out)["qwen3b"]["paper"] == "MetaEmbed-3B"
 
 
 def test_a_name_prints_the_file(capsys):
@@ -108,8 +108,8 @@ def test_a_folder_called_like_a_recipe_does_not_hide_it(tmp_path, monkeypatch, c
 
 def test_a_value_may_go_on_in_the_next_line(tmp_path):
     file = tmp_path / "x.yaml"
-    file.write_text("# A title: with a colon.\n#\n# row:  one\n#   and two\nrun: {}\n# row: no\n")
-    assert read_head(file) == {"title": "A title: with a colon.", "row": "one and two"}
+    file.write_text("# A title: with a colon.\n#\n# paper:  one\n#   and two\nrun: {}\n# paper: no\n")
+    assert read_head(file) == {"title": "A title: with a colon.", "paper": "one and two"}
 
 
 def test_a_copy_has_its_own_name_and_brings_what_it_refers_to(tmp_path, capsys):

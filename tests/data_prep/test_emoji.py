@@ -27,10 +27,9 @@ from metaembed_pl.data_prep import openmoji as script  # noqa: E402
 from metaembed_pl.data_prep._emoji_pairs import edit_pairs, name_pairs, picture_pairs  # noqa: E402
 from metaembed_pl.data_prep._emoji_scenes import make_scenes, make_small_scenes, scene_pairs  # noqa: E402
 from metaembed_pl.data_prep._emoji_several import (  # noqa: E402
-    family_pairs,
     make_families,
     make_related_scenes,
-    related_pairs,
+    several_pairs,
 )
 
 
@@ -272,13 +271,10 @@ def test_the_right_scene_shows_all_that_is_asked_for(split, num_things):
     ids += [id for id in pictures if id.startswith("1F41") and len(id) == 5]  # food, animals
     drawn = draw(*ids)
     families = make_families(drawn.pictures, ids, 0, num_things)[:1]
-    if split == "test":
-        found = list(family_pairs(drawn, families, num_jobs=1))
-        assert len(found) == 2**num_things
-    else:
-        dealt = make_related_scenes(drawn.pictures, ids, 8, 0, families)
-        found = list(related_pairs(drawn, dealt, num_things, num_jobs=1))
-        assert len(found) > 8 * 10
+    if split == "train":
+        families = make_related_scenes(drawn.pictures, ids, 8, 0, families)
+    found = list(several_pairs(drawn, split, families, num_things, num_jobs=1))
+    assert len(found) == 2**num_things if split == "test" else len(found) > 8 * 10
     scenes = {pair.positive.id: tiles_of(drawn, pair.positive) for pair in found}
     for pair in found:
         asked = set(pair.asks.split(" & "))
@@ -297,17 +293,17 @@ def test_training_scenes_of_a_shard_hold_one_of_two_things_far_more_often_than_b
     ids = [f"{number:04X}" for number in range(1800)]
     pictures = {id: _openmoji.Picture(id, {"en": f"thing {id}"}) for id in ids}
     test = make_families(pictures, ids, 0, 2)
-    scenes = make_related_scenes(pictures, ids, 500, 0, test)
+    scenes = [scene for [scene] in make_related_scenes(pictures, ids, 500, 0, test)]
     assert len(scenes) == 500
-    in_test = {frozenset(asked) for family in test for [asked] in family.asked.values()}
-    shard = list(scenes)[:84]
-    assert len({id for tiles in shard for id in tiles}) == 54
-    for tiles in shard[::10]:
-        assert len(scenes[tiles]) == 12
-        for things in scenes[tiles]:
-            assert set(things) < set(tiles)
+    in_test = {frozenset(things) for family in test for scene in family for things in scene.asked}
+    shard = scenes[:84]
+    assert len({id for scene in shard for id in scene.tiles}) == 54
+    for scene in shard[::10]:
+        assert len(scene.asked) == 12
+        for things in scene.asked:
+            assert set(things) < set(scene.tiles)
             assert frozenset(things) not in in_test
-            near = sum(len(set(things) & set(other)) == 1 for other in shard)
+            near = sum(len(set(things) & set(other.tiles)) == 1 for other in shard)
             assert near > 15  # chance: 84 * 2 * 9 / 1800, less than one
 
 

@@ -17,8 +17,8 @@ from metaembed_pl.cli.recipe_path import find_recipe, recipe_folder
 from metaembed_pl.errors import UserError
 from metaembed_pl.files import write_text
 
-HEAD_KEYS = ("row", "data", "command", "hardware", "hours", "memory", "expected", "verified")
-SHOWN = ("row", "hardware", "verified")
+HEAD_KEYS = ("paper", "data", "command", "hardware", "hours", "memory", "expected", "verified")
+SHOWN = ("paper", "hardware", "verified")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
