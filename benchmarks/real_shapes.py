@@ -2,8 +2,7 @@
 
     python benchmarks/real_shapes.py                           # all recipes: a quarter of an hour
     python benchmarks/real_shapes.py --recipes qwen3b          # one: a minute or two
-    python benchmarks/real_shapes.py --save after              # to results/real-shapes-after.json
-    python benchmarks/real_shapes.py --table before after      # two saved ones as a table
+    python benchmarks/real_shapes.py --save                    # also as benchmarks/results/*.json
 
 docs/scale.md explains the columns. FLOPs are counted operation by operation at a few shapes of the
 real model; for other shapes they follow from tokens and patches. A second line has the parts of a
@@ -19,7 +18,6 @@ and words, with about the sizes and lengths of the mix's 27 sources.
 """
 
 import argparse
-import json
 import time
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
@@ -30,7 +28,7 @@ from unittest import mock
 import _weightless as weightless
 import torch
 from _mix import SOURCES, MadePairs, MixSource
-from _results import RESULTS
+from _results import machine, save
 from _shapes import RandomTokenizer, pieces
 from PIL import Image
 from torch import Tensor
@@ -48,6 +46,7 @@ from metaembed_pl.model.embedder import MetaEmbedder
 from metaembed_pl.model.family import family_of
 from metaembed_pl.model.image_processors import load_image_processor
 from metaembed_pl.model.processing import Processing
+from metaembed_pl.training.flops import _patch_pairs
 from metaembed_pl.training.memory import GIB, Step, estimate
 
 RECIPES = ("qwen3b", "qwen7b", "qwen32b", "llama11b", "paligemma3b", "qwen3vl8b")
@@ -198,13 +197,6 @@ class Work:
         return cls(
             rows * length, rows * length**2, count, count, rows * looks, rows * length * looks
         )
-
-
-def _patch_pairs(vision: Any, num_patches: int) -> int:
-    """Pairs of patches over all layers of a tower; some layers see only windows."""
-    full = len(getattr(vision, "fullatt_block_indexes", range(vision.depth)))
-    window = (getattr(vision, "window_size", 0) // vision.patch_size) ** 2
-    return num_patches * (full * num_patches + (vision.depth - full) * min(window, num_patches))
 
 
 def num_patches(inputs: dict[str, Tensor]) -> list[int]:
@@ -517,19 +509,19 @@ PARTS = {
 
 
 HEAD = (
-    "| recipe | | TFLOP a pair | least | redone | ratio | real | GiB a picture | a text | peak "
-    "| `check` |\n|---|---|---|---|---|---|---|---|---|---|---|"
+    "| recipe | TFLOP a pair | least | redone | ratio | real | GiB a picture | a text | peak "
+    "| `check` |\n|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
-def table_row(recipe: str, name: str, row: dict[str, Any]) -> str:
+def table_row(recipe: str, row: dict[str, Any]) -> str:
     """A line of the table: TFLOPs of a pair, GiB of one row and of a step's activations."""
     tera = [f"{row[key] / 1e12:.1f}" for key in ("flops", "least", "redone")]
     kept = [f"{sum(row['kept'][key].values()) / GIB:.2f}" for key in ("picture", "text")]
     memory = row["memory"]
     peaks = [f"{memory[by]['activations'] / GIB:.1f}" for by in ("counted", "check")]
     cells = [*tera, f"{row['ratio']:.2f}", f"{row['real']:.0%}", *kept, *peaks]
-    return f"| {recipe} | {name} | {' | '.join(cells)} |"
+    return f"| {recipe} | {' | '.join(cells)} |"
 
 
 def details(recipe: str, row: dict[str, Any]) -> str:
@@ -550,38 +542,21 @@ def details(recipe: str, row: dict[str, Any]) -> str:
     )
 
 
-def print_saved(names: list[str], folder: Path) -> None:
-    """Saved counts as a table, one after the other for each recipe: what docs/scale.md shows."""
-    saved = {n: json.loads((folder / f"real-shapes-{n}.json").read_text()) for n in names}
-    print(HEAD)
-    for recipe in RECIPES:
-        for name, found in saved.items():
-            if recipe in found:
-                print(table_row(recipe, name, found[recipe]))
-
-
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Count, print a line for each recipe, and save if requested."""
     parser = argparse.ArgumentParser(description="What the recipes cost at their real size.")
     add = parser.add_argument
     add("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
-    add("--save", metavar="NAME", help="write real-shapes-NAME.json into --out")
-    add("--table", nargs="+", metavar="NAME", help="print saved counts as a table")
-    add("--out", type=Path, default=RESULTS)
+    add("--save", action="store_true", help="write benchmarks/results/")
     options = parser.parse_args(arguments)
-    if options.table:
-        print_saved(options.table, options.out)
-        return {}
     print(HEAD)
     found = {}
     for name in options.recipes:
         found[name] = of_recipe(name)
-        print(table_row(name, options.save or "", found[name]))
+        print(table_row(name, found[name]))
         print(f"\n{details(name, found[name])}\n", flush=True)
-        if options.save:
-            file = options.out / f"real-shapes-{options.save}.json"
-            earlier = json.loads(file.read_text()) if file.is_file() else {}
-            file.write_text(json.dumps(earlier | found, indent=1) + "\n")
+    if options.save:
+        save("real-shapes", {"machine": machine(), "recipes": found})
     return found
 
 

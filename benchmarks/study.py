@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 import yaml
-from _results import RESULTS, machine
+from _results import machine, save
 
 from metaembed_pl.budget import Budget
 from metaembed_pl.data.retrieval_set import RetrievalSet
@@ -102,9 +102,7 @@ def main() -> None:
     else:
         print(f"{tables(runs)}\n\n{shares(runs)}")
     if options.save:
-        found = {"machine": machine("cpu"), "torch": torch.__version__, "runs": runs}
-        file = RESULTS / f"study-{machine('cpu').replace(' ', '_').replace('/', '_')}.json"
-        write_text(file, json.dumps(found, indent=2) + "\n")
+        save("study", {"machine": machine("cpu"), "torch": torch.__version__, "runs": runs})
 
 
 def refuse_missing_data(study: dict[str, Any], settings: list[str]) -> None:

@@ -100,23 +100,17 @@ def copy_recipe(source: Path, target: Path) -> list[Path]:
 
 
 def _print_list(heads: dict[str, dict[str, str]]) -> None:
-    """A table in a terminal, aligned text in a pipe."""
-    rows = [(name, *(head.get(key, "") for key in SHOWN)) for name, head in heads.items()]
-    columns = ("recipe", *SHOWN)
-    if sys.stdout.isatty():
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
+    """A table, folded to a terminal's width; in a pipe each recipe has one line."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
 
-        table = Table(box=None, header_style="bold", pad_edge=False)
-        for column in columns:
-            table.add_column(column, overflow="fold")
-        for row in rows:
-            table.add_row(*map(Text, row))
-        Console().print(table)
-        return
-    lines = [columns, *rows]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for row in lines:
-        cells = (f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))
-        print("  ".join(cells).rstrip())
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("recipe", *SHOWN):
+        table.add_column(column, overflow="fold")
+    for name, head in heads.items():
+        table.add_row(name, *(Text(head.get(key, "")) for key in SHOWN))
+    console = Console(width=None if sys.stdout.isatty() else 1000)
+    with console.capture() as shown:
+        console.print(table)
+    print(re.sub(r"(?m) +$", "", shown.get()), end="")
