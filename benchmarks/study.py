@@ -43,7 +43,7 @@ from metaembed_pl.retrieval.projection import Projection
 from metaembed_pl.training.loss_terms import rounded
 
 STUDY = Path(__file__).with_suffix(".yaml")
-SUMMED = "summed"
+SUMMED, ALIKE = "summed", "cosine of queries"
 FORMS = (
     ("x64", 64, None),
     ("x32", 32, None),
@@ -100,7 +100,7 @@ def main() -> None:
     if options.readme:
         print(readme({name: finished(options.out, name) for name in README}))
     else:
-        print(f"{tables(runs)}\n\n{shares(runs)}")
+        print(f"{overview(runs)}\n\n{tables(runs)}\n\n{shares(runs)}")
     if options.save:
         save("study", {"machine": machine("cpu"), "torch": torch.__version__, "runs": runs})
 
@@ -212,22 +212,32 @@ def measure(folder: Path, tests: list[str]) -> dict[str, dict[str, float]]:
             name: ranking_metrics(of, pool.relevant, [1])["recall@1"].mean().item()
             for name, of in scores.items()
         }
-        values["cosine of queries"] = mean_cosine(queries).item()
+        values[ALIKE] = mean_cosine(queries).item()
         values["cosine of candidates"] = mean_cosine(candidates).item()
         found[shards.name] = values
     return found
+
+
+def overview(runs: Runs) -> str:
+    """Settings by test sets, at each model's largest group."""
+    sets = list(_first(runs)["sets"])
+    head = ["setting", "seeds", "CPU min", *sets, ALIKE]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for name, of_seeds in runs.items():
+        cells = [str(len(of_seeds)), with_interval([one["cpu_min"] for one in of_seeds], ".1f")]
+        cells += [_cell(of_seeds, dataset, of_seeds[0]["groups"][-1]) for dataset in sets]
+        lines.append(f"| {name} | {' | '.join(cells)} | {_cell(of_seeds, sets[-1], ALIKE)} |")
+    return "\n".join(lines)
 
 
 def tables(runs: Runs) -> str:
     """A table for each test set: settings by budgets."""
     parts = []
     for dataset, values in _first(runs)["sets"].items():
-        lines = ["| setting | CPU min | " + " | ".join(values) + " |"]
-        lines.append("|---|" + "---:|" * (len(values) + 1))
+        lines = [f"| setting | {' | '.join(values)} |", "|---" * (len(values) + 1) + "|"]
         for name, of_seeds in runs.items():
-            cells = [with_interval([one["cpu_min"] for one in of_seeds], ".1f")]
-            cells += [_cell(of_seeds, dataset, column) for column in values]
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+            cells = (_cell(of_seeds, dataset, column) for column in values)
+            lines.append(f"| {name} | {' | '.join(cells)} |")
         parts.append(f"{dataset}\n\n" + "\n".join(lines))
     return "\n\n".join(parts)
 

@@ -71,6 +71,19 @@ def test_the_readmes_tables_are_those_of_the_finished_runs(study, tmp_path, monk
         printed(study, monkeypatch, capsys, "--readme", "--out", tmp_path / "nowhere")
 
 
+def test_the_overview_shows_each_setting_at_its_largest_group(study, tmp_path, monkeypatch, capsys):
+    alike = {"cosine of queries": 0.25}
+    made(tmp_path, "today", ["1x1", "2x4"], [{"s": {"1x1": 0.1, "2x4": 0.5, **alike}}])
+    made(tmp_path, "emoji_single", ["1x1"], [{"s": {"1x1": 0.3}}])
+    runs = {name: study.finished(tmp_path, name) for name in ("today", "emoji_single")}
+    assert study.overview(runs).splitlines() == [
+        "| setting | seeds | CPU min | s | cosine of queries |",
+        "|---|---|---|---|---|",
+        "| today | 1 | 8.0 | 0.500 | 0.250 |",
+        "| emoji_single | 1 | 8.0 | 0.300 |  |",
+    ]
+
+
 def test_a_quarter_of_the_bytes_is_a_share_of_the_whole_ones_recall(study, tmp_path):
     forms = {
         "2x4 projected to 32": 0.4,

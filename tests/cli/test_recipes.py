@@ -108,7 +108,9 @@ def test_a_folder_called_like_a_recipe_does_not_hide_it(tmp_path, monkeypatch, c
 
 def test_a_value_may_go_on_in_the_next_line(tmp_path):
     file = tmp_path / "x.yaml"
-    file.write_text("# A title: with a colon.\n#\n# paper:  one\n#   and two\nrun: {}\n# paper: no\n")
+    file.write_text(
+        "# A title: with a colon.\n#\n# paper:  one\n#   and two\nrun: {}\n# paper: no\n"
+    )
     assert read_head(file) == {"title": "A title: with a colon.", "paper": "one and two"}
 
 
