@@ -61,9 +61,9 @@ IN_WORDS = {
     "emoji_t2i": "name -> picture",
     "emoji_i2t": "picture -> name",
     "emoji_edit": "picture + edit -> picture",
-    "emoji_scene": "scene",
+    "emoji_scene": "scene, one thing",
     "emoji_scene_two": "scene, two things",
-    "emoji_scene_three": "scene, three things",
+    "emoji_scene_three": "scene, three things (not trained)",
 }
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """95 % quantiles of Student's t for 2, 3, ... 10 seeds."""

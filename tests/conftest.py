@@ -9,29 +9,31 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))
 
-# Files that train, export or start processes; `make test-fast` leaves them out.
-SLOW = {
-    "benchmarks": "test_gpu test_real_shapes",
-    "cli": "test_check test_embed test_evaluate test_export test_mine test_push test_recipes"
-    " test_hub_refusals test_tune",
-    "data_prep": "test_emoji test_pdf",
-    "evaluation": "test_baselines test_mteb test_run",
-    "field": "test_damage test_fuzz test_named test_stopping test_tracking",
-    "model": "test_embedder test_encoding test_export test_families test_library_processors"
-    " test_lora test_patches test_pooling test_vision",
-    "retrieval": "test_calibration test_embedding test_index test_projection test_qdrant"
-    " test_store",
-    "serving": "test_serve",
-    "tests": "test_wheel",
-    "training": "test_checkpoints test_extras test_faults test_fit test_gradient_cache test_memory"
-    " test_metrics test_options test_questions test_scale test_tracking test_watchdog test_zero",
-}
+# Files that train, export or start processes, longest first; `make test-fast` leaves them out.
+SLOW = """
+    training/test_zero training/test_scale benchmarks/test_gpu training/test_fit cli/test_mine
+    cli/test_recipes cli/test_check training/test_memory tests/test_rehearsal retrieval/test_store
+    retrieval/test_qdrant benchmarks/test_real_shapes training/test_watchdog cli/test_embed
+    training/test_options data_prep/test_emoji benchmarks/test_study field/test_stopping field/test_fuzz
+    cli/test_evaluate retrieval/test_index model/test_vision field/test_tracking
+    evaluation/test_run training/test_faults training/test_extras model/test_embedder
+    cli/test_hub_refusals cli/test_export serving/test_serve model/test_families
+    tests/test_wheel model/test_lora cli/test_push training/test_tracking
+    training/test_checkpoints retrieval/test_projection evaluation/test_mteb
+    training/test_gradient_cache model/test_encoding evaluation/test_baselines
+    retrieval/test_calibration field/test_named field/test_damage model/test_pooling
+    retrieval/test_embedding training/test_questions training/test_metrics model/test_patches
+    data_prep/test_pdf model/test_library_processors model/test_export cli/test_tune
+""".split()
 
 
 def pytest_collection_modifyitems(items):
-    """Files with slow tests first: several processes then end at about the same time."""
+    """The longest files first: several processes then end at about the same time."""
+    places = {}
     for item in items:
-        if item.path.stem in SLOW.get(item.path.parent.name, "").split():
+        name = f"{item.path.parent.name}/{item.path.stem}"
+        if name in SLOW:
             item.add_marker(pytest.mark.slow)
+            places[item.path] = SLOW.index(name)
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    items.sort(key=lambda item: places.get(item.path, len(SLOW) + (item.path not in slow)))

@@ -47,7 +47,7 @@ class Ranks:
         self.files = [folder / f"said.{rank}" for rank in range(count)]
         self.processes = []
         for rank, file in enumerate(self.files):
-            place = {"LOCAL_RANK": str(rank)} if count > 1 else {}
+            place = {"LOCAL_RANK": str(rank), "RANK": str(rank)} if count > 1 else {}
             of_rank = (environment | place, str(file), function, rank, *arguments)
             self.processes.append(context.Process(target=_run, args=of_rank))
         for process in self.processes:

@@ -55,7 +55,7 @@ def test_the_readmes_tables_are_those_of_the_finished_runs(study, tmp_path, monk
         "| recall@1, held out | 1x1 | 2x4 | one vector |\n"
         "|---|---|---|---|\n"
         "| name -> picture | 0.620 ± 0.050 | 0.500 ± 0.000 | 0.300 |\n"
-        "| scene | 0.400 ± 0.000 | 0.800 ± 0.000 |  |\n"
+        "| scene, one thing | 0.400 ± 0.000 | 0.800 ± 0.000 |  |\n"
         "| bytes a candidate, bf16 | 256 | 1,024 | 256 |\n"
         "\n"
         "Mean and 95 % interval over 3 seeds (one vector: 1).\n"

@@ -238,8 +238,8 @@ def test_a_fault_is_one_line_and_exit_2(recipe, capsys, changes, message):
             "/model has another tokenizer than the model in training: it reads the same tensors",
         ),
         (
-            {"data__train": [{"path": "data/emoji/train/emoji_scene_two"}]},
-            "data/emoji/train/emoji_scene_two",
+            {"data__train": [{"path": "nowhere/emoji_scene_two"}]},
+            "nowhere/emoji_scene_two",
         ),
     ],
     ids=[

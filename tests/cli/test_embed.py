@@ -3,7 +3,6 @@ import os
 import pty
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ from metaembed_pl.model.embedder import MetaEmbedder
 from metaembed_pl.progress import Progress, with_progress
 from metaembed_pl.retrieval.sources import open_source
 from metaembed_pl.retrieval.store import Store
+from ranks import command_line
 
 
 @pytest.fixture(scope="module")
@@ -142,32 +142,13 @@ def test_killed_it_goes_on_at_the_next_item(model, tmp_path, capsys):
 
 
 def test_two_processes_write_what_one_would(model, things, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "metaembed_pl", "embed", "--model", model, "--items", things]
-    command += ["--store", tmp_path / "two", "--device", "cpu", "--batch-size", "2", "--json"]
-    command += ["--width", "8"]
-    ranks = [
-        subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ
-            | {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": "2"}
-            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"},
-        )
-        for rank in range(2)
-    ]
-    try:
-        said = [rank.communicate(timeout=200) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], said
-    assert json.loads(said[0][0])["embedded"] == 12
-    assert said[1][0] == ""
+    flags = ["--model", model, "--items", things, "--store", tmp_path / "two", "--device", "cpu"]
+    flags += ["--batch-size", "2", "--width", "8", "--json"]
+    ranks = command_line(2, tmp_path / "said", "embed", *map(str, flags))
+    (first, said), (second, nothing) = ranks.end()
+    assert (first, second) == (0, 0), said + nothing
+    assert json.loads(said.splitlines()[-1])["embedded"] == 12
+    assert "embedded" not in nothing
     assert embed(model, things, tmp_path / "one", "--batch-size", 2, "--width", 8) == 0
     one, two = Store.open(tmp_path / "one"), Store.open(tmp_path / "two")
     assert torch.equal(two.projection.rows, one.projection.rows)
