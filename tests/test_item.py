@@ -263,7 +263,7 @@ def test_refuses_a_folder_without_pictures(tmp_path):
 
 def test_reads_items_from_json_lines(tmp_path):
     path = tmp_path / "items.jsonl"
-    path.write_text('"a red circle"\n{"text": "b", "id": "2"}\n')
+    path.write_text('"a red circle"\n{"text": "b", "id": "2", "metadata": {"for": "stores"}}\n')
     assert read_items(path) == [Item("a red circle"), Item("b", id="2")]
 
 

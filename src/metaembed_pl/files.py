@@ -27,7 +27,7 @@ def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """
     path = Path(path)
     if path.exists() and not overwrite:
-        raise UserError(f"{path} exists already: choose another folder or allow overwriting")
+        raise UserError(f"{path} exists already: choose another folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:

@@ -288,6 +288,8 @@ def read_items(path: Path) -> list[Item]:
     items, lines = [], {}
     for number, value in read_json_lines(path):
         try:
+            if isinstance(value, dict):
+                value.pop("metadata", None)  # for stores
             items.append(Item.parse(value, path.parent))
             if items[-1].id is not None:
                 check_unique(items[-1].id, number, lines)

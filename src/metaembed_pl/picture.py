@@ -72,7 +72,7 @@ def files_below(
                 left_out[path.suffix.lower() or "without an ending"] += 1
     if left_out and beside is not None:
         counts = ", ".join(f"{count:,} {kind}" for kind, count in left_out.most_common())
-        log.warning("%s: files that are not taken: %s", root, counts)
+        log.warning("%s: skipped files: %s", root, counts)
     return sorted(found)
 
 

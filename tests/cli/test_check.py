@@ -13,7 +13,7 @@ from metaembed_pl.cli import check_rate
 from metaembed_pl.cli.check import _weightless_model
 from metaembed_pl.cli.main import main
 from metaembed_pl.cli.recipe_faults import read_recipe
-from metaembed_pl.data.shards import ShardWriter
+from metaembed_pl.data.shards import ShardedPairs, ShardWriter
 from metaembed_pl.item import Item, Pair
 from metaembed_pl.model.weightless import _on_meta, _place, count_parameters
 
@@ -491,6 +491,14 @@ def test_the_rate_of_the_data_is_that_of_the_shards_and_workers_follow_from_it(
     assert check("--config", on_gpu, "--gpu", "A100", "--data.num_workers=2") == 0
     out = capsys.readouterr().out
     assert "and it has 2: set data.num_workers, or the GPU waits for data" in out
+
+
+def test_the_rate_is_measured_on_pairs_of_every_source(tmp_path):
+    sources = [(ShardedPairs(tiny.shards(tmp_path / n, int(n))), 0) for n in ("90", "3")]
+    places = [(shards.name, place) for shards, place, _ in check_rate._places(sources)]
+    assert {name for name, _ in places} == {"90", "3"}
+    assert max(place for name, place in places if name == "90") > 60
+    assert {place for name, place in places if name == "3"} == {0, 1, 2}
 
 
 def test_without_data_nothing_is_said_of_their_rate(capsys, monkeypatch):

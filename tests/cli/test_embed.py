@@ -188,8 +188,8 @@ def test_a_folder_is_embedded_by_its_pictures_and_the_pages_of_its_pdfs(model, t
     assert embed(model, folder, tmp_path / "s", "--skip-bad") == 0
     out, err = capsys.readouterr()
     assert "4 items in" in out
-    assert "1 left out" in out
-    assert "left out c.pdf#page=1: page 1 of" in err
+    assert "1 skipped" in out
+    assert "skipped c.pdf#page=1: page 1 of" in err
     store = Store.open(tmp_path / "s")
     assert store.ids == ["a.png", *(f"deeper/b.pdf#page={page}" for page in (1, 2, 3))]
     about = {"file": str(folder / "deeper" / "b.pdf"), "page": 2}
@@ -432,6 +432,7 @@ def test_a_folder_of_folders_of_shards_is_told_to_choose_one(tmp_path):
         (("--device", "cpu"), "--device is not for --engine vllm"),
         (("--vllm-args", "[1]"), "--vllm-args takes a JSON object, got '[1]'"),
         (("--engine", "here", "--vllm-args", "{}"), "--vllm-args is for --engine vllm"),
+        (("--parts", "8"), "--parts is for --engine ray; --part I/N embeds one part"),
     ],
 )
 def test_vllm_refuses_what_is_not_for_it_in_one_line(flags, message, tmp_path, capsys):

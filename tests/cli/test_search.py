@@ -4,6 +4,8 @@ import pty
 import subprocess
 import sys
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import tiny
@@ -104,6 +106,21 @@ def test_shards_are_searched_by_their_positives_each_once(model, tmp_path, capsy
     ]
 
 
+def test_what_embed_takes_is_searched_without_a_store(model, tmp_path, capsys):
+    lines = [{"id": "a", "text": "red apple", "metadata": {"price": 3}}, {"id": "b", "text": "sky"}]
+    (tmp_path / "things.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    pq.write_table(
+        pa.table({"id": ["a", "b"], "text": ["red apple", "sky"], "price": [3, 4]}),
+        tmp_path / "things.parquet",
+    )
+    found = []
+    for name in ("things.jsonl", "things.parquet"):
+        assert search("--model", model, "--items", tmp_path / name, "--query", "apple") == 0
+        found.append(capsys.readouterr().out)
+    assert found[0] == found[1]
+    assert sorted(line.split()[2] for line in found[0].splitlines()[1:]) == ["a", "b"]
+
+
 def test_a_store_is_no_folder_of_items(tmp_path, capsys):
     (tmp_path / "manifest.json").touch()
     assert search("--model", tmp_path, "--items", tmp_path, "--query", "cat") == 2
@@ -144,7 +161,7 @@ def test_a_terminal_gets_a_table_with_names_as_they_are(model, things):
         ({"--top": "0"}, "--top must be at least 1, got 0"),
         ({"--batch-size": "-1"}, "--batch-size must be at least 1, got -1"),
         ({"--items": "nowhere"}, "nowhere"),
-        ({"--items": "pages.parquet"}, "pages.parquet cannot be searched directly: `embed` it"),
+        ({"--items": "pages.parquet"}, "cannot read pages.parquet: No such file"),
         ({"--image": "nowhere.png"}, "nowhere.png does not exist"),
         ({"--model": "nowhere"}, "nowhere is not a model folder"),
         ({"--device": "abacus"}, "device abacus"),

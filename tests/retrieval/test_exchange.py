@@ -13,6 +13,7 @@ from metaembed_pl.errors import UserError
 from metaembed_pl.item import Item
 from metaembed_pl.retrieval.exchange import ABOUT, export_store, import_store
 from metaembed_pl.retrieval.store import Store
+from unchecked import shapes_unchecked
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,10 @@ def test_fewer_vectors_may_be_asked_for_and_serve_the_budgets_that_they_can(mode
     assert list(map(str, back.groups)) == ["1x1", "2x4"]
     assert torch.equal(back.vectors(), store.vectors(r_c=4))
     query = model.encode_query(["red apple"])
-    assert back.search(query[:, :2], "2x4").ids == store.search(query, "2x4").ids
+    for asked in (query, query[:, :2]):
+        assert back.search(asked, "2x4").ids == store.search(query, "2x4").ids
+    with shapes_unchecked(), pytest.raises(UserError, match=r"must be N x 2 x .*, got 1 x 1 x"):
+        back.search(query[:, :1], "1x1")
     with pytest.raises(UserError, match="not trained at 3 candidate vectors"):
         export_store(store, tmp_path / "x.parquet", r_c=3)
 

@@ -363,7 +363,7 @@ def test_refuses_what_does_not_fit(store, tmp_path):
         ({"counts": [1]}, r"made with counts \(1, 8\), not \(1,\)"),
         ({"dtype": "turbo8"}, "made with dtype fp16, not turbo8"),
         ({"quantization": "binary"}, "made with quantization int8, not binary"),
-        ({"counts": [1, 5]}, "not trained at 5 candidate vectors; choose of 1, 4, 8"),
+        ({"counts": [1, 5]}, "not trained at 5 candidate vectors; choose one of 1, 4, 8"),
         ({"filters": ["size"]}, "no item's metadata have .* under 'size'"),
     ]
     for settings, message in refused:

@@ -121,6 +121,10 @@ def test_columns_of_other_names_are_named_and_files_of_a_folder_follow_each_othe
         )
     source = open_source(tmp_path / "data", {"text": "caption"})
     assert [entry.load().text for entry in source] == ["0 0", "0 1", "0 2", "1 0", "1 1", "1 2"]
+    write_table(tmp_path / "named.parquet")
+    named = list(open_source(tmp_path / "named.parquet", {"image": "image", "text": "text"}))
+    assert [entry.id for entry in named] == ["a", "b", "c"]
+    assert "id" not in named[0].metadata
     with pytest.raises(UserError, match=r"has the columns price, tags, caption: say which"):
         open_source(tmp_path / "data")
     with pytest.raises(UserError, match="has no column 'words'; it has price, tags, caption"):

@@ -175,6 +175,23 @@ def test_validate_and_test_print_whole_names(finished, capsys):
     assert re.match(r"again: test sets\n\ntask +metric", capsys.readouterr().out)
 
 
+def test_a_dry_run_of_few_batches_ranks_nothing_and_writes_nothing(data, tmp_path, capsys):
+    few = recipe(data) | {"run": {"name": "x", "folder": str(tmp_path / "runs")}}
+    file = write_recipe(tmp_path, few)
+    arguments = ["fit", "--config", file, "--data.eval_batch_size=2"]
+    assert main([*arguments, "--trainer.fast_dev_run=1"]) == 0
+    assert not list((tmp_path / "runs").rglob("*.*"))
+    assert main([*arguments, "--trainer.limit_val_batches=1"]) == 2
+    assert "use max_queries, not trainer.limit_val_batches" in capsys.readouterr().err
+
+
+def test_every_verb_of_lightning_has_its_own_help(capsys):
+    for verb, words in {"fit": "full optimization", "validate": "over the validation set"}.items():
+        with pytest.raises(SystemExit):
+            main([verb, "--help"])
+        assert words in capsys.readouterr().out.partition("options:\n")[0]
+
+
 def test_two_ranks_end_where_one_does(data, finished, tmp_path):
     """The whole way: plan, loss over both ranks, DDP, metrics, model folder and report."""
     values = recipe(data)

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         action="append",
         metavar="RECIPE",
-        help="a recipe file, or the name of a built-in recipe; given again, laid over the first",
+        help="a recipe file, or the name of a built-in recipe; repeatable: later ones override",
     )
     add("--gpus", type=int, metavar="N", help="total number of GPUs (default: as in the recipe)")
     add(

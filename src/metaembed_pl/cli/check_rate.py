@@ -62,7 +62,7 @@ def _places(sources: list[tuple[ShardedPairs, int]]) -> Iterator[tuple[ShardedPa
     """Pairs of all sources in turn, repeated if there are few."""
     each = -(-(MEASURED + 1) // max(1, len(sources)))
     of_each = [
-        islice(cycle((shards, place, count) for place in evenly_spread(len(shards), each)), each)
+        islice(cycle([(shards, place, count) for place in evenly_spread(len(shards), each)]), each)
         for shards, count in sources
     ]
     for found in zip(*of_each, strict=True):

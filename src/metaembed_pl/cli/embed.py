@@ -123,6 +123,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Embed, and print a summary."""
     check_at_least(args, 1, "width")
+    if args.parts is not None and args.engine != "ray":
+        raise UserError("--parts is for --engine ray; --part I/N embeds one part")
     with redirect_stdout(sys.stderr):
         summary = _embed_on_ray(args) if args.engine == "ray" else embed_here(args)
     if summary is None:
@@ -132,7 +134,7 @@ def run(args: argparse.Namespace) -> None:
         return
     print(
         f"{summary['items']:,} items in {args.store}, {summary['embedded']:,} of them new"
-        + (f", {summary['skipped']:,} left out" if summary["skipped"] else "")
+        + (f", {summary['skipped']:,} skipped" if summary["skipped"] else "")
         + (
             f"; {_stored_as(summary)} keeps {100 * summary['kept']:.1f} % of the 10 nearest "
             f"neighbours ({summary['sample']} sampled items)"
@@ -213,7 +215,7 @@ def embed_here(args: argparse.Namespace) -> dict[str, Any] | None:
         if note is not None:
             replace(note, done=True).write(store.folder)
         for reason in done.skipped:
-            print(f"left out {reason}", file=sys.stderr)
+            print(f"skipped {reason}", file=sys.stderr)
         if done.changed:
             print(
                 f"{len(done.changed):,} ids stand for other items in {args.store}, which are kept, "

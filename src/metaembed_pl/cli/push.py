@@ -15,6 +15,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from metaembed_pl.budget import Budget
 from metaembed_pl.cli.model import check_at_least
 from metaembed_pl.errors import UserError
 from metaembed_pl.retrieval.qdrant.address import parse_address
@@ -105,15 +106,15 @@ def _push(args: argparse.Namespace, store: "Store", counts: tuple[int, ...] | No
         collection.close()
     text = f"{len(store):,} items in {collection.address}, {done.sent:,} of them new or changed"
     text += f", {done.deleted:,} deleted" if done.deleted else ""
-    report = {"items": len(store), "sent": done.sent, "deleted": done.deleted}
-    return {**report, "text": text}
+    return {"items": len(store), "sent": done.sent, "deleted": done.deleted, "text": text}
 
 
 def _cost(args: argparse.Namespace, store: "Store", counts: tuple[int, ...] | None) -> Any:
     """The size of a collection of this store, and of collections of more such items."""
     from metaembed_pl.retrieval.qdrant.sizing import ITEMS, PAYLOAD_BYTES, sizing, sizing_table
 
-    counts = counts or tuple(sorted({group.r_c for group in store.groups}))
+    r_q, trained = store.groups[-1].r_q, {group.r_c for group in store.groups}
+    counts = tuple(store.check_budget(Budget(r_q, n)).r_c for n in sorted(counts or trained))
     payload = _payload_bytes(store) or PAYLOAD_BYTES
     dtype = args.dtype or ("fp32" if store.dtype == "fp32" else "fp16")
     replicas = args.replicas or 1
@@ -122,10 +123,9 @@ def _cost(args: argparse.Namespace, store: "Store", counts: tuple[int, ...] | No
     rows = sizing_table(sorted({len(store), *ITEMS}), store.width, counts, dtype, payload, replicas)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.rjust, row, widths)) for row in rows]
-    vectors = " + ".join(map(str, counts))
     lines.append(
-        f"an item: {vectors} vectors of width {store.width}, {payload:.0f} bytes of payload; "
-        f"{replicas} of each shard"
+        f"an item: {' + '.join(map(str, counts))} vectors of width {store.width}, "
+        f"{payload:.0f} bytes of payload; {replicas} of each shard"
     )
     report = {"items": len(store), "disk_bytes": size.disk, "memory_bytes": size.memory}
     return {**report, "text": "\n".join(lines)}

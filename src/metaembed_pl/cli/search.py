@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--items",
         type=Path,
         metavar="PATH",
-        help="a few items to search without a store: JSON Lines, a folder of images or of shards",
+        help="a few items to search without a store, in any form that `embed` takes",
     )
     add("--query", metavar="TEXT", help="text to search for")
     add("--image", type=Path, metavar="FILE", help="image to search for; also together with a text")

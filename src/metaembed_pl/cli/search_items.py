@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,25 +41,15 @@ def search_items(args: argparse.Namespace, query: "Item") -> Answer:
 
 def _read_pool(path: Path) -> "tuple[list[Item], dict[str, list[str]]]":
     """The items to search and, for items of shards, the texts of the queries that they answer."""
-    from metaembed_pl.item import read_items
+    from metaembed_pl.retrieval.sources import open_source
 
-    if not path.is_dir() or not any(path.glob("*.tar")):
-        if (path / "manifest.json").exists():
-            raise UserError(f"{path} is a store: use --store {path}")
-        if path.suffix.lower() in (".parquet", ".pdf"):
-            raise UserError(f"{path} cannot be searched directly: `embed` it into a store first")
-        try:
-            return read_items(path), {}
-        except UserError as error:
-            deeper = next(path.rglob("*.tar"), None)
-            hint = f"; choose one folder of shards, such as {deeper.parent}" if deeper else ""
-            raise UserError(f"{error}{hint}") from error
-    from metaembed_pl.data.shards import ShardedPairs
-
+    if (path / "manifest.json").exists() and not any(path.glob("*.tar")):
+        raise UserError(f"{path} is a store: use --store {path}")
     items: dict[str, Item] = {}
     asked_as: dict[str, list[str]] = {}
-    for pair in ShardedPairs(path):
-        items.setdefault(pair.positive.uid, pair.positive)
-        if pair.query.text is not None:
-            asked_as.setdefault(pair.positive.uid, []).append(pair.query.text)
+    for entry in open_source(path):
+        if entry.id not in items:
+            items[entry.id] = replace(entry.load(), id=entry.id)
+        if "asked_as" in entry.metadata:
+            asked_as.setdefault(entry.id, []).append(entry.metadata["asked_as"])
     return list(items.values()), asked_as

@@ -281,7 +281,7 @@ class RecipeCLI(LightningCLI):
             save_config_callback=SaveRecipe,
             seed_everything_default=0,
             parser_class=RecipeParser,
-            parser_kwargs={verb: PARSING for verb in self.subcommands()} | PARSING,
+            parser_kwargs={verb: {**PARSING} for verb in self.subcommands()} | PARSING,
             # Our own loaders share the plan over the ranks.
             trainer_defaults={"use_distributed_sampler": False, "num_sanity_val_steps": 0},
             auto_configure_optimizers=False,
@@ -447,7 +447,7 @@ class RecipeCLI(LightningCLI):
 
     def after_test(self) -> None:
         """Writes the report of the test sets."""
-        if not self.trainer.is_global_zero:
+        if not self.trainer.is_global_zero or self.trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
             return
         folder, pools = self.run.path / "report", self.datamodule.eval_sets["test"]
         tasks = [

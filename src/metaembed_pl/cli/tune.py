@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         action="append",
         metavar="RECIPE",
-        help="recipe to tune; given again, laid over the first",
+        help="recipe to tune; repeatable: later ones override",
     )
     add(
         "--space",

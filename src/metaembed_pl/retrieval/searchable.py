@@ -1,6 +1,6 @@
 """The common base of stores and Qdrant collections: searchable vectors of one model.
 
-Q: queries    Rq: their vectors    D: width of the model's vectors    W: of the stored ones
+Q: queries    Rm, Rq: their vectors, all and used    D, W: width of the model's and stored vectors
 """
 
 from abc import ABC, abstractmethod
@@ -107,19 +107,20 @@ class Searchable(ABC):
                 "the items again into another store"
             )
 
-    def accept(self, queries: Float[Tensor, "Q Rq D"]) -> Float[Tensor, "Q Rq W"]:
-        """Check queries of the model, and project them to the stored width.
+    def accept(self, queries: Float[Tensor, "Q Rm D"]) -> Float[Tensor, "Q Rq W"]:
+        """Check queries of the model, and project the vectors that the stored groups use.
 
         Raises:
             UserError: they have another shape, or are not finite.
         """
         expected = self.groups[-1].r_q, self.model_width
-        if queries.ndim != 3 or tuple(queries.shape[1:]) != expected:
+        used = queries[:, : expected[0]] if queries.ndim == 3 else queries
+        if tuple(used.shape[1:]) != expected:
             hint = "" if self.projection is None else f" (they are projected to {self.width} here)"
             raise UserError(
                 f"queries must be N x {expected[0]} x {expected[1]} for {self.folder}{hint}, "
                 f"got {' x '.join(map(str, queries.shape))}: encode them with the store's model"
             )
-        if not queries.isfinite().all():
+        if not used.isfinite().all():
             raise UserError("queries contain NaN or infinity")
-        return self.project(queries)
+        return self.project(used)

@@ -57,7 +57,7 @@ def open_source(
         path: a file or a folder; for JSON Lines, Parquet and shards also an address that fsspec
             reads, such as `s3://bucket/pages`.
         columns: columns of Parquet for `text`, `image`, `id` and `instruction`; None: the columns
-            of these names. Other columns are metadata.
+            of these names. Other columns are metadata, except `id`.
         fetch: fetches pictures that items name by an address; None: they are refused.
 
     Raises:
@@ -123,7 +123,8 @@ def _table(
 
 def _item_columns(table: tables.Table, columns: Mapping[str, str] | None) -> dict[str, str]:
     """The column for each key of an item."""
-    chosen = dict(columns or {key: key for key in ITEM_COLUMNS if key in table.columns})
+    kept = {"id"} - set(columns.values()) if columns else ITEM_COLUMNS
+    chosen = {key: key for key in kept if key in table.columns} | dict(columns or {})
     for key, name in chosen.items():
         if key not in ITEM_COLUMNS:
             raise UserError(
@@ -137,7 +138,7 @@ def _item_columns(table: tables.Table, columns: Mapping[str, str] | None) -> dic
     if not chosen.keys() & {"text", "image"}:
         raise UserError(
             f"{table.files[0]} has the columns {', '.join(table.columns)}: say which is an item's "
-            "text or image, as in --columns text=caption,image=picture"
+            "text or image, as in `embed --columns text=caption,image=picture`"
         )
     return chosen
 

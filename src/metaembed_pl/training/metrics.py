@@ -173,7 +173,8 @@ class RetrievalMetrics(Metric):
         if num_missing:
             raise UserError(
                 f"{num_missing} of {total} {side} rows were never given, first of all "
-                f"{int((place < 0).nonzero()[0])}: update the metric with every row"
+                f"{int((place < 0).nonzero()[0])}: update the metric with every row; in a "
+                "recipe use max_queries, not trainer.limit_val_batches or limit_test_batches"
             )
         return rows.view(len(index), vectors, -1)[place]
 

@@ -76,10 +76,10 @@ class MetaEmbedModule(pl.LightningModule):
         groups: nested budgets, smallest first, such as `["1x1", "2x4"]`; the paper's by default.
         layout: which meta tokens an input ends in, see `MetaTokens`; `both` by default.
         projection: width of the meta embeddings; None keeps the backbone's.
-        meta_token_std: of the meta tokens' random start; None: the backbone's `initializer_range`.
+        meta_token_std: standard deviation of new meta tokens; None: `initializer_range`.
         meta_tokens_orthogonal: whether the meta tokens start at right angles to each other.
         pooling: see `MetaEmbedder`; `meta_tokens` by default.
-        bidirectional: likewise; False by default.
+        bidirectional: see `MetaEmbedder`; False by default.
         prompt: the words around an item.
         loss: the MMR loss and its optional terms.
         optimizer: AdamW and its schedule.
@@ -424,6 +424,8 @@ class MetaEmbedModule(pl.LightningModule):
 
     def _finish(self, part: str) -> None:
         """Logs every metric and the headline, which selects the best checkpoint."""
+        if self.trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
+            return  # a few batches of a set cannot be ranked
         values = {name: metric.compute() for name, metric in self.metrics[part].items()}
         for dataset, found in values.items():
             self.log_dict({f"{part}/{dataset}/{name}": value for name, value in found.items()})

@@ -68,7 +68,7 @@ class Layout(VectorSpace):
         if unknown or not self.counts:
             raise UserError(
                 f"the model was not trained at {', '.join(map(str, unknown)) or 'no'} candidate "
-                f"vectors; choose of {', '.join(map(str, trained))}"
+                f"vectors; choose one of {', '.join(map(str, trained))}"
             )
         object.__setattr__(self, "counts", tuple(sorted(set(self.counts))))
         for name, value, known in (
