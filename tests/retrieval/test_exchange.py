@@ -73,6 +73,9 @@ def test_fewer_vectors_may_be_asked_for_and_serve_the_budgets_that_they_can(mode
     query = model.encode_query(["red apple"])
     for asked in (query, query[:, :2]):
         assert back.search(asked, "2x4").ids == store.search(query, "2x4").ids
+    Store.build(back.folder, model, ["a new text"])
+    Store.build(store.folder, model, ["a new text"])
+    assert torch.equal(Store.open(back.folder).vectors(), Store.open(store.folder).vectors(r_c=4))
     with shapes_unchecked(), pytest.raises(UserError, match=r"must be N x 2 x .*, got 1 x 1 x"):
         back.search(query[:, :1], "1x1")
     with pytest.raises(UserError, match="not trained at 3 candidate vectors"):

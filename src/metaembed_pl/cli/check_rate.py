@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import cycle, islice
+from itertools import chain, cycle, islice
 
 import torch
 
@@ -65,8 +65,7 @@ def _places(sources: list[tuple[ShardedPairs, int]]) -> Iterator[tuple[ShardedPa
         islice(cycle([(shards, place, count) for place in evenly_spread(len(shards), each)]), each)
         for shards, count in sources
     ]
-    for found in zip(*of_each, strict=True):
-        yield from found
+    yield from chain.from_iterable(zip(*of_each, strict=True))
 
 
 def _prepare(pair: Pair, process: Processing) -> int:

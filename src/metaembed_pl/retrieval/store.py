@@ -257,7 +257,7 @@ class Store(Searchable):
         Raises:
             UserError: an id is not in the store.
         """
-        places = torch.tensor([self._place_of(id) for id in several(ids, "ids")], dtype=torch.long)
+        places = torch.tensor([self._place_of(id) for id in ids], dtype=torch.long)
         return self.snapshot().rows_of(places).tolist()
 
     def metadata(self, rows: Sequence[int] | None = None) -> list[dict[str, Any]]:
@@ -473,7 +473,7 @@ class Store(Searchable):
 
         Args:
             ids: one per item, without duplicates.
-            embeddings: all R_c vectors of each item.
+            embeddings: the model's vectors of each item; only those that the store keeps are used.
             metadata: one JSON object per item.
             previews: an encoded small picture per item.
 
@@ -484,6 +484,7 @@ class Store(Searchable):
         metadata = [None] * len(ids) if metadata is None else metadata
         previews = [None] * len(ids) if previews is None else previews
         shape = self._manifest.num_slots, self.model_width
+        embeddings = embeddings[:, : shape[0]] if embeddings.ndim == 3 else embeddings
         check_items(self.folder, ids, embeddings, metadata, previews, shape)
         if not ids:
             return
