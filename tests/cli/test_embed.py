@@ -184,7 +184,9 @@ def test_a_folder_is_embedded_by_its_pictures_and_the_pages_of_its_pdfs(model, t
     (folder / "c.pdf").write_bytes(b"no PDF")
     (folder / "notes.txt").write_text("not looked at")
     assert embed(model, folder, tmp_path / "s") == 2
-    assert "item 'c.pdf#page=1': page 1 of" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "item 'c.pdf#page=1': page 1 of" in err
+    assert err.endswith("; --skip-bad skips it\n")
     assert embed(model, folder, tmp_path / "s", "--skip-bad") == 0
     out, err = capsys.readouterr()
     assert "4 items in" in out

@@ -344,7 +344,7 @@ class Prepare:
                 picture = item.load_image()
             except UserError as error:
                 if not self.skip_bad:
-                    raise UserError(f"item {entry.id!r}: {error}") from error
+                    raise UserError(f"item {entry.id!r}: {error}; --skip-bad skips it") from error
                 window.skipped.append((entry.id, str(error)))
                 continue
             items.append(replace(item, image=picture))
