@@ -105,13 +105,9 @@ class _Input(HiddenStates):
         )
 
 
-def _processor(model: MetaEmbedder) -> Any:
-    return colqwen_processor(model.processing.tokenizer, model.processing.image_processor)
-
-
 def colpali(model: MetaEmbedder, plain: Any) -> Callable[[Sequence[Item]], Any]:
     """A vector of 128 for every token and patch."""
-    processor = _processor(model)
+    processor = colqwen_processor(model.processing.tokenizer, model.processing.image_processor)
     from colpali_engine.models.qwen2_5.colqwen2_5.modeling_colqwen2_5 import (  # pyright: ignore
         ColQwen2_5,
     )

@@ -1,17 +1,18 @@
 """The MMR loss compared with one einsum per group, as other libraries compute it.
 
-    python benchmarks/loss.py [--save] [--device cuda] [--num_threads 1]
+    python benchmarks/loss.py [--save] [--num_threads 1]      # on a GPU: benchmarks/gpu.py loss
 
 One step is the scores of every group, their InfoNCE and the gradients of all vectors. Prints for
 each shape the time of the fastest of some steps and the most memory a step takes beside its inputs.
-Each is measured in a process of its own: memory as the resident set's high-water mark there (Linux)
-or by torch's allocator on CUDA. --save writes benchmarks/results/loss-MACHINE.json.
+Each is measured in a process of its own: memory as the resident set's high-water mark there.
+--save writes benchmarks/results/loss-MACHINE.json.
 """
 
 import argparse
 import json
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from _results import machine, measured_alone, peak_bytes, save
@@ -58,24 +59,22 @@ def step(form: str, queries: Tensor, candidates: Tensor, groups: tuple[Budget, .
         torch.cuda.synchronize()
 
 
-def vectors(*shape: int, device: str) -> Tensor:
+def vectors(*shape: int, device: str = "cpu") -> Tensor:
     """Random unit vectors that want a gradient."""
     generator = torch.Generator().manual_seed(0)
     unit = F.normalize(torch.randn(*shape, generator=generator), dim=-1)
     return unit.to(device).requires_grad_()
 
 
-def measure(form: str, shape: tuple[int, int, int, int], device: str) -> dict[str, float]:
+def measure(form: str, shape: tuple[int, int, int, int]) -> dict[str, float]:
     """Time and memory of a step, in this process."""
     num_queries, num_candidates, width, num_groups = shape
     groups = PAPER_GROUPS[:num_groups]
     r_q, r_c, _ = groups[-1]
     # A tiny step first: libraries are loaded and threads started at first use.
-    tiny = vectors(2, r_q, width, device=device), vectors(2, r_c, width, device=device)
-    step(form, tiny[0], tiny[1], groups)
-    queries = vectors(num_queries, r_q, width, device=device)
-    candidates = vectors(num_candidates, r_c, width, device=device)
-    memory = peak_bytes(device, lambda: step(form, queries, candidates, groups))
+    step(form, vectors(2, r_q, width), vectors(2, r_c, width), groups)
+    queries, candidates = vectors(num_queries, r_q, width), vectors(num_candidates, r_c, width)
+    memory = peak_bytes("cpu", lambda: step(form, queries, candidates, groups))
     times = []
     while len(times) < 3 or sum(times) < MIN_S:
         start = time.perf_counter()
@@ -84,13 +83,12 @@ def measure(form: str, shape: tuple[int, int, int, int], device: str) -> dict[st
     return {"time_s": min(times), "memory_bytes": memory}
 
 
-def rows(device: str, num_threads: int) -> Iterator[dict]:
+def rows(num_threads: int) -> Iterator[dict]:
     """Both forms at every shape, each in a fresh process."""
     for shape in SHAPES:
         row = {"shape": shape[:3], "groups": [str(group) for group in PAPER_GROUPS[: shape[3]]]}
         for form in FORMS:
-            flags = "--device", device, "--num_threads", num_threads
-            row[form] = measured_alone(__file__, [form, shape], *flags)
+            row[form] = measured_alone(__file__, [form, shape], "--num_threads", num_threads)
         yield row
 
 
@@ -98,27 +96,20 @@ def main() -> None:
     """Measure all shapes, print a table, save it if asked to."""
     parser = argparse.ArgumentParser(description="The MMR loss against one einsum per group.")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--num_threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.num_threads)
     if options.one:
-        form, shape = options.one
-        print(json.dumps(measure(form, shape, options.device)))
+        print(json.dumps(measure(*options.one)))
         return
-    name = machine(options.device)
-    result = {
-        "machine": name,
-        "device": options.device,
-        "num_threads": options.num_threads,
-        "torch": torch.__version__,
-        "rows": [],
-    }
+    name = machine()
+    result: dict[str, Any] = {"machine": name, "num_threads": options.num_threads}
+    result |= {"torch": torch.__version__, "rows": []}
     print(f"{name}, {options.num_threads} threads, torch {torch.__version__}")
     line = "{:>15} {:>7}   {:>9} {:>9} {:>6}   {:>9} {:>9} {:>6}"
     print(line.format("Q x C x D", "up to", "ours", "einsums", "ratio", "ours", "einsums", "ratio"))
-    for row in rows(options.device, options.num_threads):
+    for row in rows(options.num_threads):
         result["rows"].append(row)
         ours, einsums = row["ours"], row["einsums"]
         print(
