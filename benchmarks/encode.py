@@ -87,8 +87,9 @@ class _Input(HiddenStates):
 
     def __init__(self, model: MetaEmbedder, plain: Any):
         super().__init__(plain)
-        self.processor = _processor(model)
-        self.prompt = model.processing.prompt
+        ours = model.processing
+        self.processor = colqwen_processor(ours.tokenizer, ours.image_processor)
+        self.prompt = ours.prompt
         self.tokenizer = self.processor.tokenizer
 
     def preprocess(self, inputs: list[Any], **_: Any) -> dict[str, Tensor]:
