@@ -220,7 +220,7 @@ def measure(folder: Path, tests: list[str]) -> dict[str, dict[str, float]]:
 
 def overview(runs: Runs) -> str:
     """Settings by test sets, at each model's largest group."""
-    sets = list(_first(runs)["sets"])
+    sets = list(next(iter(runs.values()))[0]["sets"])
     head = ["setting", "seeds", "CPU min", *sets, ALIKE]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, of_seeds in runs.items():
@@ -233,7 +233,7 @@ def overview(runs: Runs) -> str:
 def tables(runs: Runs) -> str:
     """A table for each test set: settings by budgets."""
     parts = []
-    for dataset, values in _first(runs)["sets"].items():
+    for dataset, values in next(iter(runs.values()))[0]["sets"].items():
         lines = [f"| setting | {' | '.join(values)} |", "|---" * (len(values) + 1) + "|"]
         for name, of_seeds in runs.items():
             cells = (_cell(of_seeds, dataset, column) for column in values)
@@ -244,7 +244,7 @@ def tables(runs: Runs) -> str:
 
 def shares(runs: Runs) -> str:
     """Candidates of about a quarter of the bytes: recall, as a share of that of full ones."""
-    sets = list(_first(runs)["sets"])
+    sets = list(next(iter(runs.values()))[0]["sets"])
     lines = ["| setting | candidates | bytes | of bf16 | " + " | ".join(sets) + " |"]
     lines.append("|---|---|---:|---:|" + "---:|" * len(sets))
     for name, of_seeds in runs.items():
@@ -289,11 +289,6 @@ def _readme_table(of_seeds: list[dict[str, Any]], single: list[dict[str, Any]]) 
     if single and len(single) != len(of_seeds):
         seeds += f" (one vector: {len(single)})"
     return "\n".join(lines) + f"\n\nMean and 95 % interval over {seeds}."
-
-
-def _first(runs: Runs) -> dict[str, Any]:
-    """Of all runs the first one."""
-    return next(iter(runs.values()))[0]
 
 
 def _cell(of_seeds: list[dict[str, Any]], dataset: str, column: str, by: str | None = None) -> str:

@@ -107,12 +107,11 @@ def several_pairs(
             answers = tuple(_answers(scene.tiles, num_things, asked))
             items[scene.tiles] = Item(image=png, id=id, answers=answers)
         for scene in family:
-            positive = items[scene.tiles]
-            negatives = tuple(items[tiles] for tiles in scene.near)
+            positive, *negatives = (items[tiles] for tiles in (scene.tiles, *scene.near))
             for things in scene.asked:
                 asks = _together(things)
                 query = Item(_words(drawn, things))
-                yield Pair(f"{positive.id}/{asks}", query, positive, negatives, asks=asks)
+                yield Pair(f"{positive.id}/{asks}", query, positive, tuple(negatives), asks=asks)
 
 
 def _deals(ids: Sequence[str], rng: random.Random, num: int) -> Iterator[Things]:

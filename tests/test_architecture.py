@@ -1,6 +1,7 @@
 """The two ways through the house stay one-way: what imports what, read from the sources."""
 
 import ast
+import re
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -142,3 +143,28 @@ def test_the_rules_have_something_to_check():
     assert len(MODULES) > 10
     names = {str(path.relative_to(SOURCE)) for path in light_modules()}
     assert {"cli/main.py", "cli/search.py", "errors.py", "__init__.py"} <= names
+
+
+def test_documented_arguments_are_those_of_the_signature():
+    """The documentation site refuses others."""
+    wrong = []
+    for file in sorted(SOURCE.rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                known = parameters(node)
+                _, _, after = (ast.get_docstring(node) or "").partition("Args:\n")
+                listed = re.match(r"(?: {4}.*\n?)*", after)
+                names = re.findall(r"(?m)^ {4}(\S[^:\n]*):", listed[0] if listed else "")
+                wrong += [f"{file.name}:{node.name}: {name}" for name in names if name not in known]
+    assert not wrong
+
+
+def parameters(node: ast.FunctionDef | ast.ClassDef) -> set[str]:
+    """Of a function; of a class those of its methods, and its fields."""
+    if isinstance(node, ast.FunctionDef):
+        given = node.args
+        all_of_it = [*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg]
+        return {argument.arg for argument in all_of_it if argument}
+    fields = [part.target for part in node.body if isinstance(part, ast.AnnAssign)]
+    methods = [parameters(part) for part in node.body if isinstance(part, ast.FunctionDef)]
+    return {field.id for field in fields if isinstance(field, ast.Name)}.union(*methods)

@@ -27,7 +27,10 @@ class RetrievalSetWriter:
         folder: the output folder.
         name: of the set, in metrics.
         split: of the judgements and lists.
-        licence, attribution, source, note: for the manifest, so that they travel with the data.
+        licence: for the manifest, like the next three; they travel with the data.
+        attribution: whom to name.
+        source: where the data come from.
+        note: anything else.
         settings: how the set was made, for the manifest.
         overwrite: replace an existing set.
 

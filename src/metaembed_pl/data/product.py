@@ -58,7 +58,9 @@ class Product:
         held_out: share of the candidates (or of the drafts' `held_out_by`) that goes to `test/`
             instead of `train/`; None writes shards into `folder` itself.
         settings: everything that determines the pairs.
-        licence, attribution, note: for manifest and card.
+        licence: for manifest and card, like the next two.
+        attribution: whom to name.
+        note: anything else.
     """
 
     name: str

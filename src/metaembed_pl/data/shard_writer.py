@@ -32,7 +32,10 @@ class ShardWriter:
         folder: the output folder.
         name: of the source, in metrics and logs.
         pairs_per_shard: a new tar begins after so many pairs.
-        licence, attribution, source, note: for the manifest, so that they travel with the data.
+        licence: for the manifest, like the next three; they travel with the data.
+        attribution: whom to name.
+        source: where the data come from.
+        note: anything else.
         settings: how the shards were made, for the manifest.
         overwrite: replace existing shards.
         resume: continue after the complete shards of a killed run with the same settings.
