@@ -257,7 +257,7 @@ class Store(Searchable):
         Raises:
             UserError: an id is not in the store.
         """
-        places = torch.tensor([self._place_of(id) for id in several(ids, "ids")], dtype=torch.long)
+        places = torch.tensor([self._place_of(id) for id in ids], dtype=torch.long)
         return self.snapshot().rows_of(places).tolist()
 
     def metadata(self, rows: Sequence[int] | None = None) -> list[dict[str, Any]]:
