@@ -30,7 +30,7 @@ VERBS = {
     "embed": "embed items into a store: streamed, resumable, on one or many processes",
     "store": "merge the parts of a store; export it to Parquet or Lance; import it from there",
     "index": "build an index for a large store, and measure which search plan it needs",
-    "push": "push a store into Qdrant, a server or a cluster; resumable",
+    "push": "push a store into a Qdrant server or cluster; resumable",
     "evaluate": "evaluate a model on a benchmark at every budget; compare two evaluations",
     "search": "search items by text, image or both, at a budget",
     "serve": "serve a web page that searches a store at any budget",
