@@ -274,9 +274,9 @@ PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
 }
 
 
-def main(arguments: list[str] | None = None) -> list[Row]:
+def main() -> None:
     """Measure one part, print its rows and write them."""
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_args()
     options.device = "cuda" if torch.cuda.is_available() else "cpu"
     options.tiny = options.device == "cpu"
     is_first = True
@@ -291,17 +291,14 @@ def main(arguments: list[str] | None = None) -> list[Row]:
         "transformers": transformers.__version__,
     }
     options.out.mkdir(parents=True, exist_ok=True)
-    found = []
     for row in PARTS[options.part](options):
-        found.append(about | row)
         if is_first:
-            line = json.dumps(found[-1])
+            line = json.dumps(about | row)
             print(line, flush=True)
             with (options.out / f"{options.part}.jsonl").open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
     if dist.is_initialized():
         dist.destroy_process_group()
-    return found
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -33,7 +33,7 @@ Things = tuple[str, ...]  # ids of pictures: of a scene row by row, of a query a
 
 @dataclass(frozen=True)
 class Scene:
-    """Nine pictures, what the scene is asked for, and the scenes that show all of that but one."""
+    """Nine pictures, the things that queries name, and scenes of its family that lack one of them."""
 
     tiles: Things
     asked: tuple[Things, ...]
