@@ -33,7 +33,7 @@ Things = tuple[str, ...]  # ids of pictures: of a scene row by row, of a query a
 
 @dataclass(frozen=True)
 class Scene:
-    """Nine pictures, the things that queries name, and scenes of its family that lack one of them."""
+    """Nine pictures, the things that queries name, and the scenes that lack one of these things."""
 
     tiles: Things
     asked: tuple[Things, ...]
