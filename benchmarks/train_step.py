@@ -34,11 +34,11 @@ import torch
 import yaml
 from _peers import colqwen_processor, processor_of, without_torchvision
 from _results import machine, save
+from loading import picture
 from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModel, Qwen2_5_VLProcessor
 
-from data import picture
 from metaembed_pl.data.batches import TrainingBatches
 from metaembed_pl.data.collate import TrainBatch
 from metaembed_pl.data.plan import Plan, PlannedSource

@@ -186,7 +186,7 @@ def test_a_folder_is_embedded_by_its_pictures_and_the_pages_of_its_pdfs(model, t
     assert embed(model, folder, tmp_path / "s") == 2
     err = capsys.readouterr().err
     assert "item 'c.pdf#page=1': page 1 of" in err
-    assert err.endswith("; --skip-bad skips it\n")
+    assert err.endswith("; skip it with --skip-bad (skip_bad=True)\n")
     assert embed(model, folder, tmp_path / "s", "--skip-bad") == 0
     out, err = capsys.readouterr()
     assert "4 items in" in out

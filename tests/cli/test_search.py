@@ -113,11 +113,16 @@ def test_what_embed_takes_is_searched_without_a_store(model, tmp_path, capsys):
         pa.table({"id": ["a", "b"], "text": ["red apple", "sky"], "price": [3, 4]}),
         tmp_path / "things.parquet",
     )
+    pq.write_table(
+        pa.table({"id": ["a", "b"], "caption": ["red apple", "sky"]}), tmp_path / "named.parquet"
+    )
     found = []
-    for name in ("things.jsonl", "things.parquet"):
-        assert search("--model", model, "--items", tmp_path / name, "--query", "apple") == 0
+    address = f"file://{tmp_path}/things.parquet"
+    named = [tmp_path / "named.parquet", "--columns", "text=caption"]
+    for where in ([tmp_path / "things.jsonl"], [tmp_path / "things.parquet"], [address], named):
+        assert search("--model", model, "--query", "apple", "--items", *where) == 0
         found.append(capsys.readouterr().out)
-    assert found[0] == found[1]
+    assert all(out == found[0] for out in found)
     assert sorted(line.split()[2] for line in found[0].splitlines()[1:]) == ["a", "b"]
 
 
@@ -161,6 +166,11 @@ def test_a_terminal_gets_a_table_with_names_as_they_are(model, things):
         ({"--top": "0"}, "--top must be at least 1, got 0"),
         ({"--batch-size": "-1"}, "--batch-size must be at least 1, got -1"),
         ({"--items": "nowhere"}, "nowhere"),
+        ({"--columns": "text=caption"}, "is not Parquet"),
+        (
+            {"--items": None, "--store": "s", "--columns": "text=caption"},
+            "--columns is for --items",
+        ),
         ({"--items": "pages.parquet"}, "cannot read pages.parquet: No such file"),
         ({"--image": "nowhere.png"}, "nowhere.png does not exist"),
         ({"--model": "nowhere"}, "nowhere is not a model folder"),

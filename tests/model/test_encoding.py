@@ -77,7 +77,9 @@ def test_a_bad_item_in_a_worker_is_one_line_and_what_came_before_is_kept(tmp_pat
     assert store.ids == ["0", "1", "2", "3"]
     for done in embed(store, model, items, Pace(2, num_workers=2), skip_bad=True):
         reason = (
-            one_line(found.value).removeprefix("item '5': ").removesuffix("; --skip-bad skips it")
+            one_line(found.value)
+            .removeprefix("item '5': ")
+            .removesuffix("; skip it with --skip-bad (skip_bad=True)")
         )
         assert done.skipped in ([], [f"5: {reason}"])
     assert store.ids == ["0", "1", "2", "3", "4", "6"]

@@ -213,6 +213,8 @@ def test_pictures_by_address_are_fetched_only_where_that_was_asked_for(server, t
     assert server.asked.count("/busy.png") == 2, "a busy server is asked again"
     assert main([*command, "--fetch-images", "--fetch-seconds", "0"]) == 2
     assert "--fetch-seconds must be above 0, got 0.0" in capsys.readouterr().err
+    assert main([*command, "--fetch-mb", "1"]) == 2
+    assert "--fetch-mb limits --fetch-images, which is not given" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb and its flags."""
     what = parser.add_subparsers(metavar="WHAT", required=True)
-    show = what.add_parser("show", help="counts, distributions, duplicates, leaks, a contact sheet")
+    does = "counts, distributions, duplicates, leaks, a contact sheet"
+    show = what.add_parser("show", help=does, description=does)
     add = show.add_argument
     add("shards", nargs="+", metavar="SHARDS", help="folders of shards, or parent folders")
     add("--sheet", type=Path, metavar="FILE.png", help="draw a contact sheet of pairs")

@@ -37,6 +37,10 @@ ITEMS = (
     "JSON Lines or Parquet of items, a folder of shards, or the address of one of these (hf://, "
     "s3://, https://); a PDF; a folder of pictures and PDFs"
 )
+COLUMNS = (
+    "columns of a Parquet file for text, image, id and instruction (default: columns of these "
+    "names)"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,12 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     add("--items", required=True, metavar="PATH", help=ITEMS)
     add("--store", type=Path, required=True, metavar="FOLDER", help="store to create or extend")
-    add(
-        "--columns",
-        metavar="KEY=COLUMN,...",
-        help="columns of a Parquet file for text, image, id and instruction (default: columns of "
-        "these names); other plain columns become metadata",
-    )
+    add("--columns", metavar="KEY=COLUMN,...", help=f"{COLUMNS}; other plain columns are metadata")
     add(
         "--fetch-images",
         action="store_true",
@@ -59,14 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--fetch-seconds",
         type=float,
-        default=10,
         metavar="S",
         help="time limit per image, in seconds (default: 10)",
     )
     add(
         "--fetch-mb",
         type=float,
-        default=20,
         metavar="MB",
         help="size limit per image, in MB (default: 20)",
     )
@@ -259,15 +256,19 @@ def _vllm_settings(args: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def _fetch(args: argparse.Namespace) -> "Fetch | None":
-    for name in ("fetch_seconds", "fetch_mb"):
-        if not getattr(args, name) > 0:
-            flag = name.replace("_", "-")
-            raise UserError(f"--{flag} must be above 0, got {getattr(args, name)}")
+    for flag, value in (("seconds", args.fetch_seconds), ("mb", args.fetch_mb)):
+        if value is None:
+            continue
+        if not value > 0:
+            raise UserError(f"--fetch-{flag} must be above 0, got {value}")
+        if not args.fetch_images:
+            raise UserError(f"--fetch-{flag} limits --fetch-images, which is not given")
     if not args.fetch_images:
         return None
     from metaembed_pl.data.fetch import Fetch
 
-    return Fetch(args.fetch_seconds, int(args.fetch_mb * 1e6))
+    max_bytes = int(args.fetch_mb * 1e6) if args.fetch_mb else Fetch.max_bytes
+    return Fetch(args.fetch_seconds or Fetch.timeout_s, max_bytes)
 
 
 def _index(store: Any, model: Any, args: argparse.Namespace) -> dict[str, Any] | None:

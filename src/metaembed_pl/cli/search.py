@@ -21,6 +21,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from metaembed_pl.cli.embed import COLUMNS, ITEMS
 from metaembed_pl.cli.model import add_model_arguments, add_pace_arguments, check_at_least
 from metaembed_pl.cli.search_items import search_items
 from metaembed_pl.cli.search_store import Answer, SearchResult, search_store
@@ -42,12 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--store", metavar="STORE", help="store to search: a folder, or the address given to `push`"
     )
-    add(
-        "--items",
-        type=Path,
-        metavar="PATH",
-        help="a few items to search without a store, in any form that `embed` takes",
-    )
+    add("--items", metavar="PATH", help=f"a few items to search without a store: {ITEMS}")
+    add("--columns", metavar="KEY=COLUMN,...", help=f"for --items: {COLUMNS}")
     add("--query", metavar="TEXT", help="text to search for")
     add("--image", type=Path, metavar="FILE", help="image to search for; also together with a text")
     add(
@@ -108,6 +105,8 @@ def _check(args: argparse.Namespace) -> None:
 
     if (args.store is None) == (args.items is None):
         raise UserError("give either --store FOLDER or --items PATH to search")
+    if args.items is None and args.columns:
+        raise UserError("--columns is for --items: a store has its own")
     if args.store is None:
         for name in OF_STORES:
             if getattr(args, name):

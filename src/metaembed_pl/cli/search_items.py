@@ -20,7 +20,7 @@ def search_items(args: argparse.Namespace, query: "Item") -> Answer:
     Raises:
         UserError: the items or the model are not valid.
     """
-    items, asked_as = _read_pool(args.items)
+    items, asked_as = _read_pool(args.items, args.columns)
 
     from metaembed_pl.budget import check_budget
     from metaembed_pl.retrieval.search import rank
@@ -39,15 +39,17 @@ def search_items(args: argparse.Namespace, query: "Item") -> Answer:
     return Answer(results, {"budget": str(budget)})
 
 
-def _read_pool(path: Path) -> "tuple[list[Item], dict[str, list[str]]]":
+def _read_pool(where: str, columns: str | None) -> "tuple[list[Item], dict[str, list[str]]]":
     """The items to search and, for items of shards, the texts of the queries that they answer."""
+    from metaembed_pl.data.tables import parse_columns
     from metaembed_pl.retrieval.sources import open_source
 
-    if (path / "manifest.json").exists() and not any(path.glob("*.tar")):
-        raise UserError(f"{path} is a store: use --store {path}")
+    folder = Path(where)
+    if (folder / "manifest.json").exists() and not any(folder.glob("*.tar")):
+        raise UserError(f"{where} is a store: use --store {where}")
     items: dict[str, Item] = {}
     asked_as: dict[str, list[str]] = {}
-    for entry in open_source(path):
+    for entry in open_source(where, parse_columns(columns)):
         if entry.id not in items:
             items[entry.id] = replace(entry.load(), id=entry.id)
         if "asked_as" in entry.metadata:

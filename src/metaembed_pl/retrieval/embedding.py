@@ -344,7 +344,9 @@ class Prepare:
                 picture = item.load_image()
             except UserError as error:
                 if not self.skip_bad:
-                    raise UserError(f"item {entry.id!r}: {error}; --skip-bad skips it") from error
+                    raise UserError(
+                        f"item {entry.id!r}: {error}; skip it with --skip-bad (skip_bad=True)"
+                    ) from error
                 window.skipped.append((entry.id, str(error)))
                 continue
             items.append(replace(item, image=picture))

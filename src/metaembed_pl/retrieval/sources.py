@@ -5,7 +5,7 @@ rendered only when they are embedded, so a source may be larger than memory.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,12 @@ class ItemSource:
     Args:
         total: their number, including duplicates.
         entries: returns a new iterator over them.
+        columns: of a table, by key of an item; empty for other forms.
     """
 
     total: int
     entries: Callable[[], Iterator[Entry]]
+    columns: Mapping[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.total
@@ -61,11 +63,17 @@ def open_source(
         fetch: fetches pictures that items name by an address; None: they are refused.
 
     Raises:
-        UserError: there is nothing to embed.
+        UserError: there is nothing to embed, or it is no Parquet and has no columns to choose.
     """
-    if is_remote(path):
-        return _at_address(str(path), columns, fetch)
-    path = Path(path)
+    find = _at_address if is_remote(path) else _on_disk
+    source = find(str(path), columns, fetch)
+    if columns and not source.columns:
+        raise UserError(f"{path} is not Parquet: only its items can have columns chosen for them")
+    return source
+
+
+def _on_disk(where: str, columns: Mapping[str, str] | None, fetch: Fetch | None) -> ItemSource:
+    path = Path(where)
     suffix = path.suffix.lower()
     if suffix == PDF_SUFFIX and path.is_file():
         return _files(path.parent, [path])
@@ -118,7 +126,7 @@ def _table(
             except UserError as error:
                 raise UserError(f"{where}: {error}") from error
 
-    return ItemSource(table.num_rows, entries)
+    return ItemSource(table.num_rows, entries, chosen)
 
 
 def _item_columns(table: tables.Table, columns: Mapping[str, str] | None) -> dict[str, str]:

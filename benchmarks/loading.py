@@ -1,7 +1,7 @@
 """Training data: pairs prepared per second, compared with colpali-engine, and memory over time.
 
-    python benchmarks/data.py [--save]                    # some minutes
-    python benchmarks/data.py --memory 1000000 [--save]   # a million synthetic pairs, some minutes
+    python benchmarks/loading.py [--save]                    # some minutes
+    python benchmarks/loading.py --memory 1000000 [--save]   # a million synthetic pairs, minutes
 
 A batch is 8 queries in words, their 8 positives and 8 hard negatives in pictures: read, decoded,
 resized and cut into patches as Qwen2.5-VL takes them, with at most 802,816 pixels a picture. Ours
