@@ -46,7 +46,7 @@ def files_below(
     Args:
         root: a folder.
         is_wanted: which of the other files are taken.
-        beside: endings of files that belong to pictures, and are not counted; None: all.
+        beside: suffixes of files that belong to pictures, and are not counted; None: all.
     """
     found: list[Path] = []
     left_out: Counter[str] = Counter()
@@ -69,7 +69,7 @@ def files_below(
             elif is_wanted(path):
                 found.append(path)
             elif path.suffix.lower() not in (beside or ()):
-                left_out[path.suffix.lower() or "without an ending"] += 1
+                left_out[path.suffix.lower() or "without an extension"] += 1
     if left_out and beside is not None:
         counts = ", ".join(f"{count:,} {kind}" for kind, count in left_out.most_common())
         log.warning("%s: skipped files: %s", root, counts)
@@ -77,7 +77,7 @@ def files_below(
 
 
 def is_picture(path: Path) -> bool:
-    """Whether a file's ending or its first bytes are those of a picture."""
+    """Whether a file's suffix or its first bytes are those of a picture."""
     if path.suffix.lower() in PICTURE_SUFFIXES:
         return True
     try:

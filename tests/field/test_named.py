@@ -100,7 +100,7 @@ def test_the_hubs_layout_in_a_folder_called_like_a_format_is_that_folder(tmp_pat
 
 
 def write_cellar(tmp_path):
-    """A picture, others of other endings, a linked folder, and what a Mac leaves beside them."""
+    """A picture, others with other suffixes, a linked folder, and what a Mac leaves beside them."""
     root, elsewhere = tmp_path / "folder", tmp_path / "elsewhere"
     for path in (root, elsewhere):
         path.mkdir()
