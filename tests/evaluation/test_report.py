@@ -20,7 +20,7 @@ from metaembed_pl.evaluation.canvas import report_style, save_picture, spread
 from metaembed_pl.evaluation.costs import Cost
 from metaembed_pl.evaluation.gallery_picture import NUM_QUERIES, draw_gallery
 from metaembed_pl.evaluation.outcome import Outcome, TaskOutcome
-from metaembed_pl.evaluation.report import write_report
+from metaembed_pl.evaluation.report import curves_of, write_report
 from metaembed_pl.evaluation.task_pictures import draw_worst
 from metaembed_pl.item import Item
 from metaembed_pl.ranking import rank
@@ -252,6 +252,15 @@ def test_a_user_matplotlib_settings_change_nothing(tmp_path):
     plain = draw("1.png")
     with matplotlib.rc_context({"font.size": 40, "text.usetex": True, "savefig.bbox": "tight"}):
         assert draw("2.png") == plain
+
+
+@pytest.mark.parametrize(
+    ("count", "lines"), [(1, "0"), (5, "01234m"), (6, "012345"), (7, "m")], ids=str
+)
+def test_the_budgets_picture_shows_tasks_while_there_is_room(count, lines):
+    tasks = [made_up(str(number))[0].tasks[0] for number in range(count)]
+    curves = curves_of(Outcome("test", "Sets", ["1x1", "2x3"], ABOUT, tasks))
+    assert [curve.name for curve in curves] == [{"m": "overall"}.get(name, name) for name in lines]
 
 
 def test_budgets_of_one_group_or_equal_cost_are_drawn():

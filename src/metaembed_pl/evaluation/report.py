@@ -118,7 +118,7 @@ def _draw(
     metrics = {task.metric for task in outcome.tasks}
     metric = metrics.pop() if len(metrics) == 1 else "score"
     pictures = {
-        "budgets.png": draw_budgets(_curves(outcome), budgets, costs, metric),
+        "budgets.png": draw_budgets(curves_of(outcome), budgets, costs, metric),
         "tasks.png": draw_tasks(outcome),
         "gallery.png": draw_gallery(outcome, pools),
         "worst.png": draw_worst(outcome, pools),
@@ -130,8 +130,8 @@ def _draw(
     return pictures
 
 
-def _curves(outcome: Outcome) -> list[Curve]:
-    """The means, and the tasks where there is room for them."""
+def curves_of(outcome: Outcome) -> list[Curve]:
+    """Lines of the budgets picture: tasks and means, only tasks, or only means."""
     tasks = [Curve(task.name, list(map(task.score, outcome.budgets))) for task in outcome.tasks]
     if len(tasks) == 1:
         return tasks
@@ -139,7 +139,9 @@ def _curves(outcome: Outcome) -> list[Curve]:
         Curve(label, [outcome.mean(label, budget).mean for budget in outcome.budgets])
         for label in outcome.labels
     ]
-    return [*tasks, *means] if len(tasks) + len(means) <= MOST_LINES else means[-MOST_LINES:]
+    if len(tasks) > MOST_LINES:
+        return means[-MOST_LINES:]
+    return [*tasks, *means] if len(tasks) + len(means) <= MOST_LINES else tasks
 
 
 def _environment() -> Environment:
