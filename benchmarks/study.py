@@ -285,10 +285,10 @@ def _readme_table(of_seeds: list[dict[str, Any]], single: list[dict[str, Any]]) 
     sizes = [f"{2 * width * int(group.partition('x')[2]):,}" for group in groups]
     sizes += [f"{2 * single[0]['width']:,}"] if single else []
     lines.append(f"| bytes a candidate, bf16 | {' | '.join(sizes)} |")
-    seeds = f"{len(of_seeds)} seeds" if len(of_seeds) > 1 else "one seed"
+    note = f"Mean and 95 % interval over {len(of_seeds)} seeds" if of_seeds[1:] else "One seed"
     if single and len(single) != len(of_seeds):
-        seeds += f" (one vector: {len(single)})"
-    return "\n".join(lines) + f"\n\nMean and 95 % interval over {seeds}."
+        note += f" (one vector: {len(single)})"
+    return "\n".join(lines) + f"\n\n{note}."
 
 
 def _cell(of_seeds: list[dict[str, Any]], dataset: str, column: str, by: str | None = None) -> str:

@@ -65,7 +65,7 @@ def test_the_readmes_tables_are_those_of_the_finished_runs(study, tmp_path, monk
         "| picture + edit -> picture | 0.250 | 0.500 |\n"
         "| bytes a candidate, bf16 | 256 | 16,384 |\n"
         "\n"
-        "Mean and 95 % interval over one seed.\n"
+        "One seed.\n"
     )
     with pytest.raises(SystemExit, match="no run of `today` is finished"):
         printed(study, monkeypatch, capsys, "--readme", "--out", tmp_path / "nowhere")
