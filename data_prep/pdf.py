@@ -33,6 +33,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -299,7 +300,8 @@ def benchmark(
     library: Library, options: argparse.Namespace, settings: dict[str, Any], source: str
 ) -> RetrievalDraft:
     """The held-out queries over all pages."""
-    queries = {k: q for k, q in library.queries.items() if is_held_out(k, options.held_out)}
+    held_out = (k for k in library.queries if is_held_out(k, options.held_out))
+    queries = {k: library.queries[k] for k in islice(held_out, options.limit)}
 
     def candidates() -> Iterator[Record]:
         for page in library.pages:

@@ -16,6 +16,7 @@ from PIL import Image
 from metaembed_pl.errors import UserError
 from metaembed_pl.item import Item, Pair, read_items, read_pairs, several, stable_hash
 from metaembed_pl.picture import MAX_ASPECT, MAX_PIXELS
+from unchecked import shapes_unchecked
 
 
 def encoded(image, format="PNG", **options):
@@ -291,7 +292,7 @@ def test_the_stable_hash_fits_a_signed_integer(id):
     assert 0 <= stable_hash(id) < 2**63
 
 
-@pytest.mark.parametrize("one", ["abc", b"abc", {"text": "abc"}, Item("abc")])
+@pytest.mark.parametrize("one", ["abc", b"abc", {"text": "abc"}, Item("abc"), 5, None])
 def test_one_where_several_are_due_is_refused(one):
-    with pytest.raises(UserError, match="must be a list"):
+    with shapes_unchecked(), pytest.raises(UserError, match="must be a list"):
         several(one, "items")

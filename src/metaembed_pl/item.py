@@ -363,10 +363,12 @@ def several(values: Iterable, what: str) -> Iterable:
     """The values; refuses a single one, which would be read letter by letter or key by key.
 
     Raises:
-        UserError: it is a text, an object or an item.
+        UserError: it is a text, an object or an item, or cannot be iterated over.
     """
     if isinstance(values, (str, bytes, dict, Item)):
         raise UserError(f"{what} must be a list: write [{values!r:.80}]")
+    if not isinstance(values, Iterable):
+        raise UserError(f"{what} must be a list, got {values!r:.80}")
     return values
 
 

@@ -80,7 +80,7 @@ def nested_scores(
     Source: MetaEmbed, arXiv 2509.18095, section 3.
     """
     groups = parse_groups(groups)
-    _check_vectors(queries, candidates.shape[1], candidates.shape[2], groups)
+    _check_sizes(queries, candidates.shape[1], candidates.shape[2], groups)
     if tile_elements is None:
         tile_elements = GPU_TILE_ELEMENTS if queries.is_cuda else CPU_TILE_ELEMENTS
     if torch.is_grad_enabled() and (queries.requires_grad or candidates.requires_grad):
@@ -101,7 +101,7 @@ def paired_scores(
         UserError: as `nested_scores`, or the two sides belong to different numbers of queries.
     """
     groups = parse_groups(groups)
-    _check_vectors(queries, candidates.shape[2], candidates.shape[3], groups)
+    _check_sizes(queries, candidates.shape[2], candidates.shape[3], groups)
     if len(queries) != len(candidates):
         raise UserError(f"expected hard negatives of {len(queries)} queries, got {len(candidates)}")
     with torch.autocast(queries.device.type, enabled=False):
@@ -143,7 +143,18 @@ def mean_cosine(vectors: Float[Tensor, "I R D"]) -> Float[Tensor, ""]:
     return ((squares - count) / (count * (count - 1))).mean()
 
 
-def _check_vectors(
+def check_vectors(vectors: object, what: str) -> None:
+    """Raises a UserError if these are not vectors as a model encodes them: a tensor (N, R, D)."""
+    is_tensor = isinstance(vectors, Tensor)
+    if not is_tensor or vectors.ndim != 3:
+        got = " x ".join(map(str, vectors.shape)) if is_tensor else type(vectors).__name__
+        raise UserError(
+            f"{what} must be a tensor of items x vectors x width, as the model encodes them; got "
+            f"{got}"
+        )
+
+
+def _check_sizes(
     queries: Tensor, candidate_vectors: int, candidate_width: int, groups: tuple[Budget, ...]
 ) -> None:
     largest = groups[-1]

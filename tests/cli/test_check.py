@@ -202,6 +202,66 @@ def test_a_fault_is_one_line_and_exit_2(recipe, capsys, changes, message):
     assert out.startswith("recipe")
 
 
+TOKENIZER = {"vocab_size": 300, "sources": ["MODEL/../train"]}
+QWEN = "Qwen/Qwen2.5-VL-3B-Instruct"
+SCRATCH = {"scratch": tiny.QWEN25_VL, "tokenizer": TOKENIZER}
+POOLED = {"model__groups": ["1x1"], "model__pooling": "mean"}
+WITHOUT_EFFECT = [
+    (
+        {"model__backbone": SCRATCH | {"dtype": "bfloat16"}},
+        "model.backbone.dtype has no effect: it is for pretrained weights",
+    ),
+    (
+        {"model__backbone": SCRATCH | {"revision": "x"}},
+        "model.backbone.revision has no effect: it is for a hub id",
+    ),
+    (
+        {"model__backbone": {"path": QWEN, "tokenizer": TOKENIZER}},
+        "model.backbone.tokenizer has no effect: it is for `scratch`",
+    ),
+    (
+        {"model__layout": "own", **POOLED},
+        "model.layout has no effect: pooling mean has no meta tokens",
+    ),
+    (
+        {"model__optimizer": {"meta_token_lr": 1e-3}, **POOLED},
+        "model.optimizer.meta_token_lr has no effect: pooling mean",
+    ),
+    (
+        {"model__lora": {"targets": ".*q_proj"}, "model__train_vision": False},
+        "model.train_vision has no effect: lora.targets chooses the layers",
+    ),
+    (
+        {"model__optimizer": {"kind": "torch.optim.SGD", "betas": [0.9, 0.95]}},
+        "model.optimizer.betas has no effect: torch.optim.SGD does not take it",
+    ),
+    (
+        {"model__optimizer": {"options": {"weight_decay": 0.1}}},
+        "model.optimizer.options.weight_decay has no effect",
+    ),
+    ({"model__headline": "ndcg@5"}, "model.headline has no effect: it selects the best"),
+    ({"run__experiment": "x", "run__mlflow_uri": None}, "run.experiment has no effect: run.mlflow"),
+    ({"trainer__default_root_dir": "x"}, "trainer.default_root_dir has no effect: the folder of"),
+    ({"trainer__enable_model_summary": True}, "trainer.enable_model_summary has no effect"),
+    (
+        {"trainer__check_val_every_n_epoch": 2, "trainer__val_check_interval": 3},
+        "trainer.check_val_every_n_epoch has no effect: an integer val_check_interval counts",
+    ),
+    (
+        {"data__val": [{"path": "MODEL/../test", "where": {"l": "de"}}], "data__test": []},
+        "/test: `where` chooses queries of retrieval sets, not of shards",
+    ),
+    (
+        {
+            "data__train": [
+                {"path": "MODEL/metaembed.json", "columns": {"query": "q"}, "files": "x"}
+            ]
+        },
+        "/metaembed.json: `files` chooses among several files, and this is one",
+    ),
+]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -241,6 +301,7 @@ def test_a_fault_is_one_line_and_exit_2(recipe, capsys, changes, message):
             {"data__train": [{"path": "nowhere/emoji_scene_two"}]},
             "nowhere/emoji_scene_two",
         ),
+        *WITHOUT_EFFECT,
     ],
     ids=[
         "widths that are not nested",
@@ -251,6 +312,7 @@ def test_a_fault_is_one_line_and_exit_2(recipe, capsys, changes, message):
         "no negatives",
         "another vocabulary",
         "data without queries for two things",
+        *(next(iter(changes)) for changes, _ in WITHOUT_EFFECT),
     ],
 )
 def test_check_and_fit_refuse_options_that_do_not_fit_in_the_same_line(
@@ -511,7 +573,9 @@ def test_without_data_nothing_is_said_of_their_rate(capsys, monkeypatch):
     ("flags", "message"),
     [
         (["--gpu", "T4"], "--gpu must be one of A100, H100, H200, got T4"),
-        (["--utilisation", "40"], "a share above 0 and at most 1, got 40"),
+        (["--gpu", "H100", "--utilisation", "40"], "a share above 0 and at most 1, got 40"),
+        (["--utilisation", "0.4"], "--utilisation needs --gpu NAME"),
+        (["--weights_only=false"], "weights_only has no effect: it is always true"),
     ],
 )
 def test_gpus_are_checked(recipe, capsys, flags, message):

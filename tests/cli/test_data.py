@@ -49,7 +49,8 @@ def test_draws_a_contact_sheet(root, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["{root}/nowhere"], "no folder of shards at {root}/nowhere"),
-        (["{root}", "--num", "0"], "--num must be at least 1, got 0"),
+        (["{root}", "--num", "0", "--sheet", "x.png"], "--num must be at least 1, got 0"),
+        (["{root}", "--num", "3"], "--num needs --sheet FILE.png"),
     ],
 )
 def test_says_what_is_wrong_in_one_line(root, capsys, arguments, message):

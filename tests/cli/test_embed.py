@@ -297,6 +297,7 @@ def test_an_index_is_made_kept_up_and_searched(model, many, tmp_path, capsys, mo
             {"--budget": "4x8", "--target-recall": "0.9"},
             "leave out --budget, --cascade and --exact",
         ),
+        ({"--cascade": "4x1:9,4x8:3", "--top": "5"}, "4x8:3 keeps fewer than the top 5"),
         ({"--cascade": "4x1:9,4x8"}, "or each@.7:50; got '4x8'"),
         ({"--cascade": "pool@.7:9,4x8:9"}, "has no index for pool@0.7:9: build one with `index"),
         ({"--where": "lang"}, "such as lang=de; got 'lang'"),
@@ -435,6 +436,9 @@ def test_a_folder_of_folders_of_shards_is_told_to_choose_one(tmp_path):
         (("--vllm-args", "[1]"), "--vllm-args takes a JSON object, got '[1]'"),
         (("--engine", "here", "--vllm-args", "{}"), "--vllm-args is for --engine vllm"),
         (("--parts", "8"), "--parts is for --engine ray; --part I/N embeds one part"),
+        (("--attention", "eager"), "--attention is not for --engine vllm"),
+        (("--chunk-tokens", "64"), "--chunk-tokens is not for --engine vllm"),
+        (("--dtype", "fp32", "--vllm-args", '{"dtype": "half"}'), "--dtype is given twice"),
     ],
 )
 def test_vllm_refuses_what_is_not_for_it_in_one_line(flags, message, tmp_path, capsys):

@@ -96,6 +96,13 @@ def test_evaluations_of_other_data_are_not_compared(home, tmp_path, capsys):
         (["--model", "m"], "evaluate needs --benchmark; benchmarks are mmeb, "),
         (["--model", "m", "--benchmark", "mmeb"], "36 of 36 sets are not in data"),
         (["--model", "m", "--benchmark", "memb"], "did you mean mmeb"),
+        (
+            ["--model", "m", "--benchmark", "beir:x", "--data", "d"],
+            "--data is not for beir:x, which",
+        ),
+        (["--model", "m", "compare", "a", "b"], "--model is not for `evaluate compare`"),
+        (["--budgets", "1x1", "compare", "a", "b"], "--budgets is not for `evaluate compare`"),
+        (["--batch-size", "8", "compare", "a", "b"], "--batch-size is not for `evaluate compare`"),
         (["compare", "nowhere", "b"], "nowhere is not a finished evaluation"),
     ],
 )

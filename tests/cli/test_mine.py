@@ -120,6 +120,7 @@ def test_old_negatives_are_kept_when_asked_and_more_may_be_mined_from(root, tmp_
         (["--depth", "0"], "--depth must be at least 1, got 0"),
         (["--margin", "-1"], "margin must be at least 0, got -1.0"),
         (["--budget", "1x1", "--cascade", "1x1:5"], "one of --budget, --cascade and"),
+        (["--cascade", "1x1:5", "--depth", "9"], "--depth is set by the last stage of --cascade"),
         (["--target-recall", "2"], "--target-recall must be above 0 and at most 1, got 2.0"),
         (["--budget", "3x3"], "budget 3x3: the model was not trained at 3"),
         (["--shards", "{root}/a", "{root}/a"], "names of the shards must differ, got a, a"),

@@ -85,6 +85,7 @@ def test_a_plan_tells_the_cost_and_connects_to_nothing(store, capsys):
     assert re.split("  +", rows[0].strip())[3] == f"{size / 1000:.1f} kB"
     assert "1 + 8 vectors of width 32" in told
     assert "2 of each shard" in told
+    assert f"this store: {size / 1000:.1f} kB on disk" in told
     assert push(store, "--plan", "--json", "--quantization", "int8") == 0
     told = json.loads(capsys.readouterr().out)
     width = Store.open(store).width
@@ -108,6 +109,9 @@ def test_a_plan_tells_the_cost_and_connects_to_nothing(store, capsys):
         ({"--filter": "size"}, "no item's metadata have a text, number or truth under 'size'"),
         ({"--to": "things.edge"}, "folders of Qdrant Edge are no longer supported"),
         ({"--store": "nowhere"}, "nowhere is not a store"),
+        ({"--to": None, "--plan": "", "--shards": "2"}, "--shards does not change the cost"),
+        ({"--to": None, "--plan": "", "--filter": "lang"}, "--filter does not change the cost"),
+        ({"--to": None, "--plan": "", "--batch-size": "2"}, "--batch-size does not change the"),
     ],
 )
 def test_a_push_that_cannot_be_is_one_line_and_exit_2(store, capsys, flags, message):
@@ -127,6 +131,10 @@ def test_a_push_that_cannot_be_is_one_line_and_exit_2(store, capsys, flags, mess
     ("arguments", "message"),
     [
         (["--budget", "auto"], "--budget auto only works on a store in a folder"),
+        (
+            ["--target-recall", ".9"],
+            "--target-recall only works with automatic plans, of a store in",
+        ),
         (["--budget", "1x4"], "pushed with 1, 8 candidate vectors, not 4"),
         (["--where", "lang<de"], "lang<de: Qdrant orders numbers and dates"),
     ],

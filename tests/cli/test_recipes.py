@@ -139,6 +139,7 @@ def test_a_copy_leaves_out_what_its_head_only_speaks_of(tmp_path):
     [
         (["qwen77b"], "no recipe at qwen77b; recipes that come with the package: custom_lora"),
         (["--copy", "x.yaml"], "--copy needs the NAME"),
+        (["qwen7b", "--copy", "x", "--json"], "--json does not work with --copy"),
         (["qwen7b", "--copy", "{taken}"], "taken.yaml exists already"),
     ],
 )

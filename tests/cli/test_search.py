@@ -171,6 +171,9 @@ def test_a_terminal_gets_a_table_with_names_as_they_are(model, things):
             {"--items": None, "--store": "s", "--columns": "text=caption"},
             "--columns is for --items",
         ),
+        ({"--items": "x", "--normalised": ""}, "--normalised needs a --store"),
+        ({"--items": "x", "--exact": ""}, "--exact needs a --store: --items are always searched"),
+        ({"--revision": "main"}, "is a folder: only a model on the hub has revisions"),
         ({"--items": "pages.parquet"}, "cannot read pages.parquet: No such file"),
         ({"--image": "nowhere.png"}, "nowhere.png does not exist"),
         ({"--model": "nowhere"}, "nowhere is not a model folder"),
@@ -179,7 +182,9 @@ def test_a_terminal_gets_a_table_with_names_as_they_are(model, things):
 )
 def test_wrong_input_is_one_line_and_exit_2(model, pictures, capsys, changes, message):
     flags = {"--model": model, "--items": pictures, "--query": "cat", "--device": "cpu", **changes}
-    arguments = [str(part) for flag in flags.items() if flag[1] is not None for part in flag]
+    arguments = [
+        str(part) for flag in flags.items() if flag[1] is not None for part in flag if part
+    ]
     assert main(["search", *arguments]) == 2
     out, err = capsys.readouterr()
     assert out == ""

@@ -146,6 +146,12 @@ def test_the_retrieval_set_asks_the_held_out_queries_of_all_pages(made):
     assert kinds <= {"title", "term"}
 
 
+def test_a_limit_is_for_the_retrieval_set_too(made, tmp_path):
+    assert run(made.parent / "books", tmp_path, "--held-out", "0.2", "--limit", "2") == 0
+    first = [query.id for query in read_retrieval_set(made / "retrieval").queries[:2]]
+    assert [query.id for query in read_retrieval_set(tmp_path / "retrieval").queries] == first
+
+
 def test_what_is_made_is_kept_and_lost_pages_are_drawn_again(made, capsys):
     page = made / "pages" / "birds" / "0003.png"
     before = page.read_bytes()

@@ -173,6 +173,8 @@ def test_a_model_that_mteb_registers_is_loaded_by_its_name(root, tmp_path):
     torch.testing.assert_close(raw[2], (raw[0] + raw[1]) / 2)  # as mteb puts them together
     torch.testing.assert_close(both, raw[2] / raw[2].norm())
     assert not torch.allclose(picture, text)
+    with pytest.raises(UserError, match="--vectors is for models of many vectors, and mteb:mteb"):
+        load_baseline("mteb:mteb/baseline-random-encoder", "cpu", Budget(1, 8))
     with pytest.raises(UserError, match="baseline-random-colbert has no `encode`: it searches"):
         load_baseline("mteb:mteb/baseline-random-colbert", "cpu")
 
@@ -193,3 +195,12 @@ def test_a_model_of_ours_has_budgets_and_no_vectors(root, capsys):
     where = ["--model", str(root / "model"), "--benchmark", f"beir:{root}/texts"]
     assert main(["evaluate", *where, "--vectors", "4x8"]) == 2
     assert "--vectors is for sentence-transformers:NAME and mteb:NAME" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags", [["--revision", "x"], ["--workers", "2"], ["--compile"], ["--attention", "eager"]]
+)
+def test_flags_of_our_models_are_refused_for_others(root, capsys, flags):
+    where = ["--model", "mteb:no/such-model", "--benchmark", f"beir:{root}/texts"]
+    assert main(["evaluate", *where, *flags]) == 2
+    assert f"{flags[0]} is not for mteb:no/such-model" in capsys.readouterr().err

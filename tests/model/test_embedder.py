@@ -10,6 +10,7 @@ import tiny
 from metaembed_pl.errors import UserError
 from metaembed_pl.model.embedder import MetaEmbedder
 from metaembed_pl.model.meta_tokens import MetaTokens
+from unchecked import shapes_unchecked
 
 ITEMS = [
     {"text": "red apple"},
@@ -160,6 +161,11 @@ def test_refuses_a_budget_it_was_not_trained_for(model):
     vectors = model.encode_query(["red"])
     with pytest.raises(UserError, match="3x8"):
         model.score(vectors, vectors, budget="3x8")
+    with (
+        shapes_unchecked(),
+        pytest.raises(UserError, match=r"candidates must be a tensor.* got str"),
+    ):
+        model.score(vectors, "red")
 
 
 def _saved(tmp_path):

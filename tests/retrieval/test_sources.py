@@ -236,3 +236,15 @@ def test_a_picture_that_is_gone_slow_large_or_no_address_is_told(server, path, m
         fetch("file:///etc/hostname")
     with pytest.raises(UserError, match="cannot be fetched"):
         fetch("http://127.0.0.1:9/x.png")
+
+
+@pytest.mark.parametrize("form", ["shards", "pictures"])
+def test_items_that_name_no_addresses_cannot_be_fetched(form, tmp_path):
+    folder = tmp_path / form
+    if form == "shards":
+        tiny.shards(folder, 2)
+    else:
+        folder.mkdir()
+        tiny.picture(0).save(folder / "a.png")
+    with pytest.raises(UserError, match="has no addresses of pictures to fetch: leave out"):
+        open_source(folder, fetch=Fetch())

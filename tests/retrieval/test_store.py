@@ -316,6 +316,8 @@ BAD[1, 2, 3] = torch.nan
         ((["a", "b"], vectors(3)), "must be 2 x 8 x 16 for 2 ids in .*, got 3 x 8 x 16"),
         ((["a"], vectors(1, 4)), "must be 1 x 8 x 16 .*, got 1 x 4 x 16"),
         ((["a"], vectors(1)[..., :9]), "must be 1 x 8 x 16 .*, got 1 x 8 x 9"),
+        ((["a"], "vectors"), "embeddings must be a tensor of items x vectors x width.* got str"),
+        ((["a"], vectors(1)[0]), "embeddings must be a tensor .* got 8 x 16"),
         ((["a"], vectors(1), []), "got 1 ids, metadata of 0"),
         ((["a", ""], vectors(2)), "an id must be a text that is not empty, got ''"),
         ((["a"], vectors(1), [{"x": {1, 2}}]), "item 'a': metadata must be what JSON can hold"),
@@ -329,6 +331,17 @@ def test_refuses_items_that_do_not_fit_and_stays_as_it_was(tmp_path, items, mess
     for opened in (store, Store.open(tmp_path / "s")):
         assert opened.ids == ["item 0", "item 1"]
         assert opened.generation == 1
+
+
+@pytest.mark.parametrize("rows", [[2], [0, -3], ["item 0"], 2])
+def test_rows_that_are_not_there_are_refused_in_one_line(tmp_path, rows):
+    store = new_store(tmp_path / "s", count=2)
+    for read in (store.metadata, store.vectors, store.previews):
+        with (
+            shapes_unchecked(),
+            pytest.raises(UserError, match="rows are numbers from 0 to 1, got"),
+        ):
+            read(rows)
 
 
 def test_refuses_to_delete_what_is_not_there_and_deletes_nothing(tmp_path):

@@ -255,6 +255,8 @@ def test_stages_are_read_from_text_and_from_lists():
         ({"where": "parity"}, "such as lang=de; got 'parity'"),
         ({"queries": unit(1, 4, 8)}, "queries must be N x 4 x 16 .*, got 1 x 4 x 8"),
         ({"queries": unit(1, 2, WIDTH)}, "got 1 x 2 x 16"),
+        ({"queries": unit(4, WIDTH)}, "queries must be a tensor .* got 4 x 16"),
+        ({"queries": "an apple"}, "queries must be a tensor of items x vectors x width.* got str"),
         ({"queries": torch.full((1, 4, WIDTH), torch.nan)}, "queries contain NaN"),
     ],
 )

@@ -275,7 +275,10 @@ def _kill_at(run: Ranks, last: Path, step: int) -> None:
         (["--model.layout=neither"], "own"),
         (["--data.train=[{path: nowhere}]"], "nowhere"),
         (["--data.global_batch_size=1000"], "fewer than one global batch of 1000"),
+        (["--model.optimizer.warmup=2"], "optimizer.warmup is a share of all steps, 0 to below 1"),
+        (["--model.loss.quantization.bits=3"], "quantization.bits is 8 or 1, got 3"),
         (["--ckpt_path=last"], "no .*last.ckpt to continue from"),
+        (["--weights_only=false"], "weights_only has no effect: it is always true"),
     ],
 )
 def test_a_faulty_recipe_is_one_line_and_exit_2(data, tmp_path, capsys, arguments, message):
@@ -287,6 +290,19 @@ def test_a_faulty_recipe_is_one_line_and_exit_2(data, tmp_path, capsys, argument
 
     assert re.search(message, error), error
     assert not (tmp_path / "x" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("flag", ["--help", "--model.loss.help", "--data.train.help"])
+def test_help_explains_keys_without_naming_classes(flag, capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", flag])
+    shown = capsys.readouterr().out
+    assert "see `" not in shown
+    assert "subclasses" not in shown
+    assert 20 < shown.count("\n") < 230
+    if flag == "--help":
+        assert "--trainer.max_steps MAX_STEPS\n" in shown
+        assert "--model.loss.help" in shown
 
 
 def test_an_unknown_key_in_the_file_names_the_nearest(data, tmp_path, capsys):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metaembed_pl.cli.check_report import GIB, print_report
+from metaembed_pl.cli.model import refuse_ignored
 from metaembed_pl.cli.recipe_path import find_recipe, recipe_folder
 from metaembed_pl.errors import UserError
 
@@ -111,6 +112,8 @@ def _target(args: argparse.Namespace) -> Target:
     from metaembed_pl.training.flops import GPUS
     from metaembed_pl.training.memory_advice import parse_gib
 
+    if args.gpu is None:
+        refuse_ignored(args, "needs --gpu NAME, whose peak it is a share of", "utilisation")
     name = args.gpu and args.gpu.upper()
     if name is not None and name not in GPUS:
         raise UserError(f"--gpu must be one of {', '.join(GPUS)}, got {args.gpu}")

@@ -14,7 +14,7 @@ from metaembed_pl.data.beir import is_retrieval_set
 from metaembed_pl.data.collate import Side, chosen_negatives
 from metaembed_pl.data.datamodule import RetrievalDataModule
 from metaembed_pl.data.plan import Plan, PlannedSource
-from metaembed_pl.data.recipe_sources import open_eval_set
+from metaembed_pl.data.recipe_sources import WHERE_ON_SHARDS, open_eval_set
 from metaembed_pl.data.remote import is_remote
 from metaembed_pl.data.shards import ShardedPairs
 from metaembed_pl.errors import UserError
@@ -75,6 +75,11 @@ def look_at(data: RetrievalDataModule, num_ranks: int) -> Data:
     for part, sources in data.eval_sources.items():
         sets = [source for source in sources if is_retrieval_set(Path(source.path))]
         _open((source for source in sources if source not in sets), f"data.{part}", faults, notes)
+        faults += [
+            f"data.{part}: {WHERE_ON_SHARDS.format(source.path)}"
+            for source in sources
+            if source.where and source not in sets and (source.table or Path(source.path).is_dir())
+        ]
         for source in sets:
             try:
                 open_eval_set(source)

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.strategies import StrategyRegistry
 
 from metaembed_pl.cli.check_data import Data
+from metaembed_pl.cli.recipe_effects import keys_without_effect
 from metaembed_pl.cli.recipe_faults import Recipe
 from metaembed_pl.errors import UserError, did_you_mean
 from metaembed_pl.model.weightless import WeightlessModel
@@ -19,8 +20,8 @@ from metaembed_pl.training.teacher import refuse_other_inputs, refuse_unscored
 
 
 def run_faults(recipe: Recipe) -> list[str]:
-    """An existing run of the same name, an unknown strategy, and missing packages."""
-    faults = []
+    """Keys without an effect, an existing run of the same name, a strategy that cannot be used."""
+    faults = keys_without_effect(recipe.config)
     run = recipe.run
     starts = run is not None and not run.overwrite and not recipe.config.ckpt_path
     if run is not None and starts and run.last_checkpoint.exists():

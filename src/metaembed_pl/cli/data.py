@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from metaembed_pl.cli.model import refuse_ignored
 from metaembed_pl.display import plain, shortened
 from metaembed_pl.errors import UserError
 from metaembed_pl.progress import with_progress
@@ -48,6 +49,8 @@ def run(args: argparse.Namespace) -> None:
     from metaembed_pl.data.shards import ShardedPairs
     from metaembed_pl.data.survey import Survey, shared
 
+    if args.sheet is None:
+        refuse_ignored(args, "needs --sheet FILE.png, which shows that many pairs", num=12)
     if args.num < 1:
         raise UserError(f"--num must be at least 1, got {args.num}")
     folders = [ShardedPairs(folder) for name in args.shards for folder in _folders(name)]

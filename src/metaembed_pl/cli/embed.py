@@ -24,6 +24,7 @@ from metaembed_pl.cli.model import (
     check_at_least,
     load_model,
     pace_of,
+    refuse_ignored,
     report_truncation,
 )
 from metaembed_pl.errors import UserError
@@ -37,6 +38,7 @@ ITEMS = (
     "JSON Lines or Parquet of items, a folder of shards, or the address of one of these (hf://, "
     "s3://, https://); a PDF; a folder of pictures and PDFs"
 )
+LIMITS = ("fetch_seconds", "fetch_mb")
 COLUMNS = (
     "columns of a Parquet file for text, image, id and instruction (default: columns of these "
     "names)"
@@ -120,8 +122,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Embed, and print a summary."""
     check_at_least(args, 1, "width")
-    if args.parts is not None and args.engine != "ray":
-        raise UserError("--parts is for --engine ray; --part I/N embeds one part")
+    if args.engine != "ray":
+        refuse_ignored(args, "is for --engine ray; --part I/N embeds one part", "parts")
+    if args.engine != "vllm":
+        refuse_ignored(args, "is for --engine vllm", "vllm_args")
     with redirect_stdout(sys.stderr):
         summary = _embed_on_ray(args) if args.engine == "ray" else embed_here(args)
     if summary is None:
@@ -147,9 +151,7 @@ def _embed_on_ray(args: argparse.Namespace) -> dict[str, Any]:
     from metaembed_pl.data.tables import parse_columns
     from metaembed_pl.retrieval.sources import open_source
 
-    for name in ("part", "index", "again"):
-        if getattr(args, name):
-            raise UserError(f"--{name} does not work with --engine ray")
+    refuse_ignored(args, "does not work with --engine ray", "part", "index", "again")
     source = open_source(args.items, parse_columns(args.columns), _fetch(args))
     return embed_on_ray(args, len(source), embed_here)
 
@@ -235,12 +237,9 @@ def _model(args: argparse.Namespace, settings: dict[str, Any] | None) -> Any:
 def _vllm_settings(args: argparse.Namespace) -> dict[str, Any] | None:
     """Settings of vLLM's engine; None for other engines."""
     if args.engine != "vllm":
-        if args.vllm_args is not None:
-            raise UserError("--vllm-args is for --engine vllm")
         return None
-    refused = [name for name in ("index", "compile", "device", "revision") if getattr(args, name)]
-    if refused:
-        raise UserError(f"--{refused[0]} is not for --engine vllm")
+    ours = "index", "compile", "device", "revision", "chunk_tokens"
+    refuse_ignored(args, "is not for --engine vllm", *ours, attention="sdpa")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
             "--engine vllm runs its own processes: without torchrun, give --vllm-args "
@@ -252,18 +251,17 @@ def _vllm_settings(args: argparse.Namespace) -> dict[str, Any] | None:
         settings = None
     if not isinstance(settings, dict):
         raise UserError(f"--vllm-args takes a JSON object, got {args.vllm_args!r:.80}")
+    if "dtype" in settings:
+        refuse_ignored(args, "is given twice: leave it out of --vllm-args", "dtype")
     return settings
 
 
 def _fetch(args: argparse.Namespace) -> "Fetch | None":
     for flag, value in (("seconds", args.fetch_seconds), ("mb", args.fetch_mb)):
-        if value is None:
-            continue
-        if not value > 0:
+        if value is not None and not value > 0:
             raise UserError(f"--fetch-{flag} must be above 0, got {value}")
-        if not args.fetch_images:
-            raise UserError(f"--fetch-{flag} limits --fetch-images, which is not given")
     if not args.fetch_images:
+        refuse_ignored(args, "limits --fetch-images, which is not given", *LIMITS)
         return None
     from metaembed_pl.data.fetch import Fetch
 

@@ -22,6 +22,7 @@ from metaembed_pl.cli.model import (
     add_pace_arguments,
     load_model,
     pace_of,
+    refuse_ignored,
     report_truncation,
 )
 from metaembed_pl.errors import UserError, first_line
@@ -32,9 +33,15 @@ if TYPE_CHECKING:
     from metaembed_pl.evaluation.encoding import OnProgress
     from metaembed_pl.evaluation.outcome import Outcome
 
+DATA = Path("data")
 BENCHMARKS = (
     "mmeb, mmeb_v2, vidore_v1, vidore_v2, vidore_v3, vidore_v3.1, jina_vdr, beir:DIR, pairs:DIR, "
     "mteb:NAME"
+)
+OF_OUR_MODELS = ("revision", "dtype", "compile", "chunk_tokens", "workers")
+OF_EVALUATING = (
+    *("model", "device", "vectors", "benchmark", "budgets", "out", "bm25", "mlflow_uri"),
+    *OF_OUR_MODELS,
 )
 
 
@@ -51,7 +58,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--benchmark", metavar="NAME", help=f"one of {BENCHMARKS}")
     add(
         "--budgets",
-        default="all",
         metavar="RQxRC[xD],...",
         help="query x candidate vectors to use, x first dimensions of each (default: all trained "
         "budgets)",
@@ -60,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--data",
         type=Path,
-        default=Path("data"),
+        default=DATA,
         metavar="DIR",
         help="benchmark files (default: data)",
     )
@@ -89,6 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--budgets",
+        dest="sides",
         metavar="BUDGET[,BUDGET]",
         help="budgets of A and B (default: the largest of each)",
     )
@@ -101,6 +108,8 @@ def run(args: argparse.Namespace) -> None:
     """Evaluate, or compare two evaluations."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     if getattr(args, "compare", False):
+        changed = {"attention": "sdpa", "data": DATA, "batch_size": 32, "store_dtype": "bf16"}
+        refuse_ignored(args, "is not for `evaluate compare`", *OF_EVALUATING, **changed)
         _compare(args)
         return
     # Results alone go to standard output, whatever libraries have to say meanwhile.
@@ -118,6 +127,8 @@ def _evaluate(args: argparse.Namespace) -> "Outcome | None":
         if getattr(args, name) is None:
             raise UserError(f"evaluate needs --{name}; benchmarks are {BENCHMARKS}")
     pace = pace_of(args)
+    if args.benchmark.startswith(("beir:", "pairs:")):
+        refuse_ignored(args, f"is not for {args.benchmark}, which names its folder", data=DATA)
     from metaembed_pl.evaluation.registry import open_benchmark
 
     benchmark = open_benchmark(args.benchmark, args.data)
@@ -130,7 +141,7 @@ def _evaluate(args: argparse.Namespace) -> "Outcome | None":
             logging.disable(logging.INFO)
         bm25 = _bm25_means(benchmark, args.data) if args.bm25 and not rank else {}
         model = _load(args)
-        budgets = parse_budgets(args.budgets, model.groups, model.widths)
+        budgets = parse_budgets(args.budgets or "all", model.groups, model.widths)
         name = benchmark.name.replace(":", "-").replace("/", "-").strip("-.")
         out = args.out or Path("evaluations") / f"{name}-{identity_of(model)[:8]}"
         with _progress(rank) as on_progress:
@@ -148,17 +159,20 @@ def _load(args: argparse.Namespace) -> Any:
     """Our model, or another in its place."""
     from metaembed_pl.budget import Budget
     from metaembed_pl.cli.model import find_device
-    from metaembed_pl.evaluation.baselines import load_baseline
+    from metaembed_pl.evaluation.baselines import is_baseline, load_baseline
 
     vectors = Budget.parse(args.vectors) if args.vectors else None
-    other = load_baseline(args.model, find_device(args.device), vectors)
-    if other is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(
-            f"{args.model} can only be evaluated in one process: start it without torchrun"
-        )
-    if other is None and vectors is not None:
-        raise UserError("--vectors is for sentence-transformers:NAME and mteb:NAME: use --budgets")
-    return other or load_model(args)
+    if is_baseline(args.model):
+        refuse_ignored(args, f"is not for {args.model}", *OF_OUR_MODELS, attention="sdpa")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError(
+                f"{args.model} can only be evaluated in one process: start it without torchrun"
+            )
+        return load_baseline(args.model, find_device(args.device), vectors)
+    refuse_ignored(
+        args, "is for sentence-transformers:NAME and mteb:NAME: use --budgets", "vectors"
+    )
+    return load_model(args)
 
 
 def _report(
@@ -245,9 +259,9 @@ def _compare(args: argparse.Namespace) -> None:
     from metaembed_pl.evaluation.tables import comparison
 
     sides = [Outcome.load(args.first), Outcome.load(args.second)]
-    given = args.budgets.split(",") if args.budgets else [side.budgets[-1] for side in sides]
+    given = args.sides.split(",") if args.sides else [side.budgets[-1] for side in sides]
     if len(given) not in (1, 2):
-        raise UserError(f"--budgets takes one budget or two, got {args.budgets!r}")
+        raise UserError(f"--budgets takes one budget or two, got {args.sides!r}")
     budgets = [given[0], given[-1]]
     for task, other in zip(*(side.tasks for side in sides), strict=False):
         if task.name == other.name and task.data != other.data:

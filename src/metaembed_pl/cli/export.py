@@ -16,6 +16,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from metaembed_pl.cli.model import refuse_ignored
 from metaembed_pl.cli.recipe_path import read_yaml
 from metaembed_pl.data.remote import HUB_ID
 from metaembed_pl.errors import UserError
@@ -103,10 +104,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"{args.out} exists already: choose another --out")
     if args.push_to is not None and not HUB_ID.fullmatch(args.push_to):
         raise UserError(f"--push-to must be ORG/NAME, got {args.push_to!r}")
-    for flag in ("public", "dry_run"):
-        if getattr(args, flag) and args.push_to is None:
-            name = f"--{flag.replace('_', '-')}"
-            raise UserError(f"{name} only works with --push-to")
+    if args.push_to is None:
+        refuse_ignored(args, "only works with --push-to", "public", "dry_run")
     for code in args.language:
         if not re.fullmatch(r"[a-z]{2,3}(-[A-Za-z0-9]+)*|multilingual|code", code):
             raise UserError(f"--language takes a code such as en or zh, got {code!r}")

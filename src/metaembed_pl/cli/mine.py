@@ -24,6 +24,7 @@ from metaembed_pl.cli.model import (
     check_at_least,
     load_model,
     pace_of,
+    refuse_ignored,
     report_truncation,
 )
 from metaembed_pl.errors import UserError
@@ -128,6 +129,8 @@ def run(args: argparse.Namespace) -> None:
     pace_of(args)
     if sum(given is not None for given in (args.budget, args.cascade, args.target_recall)) > 1:
         raise UserError("give only one of --budget, --cascade and --target-recall")
+    if args.cascade:
+        refuse_ignored(args, "is set by the last stage of --cascade: leave it out", depth=100)
     if args.target_recall is not None:
         if not 0 < args.target_recall <= 1:
             raise UserError(

@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from metaembed_pl.errors import UserError, first_line
 
@@ -85,6 +85,13 @@ def check_at_least(args: argparse.Namespace, least: int, *names: str) -> None:
         value = getattr(args, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+
+
+def refuse_ignored(args: argparse.Namespace, why: str, *names: str, **defaults: Any) -> None:
+    """Refuse flags without an effect: `names` that are given, `defaults` with another value."""
+    for name, default in (dict.fromkeys(names) | defaults).items():
+        if getattr(args, name) not in (None, [], default) and getattr(args, name) is not False:
+            raise UserError(f"--{name.replace('_', '-')} {why}")
 
 
 def pace_of(args: argparse.Namespace) -> "Pace":

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metaembed_pl.budget import Budget
-from metaembed_pl.cli.model import check_at_least
+from metaembed_pl.cli.model import check_at_least, refuse_ignored
 from metaembed_pl.errors import UserError
 from metaembed_pl.retrieval.qdrant.address import parse_address
 
 if TYPE_CHECKING:
     from metaembed_pl.retrieval.store import Store
 
+OF_PUSHING = ("shards", "filter", "batch_size")
 SETTINGS = ("dtype", "quantization", "on_disk", "shards", "replicas", "batch_size")
 
 
@@ -71,6 +72,8 @@ def run(args: argparse.Namespace) -> None:
     check_at_least(args, 1, "shards", "replicas", "batch_size")
     if (args.to is None) != args.plan:
         raise UserError("give the destination with --to ADDRESS, or --plan to see the cost")
+    if args.plan:
+        refuse_ignored(args, "does not change the cost: give it with --to", *OF_PUSHING)
     counts = None if args.counts is None else _parse_counts(args.counts)
     with redirect_stdout(sys.stderr):
         from metaembed_pl.retrieval.store import Store
@@ -111,7 +114,13 @@ def _push(args: argparse.Namespace, store: "Store", counts: tuple[int, ...] | No
 
 def _cost(args: argparse.Namespace, store: "Store", counts: tuple[int, ...] | None) -> Any:
     """The size of a collection of this store, and of collections of more such items."""
-    from metaembed_pl.retrieval.qdrant.sizing import ITEMS, PAYLOAD_BYTES, sizing, sizing_table
+    from metaembed_pl.retrieval.qdrant.sizing import (
+        ITEMS,
+        PAYLOAD_BYTES,
+        readable,
+        sizing,
+        sizing_table,
+    )
 
     r_q, trained = store.groups[-1].r_q, {group.r_c for group in store.groups}
     counts = tuple(store.check_budget(Budget(r_q, n)).r_c for n in sorted(counts or trained))
@@ -124,6 +133,7 @@ def _cost(args: argparse.Namespace, store: "Store", counts: tuple[int, ...] | No
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.rjust, row, widths)) for row in rows]
     lines.append(
+        f"this store: {readable(size.disk)} on disk, {readable(size.memory)} in memory; "
         f"an item: {' + '.join(map(str, counts))} vectors of width {store.width}, "
         f"{payload:.0f} bytes of payload; {replicas} of each shard"
     )

@@ -13,6 +13,7 @@ import re
 import sys
 from pathlib import Path
 
+from metaembed_pl.cli.model import refuse_ignored
 from metaembed_pl.cli.recipe_path import find_recipe, recipe_folder
 from metaembed_pl.errors import UserError
 from metaembed_pl.files import write_text
@@ -37,13 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """List the recipes, or print or copy one."""
     if args.name is None:
-        if args.copy is not None:
-            raise UserError("--copy needs the NAME of a recipe: recipes NAME --copy PATH")
+        refuse_ignored(args, "needs the NAME of a recipe: recipes NAME --copy PATH", "copy")
         heads = {path.stem: read_head(path) for path in recipe_files()}
         print(json.dumps(heads, indent=2)) if args.json else _print_list(heads)
         return
     source = Path(find_recipe(args.name))
     if args.copy is not None:
+        refuse_ignored(args, "does not work with --copy, which prints the files it wrote", "json")
         for path in copy_recipe(source, args.copy):
             print(path)
     elif args.json:

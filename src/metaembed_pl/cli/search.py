@@ -22,7 +22,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metaembed_pl.cli.embed import COLUMNS, ITEMS
-from metaembed_pl.cli.model import add_model_arguments, add_pace_arguments, check_at_least
+from metaembed_pl.cli.model import (
+    add_model_arguments,
+    add_pace_arguments,
+    check_at_least,
+    refuse_ignored,
+)
 from metaembed_pl.cli.search_items import search_items
 from metaembed_pl.cli.search_store import Answer, SearchResult, search_store
 from metaembed_pl.display import plain
@@ -77,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="score every item of a store with all vectors, without an index",
     )
-    add("--top", type=int, default=10, metavar="N", help="results to show (default: 10)")
+    add("--top", type=int, metavar="N", help="results to show (default: 10)")
     add_pace_arguments(parser, workers=False)
     add("--json", action="store_true", help="one JSON object instead of a table")
 
@@ -105,13 +110,10 @@ def _check(args: argparse.Namespace) -> None:
 
     if (args.store is None) == (args.items is None):
         raise UserError("give either --store FOLDER or --items PATH to search")
-    if args.items is None and args.columns:
-        raise UserError("--columns is for --items: a store has its own")
-    if args.store is None:
-        for name in OF_STORES:
-            if getattr(args, name):
-                flag = f"--{name.replace('_', '-')}"
-                raise UserError(f"{flag} needs a --store: build one with `embed`")
+    if args.items is None:
+        refuse_ignored(args, "is for --items: a store has its own", "columns")
+    else:
+        refuse_ignored(args, "needs a --store: build one with `embed`", *OF_STORES)
     named = args.budget is not None and (args.store is None or args.budget != "auto")
     if args.budget is not None and named:
         Budget.parse(args.budget)
@@ -121,16 +123,17 @@ def _check(args: argparse.Namespace) -> None:
 
 def _check_plan(args: argparse.Namespace, named: bool) -> None:
     """Refuse flags that exclude each other; `named`: --budget is not auto."""
-    if args.exact and args.store is None:
-        raise UserError("--exact only works with --store: --items are always searched exactly")
-    if args.exact and not is_qdrant(args.store) and (named or args.cascade):
+    in_qdrant = args.store is not None and is_qdrant(args.store)
+    if args.store is None:
+        refuse_ignored(args, "needs a --store: --items are always searched exactly", "exact")
+    if args.exact and not in_qdrant and (named or args.cascade):
         raise UserError("--exact uses all vectors of all items: leave out --budget and --cascade")
     if args.target_recall is None:
         return
-    if named or args.cascade or args.exact:
+    if named or args.cascade or args.exact or in_qdrant:
         raise UserError(
-            "--target-recall only works with automatic plans: leave out --budget, --cascade "
-            "and --exact"
+            "--target-recall only works with automatic plans, of a store in a folder: leave out "
+            "--budget, --cascade and --exact"
         )
     if not 0 < args.target_recall <= 1:
         raise UserError(f"--target-recall must be above 0 and at most 1, got {args.target_recall}")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from metaembed_pl.cli.model import load_model, report_truncation
-from metaembed_pl.cli.search_store import Answer, SearchResult
+from metaembed_pl.cli.search_store import TOP, Answer, SearchResult
 from metaembed_pl.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def search_items(args: argparse.Namespace, query: "Item") -> Answer:
     model = load_model(args)
     budget = check_budget(args.budget or model.groups[-1], model.groups, model.widths)
     shows_progress = sys.stderr.isatty()
-    (hits,) = rank(model, [query], items, budget, args.top, args.batch_size, shows_progress)
+    (hits,) = rank(model, [query], items, budget, args.top or TOP, args.batch_size, shows_progress)
     report_truncation(model)
     results = []
     for item, score in ((items[hit.candidate], hit.score) for hit in hits):

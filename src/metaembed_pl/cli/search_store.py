@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from metaembed_pl.retrieval.calibration import Choice
     from metaembed_pl.retrieval.store import Store
 
+TOP = 10
+
 
 class SearchResult(NamedTuple):
     """A result.
@@ -58,7 +60,9 @@ def search_store(args: argparse.Namespace, query: "Item") -> Answer:
     with ExitStack() as stack:
         store: Any = stack.enter_context(_collection(args)) if in_qdrant else Store.open(args.store)
         if not is_automatic:
-            store.stages(args.budget, args.cascade)  # before the model, which takes seconds
+            store.stages(
+                args.budget, args.cascade, args.top
+            )  # before the model, which takes seconds
         model = load_model(args, store)
         budget, cascade, note = args.budget, args.cascade, ""
         if is_automatic:
@@ -69,7 +73,7 @@ def search_store(args: argparse.Namespace, query: "Item") -> Answer:
             queries,
             budget,
             cascade=cascade,
-            top=None if args.cascade else args.top,
+            top=None if args.cascade else args.top or TOP,
             where=args.where or (),
             normalised=args.normalised,
         )
@@ -82,7 +86,7 @@ def search_store(args: argparse.Namespace, query: "Item") -> Answer:
             metadata = store.metadata(hits.rows[0])
             cost |= {"bytes_read": hits.bytes_read, "note": note}
             notes = [f"{notes[0]}, {hits.bytes_read:,} bytes read", *filter(None, [note])]
-    results = list(map(_result, hits.ids[0], hits.scores[0], metadata))[: args.top]
+    results = list(map(_result, hits.ids[0], hits.scores[0], metadata))[: args.top or TOP]
     return Answer(results, cost, "; ".join(notes))
 
 
@@ -105,7 +109,7 @@ def _choice(store: "Store", model: "MetaEmbedder", args: argparse.Namespace) -> 
     if calibration is None and needs_measuring(store):
         calibration = measured(store, model, args.batch_size)
     target = TARGET if args.target_recall is None else args.target_recall
-    return choose(store, calibration, target, args.top)
+    return choose(store, calibration, target, args.top or TOP)
 
 
 def _result(id: str, score: float, metadata: dict[str, Any]) -> SearchResult:

@@ -39,10 +39,12 @@ from omegaconf.errors import OmegaConfBaseException
 from transformers.utils import logging as transformers_logging
 
 from metaembed_pl.cli.failures import failures_in_one_line
+from metaembed_pl.cli.recipe_effects import EXPERIMENT, keys_without_effect
 from metaembed_pl.cli.recipe_path import with_recipes_found
+from metaembed_pl.cli.train_help import ABOUT, USAGE, RecipeHelp, explain
 from metaembed_pl.data.datamodule import RetrievalDataModule
 from metaembed_pl.data.recipe_sources import EvalSource, TrainSource
-from metaembed_pl.errors import UserError
+from metaembed_pl.errors import UserError, causes
 from metaembed_pl.evaluation.benchmarks import Task
 from metaembed_pl.evaluation.outcome import Outcome, TaskOutcome, about_model
 from metaembed_pl.evaluation.report import write_report
@@ -127,7 +129,7 @@ class RunConfig:
     stall_timeout_s: float = 900
     overwrite: bool = False
     mlflow_uri: str | None = "sqlite:///mlflow.db"
-    experiment: str = "metaembed"
+    experiment: str = EXPERIMENT
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"(?!\.+$)[^/\\\x00-\x1f]{1,200}", self.name) or not self.name.strip():
@@ -169,6 +171,10 @@ class RecipeParser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises a UserError instead of printing the usage, which has some two hundred keys."""
         text = " ".join(str(ex or message).split())
+        refused = [str(cause) for cause in causes(ex) if isinstance(cause, UserError)]
+        where, union, _ = text.partition(": Does not validate")
+        if refused and union:  # of the class itself, not all else that was tried
+            text = f"{where}: {refused[-1]}"
         raise UserError(text + self._suggestion(text))
 
     def _suggestion(self, text: str) -> str:
@@ -281,7 +287,12 @@ class RecipeCLI(LightningCLI):
             save_config_callback=SaveRecipe,
             seed_everything_default=0,
             parser_class=RecipeParser,
-            parser_kwargs={verb: {**PARSING} for verb in self.subcommands()} | PARSING,
+            parser_kwargs={
+                verb: PARSING | {"usage": USAGE.format(verb), "description": ABOUT}
+                for verb in self.subcommands()
+            }
+            | PARSING
+            | {"formatter_class": RecipeHelp},
             # Our own loaders share the plan over the ranks.
             trainer_defaults={"use_distributed_sampler": False, "num_sanity_val_steps": 0},
             auto_configure_optimizers=False,
@@ -296,8 +307,9 @@ class RecipeCLI(LightningCLI):
         return {verb: verbs[verb] for verb in ("fit", "validate", "test")}
 
     def _prepare_subcommand_parser(self, *args: Any, **kwargs: Any) -> LightningArgumentParser:
-        """Without Lightning's table of results, which cuts off the metrics' names."""
+        """With our help, and without Lightning's table of results, which cuts off names."""
         parser = super()._prepare_subcommand_parser(*args, **kwargs)
+        explain(parser)
         if any(action.dest == "verbose" for action in parser._actions):
             parser.set_defaults(verbose=False)
         return parser
@@ -316,6 +328,9 @@ class RecipeCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Sets the run's folder, and refuses to mix two runs in it."""
         self.run = RunConfig(**self._get(self.config, "run").as_dict())
+        if self.subcommand == "fit":
+            for line in keys_without_effect(self.config.fit):
+                raise UserError(line)
         # A checkpoint must not create Python objects, which could run code.
         self.config[str(self.subcommand)]["weights_only"] = True
         self.save_config_kwargs = {"folder": self.run.path, "verb": self.subcommand}

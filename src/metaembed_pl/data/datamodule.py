@@ -56,14 +56,16 @@ class RetrievalDataModule(pl.LightningDataModule):
             query's in-batch negatives are the candidates of the others.
         eval_batch_size: items at a time in validation; changes speed and memory only.
         num_negatives: hard negatives per query, for sources without their own number.
-        questions: queries per candidate, for sources without their own number; see `TrainSource`.
+        questions: queries per candidate, for sources without their own number; `all`: all it
+            has.
         num_workers: processes that prepare batches on each rank; changes speed only. None: on GPUs
             as many as there are cores for, up to 8; else 1.
         seed: determines the order of the pairs.
         steps_per_epoch: None: one pass over all pairs.
-        open_shards: see `Plan`.
+        open_shards: pairs are shuffled within so many shards at a time.
         max_bad_samples: the run stops if more different pairs than this cannot be used.
-        mixing_temperature: flattens the shares of sources without weights; see `Plan`.
+        mixing_temperature: flattens the shares of sources without weights: 1: by size; infinity:
+            all alike.
     """
 
     def __init__(

@@ -195,6 +195,8 @@ def open_rows(where: str, columns: Columns | None = None, files: str = "*") -> M
             refuse_special_file(path)
         if path.is_file() and suffix not in FILES:
             raise UserError(f"{path}: expected one of {', '.join(FILES)}, not {path.suffix!r}")
+    if files != "*" and path.is_file() and suffix in (".jsonl", ".json", ".csv"):
+        raise UserError(f"{path}: `files` chooses among several files, and this is one")
     if suffix in (".jsonl", ".json") and path.is_file():
         chosen = columns and _checked(columns, _json_keys(path), where)
         rows = (lambda: _objects(path)) if chosen else (lambda: _json_rows(path))

@@ -15,6 +15,7 @@ from metaembed_pl.errors import UserError
 
 log = logging.getLogger(__name__)
 
+WHERE_ON_SHARDS = "{}: `where` chooses queries of retrieval sets, not of shards"
 Questions = int | Literal["all"]
 """Queries that come with a candidate at once."""
 
@@ -145,7 +146,7 @@ def open_eval_set(source: EvalSource) -> RetrievalSet:
             candidates = [instructed(candidate, "candidate") for candidate in candidates]
         return replace(found, queries=queries, candidates=candidates)
     if source.where:
-        raise UserError(f"{source.path}: `where` chooses queries of retrieval sets, not of shards")
+        raise UserError(WHERE_ON_SHARDS.format(source.path))
     shards = ShardedPairs(source.folder)
     pairs = map(source.instructions.on, shards)
     pool = RetrievalSet.from_pairs(source.name or shards.name, pairs, source.max_queries)

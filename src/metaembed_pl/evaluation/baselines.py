@@ -235,18 +235,26 @@ TASK: dict[str, Any] = {
 }
 
 
-def load_baseline(name: str, device: str, vectors: Budget | None = None) -> Baseline | None:
-    """The baseline of `KIND:NAME`; None where a name has no such kind.
+def is_baseline(name: str) -> bool:
+    """Whether a name is `KIND:NAME` of another library."""
+    kind, _, rest = name.partition(":")
+    return kind in KINDS and bool(rest)
+
+
+def load_baseline(name: str, device: str, vectors: Budget | None = None) -> Baseline:
+    """The baseline of `KIND:NAME`.
 
     Raises:
-        UserError: its library is missing, or cannot load it.
+        UserError: its library is missing, or cannot load it; or it is a model of one vector, and
+            more are given.
     """
-    kind, _, rest = name.partition(":")
-    if kind not in KINDS or not rest:
-        return None
     log.warning("%s: not yet verified with weights from the hub", name)
+    kind, _, rest = name.partition(":")
     made = SentenceTransformersBaseline if kind == KINDS[0] else MtebBaseline
-    return made(rest, device, vectors)
+    found = made(rest, device, vectors)
+    if vectors and not found.is_many:
+        raise UserError(f"--vectors is for models of many vectors, and {name} has one an item")
+    return found
 
 
 def _columns(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:

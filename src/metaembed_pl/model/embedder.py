@@ -28,7 +28,7 @@ from metaembed_pl.environment import versions
 from metaembed_pl.errors import UserError
 from metaembed_pl.files import new_folder
 from metaembed_pl.item import Item, several
-from metaembed_pl.late_interaction import maxsim, narrowed
+from metaembed_pl.late_interaction import check_vectors, maxsim, narrowed
 from metaembed_pl.model import vision
 from metaembed_pl.model.backbone import BackboneConfig
 from metaembed_pl.model.encoding import Pace, Prepared, one_ahead, prepared
@@ -304,6 +304,8 @@ class MetaEmbedder(nn.Module):
         Raises:
             UserError: the model was not trained for this budget.
         """
+        check_vectors(queries, "queries")
+        check_vectors(candidates, "candidates")
         r_q, r_c, width = check_budget(budget or self.groups[-1], self.groups, self.widths)
         return maxsim(narrowed(queries[:, :r_q], width), narrowed(candidates[:, :r_c], width))
 

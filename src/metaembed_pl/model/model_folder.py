@@ -43,6 +43,8 @@ def find_model_folder(name: str | Path, revision: str | None = None) -> Path:
     folder = Path(name)
     if not folder.exists() and HUB_ID.fullmatch(str(name)):
         folder = _from_hub(str(name), revision)
+    elif revision is not None and folder.exists():
+        raise UserError(f"{name} is a folder: only a model on the hub has revisions")
     if not (folder / SETTINGS).is_file():
         raise UserError(
             f"{name} is not a model folder: it has no {SETTINGS}; "

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from metaembed_pl.budget import Budget, check_budget
 from metaembed_pl.errors import UserError
+from metaembed_pl.late_interaction import check_vectors
 from metaembed_pl.retrieval.projection import Projection
 
 if TYPE_CHECKING:
@@ -114,7 +115,8 @@ class Searchable(ABC):
             UserError: they have another shape, or are not finite.
         """
         expected = self.groups[-1].r_q, self.model_width
-        used = queries[:, : expected[0]] if queries.ndim == 3 else queries
+        check_vectors(queries, "queries")
+        used = queries[:, : expected[0]]
         if tuple(used.shape[1:]) != expected:
             hint = "" if self.projection is None else f" (they are projected to {self.width} here)"
             raise UserError(

@@ -5,7 +5,7 @@ rendered only when they are embedded, so a source may be larger than memory.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,12 +33,12 @@ class ItemSource:
     Args:
         total: their number, including duplicates.
         entries: returns a new iterator over them.
-        columns: of a table, by key of an item; empty for other forms.
+        takes: the arguments of `open_source` that this form of items has a use for.
     """
 
     total: int
     entries: Callable[[], Iterator[Entry]]
-    columns: Mapping[str, str] = field(default_factory=dict)
+    takes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return self.total
@@ -63,12 +63,14 @@ def open_source(
         fetch: fetches pictures that items name by an address; None: they are refused.
 
     Raises:
-        UserError: there is nothing to embed, or it is no Parquet and has no columns to choose.
+        UserError: there is nothing to embed, or items of this form have no columns or addresses.
     """
     find = _at_address if is_remote(path) else _on_disk
     source = find(str(path), columns, fetch)
-    if columns and not source.columns:
+    if columns and "columns" not in source.takes:
         raise UserError(f"{path} is not Parquet: only its items can have columns chosen for them")
+    if fetch and "fetch" not in source.takes:
+        raise UserError(f"{path} has no addresses of pictures to fetch: leave out --fetch-images")
     return source
 
 
@@ -126,7 +128,7 @@ def _table(
             except UserError as error:
                 raise UserError(f"{where}: {error}") from error
 
-    return ItemSource(table.num_rows, entries, chosen)
+    return ItemSource(table.num_rows, entries, ("columns", "fetch"))
 
 
 def _item_columns(table: tables.Table, columns: Mapping[str, str] | None) -> dict[str, str]:
@@ -174,7 +176,7 @@ def _json_lines(path: Path, base: Path | str, fetch: Fetch | None) -> ItemSource
                 raise UserError(f"{path}:{number}: {error}") from error
             yield entry
 
-    return ItemSource(total, entries)
+    return ItemSource(total, entries, ("fetch",))
 
 
 def _of_json(value: Any, base: Path | str, fetch: Fetch | None) -> Entry:

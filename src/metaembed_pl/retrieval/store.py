@@ -29,7 +29,7 @@ from metaembed_pl.budget import Budget, parse_groups
 from metaembed_pl.errors import UserError
 from metaembed_pl.files import is_empty, new_folder
 from metaembed_pl.item import several
-from metaembed_pl.late_interaction import narrowed
+from metaembed_pl.late_interaction import check_vectors, narrowed
 from metaembed_pl.ranks import rank_and_world, wait_for_ranks
 from metaembed_pl.retrieval.cascade import Hits, Stage, choose_stages, for_filter, run_stages
 from metaembed_pl.retrieval.filters import Filters
@@ -262,9 +262,9 @@ class Store(Searchable):
 
     def metadata(self, rows: Sequence[int] | None = None) -> list[dict[str, Any]]:
         """The metadata of items; None: of all."""
-        snapshot = self.snapshot()
+        texts = self.snapshot().column("metadata", self._at(rows))
         try:
-            return [json.loads(text) for text in snapshot.column("metadata", self._at(rows))]
+            return [json.loads(text) for text in texts]
         except (ValueError, TypeError, RecursionError) as error:
             raise UserError(f"metadata in {self.folder} are damaged: {error}") from error
 
@@ -397,7 +397,14 @@ class Store(Searchable):
 
     def _at(self, rows: Sequence[int] | None) -> Tensor:
         places = self.snapshot().places
-        return places if rows is None else places[torch.as_tensor(rows, dtype=torch.long)]
+        if rows is None:
+            return places
+        try:
+            return places[torch.as_tensor(rows, dtype=torch.long)]
+        except (IndexError, ValueError, TypeError) as error:
+            raise UserError(
+                f"rows are numbers from 0 to {len(places) - 1}, got {rows!r:.80}"
+            ) from error
 
     def _matching(self, where: str | Sequence[str]) -> Matching:
         """The items for which all conditions hold."""
@@ -484,7 +491,8 @@ class Store(Searchable):
         metadata = [None] * len(ids) if metadata is None else metadata
         previews = [None] * len(ids) if previews is None else previews
         shape = self._manifest.num_slots, self.model_width
-        embeddings = embeddings[:, : shape[0]] if embeddings.ndim == 3 else embeddings
+        check_vectors(embeddings, "embeddings")
+        embeddings = embeddings[:, : shape[0]]
         check_items(self.folder, ids, embeddings, metadata, previews, shape)
         if not ids:
             return

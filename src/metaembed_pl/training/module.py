@@ -74,21 +74,24 @@ class MetaEmbedModule(pl.LightningModule):
     Args:
         backbone: the vision-language model; with `start_from`, only options to run it.
         groups: nested budgets, smallest first, such as `["1x1", "2x4"]`; the paper's by default.
-        layout: which meta tokens an input ends in, see `MetaTokens`; `both` by default.
+        layout: the meta tokens that an input ends in: `both`: those of queries and candidates, as
+            the paper and by default; `own`: those of its side alone, which is shorter.
         projection: width of the meta embeddings; None keeps the backbone's.
         meta_token_std: standard deviation of new meta tokens; None: `initializer_range`.
         meta_tokens_orthogonal: whether the meta tokens start at right angles to each other.
-        pooling: see `MetaEmbedder`; `meta_tokens` by default.
-        bidirectional: see `MetaEmbedder`; False by default.
+        pooling: what becomes vectors: `meta_tokens` by default; `last` (the last token) and `mean`
+            (of all tokens) make a model of one vector, without meta tokens.
+        bidirectional: every token sees those after it, too: for pooling `last` and `mean`.
         prompt: the words around an item.
         loss: the MMR loss and its optional terms.
         optimizer: AdamW and its schedule.
         start_from: a trained model (folder or hub id) that gives backbone, preprocessing, groups,
             layout, projection and meta tokens; an adapter of its own becomes part of its weights.
         lora: adapt the backbone by LoRA; None: train its weights themselves.
-        train_vision: see `set_trainable`.
+        train_vision: train the vision tower and its projector, or with `lora` adapt the tower's
+            linear layers.
         headline: the metric that selects the best checkpoint, such as `ndcg@5`, `recall@1/4x8` or
-            `esg/ndcg@5`; see `headline`. None: recall@1.
+            `esg/ndcg@5`. None: recall@1.
         gradient_cache: for batches whose activations do not fit; None: all rows at once.
     """
 

@@ -35,13 +35,14 @@ class LossConfig:
     """The loss; the defaults are the paper's.
 
     Args:
-        temperature: see `MMRLoss`.
-        weights: see `MMRLoss`.
-        both_directions: see `MMRLoss`.
-        mean_over_query: see `MMRLoss`.
-        false_negative_margin: see `MMRLoss`.
-        temperature_bounds: see `MMRLoss`.
-        learn_weights: see `MMRLoss`.
+        temperature: scores are divided by it; above 0.
+        weights: of the groups' losses; None: 1 each.
+        both_directions: average with the loss of each positive finding its query.
+        mean_over_query: divide scores by r_q, so that logits of all groups are of one size.
+        false_negative_margin: leave out candidates that score higher than the positive by more than
+            this, in units of a cosine; None: leave out none.
+        temperature_bounds: learn the temperature between these two; None: it stays.
+        learn_weights: learn the groups' weights, from `weights` on.
         query_spread: keep the vectors of a query apart, so that each can ask for something else.
         candidate_spread: keep the vectors of a candidate apart.
         self_distillation: the largest group teaches the smaller ones.
