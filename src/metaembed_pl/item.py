@@ -367,7 +367,7 @@ def several(values: Iterable, what: str) -> Iterable:
     """
     if isinstance(values, (str, bytes, dict, Item)):
         raise UserError(f"{what} must be a list: write [{values!r:.80}]")
-    if not isinstance(values, Iterable):
+    if not (hasattr(values, "__iter__") or hasattr(values, "__getitem__")):
         raise UserError(f"{what} must be a list, got {values!r:.80}")
     return values
 
