@@ -60,9 +60,8 @@ def search_store(args: argparse.Namespace, query: "Item") -> Answer:
     with ExitStack() as stack:
         store: Any = stack.enter_context(_collection(args)) if in_qdrant else Store.open(args.store)
         if not is_automatic:
-            store.stages(
-                args.budget, args.cascade, args.top
-            )  # before the model, which takes seconds
+            # Before the model, which takes seconds.
+            store.stages(args.budget, args.cascade, args.top)
         model = load_model(args, store)
         budget, cascade, note = args.budget, args.cascade, ""
         if is_automatic:
