@@ -41,7 +41,7 @@ from transformers.utils import logging as transformers_logging
 from metaembed_pl.cli.failures import failures_in_one_line
 from metaembed_pl.cli.recipe_effects import EXPERIMENT, keys_without_effect
 from metaembed_pl.cli.recipe_path import with_recipes_found
-from metaembed_pl.cli.train_help import ABOUT, USAGE, RecipeHelp, explain
+from metaembed_pl.cli.train_help import USAGE, RecipeHelp, explain
 from metaembed_pl.data.datamodule import RetrievalDataModule
 from metaembed_pl.data.recipe_sources import EvalSource, TrainSource
 from metaembed_pl.errors import UserError, causes
@@ -288,8 +288,7 @@ class RecipeCLI(LightningCLI):
             seed_everything_default=0,
             parser_class=RecipeParser,
             parser_kwargs={
-                verb: PARSING | {"usage": USAGE.format(verb), "description": ABOUT}
-                for verb in self.subcommands()
+                verb: PARSING | {"usage": USAGE.format(verb)} for verb in self.subcommands()
             }
             | PARSING
             | {"formatter_class": RecipeHelp},

@@ -4,8 +4,7 @@ import argparse
 
 from jsonargparse import DefaultHelpFormatter
 
-USAGE = "metaembed-pl {} --config RECIPE [--KEY VALUE ...]"
-ABOUT = "The keys of a recipe, which are flags as well. `recipes` lists the built-in recipes."
+USAGE = "metaembed-pl {} --config RECIPE [--KEY_OF_RECIPE VALUE ...]"
 HELP = {  # instead of Lightning's; its other keys are not shown
     "config": "a recipe file, or the name of a built-in recipe; repeatable: later ones override",
     "print_config": "print the complete recipe",
