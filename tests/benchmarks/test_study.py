@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 import tiny_run
 from metaembed_pl.cli.main import main
@@ -13,13 +14,25 @@ from metaembed_pl.cli.main import main
 FOLDER = Path(__file__).parent.parent.parent / "benchmarks"
 
 
-@pytest.fixture(scope="module")
-def study():
+@pytest.fixture(scope="module", autouse=True)
+def benchmarks_on_the_path():
     sys.path.insert(0, str(FOLDER))
+    yield
+    sys.path.remove(str(FOLDER))
+
+
+@pytest.fixture(scope="module")
+def study(benchmarks_on_the_path):
     import study
 
-    yield study
-    sys.path.remove(str(FOLDER))
+    return study
+
+
+@pytest.fixture(scope="module")
+def study_tables(benchmarks_on_the_path):
+    import _study_tables
+
+    return _study_tables
 
 
 def made(out: Path, name: str, groups: list[str], sets: list[dict], width: int = 128) -> None:
@@ -34,57 +47,119 @@ def made(out: Path, name: str, groups: list[str], sets: list[dict], width: int =
         (folder / "study.json").write_text(json.dumps(kept))
 
 
-def printed(study, monkeypatch, capsys, *flags) -> str:
-    monkeypatch.setattr(sys, "argv", ["study.py", *map(str, flags)])
+def written(study, monkeypatch, *flags) -> None:
+    monkeypatch.setattr(sys, "argv", ["study.py", "--write", *map(str, flags)])
     study.main()
-    return capsys.readouterr().out
 
 
-def test_the_readmes_tables_are_those_of_the_finished_runs(study, tmp_path, monkeypatch, capsys):
+def test_writes_the_tables_of_the_finished_runs_into_the_pages(
+    study, study_tables, tmp_path, monkeypatch, capsys
+):
+    out, root = tmp_path / "runs", tmp_path / "house"
     today = [
         {"emoji_t2i": {"1x1": a, "2x4": b, "summed": 0.9}, "emoji_scene": {"1x1": 0.4, "2x4": 0.8}}
         for a, b in [(0.60, 0.5), (0.62, 0.5), (0.64, 0.5)]
     ]
-    made(tmp_path, "today", ["1x1", "2x4"], today)
-    made(tmp_path, "today_else", ["1x1", "2x4"], today)
-    (tmp_path / "today-3").mkdir()  # is not finished
-    made(tmp_path, "emoji_single", ["1x1"], [{"emoji_t2i": {"1x1": 0.3}}])
-    made(tmp_path, "emoji_full", ["1x1", "16x64"], [{"emoji_edit": {"1x1": 0.25, "16x64": 0.5}}])
+    made(out, "today", ["1x1", "2x4"], today)
+    made(out, "today_else", ["1x1", "2x4"], today)
+    (out / "today-3").mkdir()  # is not finished
+    made(out, "emoji_single", ["1x1"], [{"emoji_t2i": {"1x1": 0.3}}])
+    made(out, "emoji_full", ["1x1", "16x64"], [{"emoji_edit": {"1x1": 0.25, "16x64": 0.5}}])
+    (root / "docs").mkdir(parents=True)
+    (root / "benchmarks").mkdir()
+    shutil.copy(FOLDER / "study.yaml", root / "benchmarks" / "study.yaml")
+    (root / "README.md").write_text("A\n<!-- study: quickstart -->\nold\n<!-- end -->\nB\n")
+    (root / "docs" / "study.md").write_text("<!-- study: full -->\n<!-- end -->\n")
+    monkeypatch.setattr(study, "STUDY", root / "benchmarks" / "study.yaml")
+    saved = {}
+    monkeypatch.setattr(study, "save", lambda kind, result: saved.update({kind: result}))
+    written(study, monkeypatch, "--out", out)
     # Standard deviation .02, of three: 4.303 * .02 / sqrt(3) = .050.
-    assert printed(study, monkeypatch, capsys, "--readme", "--out", tmp_path) == (
+    assert (root / "README.md").read_text() == (
+        "A\n"
+        "<!-- study: quickstart -->\n"
         "| recall@1, held out | 1x1 | 2x4 | one vector |\n"
         "|---|---|---|---|\n"
-        "| name -> picture | 0.620 ± 0.050 | 0.500 ± 0.000 | 0.300 |\n"
-        "| scene, one thing | 0.400 ± 0.000 | 0.800 ± 0.000 |  |\n"
+        "| name -> picture | .620 ± .050 | .500 ± .000 | .300 |\n"
+        "| scene, one thing | .400 ± .000 | .800 ± .000 |  |\n"
         "| bytes a candidate, bf16 | 256 | 1,024 | 256 |\n"
         "\n"
         "Mean and 95 % interval over 3 seeds (one vector: 1).\n"
-        "\n"
+        "<!-- end -->\n"
+        "B\n"
+    )
+    assert (root / "docs" / "study.md").read_text() == (
+        "<!-- study: full -->\n"
         "| recall@1, held out | 1x1 | 16x64 |\n"
         "|---|---|---|\n"
-        "| picture + edit -> picture | 0.250 | 0.500 |\n"
+        "| picture + edit -> picture | .250 | .500 |\n"
         "| bytes a candidate, bf16 | 256 | 16,384 |\n"
         "\n"
         "One seed.\n"
+        "<!-- end -->\n"
     )
-    with pytest.raises(SystemExit, match="no run of `today` is finished"):
-        printed(study, monkeypatch, capsys, "--readme", "--out", tmp_path / "nowhere")
+    assert [one["seed"] for one in saved["study"]["runs"]["today"]] == [0, 1, 2]
+    assert "| recall@1, held out | 1x1 | 16x64 |" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"README.md shows the table `quickstart`, and none"):
+        written(study, monkeypatch, "--out", tmp_path / "nowhere")
 
 
-def test_the_overview_shows_each_setting_at_its_largest_group(study, tmp_path, monkeypatch, capsys):
+def test_the_pages_show_the_saved_runs(study, study_tables):
+    """README.md, docs/study.md and the recipes, from benchmarks/results alone."""
+    root = FOLDER.parent
+    described = yaml.safe_load((FOLDER / "study.yaml").read_text())
+    (file,) = (FOLDER / "results").glob("study-*.json")
+    runs = {name: [] for name in described["settings"]}
+    runs |= json.loads(file.read_text())["runs"]
+    assert runs.keys() == described["settings"].keys()
+    made = study_tables.tables(described, runs)
+    for page in study_tables.PAGES:
+        text = (root / page).read_text()
+        assert "<!-- study: " in text
+        assert study_tables.with_tables(text, made, page) == text
+    for name, recipe in {"today": "emoji", "emoji_single": "emoji_single"}.items():
+        verified = (root / "recipes" / f"{recipe}.yaml").read_text()
+        for dataset in ("emoji_t2i", "emoji_i2t", "emoji_scene", "emoji_scene_two"):
+            values = [one["sets"][dataset][one["groups"][-1]] for one in runs[name]]
+            assert f" {sum(values) / len(values):.3f}" in verified, (recipe, dataset)
+    readme = (root / "README.md").read_text()
+    for column in ("1x16", "summed", "8x16"):
+        values = [one["sets"]["emoji_scene_two"][column] for one in runs["today"]]
+        assert f" {sum(values) / len(values):.3f}".replace("0.", ".") in readme, column
+
+
+def test_settings_are_compared_at_their_largest_groups(study, study_tables, tmp_path):
     alike = {"cosine of queries": 0.25}
-    made(tmp_path, "today", ["1x1", "2x4"], [{"s": {"1x1": 0.1, "2x4": 0.5, **alike}}])
-    made(tmp_path, "emoji_single", ["1x1"], [{"s": {"1x1": 0.3}}])
-    runs = {name: study.finished(tmp_path, name) for name in ("today", "emoji_single")}
-    assert study.overview(runs).splitlines() == [
-        "| setting | seeds | CPU min | s | cosine of queries |",
-        "|---|---|---|---|---|",
-        "| today | 1 | 8.0 | 0.500 | 0.250 |",
-        "| emoji_single | 1 | 8.0 | 0.300 |  |",
+    two = {"1x1": 0.1, "2x4": 0.5, "summed": 0.2, "2x4x64": 0.9, **alike}
+    made(tmp_path, "today", ["1x1", "2x4"], [{"emoji_scene_two": two}])
+    made(tmp_path, "single", ["1x1"], [{"emoji_scene_two": {"1x1": 0.3}}])
+    described = {
+        "bytes": [],
+        "settings": {
+            "today": {"about": "as it is"},
+            "single": {"about": "one", "over": "today"},
+            "missing": {"about": "no run"},
+        },
+    }
+    runs = {name: study.finished(tmp_path, name) for name in described["settings"]}
+    tables = study_tables.tables(described, runs)
+    assert tables.keys() == {"recipes", "options", "budgets", "quickstart"}
+    head = ["| setting | seeds | two things | query cosine | CPU min |", "|---|---|---|---|---|"]
+    rows = [
+        "| `today`: as it is | 1 | .500 | .250 | 8.0 |",
+        "| `single`: one | 1 | .300 |  | 8.0 |",
+    ]
+    assert tables["recipes"].splitlines() == [*head, rows[0]]
+    assert tables["options"].splitlines() == [*head, *rows]
+    assert tables["budgets"].splitlines() == [
+        "| setting | 1x1 | 2x4 | summed |",
+        "|---|---|---|---|",
+        "| `today` | .100 | .500 | .200 |",
+        "| `single` | .300 |  |  |",
     ]
 
 
-def test_a_quarter_of_the_bytes_is_a_share_of_the_whole_ones_recall(study, tmp_path):
+def test_a_quarter_of_the_bytes_is_a_share_of_the_whole_ones_recall(study, study_tables, tmp_path):
     forms = {
         "2x4 projected to 32": 0.4,
         "2x4x64": 0.4,
@@ -97,20 +172,29 @@ def test_a_quarter_of_the_bytes_is_a_share_of_the_whole_ones_recall(study, tmp_p
     made(tmp_path, "today", ["1x1", "2x4"], sets)
     made(tmp_path, "nothing", ["2x4"], [{"s": {"2x4": 0.0, **forms}}])
     runs = {name: study.finished(tmp_path, name) for name in ("today", "nothing")}
-    lines = study.shares(runs).splitlines()
-    assert lines[0] == "a quarter of the bytes: share of the recall kept"
-    # .5 and .4 of it, for instance: 12.706 * .0707 / sqrt(2) = .635.
-    assert lines[4:] == [
-        "| today | 2x4x32 | 256 | 0.25 | 0.450 ± 0.635 |",
-        "| today | 2x4x64 int8 | 272 | 0.27 | 0.675 ± 0.953 |",
-        "| today | 2x4 bits | 64 | 0.06 | 0.225 ± 0.318 |",
-        "| today | 2x4 projected to 32 | 256 | 0.25 | 0.900 ± 1.271 |",
+    assert study_tables.bytes_table(runs).splitlines() == [
+        "| setting | candidates | bytes | of bf16 | s |",
+        "|---|---|---|---|---|",
+        "| `today` | projected to 32 | 256 | .25 | .900 |",
+        "| `today` | first 64, int8 | 272 | .27 | .675 |",
+        "| `today` | first 32 | 256 | .25 | .450 |",
+        "| `today` | bits | 64 | .06 | .225 |",
     ]
+
+
+def test_a_setting_is_laid_over_another_one(study):
+    below = {"about": "a", "recipe": "r.yaml", "data": {"train": [1, 2], "seed": 3}}
+    above = {"about": "b", "over": "below", "data": {"train": [4]}, "model": {"widths": [32]}}
+    assert study.described({"settings": {"below": below, "above": above}}, "above") == {
+        "recipe": "r.yaml",
+        "data": {"train": [4], "seed": 3},
+        "model": {"widths": [32]},
+    }
 
 
 def test_says_before_training_which_data_are_not_there(study, tmp_path, monkeypatch):
     monkeypatch.chdir(FOLDER.parent)
-    settings = {"plain": None, "single": {"recipe": "recipes/emoji_single.yaml"}}
+    settings = {"plain": {"about": "it"}, "single": {"recipe": "recipes/emoji_single.yaml"}}
     described = {
         "recipe": "recipes/emoji.yaml",
         "test": [str(tmp_path / "emoji_scene_two")],
@@ -137,7 +221,7 @@ def test_a_setting_is_taught_by_another_one_of_the_same_seed(study, tmp_path):
         "recipe": str(recipe),
         "test": [str(data / "test")],
         "settings": {
-            "plain": None,
+            "plain": {"about": "as it is"},
             "taught": {"taught_by": "plain", "model": {"loss": {"teacher": {"weight": 2.0}}}},
         },
     }
