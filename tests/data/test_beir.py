@@ -109,8 +109,13 @@ def test_queries_are_chosen_by_their_metadata(tmp_path):
     read = read_retrieval_set(path, "english", where={"language": "english"})
     assert (read.name, [query.text for query in read.queries]) == ("english", ["two"])
     assert len(read.candidates) == 3
-    with pytest.raises(UserError, match=r"none of 2 queries has \{'language': 'latin'\}"):
-        read_retrieval_set(path, where={"language": "latin"})
+    for where, there in (
+        ({"language": "latin"}, "its values of 'language' are english"),
+        ({"lang": "english"}, "no query has the key 'lang', but _id, language, text"),
+        ({"_id": "1", "language": "english"}, "each value occurs, but not all in one query"),
+    ):
+        with pytest.raises(UserError, match=f"none of 2 queries has .*; {there}$"):
+            read_retrieval_set(path, where=where)
 
 
 def test_another_split_is_read_by_its_name(tmp_path):

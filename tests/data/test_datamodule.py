@@ -1,6 +1,7 @@
 import io
 import math
 import os
+import re
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
@@ -479,6 +480,26 @@ def test_without_test_sets_the_validation_sets_are_tested_whole(pages):
     sizes = [len(data.eval_sets[part][0].queries) for part in ("val", "test")]
     assert (sizes, data.eval_sets["test"][0].name) == ([1, 3], "mine")
     assert RetrievalDataModule(val=[EvalSource(str(pages))], test=[]).eval_sources["test"] == []
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"path": "PAGES", "where": {"language": "latin"}}, "its values of 'language' are"),
+        ({"path": "PAGES", "where": {"lang": "en"}}, "no query has the key 'lang', but _id"),
+        ({"path": "SHARDS", "where": {"language": "en"}}, "`where` chooses queries of retrieval"),
+        ({"path": "no/where"}, "1 of 2 folders of shards are missing: no/where; prepare"),
+    ],
+)
+def test_test_sets_are_looked_at_before_training(pages, folders, source, message):
+    path = {"PAGES": str(pages), "SHARDS": str(folders[0])}.get(source["path"], source["path"])
+    test = [EvalSource(str(pages)), EvalSource(**source | {"path": path})]
+    data = RetrievalDataModule([TrainSource(str(folders[0]))], test=test, global_batch_size=8)
+    with pytest.raises(UserError, match=f"data.test: .*{re.escape(message)}"):
+        data.setup("fit")
+    data = RetrievalDataModule([TrainSource(str(folders[0]))], test=test[:1], global_batch_size=8)
+    data.setup("fit")
+    assert "test" not in data.eval_sets, "not kept in memory while it trains"
 
 
 def test_where_is_refused_for_shards(folders):

@@ -1,21 +1,18 @@
 """Checks of a recipe's data before training: faults, steps, negatives, lengths of items."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from statistics import mean
 from typing import Any, get_args
 
 from PIL import Image
 
-from metaembed_pl.data.beir import is_retrieval_set
 from metaembed_pl.data.collate import Side, chosen_negatives
 from metaembed_pl.data.datamodule import RetrievalDataModule
 from metaembed_pl.data.plan import Plan, PlannedSource
-from metaembed_pl.data.recipe_sources import WHERE_ON_SHARDS, open_eval_set
-from metaembed_pl.data.remote import is_remote
+from metaembed_pl.data.recipe_sources import is_missing, look_at_eval_set, refuse_missing
 from metaembed_pl.data.shards import ShardedPairs
 from metaembed_pl.errors import UserError
 from metaembed_pl.item import Item
@@ -71,20 +68,9 @@ def look_at(data: RetrievalDataModule, num_ranks: int) -> Data:
     """Opens the data of a recipe and plans its steps."""
     faults: list[str] = []
     notes: list[str] = []
-    train = _open(data.train_sources, "data.train", faults, notes)
+    train = _open(data.train_sources, "data.train", lambda s: ShardedPairs(s.folder), faults, notes)
     for part, sources in data.eval_sources.items():
-        sets = [source for source in sources if is_retrieval_set(Path(source.path))]
-        _open((source for source in sources if source not in sets), f"data.{part}", faults, notes)
-        faults += [
-            f"data.{part}: {WHERE_ON_SHARDS.format(source.path)}"
-            for source in sources
-            if source.where and source not in sets and (source.table or Path(source.path).is_dir())
-        ]
-        for source in sets:
-            try:
-                open_eval_set(source)
-            except UserError as error:
-                faults.append(f"data.{part}: {error}")
+        _open(sources, f"data.{part}", look_at_eval_set, faults, notes)
     counts = [
         data.num_negatives if source.num_negatives is None else source.num_negatives
         for source, _ in train
@@ -112,9 +98,14 @@ def look_at(data: RetrievalDataModule, num_ranks: int) -> Data:
 
 
 def _open(
-    sources: Iterable[Any], where: str, faults: list[str], notes: list[str]
-) -> list[tuple[Any, ShardedPairs]]:
-    found, missing = [], []
+    sources: Sequence[Any],
+    where: str,
+    opened: Callable[[Any], Any],
+    faults: list[str],
+    notes: list[str],
+) -> list[tuple[Any, Any]]:
+    """The sources that could be opened, each with what was opened."""
+    found = []
     for source in sources:
         try:
             if source.table is not None:
@@ -125,19 +116,15 @@ def _open(
                     )
                     continue
                 source.table.make()
-            elif not is_remote(source.path) and not Path(source.path).is_dir():
-                missing.append(source.path)
+            elif is_missing(source):
                 continue
-            found.append((source, ShardedPairs(source.folder)))
+            found.append((source, opened(source)))
         except UserError as error:
             faults.append(f"{where}: {error}")
-    if missing:
-        count = len(missing) + len(found)
-        others = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        faults.append(
-            f"{where}: {len(missing)} of {count} folders of shards are missing: "
-            f"{', '.join(missing[:3])}{others}; prepare the data first"
-        )
+    try:
+        refuse_missing(where, sources)
+    except UserError as error:
+        faults.append(str(error))
     return found
 
 

@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 
 CORPUS, QUERIES, MANIFEST = "corpus.jsonl", "queries.jsonl", "manifest.json"
 HEADER = ("query-id", "corpus-id", "score")
+SHOWN = 8
+"""Values that an error names."""
 
 
 class StoredItems(Sequence[Item]):
@@ -109,8 +111,10 @@ def read_retrieval_set(
     wanted = list(range(len(queries)))
     if where:
         wanted = [i for i in wanted if where.items() <= queries.record(i).items()]
-    if not wanted:
-        raise UserError(f"{queries.path}: none of {len(queries)} queries has {where}")
+    if where and not wanted:
+        raise UserError(
+            f"{queries.path}: none of {len(queries)} queries has {where}; {_there(queries, where)}"
+        )
     judged = [query for query in wanted if query in gains]
     manifest = read_json_object(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
     name = name or str(manifest.get("name") or folder.resolve().name)
@@ -327,6 +331,20 @@ class _Unknown:
                     file,
                     found[0][0],
                 )
+
+
+def _there(queries: StoredItems, where: Mapping[str, str]) -> str:
+    """The keys of the queries, or the values of the first key that none has with that value."""
+    records = [queries.record(i) for i in range(len(queries))]
+    keys = sorted({key for record in records for key in record})
+    for key, value in where.items():
+        if key not in keys:
+            return f"no query has the key {key!r}, but {', '.join(keys)}"
+        values = list(dict.fromkeys(str(record[key]) for record in records if key in record))
+        if value not in values:
+            more = f" and {len(values) - SHOWN} more" if len(values) > SHOWN else ""
+            return f"its values of {key!r} are {', '.join(values[:SHOWN])}{more}"
+    return "each value occurs, but not all in one query"
 
 
 def _read_records(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:

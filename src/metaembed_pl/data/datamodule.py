@@ -6,10 +6,10 @@ take turns by step, and the checkpoint stores the next step.
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -18,7 +18,14 @@ from torch.utils.data import DataLoader
 from metaembed_pl.data.batches import EvaluationBatches, TrainingBatches
 from metaembed_pl.data.collate import Cut, Preprocess, TrainBatch
 from metaembed_pl.data.plan import Plan, PlannedSource
-from metaembed_pl.data.recipe_sources import EvalSource, Questions, TrainSource, open_eval_set
+from metaembed_pl.data.recipe_sources import (
+    EvalSource,
+    Questions,
+    TrainSource,
+    look_at_eval_set,
+    open_eval_set,
+    refuse_missing,
+)
 from metaembed_pl.data.recipe_tables import RecipeTable
 from metaembed_pl.data.retrieval_set import RetrievalSet
 from metaembed_pl.data.shards import ShardedPairs
@@ -26,6 +33,7 @@ from metaembed_pl.data.workers import Loader, workers_for
 from metaembed_pl.errors import UserError
 
 log = logging.getLogger(__name__)
+Opened = TypeVar("Opened")
 
 
 class _ResumingLoader(Loader):
@@ -133,11 +141,22 @@ class RetrievalDataModule(pl.LightningDataModule):
         if stage == "fit":
             self._open_training()
         for part in {"fit": ["val"], "validate": ["val"], "test": ["test"]}.get(stage, []):
-            self.eval_sets[part] = [open_eval_set(source) for source in self.eval_sources[part]]
+            self.eval_sets[part] = self._opened(part, open_eval_set)
+        if stage == "fit":
+            self._opened("test", look_at_eval_set)
+
+    def _opened(self, part: str, opened: Callable[[EvalSource], Opened]) -> list[Opened]:
+        sources = self.eval_sources[part]
+        refuse_missing(f"data.{part}", sources)
+        try:
+            return [*map(opened, sources)]
+        except UserError as error:
+            raise UserError(f"data.{part}: {error}") from error
 
     def _open_training(self) -> None:
         if not self.train_sources:
             raise UserError("the recipe names no training source: set data.train")
+        refuse_missing("data.train", self.train_sources)
         self._shards = [ShardedPairs(source.folder) for source in self.train_sources]
         pairs = zip(self.train_sources, self._shards, strict=True)
         self.plan = self.plan_of(

@@ -1,6 +1,7 @@
 """What a recipe trains and evaluates on: shards, tables and retrieval sets."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -9,13 +10,13 @@ from metaembed_pl.data.beir import is_retrieval_set, read_retrieval_set
 from metaembed_pl.data.collate import Instructions
 from metaembed_pl.data.plan import PlannedSource
 from metaembed_pl.data.recipe_tables import RecipeTable
+from metaembed_pl.data.remote import is_remote
 from metaembed_pl.data.retrieval_set import RetrievalSet
 from metaembed_pl.data.shards import ShardedPairs
 from metaembed_pl.errors import UserError
 
 log = logging.getLogger(__name__)
 
-WHERE_ON_SHARDS = "{}: `where` chooses queries of retrieval sets, not of shards"
 Questions = int | Literal["all"]
 """Queries that come with a candidate at once."""
 
@@ -130,6 +131,39 @@ class EvalSource(DataSource):
     split: ClassVar[str] = "test"
 
 
+def is_missing(source: DataSource) -> bool:
+    """Whether a source is a folder of this machine that does not exist."""
+    is_here = source.table is None and not is_remote(source.path)
+    return is_here and not Path(source.path).is_dir()
+
+
+def refuse_missing(key: str, sources: Sequence[DataSource]) -> None:
+    """Refuses folders that do not exist.
+
+    Args:
+        key: of the recipe, such as `data.train`.
+        sources: its value.
+
+    Raises:
+        UserError: names up to three of them.
+    """
+    missing = [source.path for source in sources if is_missing(source)]
+    if missing:
+        others = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise UserError(
+            f"{key}: {len(missing)} of {len(sources)} folders of shards are missing: "
+            f"{', '.join(missing[:3])}{others}; prepare the data first"
+        )
+
+
+def look_at_eval_set(source: EvalSource) -> None:
+    """Refuses what `open_eval_set` would refuse, without reading the pairs of shards."""
+    if is_retrieval_set(Path(source.folder)):
+        open_eval_set(source)
+    else:
+        _shards(source)
+
+
 def open_eval_set(source: EvalSource) -> RetrievalSet:
     """The queries and candidates of an evaluation source.
 
@@ -145,9 +179,13 @@ def open_eval_set(source: EvalSource) -> RetrievalSet:
         if source.candidate_instruction:  # else they stay in their file until they are needed
             candidates = [instructed(candidate, "candidate") for candidate in candidates]
         return replace(found, queries=queries, candidates=candidates)
-    if source.where:
-        raise UserError(WHERE_ON_SHARDS.format(source.path))
-    shards = ShardedPairs(source.folder)
+    shards = _shards(source)
     pairs = map(source.instructions.on, shards)
     pool = RetrievalSet.from_pairs(source.name or shards.name, pairs, source.max_queries)
     return pool.subset(max_candidates=source.max_candidates)
+
+
+def _shards(source: EvalSource) -> ShardedPairs:
+    if source.where:
+        raise UserError(f"{source.path}: `where` chooses queries of retrieval sets, not of shards")
+    return ShardedPairs(source.folder)
