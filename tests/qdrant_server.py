@@ -18,7 +18,7 @@ class Api:
     """What is asked of a server, by method and path; keeps every request."""
 
     def __init__(self, key: str | None = None):
-        self.key, self.requests = key, []
+        self.key, self.requests, self.params = key, [], {}
         self.local = QdrantClient(":memory:")
 
     def answer(self, method, path, body, key):
@@ -32,6 +32,8 @@ class Api:
             return 200, {"exists": self.local.collection_exists(name)}
         if (method, what) == ("PUT", ""):
             asked = models.CreateCollection.model_validate(body)
+            params = asked.shard_number, asked.replication_factor
+            self.params[name] = {"shard_number": params[0], "replication_factor": params[1]}
             return 200, self.local.create_collection(
                 name, vectors_config=asked.vectors, metadata=asked.metadata
             )
@@ -40,7 +42,11 @@ class Api:
         return 200, getattr(self, f"{method}{what}".replace("/", "_"))(name, body)
 
     def GET(self, name, body):
-        return self.local.get_collection(name)
+        found = self.local.get_collection(name)  # of one machine, without copies
+        params = found.config.params.model_copy(update=self.params.get(name, {}))
+        return found.model_copy(
+            update={"config": found.config.model_copy(update={"params": params})}
+        )
 
     def PUT_index(self, name, body):
         asked = models.CreateFieldIndex.model_validate(body)

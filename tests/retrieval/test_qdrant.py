@@ -343,6 +343,11 @@ def test_a_server_is_asked_for_shards_and_replicas_and_given_the_key(store, monk
             pushed(store, f"{server}/things")
         monkeypatch.setenv("QDRANT_API_KEY", "secret")
         assert pushed(store, f"{server}/things", shards=6, replicas=2, filters=["half"]) == (50, 0)
+        assert pushed(store, f"{server}/things", shards=6, replicas=2) == (0, 0), "once more"
+        assert pushed(store, f"{server}/things", replicas=2) == (0, 0)
+        for changed, was in (({"shards": 4}, "6 shards, not 4"), ({"replicas": 3}, "2 replicas")):
+            with pytest.raises(UserError, match=f"/things was made with {was}.*: leave --"):
+                pushed(store, f"{server}/things", **changed)
     created = next(body for method, path, body in api.requests if body and "vectors" in body)
     assert (created["shard_number"], created["replication_factor"]) == (6, 2)
     assert created["metadata"]["metaembed_pl"]["identity"] == "model"

@@ -70,6 +70,12 @@ class Collection:
                 metadata={DESCRIPTION: layout.to_json()},
             )
 
+    def copies(self) -> tuple[int, int]:
+        """The numbers of shards and of replicas of the collection."""
+        with self._errors():
+            params = self._client.get_collection(self._name).config.params
+        return params.shard_number or 1, params.replication_factor or 1
+
     def index(self, key: str, kind: models.PayloadSchemaType) -> None:
         """Create an index for filters on a key of the payload."""
         with self._errors():

@@ -61,8 +61,8 @@ def push(
         quantization: see `Layout`.
         on_disk: see `Layout`.
         filters: metadata keys to index for filters.
-        shards: of a new collection on a cluster.
-        replicas: of each shard.
+        shards: of a new collection on a cluster; an existing one must have as many.
+        replicas: of each shard; likewise.
         batch_size: items per request; None: as many as fit.
 
     Yields:
@@ -81,6 +81,7 @@ def push(
     else:
         given = {name for name, value in settings.items() if value is not None}
         check_layout(collection.address, there, layout, given)
+        _check_copies(collection, shards, replicas)
         layout = there
     for key, kind in kinds.items():
         collection.index(key, kind)
@@ -134,6 +135,20 @@ def check_layout(address: str, there: Layout, wanted: Layout, given: Iterable[st
             raise UserError(
                 f"{address} was made with {name} {before}, not {now}: leave that out, or choose "
                 "another name"
+            )
+
+
+def _check_copies(collection: Collection, shards: int | None, replicas: int | None) -> None:
+    """Refuse other numbers of shards and replicas than a collection was made with."""
+    if shards is None and replicas is None:
+        return
+    for name, before, now in zip(
+        ("shards", "replicas"), collection.copies(), (shards, replicas), strict=True
+    ):
+        if now is not None and before != now:
+            raise UserError(
+                f"{collection.address} was made with {before} {name}, not {now}: leave --{name} "
+                "out, change it in Qdrant, or choose another name"
             )
 
 
