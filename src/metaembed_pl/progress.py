@@ -41,11 +41,11 @@ class Progress:
     def __exit__(self, *_error: object) -> None:
         self._close()
 
-    def begin(self, does: str, total: int) -> None:
+    def begin(self, does: str, total: int, things: str = "items") -> None:
         """Continue with another job in place of the previous one; no effect if it is the same."""
-        if (does, total) != (self.does, self.total):
+        if (does, total, things) != (self.does, self.total, self.things):
             self._close()
-            self.does, self.total, self._done = does, total, 0
+            self.does, self.total, self.things, self._done = does, total, things, 0
 
     def update(self, seen: int) -> None:
         """Set the number of things done."""
@@ -100,6 +100,7 @@ def with_progress(
     total: int | None = None,
     seen: Callable[[Step], int] | None = None,
     done: int = 0,
+    things: str = "items",
 ) -> Iterator[Step]:
     """Iterate over steps with a progress bar, which only the first process shows.
 
@@ -109,9 +110,10 @@ def with_progress(
         total: number of things; None: unknown.
         seen: number of things done after a step; None: one more.
         done: number of things done by an earlier run.
+        things: their name.
     """
     is_first = not int(os.environ.get("RANK", "0"))
-    with Progress(does, total, done=done, is_shown=is_first) as progress:
+    with Progress(does, total, things, done, is_shown=is_first) as progress:
         for number, step in enumerate(steps, start=done + 1):
             yield step
             progress.update(number if seen is None else seen(step))

@@ -366,14 +366,14 @@ def test_a_pipe_gets_lines_with_rate_and_time_left(capsys, monkeypatch):
             progress.update(seen)
         for seen in (30, 60):
             time.sleep(0.02)
-            progress.begin("queries", 120)
+            progress.begin("ranking", 120, "queries")
             progress.update(seen)
     lines = capsys.readouterr().err.splitlines()
-    form = re.compile(r"(\w+): (\d+) of (\d+) items, [\d.]+ items/s, 00:0\d left")
+    form = re.compile(r"(\w+): (\d+) of (\d+) (\w+), [\d.]+ (\w+)/s, 00:0\d left")
     told = [form.fullmatch(line) for line in lines]
-    counts = [(of[1], int(of[2]), int(of[3])) for of in told if of]
-    assert counts[-1] == ("queries", 60, 120)
-    assert ("candidates", 20, 40) in counts
+    counts = [of.groups() for of in told if of]
+    assert counts[-1] == ("ranking", "60", "120", "queries", "queries")
+    assert ("candidates", "20", "40", "items", "items") in counts
     assert not any("\r" in line for line in lines)
 
 

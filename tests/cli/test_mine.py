@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 import tiny
+from metaembed_pl import progress
 from metaembed_pl.cli.main import main
 from metaembed_pl.data.shards import ShardedPairs
 
@@ -148,6 +149,15 @@ def test_mines_through_an_index_at_a_recall_that_is_told(root, mined, tmp_path, 
         ):
             ids = {negative.id for negative in pair.negatives}
             assert len(ids & {negative.id for negative in same.negatives}) >= len(ids) - 1
+
+
+def test_progress_counts_queries_up_to_the_last(root, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
+    assert main(arguments(root, tmp_path / "out", "--num-negatives", "1")) == 0
+    err = capsys.readouterr().err
+    assert "mining a: 23 of 23 queries, " in err
+    assert "mining b: 11 of 11 queries, " in err
+    assert "embedding b: 11 of 11 candidates, " in err
 
 
 def test_refuses_to_write_over_what_is_there(root, mined, capsys):

@@ -87,7 +87,7 @@ def _folders(name: str) -> list[Any]:
 
 
 def _tracked(name: str, numbers: Sequence[int]) -> Iterable[int]:
-    return with_progress(numbers, name, len(numbers))
+    return with_progress(numbers, name, len(numbers), things="pairs")
 
 
 def _print_sources(summaries: list[dict[str, Any]]) -> None:

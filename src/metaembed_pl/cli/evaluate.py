@@ -247,7 +247,7 @@ def _progress(rank: int) -> "Iterator[OnProgress]":
     with Progress("", 0) as progress:
 
         def on_progress(what: str, done: int, total: int) -> None:
-            progress.begin(what, total)
+            progress.begin("ranking" if what == "budgets" else "encoding", total, what)
             progress.update(done)
 
         yield on_progress

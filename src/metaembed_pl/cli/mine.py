@@ -242,7 +242,10 @@ def _embedded(model: "MetaEmbedder", folder: Path, corpus: "Corpus", pace: "Pace
     folder.parent.mkdir(parents=True, exist_ok=True)
     store = Store.open_for(model, folder)  # waits for all ranks
     steps = embed(store, model, corpus.entries(), pace, skip_bad=True, previews=False)
-    for status in with_progress(steps, f"embedding {folder.name}", len(corpus), lambda s: s.seen):
+    does = f"embedding {folder.name}"
+    for status in with_progress(
+        steps, does, len(corpus), lambda status: status.seen, things="candidates"
+    ):
         skipped = status.skipped
     if skipped:
         print(f"{len(skipped)} candidates cannot be read, the first: {skipped[0]}", file=sys.stderr)
@@ -258,7 +261,12 @@ def _results(
 
     rank, world = rank_and_world()
     starts = range(0, len(pairs), world * batch_size)
-    for start in with_progress(starts, f"mining {pairs.name}", len(pairs), int):
+
+    def seen(start: int) -> int:
+        return min(start + world * batch_size, len(pairs))
+
+    does = f"mining {pairs.name}"
+    for start in with_progress(starts, does, len(pairs), seen, things="queries"):
         first = min(start + rank * batch_size, len(pairs))
         numbers = range(first, min(first + batch_size, len(pairs)))
         found = list(zip(numbers, miner.mine(numbers), strict=True))

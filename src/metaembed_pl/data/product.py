@@ -273,7 +273,7 @@ def _fill(writer: ShardWriter, product: Product, split: str, how: Making) -> Non
     function = partial(check, held_out=product.held_out, split=split)
     checked = in_order(function, drafts, how.num_workers)
     what = f"{product.name} {split}".strip()
-    for result in with_progress(checked, what, how.limit, done=done):
+    for result in with_progress(checked, what, how.limit, done=done, things="rows"):
         record["rows"] += 1
         for reason in result.left_out:
             _count(record["left_out"], reason)

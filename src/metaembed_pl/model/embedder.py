@@ -239,7 +239,8 @@ class MetaEmbedder(nn.Module):
 
         found = torch.empty(len(parsed), self.num_vectors(side), self.width)
         done = 0
-        with Progress(f"encoding {side}s", len(parsed), is_shown=progress) as bar:
+        things = "queries" if side == "query" else "candidates"
+        with Progress("encoding", len(parsed), things, is_shown=progress) as bar:
             for _, part in self.encoded(windows, prepare, side):
                 found[done : done + len(part)] = part
                 done += len(part)
