@@ -88,7 +88,7 @@ def _dispatch(argv: list[str]) -> int:
 
         run(argv)
         return 0
-    if argv and argv[0] == "check":
+    if argv and argv[0] in ("check", "tune"):
         argv = with_settings(argv)
     arguments = _parser(argv).parse_args(argv)
     arguments.run(arguments)

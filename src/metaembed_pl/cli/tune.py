@@ -11,10 +11,13 @@ space.yaml lists the keys to search and their values:
     model.optimizer.lr: {low: 3.0e-4, high: 3.0e-3, log: true}
     model.loss.query_spread: [null, {weight: 3.0}, {weight: 10.0}]
     data.global_batch_size: {low: 64, high: 256, step: 64}
+
+At the end, best.yaml has the best settings: lay it over the recipe with a second --config.
 """
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -24,13 +27,16 @@ from typing import Any
 
 import yaml
 
-from metaembed_pl.errors import UserError
-from metaembed_pl.files import as_on_disk, only_process
+from metaembed_pl.cli.model import check_at_least
+from metaembed_pl.cli.recipe_path import find_recipe
+from metaembed_pl.cli.tune_space import Space, is_whole, read_space, refuse_faulty
+from metaembed_pl.errors import UserError, first_line
+from metaembed_pl.files import only_process, write_text
 
 POLL_S = 0.5
 LOG = "tune.log"
 HEADLINES = "headlines.jsonl"
-RANGE_KEYS = {"low", "high", "log", "step"}
+BEST = "best.yaml"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,54 +68,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path("runs/tune"),
         metavar="FOLDER",
-        help="folder of study.db and runs (default: runs/tune)",
+        help="folder of study.db, best.yaml and the runs of trials (default: runs/tune)",
     )
     add("--seed", type=int, default=0, metavar="N", help="random seed (default: 0)")
     add("--no-pruning", action="store_true", help="run every trial to the end")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a key in all trials; the flags of `fit` work, too; repeatable",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run trials up to the number of --trials; print the best."""
+    """Run trials up to the number of --trials; print and keep the best settings."""
+    check_at_least(args, 1, "trials")
     space = read_space(args.space)
     optuna = _optuna()
+    refuse_faulty(args.space, space, args.config, args.set)
     args.out.mkdir(parents=True, exist_ok=True)
     with only_process(args.out, f"tunes in {args.out}"):
         study = _study(optuna, args)
-        num_done = _num_finished(study)
-        while num_done < args.trials:
-            _try(optuna, study, study.ask(), space, args)
-            num_done += 1
-    _print_best(optuna, study)
-
-
-def read_space(file: Path) -> dict[str, Any]:
-    """The keys to search, each with a list of choices or a range."""
-    try:
-        space = yaml.safe_load(as_on_disk(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read the space {file}: {' '.join(str(error).split())}") from error
-    if not isinstance(space, dict) or not space:
-        raise UserError(f"{file} must map keys of a recipe to their values, such as {_EXAMPLE}")
-    for key, values in space.items():
-        is_choice = isinstance(values, list) and len(values) > 1
-        if not is_choice and not _is_range(values):
-            raise UserError(
-                f"{file}: {key} must be a list of at least two choices or a range such as "
-                f"{{low: 1, high: 4}}, got {values!r}"
-            )
-    return space
-
-
-_EXAMPLE = "model.optimizer.lr: {low: 3.0e-4, high: 3.0e-3, log: true}"
-
-
-def _is_range(values: Any) -> bool:
-    if not isinstance(values, dict) or not {"low", "high"} <= set(values) <= RANGE_KEYS:
-        return False
-    numbers = [values[name] for name in ("low", "high")]
-    if any(isinstance(n, bool) or not isinstance(n, (int, float)) for n in numbers):
-        return False
-    return values["low"] < values["high"] and (values["low"] > 0 or not values.get("log"))
+        distributions = _distributions(optuna, study, space, args)
+        try:
+            while _num_finished(study) < args.trials:
+                _try(optuna, study, study.ask(distributions), space, args)
+        except KeyboardInterrupt:
+            print("the same command continues the study, and the trial", file=sys.stderr)
+            raise
+        _print_best(optuna, study, space, args)
 
 
 def _optuna() -> Any:
@@ -125,37 +113,78 @@ def _study(optuna: Any, args: argparse.Namespace) -> Any:
     """The study; trials that were killed are queued to be resumed."""
     storage = f"sqlite:///{args.out / 'study.db'}"
     pruner = optuna.pruners.NopPruner() if args.no_pruning else optuna.pruners.MedianPruner()
-    known = optuna.study.get_all_study_names(storage)
-    study = optuna.create_study(
-        storage=storage,
-        study_name="tune",
-        direction="maximize",
-        load_if_exists=True,
-        pruner=pruner,
-    )
+    from sqlalchemy.exc import SQLAlchemyError  # as Optuna does
+
+    try:
+        known = optuna.study.get_all_study_names(storage)
+        study = optuna.create_study(
+            storage=storage,
+            study_name="tune",
+            direction="maximize",
+            load_if_exists=True,
+            pruner=pruner,
+        )
+    except (optuna.exceptions.OptunaError, SQLAlchemyError, RuntimeError) as error:
+        raise UserError(
+            f"{args.out / 'study.db'} cannot be read as a study ({first_line(error)}): restore it, "
+            "or give another --out"
+        ) from error
     num_before = len(study.trials) if known else 0
     # Begun again with the same seed, it would try the same again.
     study.sampler = optuna.samplers.TPESampler(seed=args.seed + num_before)
     for trial in study.get_trials(states=[optuna.trial.TrialState.RUNNING]):
         study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-        run = trial.user_attrs.get("run", f"trial-{trial.number}")
-        study.enqueue_trial(trial.params, user_attrs={"run": run})
+        study.enqueue_trial(trial.params, user_attrs={"run": _name(trial)})
     return study
+
+
+def _distributions(
+    optuna: Any, study: Any, space: Space, args: argparse.Namespace
+) -> dict[str, Any]:
+    """The space for Optuna; a UserError if its choices are not those of earlier trials."""
+    found = {key: _distribution(optuna.distributions, values) for key, values in space.items()}
+    for trial in study.trials:
+        for key, earlier in trial.distributions.items():
+            if key not in found:
+                continue
+            try:
+                optuna.distributions.check_distribution_compatibility(earlier, found[key])
+            except ValueError as error:
+                raise UserError(
+                    f"{args.space}: {key} has other choices than in the trials of {args.out}: "
+                    "restore them, or give another --out"
+                ) from error
+    return found
+
+
+def _distribution(distributions: Any, values: Any) -> Any:
+    if isinstance(values, list):
+        # As text: Optuna keeps choices in its file, and not every choice is a number or a name.
+        return distributions.CategoricalDistribution([json.dumps(value) for value in values])
+    kind = "IntDistribution" if is_whole(values) else "FloatDistribution"
+    return getattr(distributions, kind)(**values)
+
+
+def _settings(trial: Any, space: Space) -> dict[str, Any]:
+    """The values of a trial by key."""
+    return {
+        key: json.loads(trial.params[key]) if isinstance(values, list) else trial.params[key]
+        for key, values in space.items()
+        if key in trial.params
+    }
 
 
 def _num_finished(study: Any) -> int:
     return sum(trial.state.name in ("COMPLETE", "PRUNED") for trial in study.trials)
 
 
-def _try(
-    optuna: Any, study: Any, trial: Any, space: dict[str, Any], args: argparse.Namespace
-) -> None:
+def _try(optuna: Any, study: Any, trial: Any, space: Space, args: argparse.Namespace) -> None:
     """One trial, from its settings to its value."""
-    settings = {key: _suggested(trial, key, values) for key, values in space.items()}
-    name = trial.user_attrs.get("run", f"trial-{trial.number}")
+    settings, name = _settings(trial, space), _name(trial)
     trial.set_user_attr("run", name)
     folder = args.out / name
     folder.mkdir(parents=True, exist_ok=True)
+    print(f"{name}: {_shown(settings)}: started, log in {folder / LOG}", flush=True)
     value = None
     with (folder / LOG).open("ab") as log:
         process = subprocess.Popen(
@@ -167,7 +196,7 @@ def _try(
                 trial.report(headline, step)
                 if process.poll() is None and trial.should_prune():
                     study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-                    print(f"{name}: {_shown(settings)}: stopped at step {step}, {headline:.4f}")
+                    print(f"{name}: stopped at step {step}, {headline:.4f}", flush=True)
                     return
         finally:
             process.terminate()  # it keeps a checkpoint
@@ -175,18 +204,10 @@ def _try(
     if status or value is None:
         study.tell(trial, state=optuna.trial.TrialState.FAIL)
         said = (folder / LOG).read_text(errors="replace").strip().splitlines() or ["nothing"]
-        reason = f"ended with status {status}" if status else "has no validation sets"
+        reason = f"ended with status {status}" if status else "never validated"
         raise UserError(f"{name}, {_shown(settings)}: fit {reason}; its last line: {said[-1]}")
     study.tell(trial, value)
-    print(f"{name}: {_shown(settings)}: {value:.4f}")
-
-
-def _suggested(trial: Any, key: str, values: Any) -> Any:
-    if isinstance(values, list):
-        # As text: Optuna keeps choices in its file, and not every choice is a number or a name.
-        return json.loads(trial.suggest_categorical(key, [json.dumps(value) for value in values]))
-    is_whole = all(isinstance(values[name], int) for name in ("low", "high"))
-    return (trial.suggest_int if is_whole else trial.suggest_float)(key, **values)
+    print(f"{name}: {value:.4f}", flush=True)
 
 
 def _command(args: argparse.Namespace, folder: Path, settings: dict[str, Any]) -> list[str]:
@@ -196,6 +217,7 @@ def _command(args: argparse.Namespace, folder: Path, settings: dict[str, Any]) -
     }
     command = [sys.executable, "-m", "metaembed_pl", "fit"]
     command += [flag for config in args.config for flag in ("--config", config)]
+    command += [f"--{given}" for given in args.set]
     command += [f"--{key}={json.dumps(value)}" for key, value in settings.items()]
     command += [f"--trainer.callbacks+={json.dumps(reports)}"]
     command += [f"--run.folder={folder.parent}", f"--run.name={folder.name}"]
@@ -219,14 +241,43 @@ def _headlines(process: subprocess.Popen, file: Path) -> Iterator[tuple[int, flo
             time.sleep(POLL_S)
 
 
-def _print_best(optuna: Any, study: Any) -> None:
-    done = study.get_trials(states=[optuna.trial.TrialState.COMPLETE])
-    if not done:
+def _print_best(optuna: Any, study: Any, space: Space, args: argparse.Namespace) -> None:
+    """Print the best settings, keep them as a recipe, and say how to train with them."""
+    if not study.get_trials(states=[optuna.trial.TrialState.COMPLETE]):
         print("no trial came to its end")
         return
-    best = study.best_trial
-    flags = " ".join(f"--{key}={value}" for key, value in best.params.items())
-    print(f"best of {_num_finished(study)}: {best.value:.4f}, {flags}")
+    best, file = study.best_trial, args.out / BEST
+    settings = _settings(best, space)
+    write_text(file, yaml.safe_dump(_nested(settings), sort_keys=False))
+    print(f"best of {_num_finished(study)}: {_name(best)}, {best.value:.4f}: {_shown(settings)}")
+    model = args.out / _name(best) / "model"
+    if model.exists():
+        print(f"its model: {model}")
+    configs = [*map(find_recipe, args.config), str(file)]
+    flags = [word for config in configs for word in ("--config", config)]
+    flags += [f"--{given}" for given in args.set]
+    print(f"train with its settings: python -m metaembed_pl fit {shlex.join(flags)}")
+
+
+def _name(trial: Any) -> str:
+    """The name of a trial's run."""
+    return trial.user_attrs.get("run", f"trial-{trial.number}")
+
+
+def _nested(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings by dotted keys, as a recipe has them.
+
+    >>> _nested({"model.optimizer.lr": 0.1, "model.loss": {"temperature": 1.0}})
+    {'model': {'optimizer': {'lr': 0.1}, 'loss': {'temperature': 1.0}}}
+    """
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        *parents, last = key.split(".")
+        place = found
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = value
+    return found
 
 
 def _shown(settings: dict[str, Any]) -> str:
