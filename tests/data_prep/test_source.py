@@ -266,3 +266,25 @@ def test_jobs_are_taken_a_bounded_amount_ahead():
         assert next(results) == number
         assert taken <= number + 80
     results.close()
+
+
+def test_workers_end_with_a_process_that_is_killed(tmp_path):
+    (tmp_path / "numbers_of.py").write_text("import os\ndef own(_): return os.getpid()\n")
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import itertools, os, signal\n"
+        "from metaembed_pl.data.parallel import in_order\n"
+        "import numbers_of\n"
+        "if __name__ == '__main__':\n"
+        "    some = in_order(numbers_of.own, range(10**9), 2, chunk=1)\n"
+        "    print(*set(itertools.islice(some, 200)), flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    said = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    workers = [Path("/proc") / number for number in said.stdout.split()]
+    assert workers, said.stderr
+    for _ in range(100):
+        if not any(worker.exists() for worker in workers):
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"still there: {workers}")

@@ -1,7 +1,9 @@
 """Stopping and going on: signals, changed settings, nothing to do, two runs of one name."""
 
+import os
 import shutil
 import signal
+import time
 
 import pytest
 import torch
@@ -54,6 +56,25 @@ def test_a_signal_leaves_a_checkpoint_and_its_exit_status(root, tmp_path, number
     )
     assert "Traceback" not in said
     assert not (tmp_path / "runs/r/model").exists()
+
+
+def test_a_search_over_settings_that_is_stopped_stops_its_trial(root, tmp_path):
+    pytest.importorskip("optuna")
+    file = tiny_run.recipe(root, tmp_path, trainer__max_steps=100_000)
+    (tmp_path / "space.yaml").write_text("model.optimizer.lr: [1.0e-3, 2.0e-3]\n")
+    flags = ["--space", str(tmp_path / "space.yaml"), "--out", str(tmp_path / "tune")]
+    tune = command_line(1, tmp_path / "said", "tune", "--config", str(file), *flags)
+    log = tmp_path / "tune" / "trial-0" / "tune.log"
+    for _ in range(2000):
+        if log.exists() and "step 3 of" in log.read_text():
+            break
+        time.sleep(0.1)
+    os.kill(tune.processes[0].pid, signal.SIGTERM)
+    [(status, said)] = tune.end()
+    assert status == 143, said
+    assert "metaembed-pl: stopped by SIGTERM" in said
+    assert "last.ckpt of step" in log.read_text().splitlines()[-1], "the trial has ended, too"
+    assert "Traceback" not in said
 
 
 def test_all_ranks_stop_at_the_same_step(root, tmp_path):

@@ -7,8 +7,12 @@ import argparse
 import importlib
 import io
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
 from metaembed_pl import __version__
 from metaembed_pl.cli.recipe_path import with_settings
@@ -42,8 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a verb.
 
     Returns:
-        The exit status: 0 done, 2 wrong input or a disk that is full, 130 interrupted; more in
-        docs/operations.md.
+        The exit status: 0 done, 2 wrong input or a disk that is full, 130 interrupted, 143 stopped
+        by SIGTERM; more in docs/operations.md.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # names of files may be no UTF-8
@@ -91,8 +95,33 @@ def _dispatch(argv: list[str]) -> int:
     if argv and argv[0] in ("check", "tune"):
         argv = with_settings(argv)
     arguments = _parser(argv).parse_args(argv)
-    arguments.run(arguments)
+    with _ends_on_signals():
+        arguments.run(arguments)
     return 0
+
+
+@contextmanager
+def _ends_on_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP end a verb as Ctrl-C does: with its processes, temporary files and locks.
+
+    Batch systems, containers and closed terminals send them; `fit` has its own way to stop.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        os.write(2, f"metaembed-pl: stopped by {signal.Signals(number).name}\n".encode())
+        raise SystemExit(128 + number)
+
+    wanted = [signal.SIGTERM, signal.SIGHUP]
+    if threading.current_thread() is not threading.main_thread():
+        wanted = []
+    taken = [number for number in wanted if signal.getsignal(number) is signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _parser(argv: list[str]) -> argparse.ArgumentParser:

@@ -1,11 +1,12 @@
 """Parallel work on all cores: in order, with a bounded queue."""
 
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from itertools import chain, islice
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from typing import TypeVar
 
 Job = TypeVar("Job")
@@ -36,7 +37,7 @@ def in_order(
     chunks = chain([first], iter(lambda: list(islice(jobs, chunk)), []))
     waiting: deque[Future[list[Result]]] = deque()
     # spawn: a fork beside the progress bar's thread can hang.
-    pool = ProcessPoolExecutor(num_workers, mp_context=get_context("spawn"))
+    pool = ProcessPoolExecutor(num_workers, get_context("spawn"), initializer=_end_with_parent)
     try:
         for some in chunks:
             waiting.append(pool.submit(_apply, function, some))
@@ -52,6 +53,17 @@ def count_cores() -> int:
     """The number of cores that this process may use, at most 8."""
     cores = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
     return min(8, len(cores))
+
+
+def _end_with_parent() -> None:
+    """Ends this worker when its parent is killed; it would else wait for work for ever."""
+
+    def wait() -> None:
+        if parent := parent_process():
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _apply(function: Callable[[Job], Result], jobs: list[Job]) -> list[Result]:
