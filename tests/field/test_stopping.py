@@ -72,7 +72,7 @@ def test_a_search_over_settings_that_is_stopped_stops_its_trial(root, tmp_path):
     os.kill(tune.processes[0].pid, signal.SIGTERM)
     [(status, said)] = tune.end()
     assert status == 143, said
-    assert "metaembed-pl: stopped by SIGTERM" in said
+    assert "metaembed-pl: stopped by SIGTERM\nthe same command continues the study" in said
     assert "last.ckpt of step" in log.read_text().splitlines()[-1], "the trial has ended, too"
     assert "Traceback" not in said
 

@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> None:
         try:
             while _num_finished(study) < args.trials:
                 _try(optuna, study, study.ask(distributions), space, args)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):  # Ctrl-C, and SIGTERM
             print("the same command continues the study, and the trial", file=sys.stderr)
             raise
         _print_best(optuna, study, space, args)
