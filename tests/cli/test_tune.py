@@ -107,6 +107,7 @@ def test_the_best_settings_are_a_recipe_that_the_printed_command_trains_with(
     assert config["model"]["optimizer"]["lr"] == 1e-3
     assert config["model"]["loss"]["query_spread"] == {"weight": 3.0, "margin": 0.5}
     assert config["trainer"]["max_steps"] == 3
+    assert config["run"]["name"] == "tuned", "the recipe's own run may exist"
     assert config["model"]["groups"] == ["1x1", "2x4"], "the recipe's other keys stay"
 
 

@@ -255,7 +255,7 @@ def _print_best(optuna: Any, study: Any, space: Space, args: argparse.Namespace)
         print(f"its model: {model}")
     configs = [*map(find_recipe, args.config), str(file)]
     flags = [word for config in configs for word in ("--config", config)]
-    flags += [f"--{given}" for given in args.set]
+    flags += [f"--{given}" for given in args.set] + ["--run.name=tuned"]
     print(f"train with its settings: python -m metaembed_pl fit {shlex.join(flags)}")
 
 
