@@ -37,6 +37,7 @@ WORDS: dict[Any, str] = {
     dict: "keys",
     type(None): "null",
 }
+PLURALS = {int: "integers", float: "numbers", str: "texts"}
 
 
 def inlined(value: Any, kind: Any, folder: Path) -> Any:
@@ -147,14 +148,16 @@ def _accepts(kind: Any, value: Any) -> bool:
 def in_words(kind: Any) -> str:
     """A type in words.
 
-    >>> in_words(float | None), in_words(typing.Literal["both", "own"])
-    ('a number or null', "'both' or 'own'")
+    >>> in_words(list[int] | None), in_words(typing.Literal["both", "own"])
+    ('a list of integers or null', "'both' or 'own'")
     """
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
         return " or ".join(dict.fromkeys(map(in_words, typing.get_args(kind))))
     if typing.get_origin(kind) is typing.Literal:
         return " or ".join(map(repr, typing.get_args(kind)))
     plain = typing.get_origin(kind) or kind
+    if plain is list and typing.get_args(kind)[0] in PLURALS:
+        return f"a list of {PLURALS[typing.get_args(kind)[0]]}"
     return WORDS.get(plain, getattr(plain, "__name__", str(plain)))
 
 
