@@ -202,6 +202,28 @@ def test_a_fault_is_one_line_and_exit_2(recipe, capsys, changes, message):
     assert out.startswith("recipe")
 
 
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        (
+            "--model.loss.widths=16",
+            "model.loss.widths: expected a list of integers or null, got 16",
+        ),
+        ("--model.loss.query_spread.wieght=3", "model.loss.query_spread.wieght: no such key; did"),
+        ("--model.loss.temperature=warm", "model.loss.temperature: expected a number, got 'warm'"),
+        ("--run.nmae=x", "run.nmae: no such key; did you mean 'name'?"),
+        ("--trainer.max_step=5", "trainer.max_step: no such key; did you mean 'max_steps'?"),
+    ],
+)
+def test_fit_says_what_check_says(recipe, capsys, flag, message):
+    file = recipe()
+    assert check("--config", file, flag) == 2
+    (fault,) = [line for line in capsys.readouterr().err.splitlines() if line[:7] == "fault: "]
+    assert message in fault
+    assert main(["fit", "--config", file, flag]) == 2
+    assert capsys.readouterr().err == f"metaembed-pl: {fault[7:]}\n"
+
+
 TOKENIZER = {"vocab_size": 300, "sources": ["MODEL/../train"]}
 QWEN = "Qwen/Qwen2.5-VL-3B-Instruct"
 SCRATCH = {"scratch": tiny.QWEN25_VL, "tokenizer": TOKENIZER}
