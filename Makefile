@@ -19,7 +19,7 @@ unexport PYTHONDONTWRITEBYTECODE
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.* ## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{printf "make %-11s %s\n", $$1, $$2}'
 
-quickstart: runs/emoji/report/metrics.json ## install, prepare the data, train, evaluate, search (about 10 minutes)
+quickstart: runs/emoji/report/metrics.json ## install, prepare the data, train, evaluate, search (about 11 minutes)
 	$(SEARCH) --budget 1x1
 	$(SEARCH) --budget 8x16
 	@echo
