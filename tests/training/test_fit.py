@@ -269,8 +269,8 @@ def _kill_at(run: Ranks, last: Path, step: int) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model.layuot=own"], "model.layout"),
-        (["--trainer.max_step=3"], "trainer.max_steps"),
+        (["--model.layuot=own"], "model.layuot: no such key; did you mean 'layout'"),
+        (["--trainer.max_step=3"], "trainer.max_step: no such key; did you mean 'max_steps'"),
         (["--model.groups=[4x8,1x1]"], "nested"),
         (["--model.layout=neither"], "own"),
         (["--data.train=[{path: nowhere}]"], "nowhere"),
@@ -286,8 +286,6 @@ def test_a_faulty_recipe_is_one_line_and_exit_2(data, tmp_path, capsys, argument
     assert main(["fit", "--config", file, *arguments]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("metaembed-pl: ")
-    import re
-
     assert re.search(message, error), error
     assert not (tmp_path / "x" / "checkpoints").exists()
 
