@@ -88,7 +88,7 @@ def with_tables(text: str, made: dict[str, str], page: str) -> str:
     for _, name, _ in BLOCK.findall(text):
         if name not in made:
             raise SystemExit(f"{page} shows the table `{name}`, and none of its runs is finished")
-    return BLOCK.sub(lambda found: f"{found[1]}{made[found[2]]}\n{found[3]}", text)
+    return BLOCK.sub(lambda found: f"{found[1]}\n{made[found[2]]}\n\n{found[3]}", text)
 
 
 def settings_table(runs: Runs, about: dict[str, str]) -> str:

@@ -77,25 +77,25 @@ def test_writes_the_tables_of_the_finished_runs_into_the_pages(
     # Standard deviation .02, of three: 4.303 * .02 / sqrt(3) = .050.
     assert (root / "README.md").read_text() == (
         "A\n"
-        "<!-- study: quickstart -->\n"
+        "<!-- study: quickstart -->\n\n"
         "| recall@1, held out | 1x1 | 2x4 | one vector |\n"
         "|---|---|---|---|\n"
         "| name -> picture | .620 ± .050 | .500 ± .000 | .300 |\n"
         "| scene, one thing | .400 ± .000 | .800 ± .000 |  |\n"
         "| bytes a candidate, bf16 | 256 | 1,024 | 256 |\n"
         "\n"
-        "Mean and 95 % interval over 3 seeds (one vector: 1).\n"
+        "Mean and 95 % interval over 3 seeds (one vector: 1).\n\n"
         "<!-- end -->\n"
         "B\n"
     )
     assert (root / "docs" / "study.md").read_text() == (
-        "<!-- study: full -->\n"
+        "<!-- study: full -->\n\n"
         "| recall@1, held out | 1x1 | 16x64 |\n"
         "|---|---|---|\n"
         "| picture + edit -> picture | .250 | .500 |\n"
         "| bytes a candidate, bf16 | 256 | 16,384 |\n"
         "\n"
-        "One seed.\n"
+        "One seed.\n\n"
         "<!-- end -->\n"
     )
     assert [one["seed"] for one in saved["study"]["runs"]["today"]] == [0, 1, 2]
