@@ -64,7 +64,7 @@ def test_goes_on_with_what_was_cut_off_and_stops_what_is_worse_than_the_others(
     long = tiny_run.recipe(
         data, tmp_path / "long", trainer__max_steps=5000, trainer__val_check_interval=1
     )
-    assert tune(tmp_path, long, "--trials", "6") == 0
+    assert tune(tmp_path, long, "--trials", "6", "--prune-from", "1") == 0
     said = capfd.readouterr().out
     assert f"trial-{cut_off.number}: model.optimizer.lr 0.002, " in said
     assert "stopped at step 1, " in said  # no recall is above 2
@@ -86,8 +86,10 @@ def test_goes_on_with_what_was_cut_off_and_stops_what_is_worse_than_the_others(
 
 
 def test_the_best_settings_are_a_recipe_that_the_printed_command_trains_with(
-    data, tmp_path, capsys
+    data, tmp_path, capsys, monkeypatch
 ):
+    pruner: dict[str, int] = {}
+    monkeypatch.setattr(optuna.pruners, "MedianPruner", lambda **given: pruner.update(given))
     recipe = tiny_run.recipe(data, tmp_path / "r", trainer__val_check_interval=1)
     choices = {"model.optimizer.lr": 1e-3, "model.loss.query_spread": BOTH}
     for value in (0.5, 0.25):
@@ -96,6 +98,7 @@ def test_the_best_settings_are_a_recipe_that_the_printed_command_trains_with(
         choices = {"model.optimizer.lr": 2e-3, "model.loss.query_spread": "null"}
     (tmp_path / "tune/trial-0/model").mkdir(parents=True)
     assert tune(tmp_path, recipe, "--trainer.max_steps=3", "--trials", "2") == 0
+    assert pruner == {"n_warmup_steps": 1}, "a third of the steps"
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("best of 2: trial-0, 0.5000: model.optimizer.lr 0.001, ")
     assert lines[1] == f"its model: {tmp_path / 'tune/trial-0/model'}"

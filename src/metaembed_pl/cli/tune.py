@@ -3,7 +3,8 @@
     python -m metaembed_pl tune --config recipes/emoji.yaml --space space.yaml --trials 20
 
 A trial runs `fit` in its own process and is scored by the recipe's headline metric on its
-validation sets. A trial that is worse than half of the others at the same step is stopped. The
+validation sets. A trial that is worse than half of the others at the same step is stopped, from a
+third of its steps on. The
 study is one SQLite file next to the runs: the same command resumes it, also within a trial.
 
 space.yaml lists the keys to search and their values:
@@ -27,7 +28,7 @@ from typing import Any
 
 import yaml
 
-from metaembed_pl.cli.model import check_at_least
+from metaembed_pl.cli.model import check_at_least, refuse_ignored
 from metaembed_pl.cli.recipe_path import find_recipe
 from metaembed_pl.cli.tune_space import Space, is_whole, read_space, refuse_faulty
 from metaembed_pl.errors import UserError, first_line
@@ -71,6 +72,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder of study.db, best.yaml and the runs of trials (default: runs/tune)",
     )
     add("--seed", type=int, default=0, metavar="N", help="random seed (default: 0)")
+    add(
+        "--prune-from",
+        type=int,
+        metavar="STEP",
+        help="stop no trial before this step (default: a third of its steps)",
+    )
     add("--no-pruning", action="store_true", help="run every trial to the end")
     add(
         "--set",
@@ -83,13 +90,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run trials up to the number of --trials; print and keep the best settings."""
-    check_at_least(args, 1, "trials")
+    check_at_least(args, 1, "trials", "prune_from")
+    if args.no_pruning:
+        refuse_ignored(args, "has no effect with --no-pruning", "prune_from")
     space = read_space(args.space)
     optuna = _optuna()
-    refuse_faulty(args.space, space, args.config, args.set)
+    num_steps = refuse_faulty(args.space, space, args.config, args.set)
+    prune_from = args.prune_from or num_steps // 3
     args.out.mkdir(parents=True, exist_ok=True)
     with only_process(args.out, f"tunes in {args.out}"):
-        study = _study(optuna, args)
+        study = _study(optuna, args, prune_from)
         distributions = _distributions(optuna, study, space, args)
         try:
             while _num_finished(study) < args.trials:
@@ -109,10 +119,12 @@ def _optuna() -> Any:
     return optuna
 
 
-def _study(optuna: Any, args: argparse.Namespace) -> Any:
+def _study(optuna: Any, args: argparse.Namespace, prune_from: int) -> Any:
     """The study; trials that were killed are queued to be resumed."""
     storage = f"sqlite:///{args.out / 'study.db'}"
-    pruner = optuna.pruners.NopPruner() if args.no_pruning else optuna.pruners.MedianPruner()
+    pruner = optuna.pruners.MedianPruner(n_warmup_steps=prune_from)
+    if args.no_pruning:
+        pruner = optuna.pruners.NopPruner()
     from sqlalchemy.exc import SQLAlchemyError  # as Optuna does
 
     try:

@@ -112,7 +112,7 @@ def is_whole(values: dict[str, Any]) -> bool:
     return all(isinstance(values[name], int) for name in ("low", "high"))
 
 
-def refuse_faulty(file: Path, space: Space, configs: Sequence[str], given: Sequence[str]) -> None:
+def refuse_faulty(file: Path, space: Space, configs: Sequence[str], given: Sequence[str]) -> int:
     """Refuse, before the first trial, what `fit` would refuse in one of them.
 
     Every choice and both ends of every range are laid over the recipe once; not all combinations.
@@ -122,10 +122,14 @@ def refuse_faulty(file: Path, space: Space, configs: Sequence[str], given: Seque
         space: its content.
         configs: of the recipe.
         given: its keys that are changed in all trials, as KEY=VALUE.
+
+    Returns:
+        The steps of the recipe; 0 if it has no limit.
     """
     from metaembed_pl.cli.recipe_faults import read_recipe
 
     paths = [Path(find_recipe(config)) for config in configs]
+    num_steps = 0
     for where, settings in (("", {}), *((f"{file}: ", settings) for settings in _corners(space))):
         changed = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
         recipe = read_recipe(paths, [*given, *changed])
@@ -137,11 +141,14 @@ def refuse_faulty(file: Path, space: Space, configs: Sequence[str], given: Seque
             raise UserError("data.val: tune compares trials on validation sets, and there are none")
         trainer = recipe.config.trainer
         every, last = trainer.val_check_interval, trainer.max_steps
+        if not settings:
+            num_steps = max(last, 0)
         if settings and isinstance(every, int) and 0 < last < every:
             raise UserError(
                 f"trainer.val_check_interval: {every} is above trainer.max_steps, {last}: "
                 "tune compares validations, and there would be none"
             )
+    return num_steps
 
 
 def _corners(space: Space) -> Iterator[dict[str, Any]]:
