@@ -88,9 +88,14 @@ def one_line(error: BaseException) -> str:
 
 def _dispatch(argv: list[str]) -> int:
     if argv and argv[0] in TRAINING_VERBS:
-        from metaembed_pl.cli.train import run
+        from metaembed_pl.cli.train import ParsingError, run
 
-        run(argv)
+        try:
+            run(argv)
+        except ParsingError as error:
+            from metaembed_pl.cli.recipe_faults import first_fault
+
+            raise UserError(first_fault(argv) or str(error)) from error
         return 0
     if argv and argv[0] in ("check", "tune"):
         argv = with_settings(argv)

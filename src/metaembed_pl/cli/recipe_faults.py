@@ -25,7 +25,12 @@ from metaembed_pl.cli.recipe_keys import (
     keys_of,
     made,
 )
-from metaembed_pl.cli.recipe_path import as_sources, read_yaml
+from metaembed_pl.cli.recipe_path import (
+    as_sources,
+    read_yaml,
+    with_recipes_found,
+    with_settings,
+)
 from metaembed_pl.cli.train import PARSING, RecipeParser, RunConfig
 from metaembed_pl.data.datamodule import RetrievalDataModule
 from metaembed_pl.errors import UserError
@@ -78,6 +83,15 @@ def read_recipe(paths: Path | Sequence[Path], overrides: Sequence[str] = ()) -> 
     if found.config is not None:
         _make_parts(found)
     return found
+
+
+def first_fault(argv: Sequence[str]) -> str | None:
+    """What `check` says first about the recipe and the flags of a `fit`; None: nothing."""
+    flags = [flag.partition("=") for flag in with_settings(with_recipes_found([*argv]))]
+    configs = [Path(value) for name, _, value in flags if name in ("--config", "-c")]
+    settings = [value for name, _, value in flags if name == "--set"]
+    faults = read_recipe(configs, settings).faults if configs else []
+    return faults[0] if faults else None
 
 
 def recipe_parser() -> RecipeParser:

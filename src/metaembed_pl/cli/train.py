@@ -40,7 +40,7 @@ from transformers.utils import logging as transformers_logging
 
 from metaembed_pl.cli.failures import failures_in_one_line
 from metaembed_pl.cli.recipe_effects import EXPERIMENT, keys_without_effect
-from metaembed_pl.cli.recipe_path import with_recipes_found, with_settings
+from metaembed_pl.cli.recipe_path import with_recipes_found
 from metaembed_pl.cli.train_help import USAGE, RecipeHelp, explain
 from metaembed_pl.data.datamodule import RetrievalDataModule
 from metaembed_pl.data.recipe_sources import EvalSource, TrainSource
@@ -528,22 +528,8 @@ def run(argv: list[str]) -> None:
     with StopsOnSignal() as stops, ExitStack() as stack:
         try:
             with Watch() as watch, failures_in_one_line(watch):
-                try:
-                    RecipeCLI(with_recipes_found(argv), watch, stops, stack)
-                except ParsingError as error:
-                    raise UserError(_as_check_says(argv) or str(error)) from error
+                RecipeCLI(with_recipes_found(argv), watch, stops, stack)
         except Stopped as stopped:
             if not getattr(rank_zero_only, "rank", 0):  # known by now, if there are several
                 print(f"metaembed-pl: stopped by {stopped.name}; {stops.saved()}", file=sys.stderr)
             raise
-
-
-def _as_check_says(argv: list[str]) -> str | None:
-    """The first fault that `check` finds in the recipe: the key and what it should be."""
-    from metaembed_pl.cli.recipe_faults import read_recipe
-
-    flags = [flag.partition("=") for flag in with_settings(with_recipes_found(argv))]
-    configs = [Path(value) for name, _, value in flags if name in ("--config", "-c")]
-    settings = [value for name, _, value in flags if name == "--set"]
-    faults = read_recipe(configs, settings).faults if configs else []
-    return faults[0] if faults else None
