@@ -97,11 +97,10 @@ def settings_table(runs: Runs, about: dict[str, str]) -> str:
     head = ["setting", "seeds", *(IN_SHORT.get(name, name) for name in sets)]
     rows = []
     for name, of_seeds in runs.items():
-        title = f"`{name}`: {about[name]}" if name in about else f"`{name}`"
         cells = [_cell(of_seeds, dataset, of_seeds[0]["groups"][-1]) for dataset in sets]
         cosine = "" if of_seeds[0]["groups"] == ["1x1"] else _mean(of_seeds, TWO_THINGS, COSINE)
         minutes = f"{statistics.mean(one['cpu_min'] for one in of_seeds):.1f}"
-        rows.append([title, str(len(of_seeds)), *cells, cosine, minutes])
+        rows.append([f"`{name}`: {about[name]}", str(len(of_seeds)), *cells, cosine, minutes])
     return _markdown([*head, "query cosine", "CPU min"], rows)
 
 

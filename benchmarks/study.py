@@ -93,7 +93,7 @@ def refuse_missing_data(study: dict[str, Any], settings: list[str]) -> None:
 
 
 def described(study: dict[str, Any], name: str) -> dict[str, Any]:
-    """What a setting changes, laid over what the setting below it changes."""
+    """The keys that a setting changes, with those of the setting that it is laid over."""
     setting = dict(study["settings"][name])
     setting.pop("about", None)
     if below := setting.pop("over", None):

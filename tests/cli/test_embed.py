@@ -371,7 +371,7 @@ def test_a_pipe_gets_lines_with_rate_and_time_left(capsys, monkeypatch):
     lines = capsys.readouterr().err.splitlines()
     form = re.compile(r"(\w+): (\d+) of (\d+) (\w+), [\d.]+ (\w+)/s, 00:0\d left")
     told = [form.fullmatch(line) for line in lines]
-    counts = [of.groups() for of in told if of]
+    counts = [line.groups() for line in told if line]
     assert counts[-1] == ("ranking", "60", "120", "queries", "queries")
     assert ("candidates", "20", "40", "items", "items") in counts
     assert not any("\r" in line for line in lines)
