@@ -57,10 +57,18 @@ def main_of(
     common = parser.add_argument_group("as all scripts here")
     common.add_argument("--limit", type=int, metavar="N", help="use only the first N rows")
     common.add_argument(
-        "--num-workers", type=int, default=count_cores(), metavar="N", help="decoding processes"
+        "--num-workers",
+        type=int,
+        default=count_cores(),
+        metavar="N",
+        help="decoding processes (default: one per core)",
     )
     common.add_argument(
-        "--max-dropped", type=float, default=0.01, metavar="SHARE", help="limit for bad rows"
+        "--max-dropped",
+        type=float,
+        default=0.01,
+        metavar="SHARE",
+        help="stop if more rows than this are unusable (default: %(default)s)",
     )
     common.add_argument("--licence", help="licence to record instead of the source's")
     common.add_argument("--force", action="store_true", help="replace existing output")

@@ -40,7 +40,7 @@ def products(options: argparse.Namespace) -> Iterator[Product]:
 def declare(parser: argparse.ArgumentParser) -> None:
     """The flags of this script."""
     declare_source(parser, "data/colpali_train", HUB, ())
-    parser.add_argument("--split", choices=SPLITS, default=SPLITS[0], help="default: train")
+    parser.add_argument("--split", choices=SPLITS, default=SPLITS[0], help="(default: train)")
 
 
 main = partial(run, "colpali_train", __doc__, products, declare)

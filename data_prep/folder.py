@@ -180,6 +180,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
         "--held-out",
         type=float,
         default=0.1,
+        metavar="SHARE",
         help="share of the pictures held out for testing (default: 0.1)",
     )
 

@@ -129,7 +129,11 @@ def declare(parser: argparse.ArgumentParser) -> None:
     """The flags of this script."""
     declare_source(parser, "data", HUB, MODALITIES)
     parser.add_argument(
-        "--num-negatives", type=int, default=2, metavar="N", help="hard negatives per pair (2)"
+        "--num-negatives",
+        type=int,
+        default=2,
+        metavar="N",
+        help="hard negatives per pair (default: 2)",
     )
 
 

@@ -59,7 +59,7 @@ def products(options: argparse.Namespace) -> Iterator[Product]:
 def declare(parser: argparse.ArgumentParser) -> None:
     """The flags of this script."""
     declare_source(parser, "data/mmeb_train", HUB, TRAIN_SUBSETS)
-    parser.add_argument("--split", choices=SPLITS, default=SPLITS[0], help="default: original")
+    parser.add_argument("--split", choices=SPLITS, default=SPLITS[0], help="(default: original)")
 
 
 main = partial(run, "mmeb_train", __doc__, products, declare)

@@ -190,7 +190,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=200,
         metavar="N",
-        help="hold out one query in N for validation (200); 0: none",
+        help="hold out one query in N for validation; 0: none (default: 200)",
     )
 
 

@@ -86,21 +86,36 @@ def build(options: argparse.Namespace) -> None:
 def _parser() -> argparse.ArgumentParser:
     summary, _, details = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
-        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="metaembed-pl prepare openmoji",
+        description=summary,
+        epilog=details,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder to write to")
     add("--languages", default="en", help="languages of the names, as in en,de,ja (default: en)")
-    add("--seed", type=int, default=0, help="random seed (default: 0)")
-    add("--size", type=int, default=84, help="side of a picture in pixels (default: 84)")
+    add("--seed", type=int, default=0, metavar="N", help="random seed (default: 0)")
+    add(
+        "--size",
+        type=int,
+        default=84,
+        metavar="PIXELS",
+        help="side of a picture in pixels (default: 84)",
+    )
     add(
         "--scenes",
         type=int,
         default=20_000,
+        metavar="N",
         help="training scenes, with up to nine queries each (default: 20000)",
     )
-    add("--pictures", type=int, help="use only about this many pictures, for a quick trial")
-    add("--jobs", type=int, help="processes (default: one per core, at most 8)")
+    add(
+        "--pictures",
+        type=int,
+        metavar="N",
+        help="use only about this many pictures, for a quick trial",
+    )
+    add("--jobs", type=int, metavar="N", help="processes (default: one per core, at most 8)")
     add("--force", action="store_true", help="rebuild existing folders")
     return parser
 

@@ -371,14 +371,33 @@ def declare(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--from", dest="where", type=Path, required=True, help="folder of PDFs")
     add("--out", type=Path, required=True, help="folder to write to")
-    add("--side", type=int, default=1024, help="longer side of a page in pixels (1024)")
-    add("--words", type=int, default=0, metavar="N", help="words per page shown to the model (0)")
-    add("--num-negatives", type=int, default=2, metavar="N", help="hard negatives per pair (2)")
+    add(
+        "--side",
+        type=int,
+        default=1024,
+        metavar="PIXELS",
+        help="longer side of a page in pixels (default: 1024)",
+    )
+    add(
+        "--words",
+        type=int,
+        default=0,
+        metavar="N",
+        help="words per page shown to the model (default: 0)",
+    )
+    add(
+        "--num-negatives",
+        type=int,
+        default=2,
+        metavar="N",
+        help="hard negatives per pair (default: 2)",
+    )
     add("--name", help="the source's name in metrics and logs (default: the folder's)")
     add(
         "--held-out",
         type=float,
         default=0.1,
+        metavar="SHARE",
         help="share of queries held out for testing (default: 0.1)",
     )
 

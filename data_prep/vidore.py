@@ -156,7 +156,12 @@ def wanted(chosen: Iterable[str]) -> list[str]:
 def declare(parser: argparse.ArgumentParser) -> None:
     """The flags of this script."""
     add = parser.add_argument
-    add("--out", type=Path, default=Path("data/vidore"), help="default: data/vidore")
+    add(
+        "--out",
+        type=Path,
+        default=Path("data/vidore"),
+        help="folder to write to (default: data/vidore)",
+    )
     add(
         "--from",
         dest="where",

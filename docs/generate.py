@@ -16,7 +16,7 @@ from docstring_parser import parse
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-from metaembed_pl.cli import main
+from metaembed_pl.cli import TRAINING_VERBS, VERBS
 from metaembed_pl.cli.recipe_keys import PARTS, content_of, in_words, keys_of
 
 ROOT = Path(__file__).parent.parent
@@ -81,11 +81,11 @@ def commands() -> str:
         "`python -m metaembed_pl VERB`, or `metaembed-pl VERB`. Every verb takes `--help`, and "
         "`--debug` for the traceback of an error.",
     ]
-    for name, does in main.TRAINING_VERBS.items():
+    for name, does in TRAINING_VERBS.items():
         lines += ["", f"## {name}", "", f"{_sentence(does)} Its flags are the [recipe keys]"]
         flag = "trainer.max_steps=10" if name == "fit" else "ckpt_path last"
         lines[-1] += f"(recipe-keys.md): `metaembed-pl {name} --config R --{flag}`."
-    for name, does in main.VERBS.items():
+    for name, does in VERBS.items():
         lines += ["", f"## {name}", "", _sentence(does)]
         parser = argparse.ArgumentParser(prog=f"metaembed-pl {name}", add_help=False)
         importlib.import_module(f"metaembed_pl.cli.{name}").add_arguments(parser)
@@ -139,7 +139,8 @@ def _of_class(path: str, kind: Any) -> Iterator[str]:
         shown = "required" if default is inspect.Parameter.empty else f"`{default!r}`"
         shown = "" if "factory" in shown else shown.replace("None", "null")
         said = in_words(hint) if made_of is None else ("list of keys" if is_list else "keys")
-        yield f"| `{key}` | {_cell(said)} | {_cell(shown)} | {_cell(meanings.get(key, ''))} |"
+        meaning = meanings.get(key, "").replace("None", "null")
+        yield f"| `{key}` | {_cell(said)} | {_cell(shown)} | {_cell(meaning)} |"
     for name, made_of in inner:
         yield from _of_class(name, made_of)
 

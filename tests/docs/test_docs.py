@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 import tiny
-from metaembed_pl.cli.main import TRAINING_VERBS, VERBS
+from metaembed_pl.cli import TRAINING_VERBS, VERBS
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])

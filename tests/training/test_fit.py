@@ -14,7 +14,7 @@ import torch
 import yaml
 
 import tiny
-from metaembed_pl.cli import train
+from metaembed_pl.cli import TRAINING_VERBS, train
 from metaembed_pl.cli.main import main
 from metaembed_pl.data.beir import RetrievalSetWriter
 from metaembed_pl.data.shards import ShardedPairs
@@ -186,10 +186,10 @@ def test_a_dry_run_of_few_batches_ranks_nothing_and_writes_nothing(data, tmp_pat
 
 
 def test_every_verb_of_lightning_has_its_own_help(capsys):
-    for verb, words in {"fit": "full optimization", "validate": "over the validation set"}.items():
+    for verb, does in TRAINING_VERBS.items():
         with pytest.raises(SystemExit):
             main([verb, "--help"])
-        assert words in capsys.readouterr().out.partition("options:\n")[0]
+        assert f"\n{does}\n" in capsys.readouterr().out.partition("options:\n")[0]
 
 
 def test_two_ranks_end_where_one_does(data, finished, tmp_path):

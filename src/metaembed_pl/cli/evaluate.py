@@ -79,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--bm25", action="store_true", help="also evaluate BM25 on the candidates' texts")
     add("--mlflow-uri", metavar="URI", help="log metrics and pictures to this MLflow server")
-    verbs = parser.add_subparsers(metavar="compare")
+    verbs = parser.add_subparsers(metavar="[compare A B]")
     compare = verbs.add_parser(
         "compare",
         help="compare two evaluations query by query: is the difference significant?",

@@ -15,31 +15,10 @@ from contextlib import contextmanager
 from types import FrameType
 
 from metaembed_pl import __version__
+from metaembed_pl.cli import TRAINING_VERBS, VERBS
 from metaembed_pl.cli.recipe_path import with_settings
 from metaembed_pl.errors import UserError
 from metaembed_pl.files import disk_error
-
-TRAINING_VERBS = {
-    "fit": "train from a recipe, then write the model folder, test and report",
-    "validate": "evaluate a checkpoint on the recipe's validation sets",
-    "test": "evaluate a checkpoint on the recipe's test sets, and report",
-}
-VERBS = {
-    "recipes": "list, print or copy the recipes that come with the package",
-    "tune": "search over settings of a recipe with Optuna: pruned, resumable",
-    "check": "check a recipe before training: faults, parameters, steps, memory",
-    "prepare": "run a script that makes shards or retrieval sets; without a name, list them",
-    "data": "inspect shards: counts, distributions, duplicates, leaks, a contact sheet",
-    "mine": "mine hard negatives for shards with a trained model",
-    "embed": "embed items into a store: streamed, resumable, on one or many processes",
-    "store": "merge the parts of a store; export it to Parquet or Lance; import it from there",
-    "index": "build an index for a large store, and measure which search plan it needs",
-    "push": "push a store into a Qdrant server or cluster; resumable",
-    "evaluate": "evaluate a model on a benchmark at every budget; compare two evaluations",
-    "search": "search items by text, image or both, at a budget",
-    "serve": "serve a web page that searches a store at any budget",
-    "export": "export a run to a folder that loads anywhere, or to the Hugging Face hub",
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

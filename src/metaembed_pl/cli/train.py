@@ -115,11 +115,11 @@ class RunConfig:
         name: the run's folder below `folder`, and its name in MLflow.
         folder: the folder of all runs.
         checkpoint_every_n_steps: how often `checkpoints/last.ckpt` is written.
-        stall_timeout_s: a rank without progress for this long reports where it is stuck and exits;
-            0: never. Choose more than the longest batch, validation or checkpoint takes, and less
-            than the half hour after which torch.distributed gives up.
-        overwrite: start again although a run of this name exists.
-        mlflow_uri: MLflow's tracking URI; null: nothing is logged to MLflow.
+        stall_timeout_s: seconds without progress after which a rank reports where it is stuck and
+            exits; 0: never. Choose more than the longest batch, validation or checkpoint takes, and
+            less than the half hour after which torch.distributed gives up.
+        overwrite: replace an existing run of this name.
+        mlflow_uri: MLflow's tracking URI; None turns MLflow off.
         experiment: the MLflow experiment.
     """
 
@@ -312,7 +312,7 @@ class RecipeCLI(LightningCLI):
     def _prepare_subcommand_parser(self, *args: Any, **kwargs: Any) -> LightningArgumentParser:
         """With our help, and without Lightning's table of results, which cuts off names."""
         parser = super()._prepare_subcommand_parser(*args, **kwargs)
-        explain(parser)
+        explain(parser, args[1])
         if any(action.dest == "verbose" for action in parser._actions):
             parser.set_defaults(verbose=False)
         return parser

@@ -4,6 +4,8 @@ import argparse
 
 from jsonargparse import DefaultHelpFormatter
 
+from metaembed_pl.cli import TRAINING_VERBS
+
 USAGE = "metaembed-pl {} --config RECIPE [--KEY_OF_RECIPE VALUE ...]"
 HELP = {  # instead of Lightning's; its other keys are not shown
     "config": "a recipe file, or the name of a built-in recipe; repeatable: later ones override",
@@ -38,8 +40,9 @@ class RecipeHelp(DefaultHelpFormatter):
         return super()._get_help_string(action)
 
 
-def explain(parser: argparse.ArgumentParser) -> None:
-    """Replace Lightning's explanations of its keys by ours."""
+def explain(parser: argparse.ArgumentParser, verb: str) -> None:
+    """Replace Lightning's explanations of its verb and keys by ours."""
+    parser.description = TRAINING_VERBS[verb]
     for action in parser._actions:
         name = action.dest
         if name.endswith(".help"):

@@ -60,20 +60,20 @@ class RetrievalDataModule(pl.LightningDataModule):
         train: sources to train on.
         val: sources to validate on during training.
         test: sources to test on at the end; None: those of `val`, complete.
-        global_batch_size: candidates of a step over all ranks, each with one or more queries; a
+        global_batch_size: candidates per step over all ranks, each with one or more queries; a
             query's in-batch negatives are the candidates of the others.
-        eval_batch_size: items at a time in validation; changes speed and memory only.
-        num_negatives: hard negatives per query, for sources without their own number.
-        questions: queries per candidate, for sources without their own number; `all`: all it
-            has.
-        num_workers: processes that prepare batches on each rank; changes speed only. None: on GPUs
-            as many as there are cores for, up to 8; else 1.
+        eval_batch_size: items encoded at a time in validation; changes speed and memory only.
+        num_negatives: hard negatives per query, for sources without a number of their own.
+        questions: queries per candidate, for sources without a number of their own; `all`: every
+            query of a candidate.
+        num_workers: processes per rank that prepare batches; changes speed only. None: with GPUs
+            one per core, up to 8 per rank; otherwise 1.
         seed: determines the order of the pairs.
-        steps_per_epoch: None: one pass over all pairs.
-        open_shards: pairs are shuffled within so many shards at a time.
-        max_bad_samples: the run stops if more different pairs than this cannot be used.
-        mixing_temperature: flattens the shares of sources without weights: 1: by size; infinity:
-            all alike.
+        steps_per_epoch: steps per epoch; None: one pass over all pairs.
+        open_shards: number of shards of a source among which pairs are shuffled at a time.
+        max_bad_samples: the run stops after more different unusable pairs than this.
+        mixing_temperature: weights sources by pairs^(1/T); 1: in proportion to their size;
+            infinity: equally.
     """
 
     def __init__(

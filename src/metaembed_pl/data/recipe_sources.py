@@ -26,16 +26,16 @@ class DataSource:
     """What training and evaluation sources have in common.
 
     Args:
-        path: a folder, or its address, such as `s3://bucket/pets`; or a table: a file (Parquet,
-            JSON Lines, CSV), a folder, an address, ORG/NAME on the hub, or `preset:NAME`. Shards
-            are made of a table at the first `fit`.
-        name: in logs, and as DATASET in metric names; None takes the folder's manifest's.
-        instruction: the model reads it before the text of each query.
-        candidate_instruction: the model reads it before the text of each candidate.
-        columns: for a table: which column is what, such as `{query: question, positive: answer}`.
+        path: a folder of shards, or its address, such as `s3://bucket/pets`; or a table: a file
+            (Parquet, JSON Lines, CSV), a folder, an address, ORG/NAME on the hub, or `preset:NAME`.
+            The first `fit` makes shards of a table.
+        name: name in logs and metrics; None: the name in the folder's manifest.
+        instruction: placed before the text of each query.
+        candidate_instruction: placed before the text of each candidate.
+        columns: for a table: its columns by key, such as `{query: question, positive: answer}`.
         files: for a table: pattern of its files, such as `data/train-*`.
-        held_out: for a table: share of its candidates that are evaluated on and not trained on; 0:
-            all are used for both.
+        held_out: for a table: share of its candidates to evaluate on and not to train on; 0: all
+            are used for both.
     """
 
     path: str
@@ -71,12 +71,12 @@ class TrainSource(DataSource):
 
     Args:
         weight: share of the batches relative to the other sources; None for all: by size.
-        num_negatives: hard negatives per query; None takes the data module's.
-        questions: a candidate comes with up to so many of its queries at once, and is encoded
-            once; `all` for all it has. None takes the data module's.
-        first_step: the source joins the mixture at this step: names before scenes, say.
-        last_step: the source leaves the mixture at this step; None: it stays.
-        max_pairs: use only so many of its pairs; None for all.
+        num_negatives: hard negatives per query; None: `data.num_negatives`.
+        questions: queries per candidate in a batch, at most; the candidate is encoded once. `all`:
+            every query it has. None: `data.questions`.
+        first_step: step at which the source joins the mixture.
+        last_step: step at which the source leaves the mixture; None: never.
+        max_pairs: use a random sample of this many pairs; None: all.
     """
 
     weight: float | None = None
@@ -119,8 +119,9 @@ class EvalSource(DataSource):
     corpus, or where it has `candidates/` each its own list.
 
     Args:
-        max_queries: only the first so many; None for all.
-        max_candidates: a query searches no more than so many, its right ones included; None: all.
+        max_queries: use only the first queries, this many; None: all.
+        max_candidates: candidates that a query searches, at most, the right ones included; None:
+            all.
         where: only queries with these metadata, such as `{language: english}`; for retrieval sets.
     """
 

@@ -50,15 +50,16 @@ class BackboneConfig:
         revision: hub revision of `path`.
         scratch: transformers config of a model with random weights, `model_type` included.
         tokenizer: the tokenizer of a `scratch` model.
-        min_pixels: smaller images are enlarged to it; None keeps the image processor's own limit.
-        max_pixels: larger images are shrunk to it: bounds the image tokens of an item.
-        max_text_tokens: longer texts are cut; image tokens never are.
-        dtype: of the weights of a pretrained model.
+        min_pixels: smaller images are enlarged to this size; None: the image processor's limit.
+        max_pixels: larger images are shrunk to this size, which limits the tokens of an image;
+            None: the image processor's limit.
+        max_text_tokens: longer texts are truncated; image tokens never are.
+        dtype: dtype of a pretrained model's weights.
         attention: `sdpa`, `sdpa_fp32` (for bf16 on a CPU), `flash_attention_2` or `eager`.
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
-        quantization: `nf4` holds the weights of linear layers in 4 bits (QLoRA: with `lora` only).
-        liger: use Liger's kernels.
-        compile: torch.compile for the layers of the language model.
+        quantization: `nf4` keeps the weights of linear layers in 4 bits (QLoRA: only with `lora`).
+        liger: use the kernels of liger-kernel.
+        compile: compile the layers of the language model with `torch.compile`.
     """
 
     path: str | None = None

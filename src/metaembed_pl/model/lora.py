@@ -32,11 +32,11 @@ class LoraConfig:
     Args:
         r: rank of the update of each adapted layer.
         alpha: the update is scaled by alpha / r.
-        dropout: share of the adapter's inputs that are dropped in training.
-        init: of the adapter: `gaussian`, or `default` for Kaiming; both start as no update at all.
-        dora: learn the length of each weight row apart from its direction (DoRA).
-        targets: regular expression that the full name of an adapted module matches; None: the
-            linear layers of the language model, and with `train_vision` those of the vision tower.
+        dropout: dropout of the adapter's inputs in training.
+        init: initialisation, `gaussian` or `default` (Kaiming); with both the update starts at 0.
+        dora: learn the length of each weight row separately from its direction (DoRA).
+        targets: regular expression for the full names of the adapted modules; None: the linear
+            layers of the language model, and with `train_vision` those of the vision tower.
     """
 
     r: int = 32

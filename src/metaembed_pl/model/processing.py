@@ -45,11 +45,11 @@ class Prompt:
     """The words around an item: one user turn, as the paper has it; None: the family's own.
 
     Args:
-        prefix: opens the turn; the image follows it; may hold special tokens.
-        before_text: between image and text; may hold special tokens.
-        query: stands before the text of queries only.
-        image_only: the text of an item that has none.
-        suffix: closes the turn; may hold special tokens.
+        prefix: opens the turn, before the image; may contain special tokens.
+        before_text: between image and text; may contain special tokens.
+        query: placed before the text of queries only.
+        image_only: the text of an item that has only an image.
+        suffix: closes the turn; may contain special tokens.
 
     >>> family_of("mllama").template.suffix, Prompt(query="").over(family_of("mllama").template)
     ('<|eot_id|>', Template(..., suffix='<|eot_id|>', before_text='', query='', ...))

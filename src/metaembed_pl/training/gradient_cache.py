@@ -76,8 +76,8 @@ class GradientCacheConfig:
     """Gradient caching: the gradient of a large batch in the memory of one chunk.
 
     Args:
-        max_tokens: of a chunk, padding and meta tokens included. More is faster and takes more
-            memory; the gradient is the same.
+        max_tokens: tokens per chunk, padding and meta tokens included. More is faster and takes
+            more memory; the gradient is the same.
     """
 
     max_tokens: int = 16384

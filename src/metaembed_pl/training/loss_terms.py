@@ -26,8 +26,8 @@ class SpreadConfig:
     """A penalty on an input's own meta embeddings where they are alike.
 
     Args:
-        weight: of the penalty beside the loss of a group, which has weight 1.
-        margin: the cosine up to which two of them may be alike, -1 to below 1.
+        weight: weight of the penalty; the loss of a group has weight 1.
+        margin: cosines up to this are not penalised, -1 to below 1.
     """
 
     weight: float = 10.0
@@ -56,11 +56,11 @@ class SelfDistillationConfig:
     """Distillation: smaller groups learn how the largest one ranks the candidates of a batch.
 
     Args:
-        weight: of the divergence beside a group's loss, which has weight 1.
+        weight: weight of the divergence; the loss of a group has weight 1.
         temperature: logits of teacher and student are divided by it; above 1, candidates below the
             first one count more.
         first_step: the step at which it starts, once the teacher has learned something.
-        warmup_steps: its weight rises from 0 over so many steps.
+        warmup_steps: number of steps over which its weight rises from 0.
     """
 
     weight: float = 1.0
@@ -92,10 +92,10 @@ class TeacherConfig:
     """Distillation from a teacher's scores.
 
     Args:
-        model: folder of a trained model that scores the batch as the student does. None: the
-            pairs' own `scores`, a reranker's for instance.
-        weight: of this term beside a group's loss, which has weight 1.
-        objective: `kl`: the distribution over candidates. `margin_mse`: how far the positive is
+        model: folder of a trained model that scores the same batch. None: the `score` of each
+            pair's positive and hard negatives, such as a reranker's.
+        weight: weight of this term; the loss of a group has weight 1.
+        objective: `kl` compares distributions over candidates; `margin_mse` how far the positive is
             above each other candidate, in logits.
         temperature: the teacher's scores are divided by it; a model's are first divided by r_q.
 
@@ -116,8 +116,8 @@ class QuantizationConfig:
     """Rounds candidates in a share of the steps, as a store with fewer bits does.
 
     Args:
-        bits: of a component: 8, with a scale for each vector, or 1, its sign.
-        share: of the steps; in the others nothing is rounded.
+        bits: bits per component: 8, with one scale per vector, or 1, the sign.
+        share: share of the steps in which candidates are quantized.
     """
 
     bits: int = 8

@@ -74,25 +74,26 @@ class MetaEmbedModule(pl.LightningModule):
     Args:
         backbone: the vision-language model; with `start_from`, only options to run it.
         groups: nested budgets, smallest first, such as `["1x1", "2x4"]`; the paper's by default.
-        layout: the meta tokens that an input ends in: `both`: those of queries and candidates, as
-            the paper and by default; `own`: those of its side alone, which is shorter.
-        projection: width of the meta embeddings; None keeps the backbone's.
+        layout: which meta tokens an input ends with. `both`: those of queries and candidates, as in
+            the paper (the default). `own`: only those of its own side, which is shorter.
+        projection: width of the meta embeddings; None: the backbone's.
         meta_token_std: standard deviation of new meta tokens; None: `initializer_range`.
-        meta_tokens_orthogonal: whether the meta tokens start at right angles to each other.
-        pooling: what becomes vectors: `meta_tokens` by default; `last` (the last token) and `mean`
-            (of all tokens) make a model of one vector, without meta tokens.
-        bidirectional: every token sees those after it, too: for pooling `last` and `mean`.
-        prompt: the words around an item.
+        meta_tokens_orthogonal: initialise the meta tokens orthogonally.
+        pooling: which states become vectors. `meta_tokens` (the default), or for a single-vector
+            model without meta tokens `last` (the last token) or `mean` (of all tokens).
+        bidirectional: turn off the causal mask; for pooling `last` and `mean`.
+        prompt: text and special tokens around an item.
         loss: the MMR loss and its optional terms.
-        optimizer: AdamW and its schedule.
-        start_from: a trained model (folder or hub id) that gives backbone, preprocessing, groups,
-            layout, projection and meta tokens; an adapter of its own becomes part of its weights.
-        lora: adapt the backbone by LoRA; None: train its weights themselves.
-        train_vision: train the vision tower and its projector, or with `lora` adapt the tower's
+        optimizer: the optimiser and its schedule.
+        start_from: a trained model (folder or hub id) to continue from. It determines backbone,
+            preprocessing, groups, layout and projection; its adapter is merged into the weights.
+        lora: train a LoRA adapter; None: train the backbone's own weights.
+        train_vision: train the vision tower and its projector; with `lora`, adapt the tower's
             linear layers.
         headline: the metric that selects the best checkpoint, such as `ndcg@5`, `recall@1/4x8` or
-            `esg/ndcg@5`. None: recall@1.
-        gradient_cache: for batches whose activations do not fit; None: all rows at once.
+            `esg/ndcg@5`; None: recall@1.
+        gradient_cache: gradient caching, for batches whose activations do not fit into memory;
+            None: all rows at once.
     """
 
     def __init__(

@@ -36,20 +36,20 @@ class LossConfig:
 
     Args:
         temperature: scores are divided by it; above 0.
-        weights: of the groups' losses; None: 1 each.
-        both_directions: average with the loss of each positive finding its query.
-        mean_over_query: divide scores by r_q, so that logits of all groups are of one size.
-        false_negative_margin: leave out candidates that score higher than the positive by more than
-            this, in units of a cosine; None: leave out none.
-        temperature_bounds: learn the temperature between these two; None: it stays.
-        learn_weights: learn the groups' weights, from `weights` on.
-        query_spread: keep the vectors of a query apart, so that each can ask for something else.
-        candidate_spread: keep the vectors of a candidate apart.
-        self_distillation: the largest group teaches the smaller ones.
-        teacher: a reranker's scores or another model teach all groups.
-        widths: train the first so many components of each vector, too, such as [64, 32]: a store
-            may then keep no more. The loss is the mean over all widths.
-        quantization: round candidates in a share of the steps, as a store of fewer bits does.
+        weights: weights of the groups' losses; None: 1 each.
+        both_directions: average with the loss in the other direction, of finding the query.
+        mean_over_query: divide scores by r_q, so that the logits of all groups have the same scale.
+        false_negative_margin: exclude negatives that score higher than the positive by more than
+            this, in cosine units; None: exclude none.
+        temperature_bounds: learn the temperature between these two bounds; None: it is fixed.
+        learn_weights: learn the groups' weights, starting from `weights`.
+        query_spread: penalise vectors of a query that are alike, so that they specialise.
+        candidate_spread: the same for the vectors of a candidate.
+        self_distillation: distil the largest group into the smaller ones.
+        teacher: distil a reranker's scores or another model into all groups.
+        widths: also train the first components of each vector, such as [64, 32]; a store can then
+            keep only these. The loss is the mean over all widths.
+        quantization: quantize candidates in a share of the steps, as a store in int8 does.
     """
 
     temperature: float = 0.03

@@ -20,16 +20,16 @@ class OptimizerConfig:
 
     Args:
         kind: the class, such as `torch.optim.Adafactor` or `bitsandbytes.optim.PagedAdamW8bit`.
-        options: what else it takes, such as `{"eps": 1e-6}`.
+        options: other arguments of the class, such as `{"eps": 1e-6}`.
         lr: the highest learning rate.
-        meta_token_lr: that of the meta tokens; None: the same.
-        muon_lr: trains the backbone's matrices with Muon at this rate and only the rest with AdamW:
-            for a model from scratch, which then needs about half the steps (docs/log.md). Updates
-            are scaled to AdamW's size, so the rate is of AdamW's order. None: AdamW for all.
-        weight_decay: of matrices; never of norms, biases, embeddings and meta tokens.
-        betas: AdamW's; left out of a class that has none.
+        meta_token_lr: learning rate of the meta tokens; None: `lr`.
+        muon_lr: train the backbone's matrices with Muon at this rate and the rest with AdamW, for a
+            model from scratch, which then needs about half the steps (docs/log.md). Updates are
+            scaled like AdamW's, so use similar rates. None: AdamW for everything.
+        weight_decay: weight decay of matrices; norms, biases, embeddings and meta tokens have none.
+        betas: AdamW's betas; ignored by a class that has none.
         schedule: how the learning rate falls after the warm-up.
-        warmup: share of all steps in which it rises.
+        warmup: share of all steps in which the learning rate rises.
     """
 
     lr: float = 1e-4
