@@ -37,13 +37,14 @@ def test_a_script_runs_by_its_name_and_can_be_imported(tmp_path, capsys):
     assert "metaembed-pl prepare pairs: --held-out is a share" in capsys.readouterr().err
 
 
-def test_help_of_a_script_is_the_scripts_own(capsys):
+@pytest.mark.parametrize("name", sorted(file.stem for file in SCRIPTS.glob("[!_]*.py")))
+def test_help_of_a_script_is_the_scripts_own(name, capsys):
     with pytest.raises(SystemExit) as ended:
-        main(["prepare", "vidore", "--help"])
+        main(["prepare", name, "--help"])
     assert ended.value.code == 0
     out = capsys.readouterr().out
-    assert out.startswith("usage: metaembed-pl prepare vidore ")
-    assert "--subset" in out
+    assert out.startswith(f"usage: metaembed-pl prepare {name} ")
+    assert f"python data_prep/{name}.py " in out
 
 
 def test_a_script_that_is_not_there_is_told_with_those_that_are(capsys):

@@ -100,13 +100,29 @@ def troubleshooting():
     return (ROOT / "docs/troubleshooting.md").read_text()
 
 
-def flags(parser):
-    """All flags of a parser and of its own verbs."""
+def arguments(parser):
+    """All arguments of a parser and of its own verbs."""
     for action in parser._actions:
-        yield from action.option_strings
         if isinstance(action, argparse._SubParsersAction):
             for verb in action.choices.values():
-                yield from flags(verb)
+                yield from arguments(verb)
+        else:
+            yield action
+
+
+def flags(parser):
+    """All flags of a parser and of its own verbs."""
+    return {flag for action in arguments(parser) for flag in action.option_strings}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_explains_every_argument_and_says_its_default(verb):
+    parser = argparse.ArgumentParser(add_help=False)
+    importlib.import_module(f"metaembed_pl.cli.{verb}").add_arguments(parser)
+    for action in arguments(parser):
+        assert action.help, action.dest
+        has_default = action.default not in (None, False, [], argparse.SUPPRESS)
+        assert not has_default or "default: " in action.help, action.dest
 
 
 def commands(page):

@@ -78,8 +78,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--width",
         type=int,
         metavar="W",
-        help="dimensions to store, via a projection learned from 512 items (default: all of the "
-        "model's)",
+        help="dimensions to store: the first ones if the model was trained at that width, else a "
+        "projection learned from 512 items (default: all of the model's)",
     )
     add_pace_arguments(parser)
     add(

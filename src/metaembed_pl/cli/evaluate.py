@@ -48,7 +48,8 @@ OF_EVALUATING = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of the verb."""
     add = parser.add_argument
-    add_model_arguments(parser, required=False)
+    others = "; or sentence-transformers:NAME or mteb:NAME, a model of another library"
+    add_model_arguments(parser, required=False, others=others)
     add(
         "--vectors",
         metavar="RQxRC",
@@ -62,13 +63,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="query x candidate vectors to use, x first dimensions of each (default: all trained "
         "budgets)",
     )
-    add("--out", type=Path, metavar="DIR", help="(default: evaluations/BENCHMARK-MODEL)")
+    add(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder to write to (default: evaluations/BENCHMARK-MODEL)",
+    )
     add(
         "--data",
         type=Path,
         default=DATA,
         metavar="DIR",
-        help="benchmark files (default: data)",
+        help="folder of the benchmarks' files (default: data)",
     )
     add_pace_arguments(parser)
     add(
@@ -99,7 +105,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="BUDGET[,BUDGET]",
         help="budgets of A and B (default: the largest of each)",
     )
-    add("--metric", metavar="NAME", help="(default: the metric of each task)")
+    add("--metric", metavar="NAME", help="metric to compare (default: that of each task)")
     # The verb's own `run` is set for the parser above: it asks for this one.
     compare.set_defaults(compare=True)
 

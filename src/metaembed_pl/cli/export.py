@@ -48,7 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="W",
         help="keep the first W dimensions, of a model trained at that width",
     )
-    add("--format", choices=FORMATS, default="metaembed", help="the library that will load it")
+    add(
+        "--format",
+        choices=FORMATS,
+        default="metaembed",
+        help="the library that will load it (default: metaembed)",
+    )
     add(
         "--push-to",
         metavar="ORG/NAME",

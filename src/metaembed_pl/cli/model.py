@@ -16,14 +16,22 @@ DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 STORED = ("fp16", "int8")
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """Declare the flags of the model, which are the same for every verb."""
+def add_model_arguments(
+    parser: argparse.ArgumentParser, required: bool = True, others: str = ""
+) -> None:
+    """Declare the flags of the model, which are the same for every verb.
+
+    Args:
+        parser: of the verb.
+        required: whether --model must be given.
+        others: what else --model takes, for its help.
+    """
     add = parser.add_argument
     add(
         "--model",
         required=required,
         metavar="FOLDER",
-        help="a model folder such as runs/NAME/model, or a hub id",
+        help=f"a model folder such as runs/NAME/model, or a hub id{others}",
     )
     add("--revision", metavar="NAME", help="branch, tag or commit of a model on the hub")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: cuda if available)")

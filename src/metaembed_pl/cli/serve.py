@@ -33,9 +33,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--host",
         default="127.0.0.1",
         metavar="ADDRESS",
-        help="(default: 127.0.0.1, this machine only)",
+        help="address to listen on (default: 127.0.0.1, this machine only)",
     )
-    add("--port", type=int, default=8000, metavar="N", help="(default: 8000; 0: any free port)")
+    add(
+        "--port",
+        type=int,
+        default=8000,
+        metavar="N",
+        help="port to listen on; 0: any free port (default: 8000)",
+    )
     add(
         "--pictures",
         type=Path,
