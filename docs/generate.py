@@ -21,11 +21,17 @@ from metaembed_pl.cli.recipe_keys import PARTS, content_of, in_words, keys_of
 
 ROOT = Path(__file__).parent.parent
 PYTHON = {
-    "Items and budgets": ["item.Item", "item.Pair", "budget.Budget"],
-    "Models": ["model.embedder.MetaEmbedder"],
+    "Items and budgets": ["item.Item", "item.Pair", "item.read_pairs", "budget.Budget"],
+    "Shards": ["data.shards.ShardWriter", "data.shards.ShardedPairs"],
+    "Models": ["model.embedder.MetaEmbedder", "model.export_vllm.VllmPrompts"],
     "Stores and search": [
         "retrieval.store.Store",
-        "retrieval.search.Hit",
+        "retrieval.cascade.Hits",
+        "retrieval.calibration.measure",
+        "retrieval.calibration.choose",
+        "retrieval.index_build.build",
+        "retrieval.index_build.extend",
+        "retrieval.projection.Projection",
         "retrieval.qdrant.store.QdrantStore",
     ],
     "Late interaction": ["late_interaction.maxsim", "late_interaction.nested_scores"],

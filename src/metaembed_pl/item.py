@@ -34,13 +34,13 @@ class Item:
     """A text, an image, or both: a query or a candidate.
 
     Args:
-        text: not only white space.
+        text: a text that is not blank.
         image: a file, an encoded image (bytes), or a PIL image.
-        id: the name of the thing this item stands for.
-        answers: ids of all things this candidate answers; empty: only itself.
-        instruction: the task, such as "Find the page that answers:". A model reads it before the
-            text; it does not change the item's identity.
-        score: the score with its pair's query, if hard negatives were mined.
+        id: identifies the item; items with the same id are one candidate in an evaluation.
+        answers: ids of everything this candidate answers; empty: only itself.
+        instruction: the task, such as "Find the page that answers:". It is placed before the text,
+            and does not change the item's identity.
+        score: the score with its pair's query, written by `mine`.
 
     Raises:
         UserError: there is neither text nor image, or a value has the wrong type.
@@ -186,13 +186,13 @@ class Pair:
     """A query, the candidate that answers it, and hard negatives.
 
     Args:
-        id: the pair's name, unique in its source.
-        query: to be answered.
-        positive: the match.
+        id: identifies the pair; unique in its source.
+        query: the query.
+        positive: the candidate that answers it.
         negatives: hard negatives.
-        asks: id of the thing asked for, or several, any of which is right. A candidate of the batch
-            with one of them in its `answers` is an accidental positive, which the loss masks. None:
-            the positive's first answer.
+        asks: the id that is asked for, or several, each a right answer. The loss does not use a
+            candidate with one of them in its `answers` as a negative. None: the positive's first
+            answer.
     """
 
     id: str

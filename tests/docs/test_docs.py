@@ -168,6 +168,21 @@ def test_python_blocks_compile(page):
                 assert re.search(rf"\b{name}\b", source), (module, name)
 
 
+def test_the_python_reference_has_what_pages_import():
+    source = (ROOT / "docs/generate.py").read_text()
+    named = set(re.findall(r'"((?:[a-z_]+\.)+[A-Za-z_]+)"', source[: source.index("def on_files")]))
+    for name in named:
+        module, _, thing = name.rpartition(".")
+        file = ROOT / "src/metaembed_pl" / (module.replace(".", "/") + ".py")
+        assert re.search(rf"\b{thing}\b", file.read_text()), name
+    things = {name.rpartition(".")[2] for name in named}
+    for page in ROOT.glob("docs/*.md"):
+        for names in re.findall(
+            r"^from metaembed_pl[\w.]* import ([\w, ]+)", page.read_text(), re.M
+        ):
+            assert {*names.replace(" ", "").split(",")} <= things, page.name
+
+
 def test_the_first_example_runs(tmp_path, monkeypatch):
     tiny.embedder().save_pretrained(tmp_path / "runs/emoji/model")
     monkeypatch.chdir(tmp_path)

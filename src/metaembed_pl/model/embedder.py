@@ -65,13 +65,13 @@ class MetaEmbedder(nn.Module):
         processing: its preprocessing.
         groups: the nested groups the model is trained for; the largest sets R_q and R_c.
         layout: see `MetaTokens`.
-        projection: width of the meta embeddings; None keeps the backbone's hidden width.
-        meta_token_std: of their random start; None: the backbone's `initializer_range`, as the
-            paper.
-        meta_tokens_orthogonal: whether they start at right angles to each other.
-        pooling: `last` and `mean` make a model of one vector, without meta tokens, as mmE5, GME and
-            Qwen3-VL-Embedding (`last`) and MoCa (`mean`) are.
-        bidirectional: every token of the language model sees those after it, too (MoCa).
+        projection: width of the meta embeddings; None: the backbone's hidden width.
+        meta_token_std: standard deviation of new meta tokens; None: the backbone's
+            `initializer_range`, as in the paper.
+        meta_tokens_orthogonal: initialise the meta tokens orthogonally.
+        pooling: `last` and `mean` make a single-vector model without meta tokens, like mmE5, GME
+            and Qwen3-VL-Embedding (`last`) or MoCa (`mean`).
+        bidirectional: turn off the causal mask of the language model, as MoCa does.
 
     Attributes:
         widths: smaller widths at which its first components were trained, largest first.
@@ -211,7 +211,7 @@ class MetaEmbedder(nn.Module):
 
         Args:
             items: texts, `{"text": ..., "image": ...}` or `Item`s.
-            batch_size: pictures prepared at a time, of texts eight times as many; changes speed and
+            batch_size: pictures prepared at a time, or eight times as many texts; changes speed and
                 memory, not the result.
             progress: show a progress bar.
 
@@ -396,9 +396,9 @@ class MetaEmbedder(nn.Module):
 
         Args:
             folder: a model folder, or the hub id of one.
-            device: where the model goes.
-            options: how the backbone is run; None: as it was saved.
-            revision: of a hub id.
+            device: the device to load the model on.
+            options: options to run the backbone with; None: those it was saved with.
+            revision: branch, tag or commit of a hub id.
 
         Raises:
             UserError: not a model folder; or weights are missing, unexpected or mis-shaped; or its

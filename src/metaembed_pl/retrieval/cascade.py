@@ -86,12 +86,12 @@ class Hits:
     """The hits of a search by query, best first.
 
     Args:
-        ids: of the items.
+        ids: ids of the items.
         scores: MaxSim at the last budget; divided by r_q only with `normalised`.
-        rows: of the items in the store.
-        stages: of the search.
-        milliseconds: for all queries, without encoding.
-        bytes_read: vectors read, from disk or the system's cache.
+        rows: rows of the items in the store, such as `Store.metadata` takes.
+        stages: stages that the search ran.
+        milliseconds: time for all queries, without encoding.
+        bytes_read: bytes of the vectors read, from disk or the system's cache.
     """
 
     ids: list[list[str]]

@@ -100,10 +100,11 @@ class Store(Searchable):
         Args:
             folder: must not exist, or be empty.
             groups: the model's nested groups.
-            width: of the model's vectors.
-            identity: of the model, see `identity_of`.
-            dtype: of the stored components: fp32, bf16, fp16, or int8 with a scale per vector.
-            projection: from the model's vectors to the stored ones; None: all components are
+            width: width of the model's vectors.
+            identity: the model's fingerprint, see `identity_of`.
+            dtype: dtype of the stored components: fp32, bf16, fp16, or int8 with one scale per
+                vector.
+            projection: maps the model's vectors to the stored ones; None: all components are
                 stored.
             widths: trained widths of the stored vectors, see `VectorSpace`.
 
@@ -187,13 +188,14 @@ class Store(Searchable):
         `embedding.embed`, which this calls, reports progress and has more options.
 
         Args:
-            folder: of the store; created if it does not exist.
+            folder: folder of the store; created if it does not exist.
             model: encodes the items, as candidates.
             items: texts, `{"text": ..., "image": ...}` or `Item`s, in order.
             batch_size: items that are encoded and committed at a time.
-            dtype: of a new store; None: bf16.
-            width: of the vectors of a new store, by a projection learned from some of the items;
-                None: the model's.
+            dtype: dtype of a new store; None: bf16.
+            width: width of the vectors of a new store: the first components if the model was
+                trained at that width, else a projection learned from some of the items; None: the
+                model's.
 
         Raises:
             UserError: an item cannot be read, or the store is another model's.
@@ -281,9 +283,9 @@ class Store(Searchable):
         """The first `r_c` meta embeddings of items as they are stored, float32.
 
         Args:
-            rows: of the items; None: all.
-            r_c: vectors of an item; None: all.
-            width: first components of each vector, as unit vectors; None: all.
+            rows: rows of the items; None: all.
+            r_c: number of vectors per item; None: all.
+            width: number of first components of each vector, as unit vectors; None: all.
 
         Raises:
             UserError: the model was not trained at `r_c` or `width`.
@@ -298,8 +300,8 @@ class Store(Searchable):
         """Scores of every item for every query, some rows at a time, in order.
 
         Args:
-            queries: of the store's model, all R_q vectors, on the device to compute on.
-            budget: None spends all vectors.
+            queries: encoded by the store's model, all R_q vectors, on the device to compute on.
+            budget: numbers of vectors to use; None: all.
 
         Yields:
             Rows, and their scores: exact, float32, not divided by r_q.
@@ -328,15 +330,15 @@ class Store(Searchable):
         """Find the best items for each query.
 
         Args:
-            queries: of the store's model, all R_q vectors, on the device to compute on.
-            budget: every item is scored at it, exactly; None spends all vectors. With a width, such
-                as "4x8x64", only the first components of each vector are read.
-            cascade: instead of a budget, stages such as "poolx8:200,16x64:10", see cascade.py. If
+            queries: encoded by the store's model, all R_q vectors, on the device to compute on.
+            budget: score every item at this budget, exactly; None: with all vectors. With a width,
+                such as "4x8x64", only the first components of each vector are read.
+            cascade: stages instead of a budget, such as "poolx8:200,16x64:10", see cascade.py. If
                 `where` leaves so few items that scoring all of them is cheaper than the index, they
                 are scored; `stages` of the hits shows this.
             top: hits per query; None: the number that the cascade's last stage keeps, or 10.
             where: conditions on metadata, such as "lang=de"; all must hold.
-            normalised: divide scores by r_q, into [-1, 1] at any budget.
+            normalised: divide scores by r_q, which brings them into [-1, 1] at any budget.
 
         Returns:
             The hits; of equal scores the earlier row comes first.
