@@ -106,11 +106,11 @@ def _of_parser(parser: argparse.ArgumentParser) -> Iterator[str]:
             verbs = action.choices
         elif not isinstance(action, argparse._HelpAction):
             name = ", ".join(action.option_strings) or str(action.metavar or action.dest)
-            value = str(action.metavar or "") if action.option_strings else ""
+            value = f" {action.metavar or ''}".rstrip() if action.option_strings else ""
             if action.choices and not action.metavar:
-                value = "{" + ",".join(map(str, action.choices)) + "}"
+                value = " {" + ",".join(map(str, action.choices)) + "}"
             said = (action.help or "") % {**vars(action), "prog": parser.prog}
-            rows.append(f"| `{name} {value}`".replace(" `", "`") + f" | {_cell(said)} |")
+            rows.append(f"| `{name}{value}` | {_cell(said)} |")
     if rows:
         yield from ("", "| argument | meaning |", "|---|---|", *rows)
     for name, verb in verbs.items():
@@ -127,14 +127,20 @@ def recipe_keys() -> str:
         "`trainer` holds the arguments of "
         "[Lightning's Trainer](https://lightning.ai/docs/pytorch/stable/common/trainer.html).",
     ]
+    known: dict[Any, str] = {}
     for part, kind in PARTS.items():
         if part != "trainer":
-            lines += _of_class(part, kind)
+            lines += _of_class(part, kind, known)
     return "\n".join(lines) + "\n"
 
 
-def _of_class(path: str, kind: Any) -> Iterator[str]:
-    yield from ("", f"## {path}", "", "| key | type | default | meaning |", "|---|---|---|---|")
+def _of_class(path: str, kind: Any, known: dict[Any, str]) -> Iterator[str]:
+    yield from ("", f"## {path}", "")
+    if kind in known:
+        yield f"The keys of `{known[kind]}`."
+        return
+    known[kind] = path
+    yield from ("| key | type | default | meaning |", "|---|---|---|---|")
     meanings = _meanings(kind)
     inner = []
     for key, hint in keys_of(kind).items():
@@ -142,13 +148,16 @@ def _of_class(path: str, kind: Any) -> Iterator[str]:
         made_of, is_list = content_of(hint)
         if made_of is not None:
             inner.append((f"{path}.{key}[]" if is_list else f"{path}.{key}", made_of))
-        shown = "required" if default is inspect.Parameter.empty else f"`{default!r}`"
-        shown = "" if "factory" in shown else shown.replace("None", "null")
+        shown = "required" if default is inspect.Parameter.empty else _as_yaml(default)
         said = in_words(hint) if made_of is None else ("list of keys" if is_list else "keys")
         meaning = meanings.get(key, "").replace("None", "null")
-        yield f"| `{key}` | {_cell(said)} | {_cell(shown)} | {_cell(meaning)} |"
+        yield f"| `{key}` | {said} | {shown} | {_cell(meaning)} |"
     for name, made_of in inner:
-        yield from _of_class(name, made_of)
+        yield from _of_class(name, made_of, known)
+
+
+def _as_yaml(default: Any) -> str:
+    return "" if "factory" in repr(default) else f"`{json.dumps(default)}`"
 
 
 def _meanings(kind: Any) -> dict[str, str]:
@@ -173,7 +182,8 @@ def python() -> str:
 
 def _cell(text: str) -> str:
     text = " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
-    return text[:1].upper() + text[1:] if text and not text.startswith("`") else text
+    is_word = re.match(r"[a-z]+ ", text)  # not a value, such as cpu, or a name, such as runs/NAME
+    return text[:1].upper() + text[1:] if is_word else text
 
 
 def _sentence(text: str) -> str:

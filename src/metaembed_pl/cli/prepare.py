@@ -20,7 +20,7 @@ FOLDER = Path(__file__).parents[1] / "data_prep"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of the verb."""
     parser.add_argument(
-        "name", nargs="?", metavar="NAME", help="script; without it, all are listed"
+        "name", nargs="?", metavar="NAME", help="script to run; without it, all are listed"
     )
     parser.add_argument(
         "arguments", nargs=argparse.REMAINDER, metavar="...", help="its arguments; see NAME --help"

@@ -72,7 +72,7 @@ class RetrievalDataModule(pl.LightningDataModule):
         steps_per_epoch: steps per epoch; None: one pass over all pairs.
         open_shards: number of shards of a source among which pairs are shuffled at a time.
         max_bad_samples: the run stops after more different unusable pairs than this.
-        mixing_temperature: weights sources by pairs^(1/T); 1: in proportion to their size;
+        mixing_temperature: weights sources by size^(1/T); 1: in proportion to their size;
             infinity: equally.
     """
 

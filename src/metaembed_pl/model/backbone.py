@@ -33,7 +33,7 @@ class ScratchTokenizer:
     """A byte-level BPE tokenizer trained on the texts of shards.
 
     Args:
-        vocab_size: entries, special tokens included.
+        vocab_size: number of entries, special tokens included.
         sources: folders of shards whose texts it is trained on.
     """
 

@@ -33,7 +33,7 @@ class LoraConfig:
         r: rank of the update of each adapted layer.
         alpha: the update is scaled by alpha / r.
         dropout: dropout of the adapter's inputs in training.
-        init: initialisation, `gaussian` or `default` (Kaiming); with both the update starts at 0.
+        init: how the adapter starts, `gaussian` or `default` (Kaiming); with both as no update.
         dora: learn the length of each weight row separately from its direction (DoRA).
         targets: regular expression for the full names of the adapted modules; None: the linear
             layers of the language model, and with `train_vision` those of the vision tower.
