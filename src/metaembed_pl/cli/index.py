@@ -38,8 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--codes",
         choices=("sq8", "rabitq"),
-        help="codes of the index: sq8 takes a byte per dimension; rabitq takes a bit, is a quarter "
-        "of the size, and slower (default: sq8, or as before)",
+        help="codes of the index: sq8 has one byte per dimension; rabitq has one bit, a quarter of "
+        "the size, and is slower (default: sq8, or as before)",
     )
     add("--again", action="store_true", help="rebuild an existing index")
     add(

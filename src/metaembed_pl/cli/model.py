@@ -69,7 +69,7 @@ def add_pace_arguments(parser: argparse.ArgumentParser, workers: bool = True) ->
         type=int,
         default=32,
         metavar="N",
-        help="images prepared at a time; eight times as many texts (default: 32)",
+        help="images prepared at a time, or eight times as many texts (default: 32)",
     )
     if not workers:
         return
