@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("shards", nargs="+", metavar="SHARDS", help="folders of shards, or parent folders")
     add("--sheet", type=Path, metavar="FILE.png", help="draw a contact sheet of pairs")
     add("--num", type=int, default=12, metavar="N", help="pairs on the contact sheet (default: 12)")
-    add("--decode", action="store_true", help="decode all images, to find broken and identical ones")
+    add("--decode", action="store_true", help="decode all images, to find broken and equal images")
     add(
         "--model",
         type=Path,
