@@ -22,24 +22,33 @@ from metaembed_pl.errors import UserError, causes
 def new_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """A temporary sibling folder that takes the name `path` when the block ends without an error.
 
+    A link is followed: the folder may be on another disk.
+
     Raises:
-        UserError: `path` exists and is not to be overwritten.
+        UserError: `path` exists, or was made meanwhile, and is not an empty folder, and is not to
+            be overwritten.
     """
-    path = Path(path)
-    if path.exists() and not overwrite:
-        raise UserError(f"{path} exists already: choose another folder")
+    path = path.resolve() if path.is_symlink() else path
+    exists = f"{path} exists already: choose another folder"
+    if path.exists() and not (overwrite or is_empty(path)):
+        raise UserError(exists)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         yield temporary
         share(temporary)
-        if path.exists():
+        if overwrite and path.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
             os.replace(path, old / path.name)
             os.replace(temporary, path)
             shutil.rmtree(old)
         else:
-            os.replace(temporary, path)
+            try:
+                os.replace(temporary, path)  # replaces an empty folder, and no other
+            except OSError as error:
+                if not path.exists():
+                    raise
+                raise UserError(exists) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -124,7 +124,7 @@ class Store(Searchable):
             content, width = projection.to_bytes(), projection.width
         widths = tuple(narrower for narrower in widths if narrower < width)
         manifest = Manifest(identity, parse_groups(groups), width, dtype, widths=widths)
-        with new_folder(folder, overwrite=is_empty(folder)) as temporary:
+        with new_folder(folder) as temporary:
             _, manifest = begin_store(temporary, manifest, content)
             manifest.write(temporary)
         return cls(folder)
