@@ -8,7 +8,7 @@ from metaembed_pl.cli.main import main
 from metaembed_pl.errors import UserError
 from metaembed_pl.retrieval import embedding
 from metaembed_pl.retrieval.embedding import PartOf
-from metaembed_pl.retrieval.parts import PART_FILE, PartNote
+from metaembed_pl.retrieval.parts import PART_FILE, PartNote, merge
 from metaembed_pl.retrieval.store import Store
 
 
@@ -172,3 +172,17 @@ def test_what_comes_twice_is_in_the_part_of_the_first(tmp_path):
     with pytest.raises(UserError, match="give a list of them"):
         for _ in embedding.embed(store, model, iter(items), 1, part=PartOf(1, 2)):
             pass
+
+
+def test_parts_in_batches_of_different_sizes_are_not_merged(tmp_path):
+    # Their windows begin at other places: merged, they would lack items or hold some twice.
+    model = tiny.embedder()
+    items = [{"id": f"{i}", "text": tiny.text(i)} for i in range(50)]
+    for number, batch_size in ((1, 1), (2, 3)):
+        store = Store.open_for(model, tmp_path / f"{number}")
+        PartNote(f"{number}/2", 50, batch_size, done=True).write(store.folder)
+        for _ in embedding.embed(store, model, items, batch_size, part=PartOf(number, 2)):
+            pass
+    with pytest.raises(UserError, match=r"50 items in batches of 1; .* 50 items in batches of 3"):
+        merge([tmp_path / "1", tmp_path / "2"], tmp_path / "s")
+    assert not (tmp_path / "s").exists()

@@ -106,9 +106,7 @@ def merge(folders: Sequence[Path], out: Path) -> Store:
     new = Manifest(first.identity, first.groups, first.width, first.dtype, widths=first.widths)
     projection = stores[0].folder / PROJECTION_FILE
     content = None if first.projection is None else projection.read_bytes()
-    if (out / PART_FILE).exists() or (out.exists() and any(out.iterdir())):
-        raise UserError(f"{out} is not empty: choose another --out")
-    with new_folder(out, overwrite=out.is_dir()) as temporary:
+    with new_folder(out) as temporary:
         data, new = begin_store(temporary, new, content)
         seen: set[str] = set()
         for store in stores:
@@ -124,13 +122,16 @@ def _ordered(folders: Sequence[Path]) -> list[Store]:
     """The stores of all parts, by number; refuses missing, incomplete and repeated parts."""
     notes = {folder: PartNote.read(folder) for folder in folders}
     parts = {folder: PartOf.parse(note.part) for folder, note in notes.items()}
-    counts = {(part.of, notes[folder].items) for folder, part in parts.items()}
-    if len(counts) > 1:
-        some = "; ".join(
-            f"{folder} is {part} of {notes[folder].items:,} items" for folder, part in parts.items()
-        )
+    # Another batch size cuts the items at other places.
+    kinds = {
+        folder: f"of {part.of} parts of {notes[folder].items:,} items in batches of "
+        f"{notes[folder].batch_size}"
+        for folder, part in parts.items()
+    }
+    if len(set(kinds.values())) > 1:
+        some = "; ".join(f"{folder} is one {kind}" for folder, kind in kinds.items())
         raise UserError(f"these are not parts of one store: {some}")
-    ((of, _),) = counts
+    of = next(iter(parts.values())).of
     given = Counter(part.number for part in parts.values())
     missing = [f"{number}/{of}" for number in range(1, of + 1) if number not in given]
     twice = [f"{number}/{of}" for number, count in given.items() if count > 1]
