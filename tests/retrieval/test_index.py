@@ -409,3 +409,11 @@ def test_more_vectors_than_lists_and_less(tmp_path):
     assert index.num_lists <= 8
     assert store.search(QUERIES, cascade="each@.4:5,4x8:10").ids == [["item 0"]] * len(QUERIES)
     assert [one.tolist() for one in index.search(QUERIES, 0.5, 8)[0]] == [[0]] * len(QUERIES)
+
+
+def test_few_indexed_items_and_many_new_ones_still_fill_the_list(tmp_path):
+    store = filled(tmp_path / "s", 3)
+    build(store)
+    store.add([f"new {i}" for i in range(100)], topics(100, seed=8))
+    hits = store.search(QUERIES, cascade="each@.6:5,4x8:10")
+    assert {len(ids) for ids in hits.ids} == {10}

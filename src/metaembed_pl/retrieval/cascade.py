@@ -255,15 +255,21 @@ def _ask(
     """
     assert stage.reach is not None
     allowed = matching.allowed(index.num_rows, index.num_slots)
-    at_least = min(at_least, matching.num_below(index.num_rows))
+    num_indexed = matching.num_below(index.num_rows)
     # With a filter, more lists are needed for as many items.
     widened = len(snapshot.places) / len(matching.places)
     found, bytes_read = index.search(
-        stage.query_vectors(queries), stage.reach, stage.keep, allowed, at_least, widened
+        stage.query_vectors(queries),
+        stage.reach,
+        stage.keep,
+        allowed,
+        min(at_least, num_indexed),
+        widened,
     )
-    tail = matching.places[matching.num_below(index.num_rows) :]
+    tail = matching.places[num_indexed:]
     if len(tail):
-        _, best = best_rows(scan(snapshot.planes, queries, stage.budget.r_c, tail), stage.keep)
+        scored = scan(snapshot.planes, queries, stage.budget.r_c, tail)
+        _, best = best_rows(scored, max(stage.keep, at_least))
         found = [torch.cat([*both]) for both in zip(found, best.cpu(), strict=True)]
         bytes_read += len(tail) * snapshot.item_bytes(stage.budget)
     return found, bytes_read
