@@ -163,3 +163,20 @@ def test_progress_counts_queries_up_to_the_last(root, tmp_path, capsys, monkeypa
 def test_refuses_to_write_over_what_is_there(root, mined, capsys):
     assert main(arguments(root, mined)) == 2
     assert "mined/a exists already" in capsys.readouterr().err
+
+
+def test_a_kept_store_of_other_candidates_is_refused(root, tmp_path, capsys):
+    kept = ["--store", str(tmp_path / "kept")]
+    assert main(arguments(root, tmp_path / "one", *kept)) == 0
+    assert main(arguments(root, tmp_path / "two", *kept)) == 0
+    assert digests(tmp_path / "one") == digests(tmp_path / "two")
+    capsys.readouterr()
+    more = ["--candidate-instruction", "Name it:"]
+    assert main(arguments(root, tmp_path / "three", *kept, *more)) == 2
+    assert "kept/a holds vectors of other candidates" in capsys.readouterr().err
+
+
+def test_mines_into_the_current_folder(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments(root, ".", "--num-negatives", "1")) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "report"]

@@ -128,3 +128,23 @@ def test_tells_what_storing_costs(model, tmp_path, dtype, least):
     assert storage_recall(store, progress)[0] < 0.8, (
         "others' vectors are stored, and it does not tell"
     )
+
+
+def test_another_item_under_an_id_of_the_store_is_told(model, tmp_path):
+    picture = tiny.picture(0)
+    store = Store.open_for(model, tmp_path / "s")
+    before = [
+        Item("red apple", id="a", instruction="Find:"),
+        Item("red apple", id="b"),
+        Item(image=picture, id="c"),
+        Item("same", id="d", answers=("x",)),
+    ]
+    after = [
+        Item("red apple", id="a", instruction="Name:"),
+        Item("red apple", id="b", instruction="Find:"),
+        Item("now with a text", image=picture, id="c"),
+        Item("same", id="d", answers=("y",)),
+    ]
+    for given, changed in ((before, []), (before, []), (after, ["a", "b"])):
+        *_, status = embed(store, model, given)
+        assert status.changed == changed

@@ -194,7 +194,8 @@ def _mine_all(
     from metaembed_pl.retrieval.mining import Corpus, Miner
 
     # The same folder for all processes, and for a resumed run.
-    stores = args.store or args.out.with_name(f".{args.out.name}.stores")
+    out = args.out.resolve()
+    stores = args.store or out.with_name(f".{out.name}.stores")
     with connected_ranks() as (rank, _):
         model = load_model(args)
         if args.cascade:
@@ -247,6 +248,11 @@ def _embedded(model: "MetaEmbedder", folder: Path, corpus: "Corpus", pace: "Pace
         steps, does, len(corpus), lambda status: status.seen, things="candidates"
     ):
         skipped = status.skipped
+        if status.changed:
+            raise UserError(
+                f"{folder} holds vectors of other candidates or instructions, such as of "
+                f"{status.changed[0]!r}: remove it, or give another --store"
+            )
     if skipped:
         print(f"{len(skipped)} candidates cannot be read, the first: {skipped[0]}", file=sys.stderr)
     wait_for_ranks()

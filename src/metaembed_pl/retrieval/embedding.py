@@ -37,6 +37,8 @@ SAMPLE_ITEMS = 512
 SAMPLE_BYTES = 2**27
 LEARNED_FROM = 512
 """Items that a projection is learned from."""
+ITEM_METADATA = ("text", "image", "instruction", "content")
+"""Metadata that show whether an id stands for another item now."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,12 @@ class Entry:
         try:
             return cls.given(id, read())
         except UserError as error:
-            return cls(id, partial(_raise, error))
+            return cls.unreadable(id, error)
+
+    @classmethod
+    def unreadable(cls, id: str, error: UserError) -> "Entry":
+        """An item that cannot be read; the error is raised when it would be encoded."""
+        return cls(id, partial(_raise, error))
 
 
 def _raise(error: UserError) -> Item:
@@ -289,7 +296,7 @@ def _looks(
         is_new = again or entry.id not in known
         if not is_new and entry.file is not None:
             is_new = _differs(store, entry.id, entry, "file_stamp")
-        elif not is_new and _differs(store, entry.id, entry, "text", "image"):
+        elif not is_new and _is_another(store, entry):
             status.changed.append(entry.id)
         yield _Look(entry, status.seen - 1, is_new)
 
@@ -311,10 +318,17 @@ def _with_own_id(store: "Store", entry: Entry, known: set[str], seen: set[str]) 
     return replace(entry, id=id)
 
 
-def _differs(store: "Store", id: str, entry: Entry, *names: str) -> bool:
-    """Whether stored metadata differ from those of an entry, in what both have."""
+def _differs(store: "Store", id: str, entry: Entry, name: str) -> bool:
+    """Whether stored metadata differ from those of an entry; not if they lack the key."""
     (stored,) = store.metadata(store.rows_of([id]))
-    return any(name in stored and stored[name] != entry.metadata.get(name) for name in names)
+    return name in stored and stored[name] != entry.metadata.get(name)
+
+
+def _is_another(store: "Store", entry: Entry) -> bool:
+    """Whether the stored item of this id was another, if its metadata show what it was."""
+    (stored,) = store.metadata(store.rows_of([entry.id]))
+    before, now = ([of.get(key) for key in ITEM_METADATA] for of in (stored, entry.metadata))
+    return any(before) and before != now
 
 
 @dataclass(frozen=True)

@@ -183,9 +183,13 @@ class Corpus(Sequence[Item]):
     def entries(self) -> Iterator[Entry]:
         """The candidates as `embed` takes them."""
         for uid, row in self.rows.items():
-            yield Entry.read(
-                uid, lambda row=row: self._instructions.with_instruction(self[row], "candidate")
-            )
+            try:
+                item = self._instructions.with_instruction(self[row], "candidate")
+            except UserError as error:
+                yield Entry.unreadable(uid, error)
+                continue
+            about = {"content": self.contents[row], "instruction": item.instruction}
+            yield Entry.given(uid, item, about)
 
 
 def stages_for(
