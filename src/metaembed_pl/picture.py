@@ -58,12 +58,14 @@ def files_below(
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        below = os.path.relpath(folder, root)
         for name in names:
             path = Path(folder, name)
             if name.startswith("."):
                 left_out["hidden"] += 1
-            elif not _is_utf8(name):
-                left_out[f"with a name that is not UTF-8, such as {os.fsencode(name)!r}"] += 1
+            elif not _is_utf8(below + name):
+                named = os.fsencode(os.path.normpath(os.path.join(below, name)))
+                left_out[f"with a name that is not UTF-8, such as {named!r}"] += 1
             elif not path.is_file():
                 left_out["broken link, pipe or device"] += 1
             elif is_wanted(path):

@@ -342,8 +342,8 @@ def test_refuses_a_file_in_the_place_of_a_store_and_leaves_it(model, things, tmp
     ("lines", "message"),
     [
         ([{"id": "a", "text": "x"}, {"id": "a", "text": "y"}], ":2: id 'a' was used before"),
-        (["x", {"text": "y", "metadata": 3}], ":2: an item's metadata must be an object, not int"),
-        (["x", {"text": "y", "colour": "red"}], ":2: an item has unknown key 'colour'"),
+        (["x", {"text": "y", "metadata": 3}], ":2': an item's metadata must be an object, not int"),
+        (["x", {"text": "y", "colour": "red"}], ":2': an item has unknown key 'colour'"),
         ([{"text": "y", "colour": "red"}], "metadata for your own: {'metadata': {'colour': ...}}"),
         ([{"image": "gone.png"}], "gone.png"),
         ([], "contains no items"),

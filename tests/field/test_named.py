@@ -152,6 +152,15 @@ def test_a_name_that_is_not_utf8_is_told_and_the_rest_is_found(tmp_path, caplog)
     assert "b'caf\\xe9.png'" in caplog.text
 
 
+def test_a_folder_whose_name_is_not_utf8_is_told_and_the_rest_is_found(tmp_path, caplog):
+    tiny.picture(0).save(tmp_path / "a.png")
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    folder.mkdir()
+    (folder / "b.png").write_bytes(hub.png(1))
+    assert [item.id for item in read_items(tmp_path)] == ["a.png"]
+    assert "b'caf\\xe9/b.png'" in caplog.text
+
+
 @pytest.mark.parametrize(("on_disk", "named"), [(DECOMPOSED, COMPOSED), (COMPOSED, DECOMPOSED)])
 def test_names_join_however_their_letters_are_composed(tmp_path, on_disk, named):
     (tmp_path / on_disk).mkdir()

@@ -82,6 +82,18 @@ def test_fewer_vectors_may_be_asked_for_and_serve_the_budgets_that_they_can(mode
         export_store(store, tmp_path / "x.parquet", r_c=3)
 
 
+def with_metadata(table, text):
+    column = pa.array([text] * len(table), pa.string())
+    return table.set_column(table.schema.names.index("metadata"), "metadata", column)
+
+
+def test_metadata_of_other_programs_may_be_null(model, items, tmp_path):
+    export_store(Store.build(tmp_path / "s", model, items[:2]), tmp_path / "s.parquet")
+    table = parquet.read_table(tmp_path / "s.parquet")
+    parquet.write_table(with_metadata(table, None), tmp_path / "null.parquet")
+    assert import_store(tmp_path / "null.parquet", tmp_path / "new").metadata() == [{}, {}]
+
+
 def test_what_cannot_be_written_or_read_is_one_line(model, items, tmp_path):
     store = Store.build(tmp_path / "s", model, items[:2])
     with pytest.raises(UserError, match=r"expected a name that ends in .parquet or .lance"):
@@ -108,6 +120,8 @@ def test_what_cannot_be_written_or_read_is_one_line(model, items, tmp_path):
             table.replace_schema_metadata({ABOUT: json.dumps(about | {"groups": ["x"]})}),
             "its metadata are damaged",
         ),
+        ("metadata", with_metadata(table, "{"), "its column metadata is not JSON"),
+        ("list", with_metadata(table, "[1]"), "an item's metadata must be an object, not list"),
     ):
         parquet.write_table(changed, tmp_path / f"{name}.parquet")
         with pytest.raises(UserError, match=message):

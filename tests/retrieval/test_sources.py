@@ -16,6 +16,7 @@ import tiny
 from metaembed_pl.cli.main import main
 from metaembed_pl.data.fetch import Fetch
 from metaembed_pl.errors import UserError
+from metaembed_pl.retrieval.embedding import embed
 from metaembed_pl.retrieval.sources import open_source
 from metaembed_pl.retrieval.store import Store
 
@@ -138,8 +139,10 @@ def test_a_damaged_parquet_file_and_a_bad_row_are_named(tmp_path):
     with pytest.raises(UserError, match=r"x.parquet is not a complete Parquet file"):
         open_source(tmp_path / "x.parquet")
     file = write_table(tmp_path / "y.parquet", text=["a", "", "c"], image=None)
-    with pytest.raises(UserError, match=r"y.parquet:2: an item needs a \"text\" or an \"image\""):
-        list(open_source(file))
+    bad = list(open_source(file))[1]
+    assert bad.id.endswith("y.parquet:2")
+    with pytest.raises(UserError, match='an item needs a "text" or an "image"'):
+        bad.load()
 
 
 def test_json_lines_and_parquet_at_an_address_are_what_they_are_here(server):
@@ -183,8 +186,9 @@ def test_an_address_that_cannot_be_read_is_one_line(server):
     file = server.root / "leaves.jsonl"
     for path in ("../secret.png", "/etc/hostname", "file:///etc/hostname"):
         file.write_text(json.dumps({"image": path}) + "\n")
+        (entry,) = open_source(f"{server.url}/leaves.jsonl")
         with pytest.raises(UserError, match=r"leaves.*below its folder"):
-            list(open_source(f"{server.url}/leaves.jsonl"))
+            entry.load()
 
 
 def test_pictures_by_address_are_fetched_only_where_that_was_asked_for(server, tmp_path, capsys):
@@ -248,3 +252,49 @@ def test_items_that_name_no_addresses_cannot_be_fetched(form, tmp_path):
         tiny.picture(0).save(folder / "a.png")
     with pytest.raises(UserError, match="has no addresses of pictures to fetch: leave out"):
         open_source(folder, fetch=Fetch())
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.embedder()
+
+
+def embedded(model, source, folder):
+    """The store of a source, and what was skipped."""
+    store = Store.open_for(model, folder)
+    *_, status = embed(store, model, source, skip_bad=True)
+    return store, status.skipped
+
+
+def test_lines_and_rows_that_are_no_items_can_be_skipped(model, tmp_path):
+    lines = ['{"text": "a"}', '{"text": ""}', '{"image": "../x.png"}', "[]", '{"text": "b"}']
+    lines.append('{"text": "c", "metadata": {"said": "\\ud800"}}')
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    store, skipped = embedded(model, open_source(tmp_path / "a.jsonl"), tmp_path / "lines")
+    assert [value["text"] for value in store.metadata()] == ["a", "b"]
+    numbers = [reason.partition(".jsonl:")[2].partition(":")[0] for reason in skipped]
+    assert numbers == ["2", "3", "4", "6"]
+    table = pa.table({"text": ["a", None, "  ", "b"]})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    store, skipped = embedded(model, open_source(tmp_path / "a.parquet"), tmp_path / "rows")
+    assert [value["text"] for value in store.metadata()] == ["a", "b"]
+    assert len(skipped) == 2
+
+
+def test_pairs_of_shards_that_cannot_be_read_can_be_skipped(model, tmp_path):
+    tiny.shards(tmp_path / "shards", 5, num_negatives=0)
+    (shard,) = (tmp_path / "shards").glob("*.tar")
+    content = bytearray(shard.read_bytes())
+    content[content.index(b'"query"')] = 0
+    shard.write_bytes(content)
+    store, skipped = embedded(model, open_source(tmp_path / "shards"), tmp_path / "s")
+    assert len(store) == 4
+    assert len(skipped) == 1
+
+
+def test_nan_in_a_table_is_no_value(model, tmp_path):
+    table = pa.table({"text": ["a", "b", "c"], "price": [1.5, float("nan"), None]})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    store, skipped = embedded(model, open_source(tmp_path / "a.parquet"), tmp_path / "s")
+    assert skipped == []
+    assert store.metadata() == [{"text": "a", "price": 1.5}, {"text": "b"}, {"text": "c"}]

@@ -51,7 +51,10 @@ def _read_pool(where: str, columns: str | None) -> "tuple[list[Item], dict[str, 
     asked_as: dict[str, list[str]] = {}
     for entry in open_source(where, parse_columns(columns)):
         if entry.id not in items:
-            items[entry.id] = replace(entry.load(), id=entry.id)
+            try:
+                items[entry.id] = replace(entry.load(), id=entry.id)
+            except UserError as error:
+                raise UserError(f"{entry.id}: {error}") from error
         if "asked_as" in entry.metadata:
             asked_as.setdefault(entry.id, []).append(entry.metadata["asked_as"])
     return list(items.values()), asked_as

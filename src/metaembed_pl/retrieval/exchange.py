@@ -24,6 +24,7 @@ from metaembed_pl.budget import Budget, parse_groups
 from metaembed_pl.errors import UserError
 from metaembed_pl.files import new_file, new_folder
 from metaembed_pl.retrieval.manifest import Manifest
+from metaembed_pl.retrieval.rows import metadata_text
 from metaembed_pl.retrieval.store import Store
 from metaembed_pl.retrieval.writing import append_items, begin_store
 
@@ -131,7 +132,7 @@ def import_store(source: str | Path, out: str | Path) -> Store:
         seen: set[str] = set()
         for batch in batches:
             ids, vectors = _items(source, batch, manifest, seen)
-            metadata = [json.loads(text) for text in batch.column("metadata").to_pylist()]
+            metadata = _metadata(source, batch)
             has_previews = "preview" in batch.schema.names
             previews = batch.column("preview").to_pylist() if has_previews else [None] * len(ids)
             manifest = append_items(data, manifest, ids, vectors, metadata, previews)
@@ -197,6 +198,16 @@ def _items(
             f"{source}: expected {shape[1]} finite vectors of width {shape[2]} for each item"
         )
     return ids, torch.from_numpy(flat.reshape(shape))
+
+
+def _metadata(source: Path, batch: pa.RecordBatch) -> list[dict[str, Any]]:
+    try:
+        found = [json.loads(text or "{}") for text in batch.column("metadata").to_pylist()]
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{source}: its column metadata is not JSON: {error}") from error
+    for value in found:
+        metadata_text(value)
+    return found
 
 
 def _lance() -> Any:

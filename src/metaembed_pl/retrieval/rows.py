@@ -36,7 +36,12 @@ def table_of(
     Raises:
         UserError: metadata that JSON cannot hold.
     """
-    texts = [_to_json(id, value) for id, value in zip(ids, metadata, strict=True)]
+    texts = []
+    for id, value in zip(ids, metadata, strict=True):
+        try:
+            texts.append(metadata_text(value or {}))
+        except UserError as error:
+            raise UserError(f"item {id!r}: {error}") from error
     return pa.table([list(ids), texts, list(previews)], schema=SCHEMA)
 
 
@@ -75,11 +80,17 @@ def map_rows(files: MappedFiles, manifest: Manifest) -> pa.Table:
     return table
 
 
-def _to_json(id: str, value: dict[str, Any] | None) -> str:
-    value = value or {}
-    if not isinstance(value, dict):
-        raise UserError(f"item {id!r}: metadata are an object, not {type(value).__name__}")
+def metadata_text(metadata: Any) -> str:
+    """The metadata of an item as JSON.
+
+    Raises:
+        UserError: they are not an object, or JSON cannot hold them.
+    """
+    if not isinstance(metadata, dict):
+        raise UserError(f"an item's metadata must be an object, not {type(metadata).__name__}")
     try:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(metadata, ensure_ascii=False, allow_nan=False)
+        text.encode()  # a lone surrogate is not valid Unicode
     except (TypeError, ValueError) as error:
-        raise UserError(f"item {id!r}: metadata must be what JSON can hold: {error}") from error
+        raise UserError(f"metadata must be what JSON can hold: {error}") from error
+    return text

@@ -4,6 +4,7 @@ A source knows its number of items and yields them one by one. Pictures are deco
 rendered only when they are embedded, so a source may be larger than memory.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,10 +16,11 @@ import pyarrow as pa
 from metaembed_pl.data import tables
 from metaembed_pl.data.fetch import Fetch
 from metaembed_pl.data.remote import address_below, is_remote, kept_copy, read_bytes
-from metaembed_pl.errors import Unreachable, UserError
+from metaembed_pl.errors import BadSample, Unreachable, UserError
 from metaembed_pl.item import ITEM_KEYS, Item, check_unique, read_json_lines
 from metaembed_pl.picture import MAX_PIXELS, files_below, is_picture
 from metaembed_pl.retrieval.embedding import Entry, metadata_of
+from metaembed_pl.retrieval.rows import metadata_text
 
 PDF_SUFFIX = ".pdf"
 ITEM_COLUMNS = ("text", "image", "id", "instruction")
@@ -119,14 +121,11 @@ def _table(
     def entries() -> Iterator[Entry]:
         for where, row in table.rows([*chosen.values(), *metadata]):
             given = {key: tables.picture_bytes(row[name]) for key, name in chosen.items()}
-            known = {name: row[name] for name in metadata if row[name] is not None}
+            known = {name: row[name] for name in metadata if _is_known(row[name])}
             file = where.rpartition(":")[0]
             folder = file.rpartition("/")[0] if is_remote(file) else Path(file).parent
-            try:
-                value = {key: v for key, v in given.items() if v not in (None, "", b"")}
-                yield _of_json({**value, "metadata": known}, folder, fetch)
-            except UserError as error:
-                raise UserError(f"{where}: {error}") from error
+            value = {key: v for key, v in given.items() if v not in (None, "", b"")}
+            yield _of_json(where, {**value, "metadata": known}, folder, fetch)
 
     return ItemSource(table.num_rows, entries, ("columns", "fetch"))
 
@@ -160,6 +159,11 @@ def _is_plain(kind: pa.DataType) -> bool:
     return is_text or types.is_boolean(kind) or types.is_integer(kind) or types.is_floating(kind)
 
 
+def _is_known(value: Any) -> bool:
+    """Whether a table has a value: tables also write NaN where there is none."""
+    return value is not None and not (isinstance(value, float) and not math.isfinite(value))
+
+
 def _json_lines(path: Path, base: Path | str, fetch: Fetch | None) -> ItemSource:
     total = sum(1 for _ in read_json_lines(path))
     if not total:
@@ -168,28 +172,42 @@ def _json_lines(path: Path, base: Path | str, fetch: Fetch | None) -> ItemSource
     def entries() -> Iterator[Entry]:
         lines: dict[str, int] = {}
         for number, value in read_json_lines(path):
-            try:
-                entry = _of_json(value, base, fetch)
-                if isinstance(value, dict) and value.get("id") is not None:
+            entry = _of_json(f"{path}:{number}", value, base, fetch)
+            if isinstance(value, dict) and value.get("id") is not None:
+                try:
                     check_unique(entry.id, number, lines)
-            except UserError as error:
-                raise UserError(f"{path}:{number}: {error}") from error
+                except UserError as error:
+                    raise UserError(f"{path}:{number}: {error}") from error
             yield entry
 
     return ItemSource(total, entries, ("fetch",))
 
 
-def _of_json(value: Any, base: Path | str, fetch: Fetch | None) -> Entry:
+def _of_json(where: str, value: Any, base: Path | str, fetch: Fetch | None) -> Entry:
     """The entry of a line or a row, as JSON, except that a picture may be bytes.
 
-    Paths of pictures are relative to `base`, a folder or an address.
+    Args:
+        where: its file and its number there, which stand for the id if it is no item.
+        value: of the line or row.
+        base: paths of pictures are relative to this folder or address.
+        fetch: see `open_source`.
     """
+    try:
+        return _parsed(value, base, fetch)
+    except UserError as error:
+        image = value.get("image") if isinstance(value, dict) else None
+        is_address = isinstance(image, str) and is_remote(image)
+        if is_address and fetch is None and isinstance(base, Path):
+            raise UserError(f"{where}: {error}") from error  # a flag is missing, not this item
+        return Entry.unreadable(where, error)
+
+
+def _parsed(value: Any, base: Path | str, fetch: Fetch | None) -> Entry:
     metadata: Any = {}
     if isinstance(value, dict):
         value = dict(value)
         metadata = value.pop("metadata", None) or {}
-        if not isinstance(metadata, dict):
-            raise UserError(f"an item's metadata must be an object, not {type(metadata).__name__}")
+        metadata_text(metadata)  # refuses what a store cannot hold
         if others := [key for key in value if key not in ITEM_KEYS]:
             raise UserError(
                 f"an item has unknown key {others[0]!r}; known are {', '.join(ITEM_KEYS)}, and "
@@ -219,7 +237,12 @@ def _shards(folder: Path | str) -> ItemSource:
     pairs = ShardedPairs(folder)
 
     def entries() -> Iterator[Entry]:
-        for pair in pairs:
+        for i in range(len(pairs)):
+            try:
+                pair = pairs[i]
+            except BadSample as error:
+                yield Entry.unreadable("/".join(pairs.locate(i)), error)
+                continue
             item = pair.positive
             query = {} if pair.query.text is None else {"asked_as": pair.query.text}
             yield Entry.given(item.uid, item, metadata_of(item) | query)
