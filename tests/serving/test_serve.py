@@ -24,7 +24,7 @@ from metaembed_pl.item import Item
 from metaembed_pl.model.identity import identity_of
 from metaembed_pl.model.patches import patch_attention
 from metaembed_pl.picture import small_jpeg
-from metaembed_pl.retrieval.calibration import calibrate, logged_queries
+from metaembed_pl.retrieval.calibration import QUERIES_FILE, calibrate, logged_queries
 from metaembed_pl.retrieval.sources import draw_page, open_source
 from metaembed_pl.retrieval.store import Store
 from metaembed_pl.serving.app import make_app
@@ -376,9 +376,17 @@ def test_queries_are_logged_only_where_that_was_asked_for(model, tmp_path):
     Store.build(tmp_path / "s", model, [tiny.text(i) for i in range(12)])
     Service(model, tmp_path / "s").ask("not kept")
     logging = Service(model, tmp_path / "s", log_queries=True)
-    for text in ("a tree", "ein Bäumchen", "a tree"):
+    for text in ("a tree", "ein Bäumchen", "two\u2028lines", "a tree"):
         logging.ask(text)
-    assert logged_queries(Store.open(tmp_path / "s")) == ["ein Bäumchen", "a tree"]
+    found = ["two\u2028lines", "ein Bäumchen", "a tree"]
+    assert logged_queries(Store.open(tmp_path / "s")) == found
+
+
+def test_queries_that_cannot_be_logged_are_refused_at_the_start(model, tmp_path):
+    store = Store.build(tmp_path / "s", model, ["a tree"])
+    (store.folder / QUERIES_FILE).mkdir()
+    with pytest.raises(OSError, match=r"queries\.jsonl"):
+        Service(model, store.folder, log_queries=True)
 
 
 def test_a_measurement_that_fails_is_told_and_tried_again(model, tmp_path):
@@ -469,7 +477,7 @@ def test_the_extra_that_is_missing_is_named(command, capsys, monkeypatch):
     [
         ("", False, {"127.0.0.1", "localhost", "::1"}),
         ("--host 0.0.0.0", True, None),
-        ("--host 0.0.0.0 --allow-host shelf.here", True, {"0.0.0.0", "shelf.here"}),
+        ("--host 0.0.0.0 --allow-host Shelf.Here", True, {"0.0.0.0", "shelf.here"}),
     ],
 )
 def test_who_opens_it_to_others_is_warned(command, capsys, monkeypatch, flags, warned, hosts):

@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
         with redirect_stdout(sys.stderr):
             service = _service(args)
         host, port = listener.getsockname()[:2]
-        hosts = {*(args.allow_host or ()), args.host.lower()}
+        hosts = {*(args.allow_host or ()), args.host}
         if _is_loopback(host):
             hosts |= LOOPBACK
         elif not args.allow_host:

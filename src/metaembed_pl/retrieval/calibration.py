@@ -333,7 +333,8 @@ def joined(texts: Sequence[str]) -> tuple[list[str], list[str]]:
 def logged_queries(store: Store) -> list[str]:
     """The last distinct text queries, if `serve --log-queries` logged them."""
     try:
-        lines = (store.folder / QUERIES_FILE).read_text(encoding="utf-8").splitlines()
+        # Not splitlines: it also splits at characters within a text.
+        lines = (store.folder / QUERIES_FILE).read_text(encoding="utf-8").split("\n")
     except (OSError, ValueError):
         return []
     texts = []

@@ -35,7 +35,8 @@ class Guard:
     """
 
     def __init__(self, app: ASGIApp, hosts: Collection[str] | None, max_body_bytes: int):
-        self.app, self.hosts, self.max_body_bytes = app, hosts, max_body_bytes
+        self.app, self.max_body_bytes = app, max_body_bytes
+        self.hosts = None if hosts is None else {host.lower() for host in hosts}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""

@@ -93,6 +93,8 @@ class Service:
         self._roots = [Path(root).resolve() for root in pictures]
         self._store = Store.open(folder)
         self._store.check_model(model)
+        if log_queries:
+            self._log([])  # now, if the folder is read-only
         self._opening, self._encoding = threading.Lock(), threading.Lock()
         self._queries = RecentQueries()
         self.measuring = Measuring(lambda store, go_on: measure(store, self._encoded, go_on))
@@ -161,8 +163,7 @@ class Service:
             seconds = time.perf_counter() - started
             self._queries.add(id, query)
             if self._log_queries and query.text:
-                with (self.folder / QUERIES_FILE).open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"text": query.text}, ensure_ascii=False) + "\n")
+                self._log([query.text])
         return schema.Question(
             query=id, text=query.text, has_picture=query.has_picture, milliseconds=1000 * seconds
         )
@@ -259,6 +260,10 @@ class Service:
         with self._encoding:
             picture = original(metadata, self._roots)
         return self.preview(item) if picture is None else as_jpeg(picture)
+
+    def _log(self, texts: Sequence[str]) -> None:
+        with (self.folder / QUERIES_FILE).open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in texts)
 
     def _known(self, id: str) -> EncodedQuery:
         query = self._queries.get(id)
