@@ -193,7 +193,7 @@ def unpack(parts: list[Path], folder: Path, below: str = "") -> Path:
                             "pictures hold plain files only"
                         )
                     tar.extract(member, partial, filter="data")
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except (tarfile.TarError, EOFError) as error:
         raise UserError(f"{parts[0]} is not a complete gzipped tar: {error}") from error
     return folder
 

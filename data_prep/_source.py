@@ -140,8 +140,9 @@ def make_and_print(product: Product, options: argparse.Namespace) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    for name, least in (("limit", 1), ("num_workers", 0)):
-        value = getattr(options, name)
+    least_of = {"limit": 1, "num_workers": 0, "num_negatives": 0, "words": 0, "hold_out": 0}
+    for name, least in least_of.items():
+        value = getattr(options, name, None)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
     if not 0 <= options.max_dropped <= 1:

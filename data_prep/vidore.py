@@ -111,7 +111,8 @@ def judgements(where: str, split: str) -> Iterator[tuple[str, str, float]]:
 def metadata(row: dict[str, Any]) -> Record:
     """The values of a row that JSON can hold, except those with reserved names.
 
-    >>> metadata({"language": "french", "thumbnail": b"..", "text": "no", "page": None})
+    >>> row = {"language": "french", "thumbnail": b"..", "page": None, "size": float("nan")}
+    >>> metadata(row | {"text": "no"})
     {'language': 'french'}
     """
     taken = ("id", "_id", "text", "title", "image", "text_layer")
@@ -120,7 +121,7 @@ def metadata(row: dict[str, Any]) -> Record:
 
 def _is_json(value: Any) -> bool:
     try:
-        return value is not None and bool(json.dumps(value))
+        return value is not None and bool(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError):
         return False
 

@@ -1,5 +1,6 @@
 """Rows and pictures from copies of the hub: what is found, what is refused, what is cut off."""
 
+import errno
 import io
 import os
 import tarfile
@@ -123,3 +124,17 @@ def test_without_the_hub_a_file_is_cut_off_and_not_missing(monkeypatch):
         fetch("some/where", "images.zip")
     with pytest.raises(Unreachable, match=r"cannot read data/\*\.parquet of some/where"):
         next(read_rows("some/where", "data/*.parquet"))
+
+
+def test_a_full_disk_is_not_called_a_damaged_archive(tmp_path, monkeypatch):
+    (tmp_path / "a.png").write_bytes(b"a picture")
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as tar:
+        tar.add(tmp_path / "a.png", "a.png")
+
+    def full(*_args, **_kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a.png")
+
+    monkeypatch.setattr(tarfile.TarFile, "extract", full)
+    with pytest.raises(OSError, match="No space left"):
+        unpack([tmp_path / "a.tar.gz"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -15,6 +15,7 @@ import hub
 from metaembed_pl.data.parallel import in_order
 from metaembed_pl.data.product import Product, check, is_held_out
 from metaembed_pl.data.shards import ShardedPairs, verify
+from metaembed_pl.data_prep import infoseek, moca_pairs, pdf
 from metaembed_pl.data_prep._source import run
 from metaembed_pl.item import Item
 
@@ -288,3 +289,12 @@ def test_workers_end_with_a_process_that_is_killed(tmp_path):
             return
         time.sleep(0.1)
     raise AssertionError(f"still there: {workers}")
+
+
+@pytest.mark.parametrize(
+    ("script", "flag"),
+    [(infoseek, "--num-negatives"), (moca_pairs, "--hold-out"), (pdf, "--words")],
+)
+def test_numbers_below_zero_are_refused(script, flag, tmp_path, capsys):
+    assert script.main([flag, "-1", "--from", str(tmp_path), "--out", str(tmp_path / "o")]) == 2
+    assert f"{flag} must be at least 0, not -1" in capsys.readouterr().err
