@@ -92,6 +92,6 @@ def _ask(repository: str, do: Callable[..., Any], *args: Any, **kwargs: Any) -> 
                 "with network access"
             ) from error
         raise UserError(
-            f"upload of {repository} failed: {said}; log in with `hf auth login`, "
-            "and check that you may write to this name"
+            f"the hub refuses {repository}: {said}; log in with `hf auth login`, and check the "
+            "name and your rights to it"
         ) from error

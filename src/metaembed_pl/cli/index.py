@@ -96,9 +96,10 @@ def indexed(store: "Store", codes: str | None = None, again: bool = False) -> di
             "out, or give --again"
         )
     started = time.perf_counter()
-    with Progress("indexing", store.description.num_rows) as progress:
+    with Progress("indexing", None) as progress:
 
-        def on_progress(done: int, _of: int) -> None:
+        def on_progress(done: int, of: int) -> None:
+            progress.begin("indexing", of)
             progress.update(done)
 
         if index is None:
