@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -228,6 +229,19 @@ def test_refuses_rows_that_are_damaged(tmp_path):
     file.write_bytes(b"\0" * file.stat().st_size)
     with pytest.raises(UserError, match=r"rows.arrows (is damaged|holds 0 rows)"):
         Store.open(tmp_path / "s")
+
+
+@pytest.mark.parametrize(
+    "read", [lambda store: store.compact(), lambda store: store.search(vectors(1, 4), where="n=1")]
+)
+def test_damaged_metadata_do_not_kill_the_process(tmp_path, read):
+    new_store(tmp_path / "s", count=3)
+    file = tmp_path / "s" / "data-0000" / "rows.arrows"
+    ends = struct.pack("<4q", 0, 8, 16, 24)  # of the texts {"n": 0}, ...
+    assert file.read_bytes().count(ends) == 1
+    file.write_bytes(file.read_bytes().replace(ends, struct.pack("<4q", 0, 8, 16, 10**13)))
+    with pytest.raises(UserError, match="the column 'metadata' of a store's rows is damaged"):
+        read(Store.open(tmp_path / "s"))
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ class Filters:
 
     def _column(self, key: str) -> Column:
         if key not in self._columns:
-            self._columns[key] = column_of(self._snapshot.table["metadata"], key)
+            self._columns[key] = column_of(self._snapshot.checked("metadata"), key)
         return self._columns[key]
 
 

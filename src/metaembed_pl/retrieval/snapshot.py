@@ -127,7 +127,7 @@ class Snapshot:
 
     def column(self, name: str, places: Integer[Tensor, " _"]) -> list:
         """Values of a column of the table."""
-        column = self._checked(name)
+        column = self.checked(name)
         # Compare the lengths first: a search needs ten values of a million.
         is_all = len(places) == len(column) and torch.equal(places, torch.arange(len(column)))
         try:
@@ -137,8 +137,12 @@ class Snapshot:
         except (pa.ArrowException, MemoryError, UnicodeDecodeError, IndexError) as error:
             raise UserError(f"the column {name!r} of a store's rows is damaged: {error}") from error
 
-    def _checked(self, name: str) -> pa.ChunkedArray:
-        """A column of the table, validated once: Arrow follows damaged offsets."""
+    def checked(self, name: str) -> pa.ChunkedArray:
+        """A column of the table, validated once: Arrow follows damaged offsets.
+
+        Raises:
+            UserError: it is damaged.
+        """
         checked = self.__dict__.setdefault("checked_columns", {})
         if name not in checked:
             try:

@@ -66,7 +66,13 @@ def append_items(
 def copy_items(
     data: Path, manifest: Manifest, source: Snapshot, places: Integer[Tensor, " N"]
 ) -> Manifest:
-    """Append items of another store, bit by bit."""
+    """Append items of another store, bit by bit.
+
+    Raises:
+        UserError: their ids, metadata or previews are damaged.
+    """
+    for name in source.table.column_names:
+        source.checked(name)
     for some in places.split(COPIED_AT_A_TIME):
         if len(some):
             for plane, span in zip(source.planes, spans(manifest.groups), strict=True):
