@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from metaembed_pl.item import Item
 from metaembed_pl.model.embedder import MetaEmbedder
 from metaembed_pl.model.identity import identity_of
 from metaembed_pl.retrieval.embedding import Entry, embed
+from metaembed_pl.retrieval.snapshot import Snapshot
 from metaembed_pl.retrieval.storage_recall import storage_recall
 from metaembed_pl.retrieval.store import Store
 
@@ -148,3 +151,24 @@ def test_another_item_under_an_id_of_the_store_is_told(model, tmp_path):
     for given, changed in ((before, []), (before, []), (after, ["a", "b"])):
         *_, status = embed(store, model, given)
         assert status.changed == changed
+
+
+def test_a_run_that_replaces_items_does_not_read_the_store_anew_for_each_batch(
+    model, tmp_path, monkeypatch
+):
+    files = [tmp_path / f"{i}.png" for i in range(6)]
+    for number, file in enumerate(files):
+        tiny.picture(number).save(file)
+
+    def entries():
+        for file in files:
+            yield Entry(file.name, partial(Item, image=file), {"file": str(file)}, file)
+
+    store = Store.open_for(model, tmp_path / "s")
+    for _ in embed(store, model, entries(), 1):
+        pass
+    opened, original = [], Snapshot.open
+    monkeypatch.setattr(Snapshot, "open", lambda folder: opened.append(0) or original(folder))
+    *_, status = embed(store, model, entries(), 1, again=True)
+    assert status.embedded == 6
+    assert len(opened) <= 2

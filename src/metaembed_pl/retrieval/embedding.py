@@ -37,7 +37,7 @@ SAMPLE_ITEMS = 512
 SAMPLE_BYTES = 2**27
 LEARNED_FROM = 512
 """Items that a projection is learned from."""
-ITEM_METADATA = ("text", "image", "instruction", "content")
+ITEM_METADATA = ("text", "image", "instruction", "content_hash")
 """Metadata that show whether an id stands for another item now."""
 
 
@@ -281,7 +281,8 @@ def _new_windows(
 def _looks(
     store: "Store", items: Iterable["Entry | Item | str | dict"], again: bool, status: EmbedStatus
 ) -> Iterator[_Look]:
-    known, seen = set(store.ids), set()
+    before = type(store).open(store.folder)  # as it is now, whatever is added meanwhile
+    known, seen = set(before.ids), set()
     for item in several(items, "items"):
         entry = Entry.of(item)
         status.seen += 1
@@ -289,14 +290,14 @@ def _looks(
             with suppress(OSError):  # deleted meanwhile: reported when it is read
                 stat = entry.file.stat()
                 entry.metadata["file_stamp"] = f"{stat.st_size} bytes, {stat.st_mtime_ns} ns"
-            entry = _with_own_id(store, entry, known, seen)
+            entry = _with_own_id(before, entry, known, seen)
         if entry.id in seen:
             continue
         seen.add(entry.id)
         is_new = again or entry.id not in known
         if not is_new and entry.file is not None:
-            is_new = _differs(store, entry.id, entry, "file_stamp")
-        elif not is_new and _is_another(store, entry):
+            is_new = _differs(before, entry.id, entry, "file_stamp")
+        elif not is_new and _is_another(before, entry):
             status.changed.append(entry.id)
         yield _Look(entry, status.seen - 1, is_new)
 

@@ -188,7 +188,7 @@ class Corpus(Sequence[Item]):
             except UserError as error:
                 yield Entry.unreadable(uid, error)
                 continue
-            about = {"content": self.contents[row], "instruction": item.instruction}
+            about = {"content_hash": self.contents[row], "instruction": item.instruction}
             yield Entry.given(uid, item, about)
 
 
