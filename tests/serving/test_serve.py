@@ -382,6 +382,13 @@ def test_queries_are_logged_only_where_that_was_asked_for(model, tmp_path):
     assert logged_queries(Store.open(tmp_path / "s")) == found
 
 
+def test_plans_of_an_empty_store_have_a_cost_that_a_page_can_draw(model, tmp_path):
+    store = Store.open_for(model, tmp_path / "s")
+    plans = Service(model, store.folder).store_info().plans
+    assert plans
+    assert {plan.cost for plan in plans} == {1.0}
+
+
 def test_queries_that_cannot_be_logged_are_refused_at_the_start(model, tmp_path):
     store = Store.build(tmp_path / "s", model, ["a tree"])
     (store.folder / QUERIES_FILE).mkdir()

@@ -99,11 +99,11 @@ def choices(store: Store, calibration: Calibration | None) -> list[SearchPlan]:
         budgets = dict.fromkeys([*budgets_of(store.groups, store.widths), summed])
         plans = [[Stage(budget, 1)] for budget in budgets]
         known = sorted((*costs(plan, store), plan_name(plan), None, None) for plan in plans)
-    exact = costs([Stage(store.groups[-1], 1)], store)[0] or 1
+    exact = costs([Stage(store.groups[-1], 1)], store)[0]
     return [
         SearchPlan(
             plan=plan,
-            cost=products / exact,
+            cost=products / exact if exact else 1.0,  # an empty store
             bytes_read=int(bytes_read),
             recall=recall,
             milliseconds=milliseconds,
