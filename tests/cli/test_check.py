@@ -10,7 +10,7 @@ import yaml
 
 import tiny
 from metaembed_pl.cli import check_rate
-from metaembed_pl.cli.check import _weightless_model
+from metaembed_pl.cli.check import _num_steps, _weightless_model
 from metaembed_pl.cli.main import main
 from metaembed_pl.cli.recipe_faults import read_recipe
 from metaembed_pl.data.shards import ShardedPairs, ShardWriter
@@ -530,6 +530,14 @@ def test_fit_takes_a_folder_for_its_sources(data):
     parsed = recipe_parser().parse_args([*with_recipes_found(given), "--run.name=x"])
     assert [source.path for source in parsed.data.train] == [str(data / "train")]
     assert [source.path for source in parsed.data.test] == [str(data / "test")]
+
+
+def test_the_earlier_of_two_limits_ends_the_run():
+    steps = {"max_steps": 500, "steps_an_epoch": 20}
+    assert _num_steps(steps) == 500
+    assert _num_steps(steps | {"max_epochs": 3}) == 60
+    assert _num_steps(steps | {"max_epochs": 3, "max_steps": 50}) == 50
+    assert _num_steps({"max_steps": -1, "max_epochs": 3}) is None
 
 
 def test_hours_are_those_of_the_named_gpu_at_the_stated_share(recipe, capsys):

@@ -320,11 +320,10 @@ def _of_data_path(
 
 def _num_steps(steps: dict[str, Any]) -> int | None:
     """Steps of the run, if known from the recipe or its data."""
-    most = steps["max_steps"]
-    if most not in (None, -1):
-        return most
-    epochs = steps.get("max_epochs")
-    return epochs * steps["steps_an_epoch"] if epochs and "steps_an_epoch" in steps else None
+    limits = [] if steps["max_steps"] in (None, -1) else [steps["max_steps"]]
+    if "max_epochs" in steps and "steps_an_epoch" in steps:
+        limits.append(steps["max_epochs"] * steps["steps_an_epoch"])
+    return min(limits, default=None)
 
 
 def _of_memory(
