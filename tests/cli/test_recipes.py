@@ -130,8 +130,8 @@ def test_a_copy_has_its_own_name_and_brings_what_it_refers_to(tmp_path, capsys):
 
 def test_a_copy_leaves_out_what_its_head_only_speaks_of(tmp_path):
     assert "qwen3b.yaml" in (FOLDER / "qwen3b_single.yaml").read_text()
-    copied = copy_recipe(FOLDER / "qwen3b_single.yaml", tmp_path / "mine")
-    assert copied == [tmp_path / "mine.yaml", tmp_path / "sources" / "paper.yaml"]
+    copied = copy_recipe(FOLDER / "qwen3b_single.yaml", tmp_path / "qwen2.5")
+    assert copied == [tmp_path / "qwen2.5.yaml", tmp_path / "sources" / "paper.yaml"]
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,8 @@ def copy_recipe(source: Path, target: Path) -> list[Path]:
     The copy's `run.name` is the name of the new file. Returns the files written, the recipe first.
     """
     target = target / source.name if target.is_dir() else target
-    target = target if target.suffix in (".yaml", ".yml") else target.with_suffix(".yaml")
+    if target.suffix not in (".yaml", ".yml"):
+        target = target.with_name(f"{target.name}.yaml")
     if target.exists():
         raise UserError(f"{target} exists already: choose another path, or remove it first")
     text = source.read_text(encoding="utf-8")
