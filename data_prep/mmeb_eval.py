@@ -36,10 +36,11 @@ def rows(where: str, subset: str, limit: int | None) -> Iterator[tuple[str, dict
     """The id and the row of each query."""
     found = read_rows(where, f"{subset}/test-*.parquet", COLUMNS)
     for number, row in enumerate(islice(found, limit)):
-        if not row["tgt_text"] or len(row["tgt_text"]) != len(row["tgt_img_path"]):
+        num_texts, num_paths = (len(row[name] or ()) for name in COLUMNS[2:])
+        if not num_texts == num_paths > 0:
             raise UserError(
                 f"{subset}: row {number}: expected as many tgt_text as tgt_img_path, at least one "
-                f"of each, got {len(row['tgt_text'] or ())} and {len(row['tgt_img_path'] or ())}"
+                f"of each, got {num_texts} and {num_paths}"
             )
         yield f"{subset}:{number}", row
 

@@ -103,7 +103,7 @@ def drafts(
 
 def is_held_out(row: dict[str, Any], hold_out: int) -> bool:
     """Whether a row is held out, by the picture of its query, or else by its text."""
-    query = row["qry_image_path"] or row["qry"]
+    query = row["qry_image_path"] or row["qry"] or ""
     return hold_out > 0 and stable_hash(query) % hold_out == 0
 
 
