@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data._utils.pin_memory import pin_memory
 
 import tiny
+from metaembed_pl.data import recipe_sources
 from metaembed_pl.data.batches import EvaluationBatches, TrainingBatches
 from metaembed_pl.data.beir import RetrievalSetWriter
 from metaembed_pl.data.collate import (
@@ -500,6 +501,32 @@ def test_test_sets_are_looked_at_before_training(pages, folders, source, message
     data = RetrievalDataModule([TrainSource(str(folders[0]))], test=test[:1], global_batch_size=8)
     data.setup("fit")
     assert "test" not in data.eval_sets, "not kept in memory while it trains"
+
+
+def test_a_retrieval_set_that_is_tested_after_training_is_read_once(pages, folders, monkeypatch):
+    read, reads = recipe_sources.read_retrieval_set, []
+    monkeypatch.setattr(
+        recipe_sources, "read_retrieval_set", lambda *a, **k: reads.append(a) or read(*a, **k)
+    )
+    test = [EvalSource(str(pages)), EvalSource(str(folders[1]))]
+    data = RetrievalDataModule([TrainSource(str(folders[0]))], test=test, global_batch_size=8)
+    data.setup("fit")
+    data.setup("test")
+    assert [len(pool.queries) for pool in data.eval_sets["test"]] == [3, 31]
+    assert len(reads) == 1
+
+
+@pytest.mark.parametrize("part", ["val", "test"])
+def test_two_evaluation_sets_of_one_name_are_refused(pages, folders, part):
+    german = EvalSource(str(pages), where={"language": "de"})
+    sources = [EvalSource(str(pages)), german]
+    train = [TrainSource(str(folders[0]))]
+    data = RetrievalDataModule(train, global_batch_size=8, **{"test": [], part: sources})
+    with pytest.raises(UserError, match=rf"^data\.{part}: .*pages.* are both called 'pages'"):
+        data.setup("fit")
+    german.name = "german pages"
+    data = RetrievalDataModule(train, global_batch_size=8, **{"test": [], part: sources})
+    data.setup("fit")
 
 
 def test_where_is_refused_for_shards(folders):

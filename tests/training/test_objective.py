@@ -333,7 +333,7 @@ def test_refuses_a_teacher_whose_scores_are_missing(change, message):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: SpreadConfig(weight=0), "spread.weight must be positive, got 0"),
+        (lambda: SpreadConfig(weight=0), "^weight must be positive, got 0"),
         (lambda: SpreadConfig(margin=1), "below 1, got 1"),
         (lambda: SelfDistillationConfig(temperature=math.nan), "temperature must be pos.* got nan"),
         (lambda: SelfDistillationConfig(first_step=-1), "at least 0, got -1 and 0"),

@@ -51,6 +51,16 @@ def test_only_matrices_decay():
     assert decaying == [{"first.weight", "second.weight", "patches.weight"}]
 
 
+def test_matrices_that_zero_3_has_sharded_decay_as_well():
+    module = model()
+    before = [names(module, g) for g in built(module, weight_decay=0.1)[0].param_groups]
+    for parameter in module.parameters():  # as DeepSpeed leaves the weights that it has sharded
+        parameter.ds_shape, parameter.data = parameter.shape, torch.empty(0)
+    after, _ = built(module, weight_decay=0.1)
+    assert [names(module, group) for group in after.param_groups] == before
+    assert [group["weight_decay"] for group in after.param_groups] == [0.1, 0.0, 0.0]
+
+
 def test_meta_tokens_have_their_own_rate():
     module = model()
     optimizer, _ = built(module, lr=1e-3, meta_token_lr=5e-3, schedule="constant_with_warmup")

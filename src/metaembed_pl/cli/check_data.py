@@ -12,7 +12,12 @@ from PIL import Image
 from metaembed_pl.data.collate import Side, chosen_negatives
 from metaembed_pl.data.datamodule import RetrievalDataModule
 from metaembed_pl.data.plan import Plan, PlannedSource
-from metaembed_pl.data.recipe_sources import is_missing, look_at_eval_set, refuse_missing
+from metaembed_pl.data.recipe_sources import (
+    is_missing,
+    look_at_eval_set,
+    refuse_missing,
+    refuse_same_names,
+)
 from metaembed_pl.data.shards import ShardedPairs
 from metaembed_pl.errors import UserError
 from metaembed_pl.item import Item
@@ -70,7 +75,11 @@ def look_at(data: RetrievalDataModule, num_ranks: int) -> Data:
     notes: list[str] = []
     train = _open(data.train_sources, "data.train", lambda s: ShardedPairs(s.folder), faults, notes)
     for part, sources in data.eval_sources.items():
-        _open(sources, f"data.{part}", look_at_eval_set, faults, notes)
+        found = _open(sources, f"data.{part}", look_at_eval_set, faults, notes)
+        try:
+            refuse_same_names(f"data.{part}", *(zip(*found, strict=True) if found else ([], [])))
+        except UserError as error:
+            faults.append(str(error))
     counts = [
         data.num_negatives if source.num_negatives is None else source.num_negatives
         for source, _ in train

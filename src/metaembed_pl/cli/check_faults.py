@@ -16,6 +16,7 @@ from metaembed_pl.errors import UserError, did_you_mean
 from metaembed_pl.model.weightless import WeightlessModel
 from metaembed_pl.training.module import MetaEmbedModule
 from metaembed_pl.training.objective import check_widths
+from metaembed_pl.training.optimizer import NO_MUON
 from metaembed_pl.training.teacher import refuse_other_inputs, refuse_unscored
 
 
@@ -39,6 +40,9 @@ def run_faults(recipe: Recipe) -> list[str]:
             faults.append(
                 f"trainer.strategy: {strategy} needs deepspeed: pip install metaembed-pl[deepspeed]"
             )
+        optimizer = recipe.config.model.optimizer
+        if "deepspeed" in strategy and optimizer and optimizer.muon_lr:
+            faults.append(NO_MUON)
     return faults
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.distributed import DistError
 
-from metaembed_pl.errors import UserError, causes, first_line
+from metaembed_pl.errors import UserError, first_line
 from metaembed_pl.training.out_of_memory import is_out_of_memory
 from metaembed_pl.training.watchdog import Watch
 
@@ -41,9 +41,6 @@ def failures_in_one_line(watch: Watch) -> Iterator[None]:
 
 def _message(error: Exception, watch: Watch) -> str | None:
     first = first_line(error)
-    refused = [str(cause) for cause in causes(error) if isinstance(cause, UserError)]
-    if refused and first.startswith("Does not validate"):  # a class that jsonargparse constructs
-        return refused[-1]
     if isinstance(error, MisconfigurationException):  # of Lightning: no GPU here, say
         return " ".join(str(error).split())
     if missing := _missing_package(error):

@@ -55,6 +55,11 @@ class Recipe:
     data: RetrievalDataModule | None = None
     run: RunConfig | None = None
 
+    @property
+    def faults_of_fit(self) -> list[str]:
+        """Without models that are not on this machine: `fit` looks for them on the hub."""
+        return [fault for fault in self.faults if not fault.startswith("model.start_from")]
+
 
 def read_recipe(paths: Path | Sequence[Path], overrides: Sequence[str] = ()) -> Recipe:
     """Parses a recipe; faulty keys are recorded and left out.
@@ -90,8 +95,7 @@ def first_fault(argv: Sequence[str]) -> str | None:
     flags = [flag.partition("=") for flag in with_settings(with_recipes_found([*argv]))]
     configs = [Path(value) for name, _, value in flags if name in ("--config", "-c")]
     settings = [value for name, _, value in flags if name == "--set"]
-    faults = read_recipe(configs, settings).faults if configs else []
-    return faults[0] if faults else None
+    return next(iter(read_recipe(configs, settings).faults_of_fit), None) if configs else None
 
 
 def recipe_parser() -> RecipeParser:
@@ -230,9 +234,9 @@ def _drop_out_of_range(values: dict[str, Any], found: Recipe) -> bool:
         if content_of(kind)[0] is None:
             continue
         try:
-            made(found.config.model.as_dict().get(key), kind)
+            made(found.config.model.as_dict().get(key), kind, f"model.{key}")
         except UserError as error:
-            found.faults.append(f"model.{key}: {error}")
+            found.faults.append(str(error))
             values["model"].pop(key, None)
             dropped = True
     return dropped
@@ -248,6 +252,6 @@ def _make_parts(found: Recipe) -> None:
         )
     for key in ("run", "data", *(["model"] if is_there else [])):
         try:
-            setattr(found, key, made(found.config[key].as_dict(), PARTS[key]))
+            setattr(found, key, made(found.config[key].as_dict(), PARTS[key], key))
         except UserError as error:
-            found.faults.append(f"{key}: {error}")
+            found.faults.append(str(error))

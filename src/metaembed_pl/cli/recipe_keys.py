@@ -3,10 +3,11 @@
 import copy
 import dataclasses
 import inspect
+import re
 import types
 import typing
 from argparse import ArgumentError
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from lightning.pytorch import Trainer
 from metaembed_pl.cli.recipe_path import OTHER_KEYS, read_yaml
 from metaembed_pl.cli.train import RunConfig
 from metaembed_pl.data.datamodule import RetrievalDataModule
-from metaembed_pl.errors import did_you_mean
+from metaembed_pl.errors import UserError, did_you_mean
 from metaembed_pl.training.module import MetaEmbedModule
 
 PARTS: dict[str, type] = {
@@ -75,15 +76,43 @@ def keys_of(kind: Any) -> dict[str, Any]:
     return {k: v for k, v in typing.get_type_hints(function).items() if k != "return"}
 
 
-def made(value: Any, kind: Any) -> Any:
-    """An object of this type from parsed values (dicts, lists)."""
+def made(value: Any, kind: Any, key: str) -> Any:
+    """An object of this type from parsed values (dicts, lists).
+
+    Args:
+        value: of the key.
+        kind: its type.
+        key: for messages.
+
+    Raises:
+        UserError: a value is out of range; the message begins with its key.
+    """
     made_of, is_list = content_of(kind)
     if made_of is None or value is None:
         return value
     if is_list:
-        return [made(item, made_of) for item in value]
+        return [made(item, made_of, f"{key}[{n}]") for n, item in enumerate(value)]
     hints = keys_of(made_of)
-    return made_of(**{key: made(item, hints.get(key)) for key, item in value.items()})
+    parts = {name: made(item, hints.get(name), f"{key}.{name}") for name, item in value.items()}
+    try:
+        return made_of(**parts)
+    except UserError as error:
+        raise UserError(_with_key(key, str(error), hints)) from error
+
+
+def _with_key(key: str, message: str, names: Collection[str]) -> str:
+    """A message that begins with the key it is about; many name a part of the key already.
+
+    >>> _with_key("model.loss.query_spread", "margin is a cosine", ["weight", "margin"])
+    'model.loss.query_spread.margin is a cosine'
+    >>> _with_key("model.optimizer", "optimizer.lr must be positive", ["lr"])
+    'model.optimizer.lr must be positive'
+    """
+    for known in (key, key.rpartition(".")[2]):
+        if re.match(rf"{re.escape(known)}\b", message):
+            return key + message.removeprefix(known)
+    between = "." if message.partition(" ")[0] in names else ": "
+    return f"{key}{between}{message}"
 
 
 @dataclass(frozen=True)

@@ -260,6 +260,19 @@ def _interpolated() -> Iterator[None]:
         raise UserError(f"interpolation of a recipe key failed: {said}") from error
 
 
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """What our classes refuse is an error of the recipe."""
+    try:
+        yield
+    except Exception as error:
+        refused = [str(cause) for cause in causes(error) if isinstance(cause, UserError)]
+        # jsonargparse has an error of its own for a class that it constructs.
+        if refused and (isinstance(error, UserError) or "Does not validate" in str(error)):
+            raise ParsingError(refused[-1]) from error
+        raise
+
+
 def _flat(recipe: dict[str, Any], before: str = "") -> dict[str, Any]:
     """A recipe by dotted keys.
 
@@ -330,10 +343,11 @@ class RecipeCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Sets the run's folder, and refuses to mix two runs in it."""
-        self.run = RunConfig(**self._get(self.config, "run").as_dict())
-        if self.subcommand == "fit":
-            for line in keys_without_effect(self.config.fit):
-                raise UserError(line)
+        with _refusing():
+            self.run = RunConfig(**self._get(self.config, "run").as_dict())
+            unused = keys_without_effect(self.config.fit) if self.subcommand == "fit" else []
+        for line in unused:
+            raise UserError(line)
         # A checkpoint must not create Python objects, which could run code.
         self.config[str(self.subcommand)]["weights_only"] = True
         self.save_config_kwargs = {"folder": self.run.path, "verb": self.subcommand}
@@ -349,6 +363,11 @@ class RecipeCLI(LightningCLI):
             raise UserError(
                 f"there is no {file} to continue from; leave out --ckpt_path to start a new run"
             )
+
+    def instantiate_classes(self) -> None:
+        """As Lightning's; what our classes refuse is an error of the recipe."""
+        with _refusing():
+            super().instantiate_classes()
 
     def before_fit(self) -> None:
         """Locks the run's folder, and has its checkpoint checked."""

@@ -133,10 +133,8 @@ def refuse_faulty(file: Path, space: Space, configs: Sequence[str], given: Seque
     for where, settings in (("", {}), *((f"{file}: ", settings) for settings in _corners(space))):
         changed = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
         recipe = read_recipe(paths, [*given, *changed])
-        # A model on the hub is for `fit` to find.
-        faults = [fault for fault in recipe.faults if not fault.startswith("model.start_from")]
-        if faults:
-            raise UserError(f"{where}{faults[0]}")
+        if recipe.faults_of_fit:
+            raise UserError(f"{where}{recipe.faults_of_fit[0]}")
         if recipe.data is not None and not recipe.data.eval_sources["val"]:
             raise UserError("data.val: tune compares trials on validation sets, and there are none")
         trainer = recipe.config.trainer

@@ -6,10 +6,11 @@ take turns by step, and the checkpoint stores the next step.
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -25,6 +26,7 @@ from metaembed_pl.data.recipe_sources import (
     look_at_eval_set,
     open_eval_set,
     refuse_missing,
+    refuse_same_names,
 )
 from metaembed_pl.data.recipe_tables import RecipeTable
 from metaembed_pl.data.retrieval_set import RetrievalSet
@@ -33,7 +35,6 @@ from metaembed_pl.data.workers import Loader, workers_for
 from metaembed_pl.errors import UserError
 
 log = logging.getLogger(__name__)
-Opened = TypeVar("Opened")
 
 
 class _ResumingLoader(Loader):
@@ -125,6 +126,7 @@ class RetrievalDataModule(pl.LightningDataModule):
         self.cut = Cut()
         self.num_drawn: Counter[str] = Counter()  # pairs of all ranks, by source
         self.eval_sets: dict[str, list[RetrievalSet]] = {}
+        self._looked_at: dict[str, list[RetrievalSet | ShardedPairs]] = {}
 
     def prepare_data(self) -> None:
         """Make shards of tables: one process on each machine does it, and the others wait."""
@@ -141,17 +143,20 @@ class RetrievalDataModule(pl.LightningDataModule):
         if stage == "fit":
             self._open_training()
         for part in {"fit": ["val"], "validate": ["val"], "test": ["test"]}.get(stage, []):
-            self.eval_sets[part] = self._opened(part, open_eval_set)
+            with _of_key(f"data.{part}"):
+                found = self._looked_at.pop(part, None) or self._look_at(part)
+                pairs = zip(self.eval_sources[part], found, strict=True)
+                self.eval_sets[part] = [open_eval_set(*source) for source in pairs]
         if stage == "fit":
-            self._opened("test", look_at_eval_set)
+            with _of_key("data.test"):
+                self._looked_at["test"] = self._look_at("test")
 
-    def _opened(self, part: str, opened: Callable[[EvalSource], Opened]) -> list[Opened]:
-        sources = self.eval_sources[part]
-        refuse_missing(f"data.{part}", sources)
-        try:
-            return [*map(opened, sources)]
-        except UserError as error:
-            raise UserError(f"data.{part}: {error}") from error
+    def _look_at(self, part: str) -> list[RetrievalSet | ShardedPairs]:
+        sources, key = self.eval_sources[part], f"data.{part}"
+        refuse_missing(key, sources)
+        found = [*map(look_at_eval_set, sources)]
+        refuse_same_names(key, sources, found)
+        return found
 
     def _open_training(self) -> None:
         if not self.train_sources:
@@ -278,3 +283,14 @@ class RetrievalDataModule(pl.LightningDataModule):
         self.next_step = state_dict["next_step"]
         self.num_drawn = Counter(state_dict.get("num_drawn", {}))
         self.bad_samples = {(s, k): reason for s, k, reason in state_dict["bad_samples"]}
+
+
+@contextmanager
+def _of_key(key: str) -> Iterator[None]:
+    """Names the key of the recipe in errors that do not."""
+    try:
+        yield
+    except UserError as error:
+        if str(error).startswith(key):
+            raise
+        raise UserError(f"{key}: {error}") from error

@@ -157,36 +157,68 @@ def refuse_missing(key: str, sources: Sequence[DataSource]) -> None:
         )
 
 
-def look_at_eval_set(source: EvalSource) -> None:
-    """Refuses what `open_eval_set` would refuse, without reading the pairs of shards."""
-    if is_retrieval_set(Path(source.folder)):
-        open_eval_set(source)
-    else:
-        _shards(source)
-
-
-def open_eval_set(source: EvalSource) -> RetrievalSet:
-    """The queries and candidates of an evaluation source.
+def look_at_eval_set(source: EvalSource) -> RetrievalSet | ShardedPairs:
+    """What there is of an evaluation source; the pairs of shards are not read.
 
     Raises:
         UserError: there is neither a shard nor a retrieval set, or it is not valid.
     """
-    if is_retrieval_set(Path(source.folder)):
-        found = read_retrieval_set(Path(source.folder), source.name, where=source.where)
-        found = found.subset(source.max_queries, source.max_candidates)
-        instructed = source.instructions.with_instruction
-        queries = [instructed(query, "query") for query in found.queries]
-        candidates = found.candidates
-        if source.candidate_instruction:  # else they stay in their file until they are needed
-            candidates = [instructed(candidate, "candidate") for candidate in candidates]
-        return replace(found, queries=queries, candidates=candidates)
-    shards = _shards(source)
-    pairs = map(source.instructions.on, shards)
-    pool = RetrievalSet.from_pairs(source.name or shards.name, pairs, source.max_queries)
+    folder = Path(source.folder)
+    if not is_retrieval_set(folder):
+        if source.where:
+            raise UserError(
+                f"{source.path}: `where` chooses queries of retrieval sets, not of shards"
+            )
+        return ShardedPairs(source.folder)
+    found = read_retrieval_set(folder, source.name, where=source.where)
+    found = found.subset(source.max_queries, source.max_candidates)
+    instructed = source.instructions.with_instruction
+    queries = [instructed(query, "query") for query in found.queries]
+    candidates = found.candidates
+    if source.candidate_instruction:  # else they stay in their file until they are needed
+        candidates = [instructed(candidate, "candidate") for candidate in candidates]
+    return replace(found, queries=queries, candidates=candidates)
+
+
+def refuse_same_names(
+    key: str, sources: Sequence[EvalSource], found: Sequence[RetrievalSet | ShardedPairs]
+) -> None:
+    """Refuses sets with one name, by which metrics and batches are told apart.
+
+    Args:
+        key: of the recipe, such as `data.val`.
+        sources: its value.
+        found: what `look_at_eval_set` gives for each.
+
+    Raises:
+        UserError: names the first two.
+    """
+    paths: dict[str, str] = {}
+    for source, one in zip(sources, found, strict=True):
+        name = source.name or one.name
+        if name in paths:
+            raise UserError(
+                f"{key}: {paths[name]} and {source.path} are both called {name!r}, and metrics are "
+                "told apart by names: give one of them another `name`"
+            )
+        paths[name] = source.path
+
+
+def open_eval_set(
+    source: EvalSource, found: RetrievalSet | ShardedPairs | None = None
+) -> RetrievalSet:
+    """The queries and candidates of an evaluation source.
+
+    Args:
+        source: of the recipe.
+        found: what `look_at_eval_set` gave; None: it is called now.
+
+    Raises:
+        UserError: as `look_at_eval_set`, or the pairs of shards do not fit together.
+    """
+    found = look_at_eval_set(source) if found is None else found
+    if isinstance(found, RetrievalSet):
+        return found
+    pairs = map(source.instructions.on, found)
+    pool = RetrievalSet.from_pairs(source.name or found.name, pairs, source.max_queries)
     return pool.subset(max_candidates=source.max_candidates)
-
-
-def _shards(source: EvalSource) -> ShardedPairs:
-    if source.where:
-        raise UserError(f"{source.path}: `where` chooses queries of retrieval sets, not of shards")
-    return ShardedPairs(source.folder)

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -54,3 +55,12 @@ def is_sharded(tensor: Tensor) -> bool:
     False
     """
     return hasattr(tensor, "ds_id") or isinstance(tensor, DTensor)
+
+
+def complete_shape(tensor: Tensor) -> torch.Size:
+    """The shape of the complete tensor: ZeRO-3 leaves an empty one in the place of a weight.
+
+    >>> complete_shape(torch.zeros(2, 3))
+    torch.Size([2, 3])
+    """
+    return getattr(tensor, "ds_shape", tensor.shape)

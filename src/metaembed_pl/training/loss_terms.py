@@ -34,9 +34,9 @@ class SpreadConfig:
     margin: float = 0.5
 
     def __post_init__(self) -> None:
-        _check_positive("spread", weight=self.weight)
+        _check_positive("", weight=self.weight)
         if not -1 <= self.margin < 1:
-            raise UserError(f"spread.margin is a cosine, -1 to below 1, got {self.margin}")
+            raise UserError(f"margin is a cosine, -1 to below 1, got {self.margin}")
 
 
 def likeness(vectors: Float[Tensor, "N R D"], margin: float) -> Float[Tensor, " N"]:
@@ -69,7 +69,7 @@ class SelfDistillationConfig:
     warmup_steps: int = 0
 
     def __post_init__(self) -> None:
-        _check_positive("self_distillation", weight=self.weight, temperature=self.temperature)
+        _check_positive("self_distillation.", weight=self.weight, temperature=self.temperature)
         if min(self.first_step, self.warmup_steps) < 0:
             raise UserError(
                 "self_distillation: first_step and warmup_steps are at least 0, got "
@@ -108,7 +108,7 @@ class TeacherConfig:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_positive("teacher", weight=self.weight, temperature=self.temperature)
+        _check_positive("teacher.", weight=self.weight, temperature=self.temperature)
 
 
 @dataclass
@@ -138,10 +138,10 @@ class QuantizationConfig:
         return math.floor((step + 1) * self.share) > math.floor(step * self.share)
 
 
-def _check_positive(what: str, **values: float) -> None:
+def _check_positive(before: str, **values: float) -> None:
     for name, value in values.items():
         if not 0 < value < float("inf"):
-            raise UserError(f"{what}.{name} must be positive, got {value}")
+            raise UserError(f"{before}{name} must be positive, got {value}")
 
 
 def divergence(

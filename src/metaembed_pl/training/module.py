@@ -36,6 +36,7 @@ from metaembed_pl.training.loss import MMRLossOutput
 from metaembed_pl.training.metrics import RetrievalMetrics, check_headline, headline
 from metaembed_pl.training.objective import LossConfig, Objective, check_widths
 from metaembed_pl.training.optimizer import (
+    NO_MUON,
     OptimizerConfig,
     apply_settings,
     build_optimizer,
@@ -218,6 +219,8 @@ class MetaEmbedModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW and its schedule over the steps the trainer will take."""
+        if self.optimizer_config.muon_lr and isinstance(self.trainer.strategy, ZeroStrategy):
+            raise UserError(NO_MUON)
         optimizer, scheduler = build_optimizer(
             self,
             self.embedder.meta_tokens.parameters(),

@@ -11,7 +11,13 @@ from torch import nn
 from transformers import get_scheduler
 
 from metaembed_pl.errors import UserError
+from metaembed_pl.model.sharded import complete_shape
 from metaembed_pl.training.muon import Muon
+
+NO_MUON = (
+    "model.optimizer.muon_lr does not work with DeepSpeed, which gives an optimizer flat parts of "
+    "the matrices: leave it out, or use ddp"
+)
 
 
 @dataclass
@@ -140,8 +146,9 @@ def build_optimizer(
         for parameter in part.parameters(recurse=False)
     }
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    plain = {id(p) for p in trainable if p.ndim < 2} | embeddings | own
-    matrices = [p for p in trainable if p.ndim == 2 and id(p) not in plain]
+    num_dims = {id(p): len(complete_shape(p)) for p in trainable}
+    plain = {id(p) for p in trainable if num_dims[id(p)] < 2} | embeddings | own
+    matrices = [p for p in trainable if num_dims[id(p)] == 2 and id(p) not in plain]
     by_muon = {id(p) for p in matrices} if config.muon_lr else set()
     groups = [
         {
