@@ -114,7 +114,9 @@ def test_exif_rotation_is_applied():
     exif = Image.Exif()
     exif[0x0112] = 6
     content = encoded(Image.new("RGB", (4, 2)), "JPEG", exif=exif)
-    assert Item(image=content).load_image().size == (2, 4)
+    upright = Item(image=content).load_image()
+    assert upright.size == (2, 4)
+    assert Item(image=upright).load_image().size == (2, 4), "turned once more"
 
 
 def test_sixteen_bit_grey_keeps_its_brightness():

@@ -105,6 +105,13 @@ def test_a_query_searches_its_own_list_alone():
     assert (ours["mrr"] != ranking_metrics(scores, relevant)["mrr"]).any()
 
 
+def test_a_query_whose_list_holds_nothing_finds_nothing():
+    """Where all its candidates are missing from the corpus."""
+    found = rank(torch.tensor([[0.5, 0.2], [0.1, 0.3]]), [[-1], [1]], lists=[[], [0, 1]])
+    assert found.values["mrr"].tolist() == [0.0, 1.0]
+    assert found.hits[0] == []
+
+
 def test_candidates_added_in_parts_rank_as_those_added_at_once():
     scores, relevant = a_ranking(4)
     index, gains = padded(relevant, grades(relevant))

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -47,6 +48,17 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
         yield error
         seen.append(error)
         error = error.__cause__ or error.__context__
+
+
+@contextmanager
+def about_key(key: str) -> Iterator[None]:
+    """While open, errors of the user begin with a key of the recipe."""
+    try:
+        yield
+    except UserError as error:
+        if str(error).startswith(key):
+            raise
+        raise UserError(f"{key}: {error}") from error
 
 
 def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:

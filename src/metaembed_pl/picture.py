@@ -161,8 +161,10 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
         image = image.transpose(turn)
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
+    image.info = {}  # with its tags, it would be turned again when it is opened again
+    return image
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:

@@ -10,7 +10,7 @@ Q: queries    C: candidates    n: some candidates    P: right candidates of a qu
 K: hits
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +58,13 @@ class Ranked:
         }
         return cls(values, [hits[i] for i in order])
 
+    def finding_nothing(self, queries: Collection[int]) -> "Ranked":
+        """The same, but for some queries nothing was found: they cannot be read."""
+        found = torch.tensor([query not in queries for query in range(len(self.hits))])
+        values = {name: of.where(found.to(of.device), 0.0) for name, of in self.values.items()}
+        hits = [[] if query in queries else hits for query, hits in enumerate(self.hits)]
+        return Ranked(values, hits)
+
 
 def rank(
     scores: Float[Tensor, "Q C"],
@@ -67,6 +74,7 @@ def rank(
     itself: Sequence[int] | None = None,
     ks: Sequence[int] = RECALL_AT,
     num_hits: int = NUM_HITS,
+    unread: Sequence[int] = (),
 ) -> Ranked:
     """Rank all candidates for each query.
 
@@ -79,6 +87,7 @@ def rank(
         itself: for each query, the index of a candidate to leave out; -1: none.
         ks: the cut-offs of recall.
         num_hits: hits per query.
+        unread: candidates that cannot be read: no query finds them.
 
     Raises:
         UserError: scores that are not finite, or lists that do not fit them.
@@ -89,15 +98,15 @@ def rank(
     _check(scores, relevant, gains, lists)
     device = scores.device
     right, padded_gains = (of.to(device) for of in padded(relevant, gains))
-    is_there = (padded_gains > 0) & (right >= 0)
+    missing = torch.tensor(unread, dtype=torch.long, device=device)
+    is_there = (padded_gains > 0) & (right >= 0) & ~torch.isin(right, missing)
     of_right = scores.gather(1, right.clamp(min=0)).masked_fill(~is_there, -torch.inf)
     left_out = None if itself is None else torch.tensor(itself, device=device)
     ranker = Ranker(right, of_right, padded_gains, left_out, num_hits)
-    searched = None
-    if lists is not None:
-        searched = torch.zeros(scores.shape, dtype=torch.bool, device=device)
-        for query, indices in enumerate(lists):
-            searched[query, torch.tensor(indices, device=device)] = True
+    searched = torch.full(scores.shape, lists is None, device=device)
+    for query, indices in enumerate(lists or ()):
+        searched[query, torch.tensor(indices, dtype=torch.long, device=device)] = True
+    searched[:, missing] = False
     ranker.add(scores, torch.arange(scores.shape[1], device=device), searched)
     return ranker.ranked(ks)
 

@@ -10,12 +10,14 @@ import yaml
 
 import tiny
 from metaembed_pl.cli import check_rate
-from metaembed_pl.cli.check import _num_steps, _weightless_model
+from metaembed_pl.cli.check import _num_batches, _weightless_model
 from metaembed_pl.cli.main import main
 from metaembed_pl.cli.recipe_faults import read_recipe
 from metaembed_pl.data.shards import ShardedPairs, ShardWriter
+from metaembed_pl.errors import UserError
 from metaembed_pl.item import Item, Pair
 from metaembed_pl.model.weightless import _on_meta, _place, count_parameters
+from metaembed_pl.training.teacher import refuse_other_inputs
 
 CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
 RECIPES = CONFIGS.parent
@@ -358,9 +360,19 @@ def test_check_and_fit_refuse_options_that_do_not_fit_in_the_same_line(
 
 
 def test_a_teacher_that_is_not_here_is_a_fault(recipe, capsys):
-    file = recipe(model__loss={"teacher": {"model": "no/where"}})
+    file = recipe(model__loss={"teacher": {"model": "not/on/disk"}})
     assert check("--config", file) == 2
-    assert "model.loss.teacher.model: no/where does not exist" in capsys.readouterr().err
+    with pytest.raises(UserError) as of_fit:
+        refuse_other_inputs("not/on/disk", tiny.embedder())
+    assert f"fault: {of_fit.value}\n" in capsys.readouterr().err
+    assert str(of_fit.value).startswith("model.loss.teacher.model: not/on/disk does not exist")
+
+
+def test_batches_that_are_accumulated_take_their_time_as_well():
+    assert _num_batches({"max_steps": 6, "batches_a_step": 4}) == 24
+    assert _num_batches({"max_steps": -1, "max_epochs": 2, "steps_an_epoch": 5}) == 10
+    epochs = {"max_steps": -1, "max_epochs": 2, "steps_an_epoch": 5, "batches_a_step": 5}
+    assert _num_batches(epochs) == 10  # an epoch is counted in batches
 
 
 def test_a_run_of_that_name_is_a_fault(recipe, tmp_path, capsys):
@@ -541,10 +553,10 @@ def test_fit_takes_a_folder_for_its_sources(data):
 
 def test_the_earlier_of_two_limits_ends_the_run():
     steps = {"max_steps": 500, "steps_an_epoch": 20}
-    assert _num_steps(steps) == 500
-    assert _num_steps(steps | {"max_epochs": 3}) == 60
-    assert _num_steps(steps | {"max_epochs": 3, "max_steps": 50}) == 50
-    assert _num_steps({"max_steps": -1, "max_epochs": 3}) is None
+    assert _num_batches(steps) == 500
+    assert _num_batches(steps | {"max_epochs": 3}) == 60
+    assert _num_batches(steps | {"max_epochs": 3, "max_steps": 50}) == 50
+    assert _num_batches({"max_steps": -1, "max_epochs": 3}) is None
 
 
 def test_hours_are_those_of_the_named_gpu_at_the_stated_share(recipe, capsys):

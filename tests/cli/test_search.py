@@ -176,7 +176,7 @@ def test_a_terminal_gets_a_table_with_names_as_they_are(model, things):
         ({"--revision": "main"}, "is a folder: only a model on the hub has revisions"),
         ({"--items": "pages.parquet"}, "cannot read pages.parquet: No such file"),
         ({"--image": "nowhere.png"}, "nowhere.png does not exist"),
-        ({"--model": "nowhere"}, "nowhere is not a model folder"),
+        ({"--model": "nowhere"}, "nowhere does not exist: train or download it first"),
         ({"--device": "abacus"}, "device abacus"),
     ],
 )

@@ -79,6 +79,7 @@ def test_goes_on_with_what_was_cut_off_and_stops_what_is_worse_than_the_others(
     )
     assert tune(tmp_path, short, "--trials", "7", "--no-pruning") == 0
     (last,) = (t for t in study(tmp_path).trials if t.state.name == "COMPLETE" and t.value < 2)
+    assert last.user_attrs["run"] == "trial-6"  # the one that was cut off kept its number
     run = tmp_path / "tune" / last.user_attrs["run"]
     said = json.loads((run / "headlines.jsonl").read_text())
     assert said == {"step": 1, "headline": last.value}

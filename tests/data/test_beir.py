@@ -118,6 +118,12 @@ def test_queries_are_chosen_by_their_metadata(tmp_path):
             read_retrieval_set(path, where=where)
 
 
+def test_queries_are_chosen_by_numbers_as_well(tmp_path):
+    queries = QUERIES.replace('"two"', '"two", "page": 3')
+    read = read_retrieval_set(folder(tmp_path, queries=queries), where={"page": "3"})
+    assert [query.text for query in read.queries] == ["two"]
+
+
 def test_another_split_is_read_by_its_name(tmp_path):
     path = folder(tmp_path)
     (path / "qrels" / "dev.tsv").write_text("query-id\tcorpus-id\tscore\n2\tb\t1\n")

@@ -430,6 +430,16 @@ def test_every_item_is_evaluated_and_all_ranks_have_equally_many_batches(num_ran
         assert set(seen) == set(range(10))
 
 
+def test_what_cannot_be_read_in_an_evaluation_set_is_named_and_the_rest_evaluated(tmp_path):
+    folder = _with_broken_pictures(tmp_path / "s", 6, broken={3})
+    pool = RetrievalSet.from_pairs("pool", ShardedPairs(folder))
+    candidates = EvaluationBatches(pool, tiny.processing(), 4)[0]
+    assert len(candidates.inputs["input_ids"]) == len(candidates.index) == 4
+    ((row, reason),) = candidates.unread.items()
+    assert pool.candidates[int(candidates.index[row])].id == "broken-3"
+    assert "does not decode" in reason
+
+
 def test_max_queries_shrinks_the_pool(folders):
     data = RetrievalDataModule(test=[EvalSource(str(folders[0]), "mine", max_queries=5)])
     data.setup("test")
@@ -514,6 +524,12 @@ def test_a_retrieval_set_that_is_tested_after_training_is_read_once(pages, folde
     data.setup("test")
     assert [len(pool.queries) for pool in data.eval_sets["test"]] == [3, 31]
     assert len(reads) == 1
+
+
+def test_each_of_two_sources_with_one_path_is_checked(folders):
+    sources = [EvalSource(str(folders[0]), "small", max_queries=0), EvalSource(str(folders[0]))]
+    with pytest.raises(UserError, match="max_queries must be at least 1, got 0"):
+        RetrievalDataModule(val=sources)
 
 
 @pytest.mark.parametrize("part", ["val", "test"])

@@ -86,6 +86,11 @@ def test_pairs_of_ones_own_need_no_mapping(tmp_path):
     assert [pair.query.text for pair in data._shards[0]] == [f"q {i}" for i in range(8)]
 
 
+@pytest.mark.parametrize(("files", "read"), [("*", "*train*"), ("*val*", "*val*")])
+def test_other_files_of_a_preset_may_be_chosen(files, read):
+    assert TrainSource("preset:coco", files=files).table.files == read
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

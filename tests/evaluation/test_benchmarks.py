@@ -228,6 +228,15 @@ def test_a_folder_of_ones_own_is_one_set_or_several(tmp_path):
     assert len(pairs.tasks[0].open(tmp_path).candidates) == 2
 
 
+def test_links_to_folders_of_one_name_are_told_apart(tmp_path):
+    (tmp_path / "sets").mkdir()
+    for name in ("one", "two"):
+        small_set(tmp_path / name / "test")
+        (tmp_path / "sets" / name).symlink_to(tmp_path / name / "test")
+    found = open_benchmark(f"beir:{tmp_path}/sets", tmp_path)
+    assert [task.name for task in found.tasks] == ["one", "two"]
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

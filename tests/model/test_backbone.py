@@ -15,6 +15,7 @@ from metaembed_pl.errors import UserError
 from metaembed_pl.model.backbone import (
     BackboneConfig,
     ScratchTokenizer,
+    _texts,
     build_backbone,
     build_processing,
 )
@@ -253,6 +254,12 @@ def test_nf4_needs_lora():
 def test_what_is_not_there_is_told_with_what_to_use_instead(pretrained, option, message):
     with pytest.raises(UserError, match=message + ", not available; use "):
         build(pretrained, **option)
+
+
+def test_a_tokenizer_is_trained_on_remote_shards_as_well(tmp_path, monkeypatch):
+    monkeypatch.setenv("METAEMBED_CACHE", str(tmp_path / "cache"))
+    folder = tiny.shards(tmp_path / "shards", 2)
+    assert [*_texts([f"file://{folder}"])] == [*_texts([str(folder)])]
 
 
 def test_a_missing_package_is_named(pretrained, monkeypatch):

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from metaembed_pl.errors import UserError
+from metaembed_pl.item import Item
 from metaembed_pl.model.embedder import MetaEmbedder
 from metaembed_pl.model.meta_tokens import MetaTokens
 from unchecked import shapes_unchecked
@@ -130,6 +131,14 @@ def test_meta_tokens_equal_new_rows_of_the_vocabulary():
 def test_no_hook_is_left_on_the_backbone(model):
     model.encode_query(["red"])
     assert not model.backbone.get_input_embeddings()._forward_hooks
+
+
+def test_autocast_does_not_round_the_projection():
+    model, seen = tiny.embedder(projection=16), []
+    model.projection.register_forward_hook(lambda *call: seen.append(call[-1].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(model.processor()([Item("red")], "query"), "query")
+    assert seen == [torch.float32]
 
 
 @pytest.mark.parametrize("projection", [None, 16])

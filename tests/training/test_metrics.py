@@ -54,6 +54,23 @@ def expected_values():
     return values
 
 
+def test_what_cannot_be_read_is_not_found_and_finds_nothing():
+    """As if the candidate were missing from the pool, and 0 for the query."""
+    metric, sides = metrics(), embeddings()
+    metric.update("query", torch.arange(7), sides["query"], unread=[5])
+    metric.update("candidate", torch.tensor([8, *range(8)]), sides["candidate"].roll(1, 0), [0])
+    values = metric.compute()
+    assert metric.unread == {"query": [5], "candidate": [8]}
+    right = [[0], [1, -1], [2], [3, 4, 5], [4], [0], [-1]]  # without candidate 8
+    scores = nested_scores(sides["query"], sides["candidate"][:8], GROUPS)
+    for group, of_group in zip(GROUPS, scores, strict=True):
+        for name, per_query in ranking_metrics(of_group, right, (1, 5)).items():
+            per_query[5] = 0
+            assert values[f"{name}/{group}"] == pytest.approx(per_query.mean().item()), name
+    assert metric.ranked[GROUPS[0]].hits[5] == []
+    assert all(hit != 8 for found in metric.ranked[GROUPS[-1]].hits for hit, _ in found)
+
+
 def test_the_largest_group_is_ranked_at_every_width_too():
     metric = updated(
         RetrievalMetrics(GROUPS, RELEVANT, NUM_CANDIDATES, (1, 5), widths=(4, 2)), ALL_ROWS

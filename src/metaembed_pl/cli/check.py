@@ -203,6 +203,8 @@ def _of_data(recipe: "Recipe", data: "Data") -> dict[str, Any]:
     assert recipe.data is not None
     size, trainer = recipe.data.global_batch_size, recipe.config.trainer
     steps: dict[str, Any] = {"global_batch_size": size, "max_steps": trainer.max_steps}
+    if trainer.accumulate_grad_batches > 1:
+        steps["batches_a_step"] = trainer.accumulate_grad_batches
     if trainer.max_epochs not in (None, -1):
         steps["max_epochs"] = trainer.max_epochs
     if data.steps_per_epoch is not None:
@@ -279,7 +281,7 @@ def _of_compute(
     share = target.utilisation or UTILISATION
     found |= {"gpu": target.gpu, "utilisation": share}
     found["is_assumed"] = target.utilisation is None
-    if (count := _num_steps(steps)) is not None:
+    if (count := _num_batches(steps)) is not None:
         rate = running.num_gpus * GPUS[target.gpu].flops * share
         found["hours"] = count * flops / rate / 3600
     return found
@@ -318,9 +320,11 @@ def _of_data_path(
     return found
 
 
-def _num_steps(steps: dict[str, Any]) -> int | None:
-    """Steps of the run, if known from the recipe or its data."""
-    limits = [] if steps["max_steps"] in (None, -1) else [steps["max_steps"]]
+def _num_batches(steps: dict[str, Any]) -> int | None:
+    """Batches of the run, if known from the recipe or its data."""
+    limits = []
+    if steps["max_steps"] not in (None, -1):
+        limits.append(steps["max_steps"] * steps.get("batches_a_step", 1))
     if "max_epochs" in steps and "steps_an_epoch" in steps:
         limits.append(steps["max_epochs"] * steps["steps_an_epoch"])
     return min(limits, default=None)

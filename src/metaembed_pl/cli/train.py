@@ -15,7 +15,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -50,6 +50,7 @@ from metaembed_pl.evaluation.outcome import Outcome, TaskOutcome, about_model
 from metaembed_pl.evaluation.report import write_report
 from metaembed_pl.evaluation.tables import overview
 from metaembed_pl.files import only_process, write_text
+from metaembed_pl.item import Item
 from metaembed_pl.model.embedder import MetaEmbedder
 from metaembed_pl.model.sharded import is_sharded
 from metaembed_pl.training.callbacks import (
@@ -493,6 +494,8 @@ class RecipeCLI(LightningCLI):
                 pool,
                 metrics.ranked,
                 diversity=metrics.cosines,
+                bad_queries=_unread(pool.queries, metrics.unread["query"]),
+                bad_candidates=_unread(pool.candidates, metrics.unread["candidate"]),
             )
             for pool in pools
             for metrics in [self.model.metrics["test"][pool.name]]
@@ -521,6 +524,11 @@ class RecipeCLI(LightningCLI):
             return None
         # Lightning has moved it to the CPU.
         return embedder.to(self.trainer.strategy.root_device).eval()
+
+
+def _unread(items: Sequence[Item], indices: Sequence[int]) -> list[str]:
+    """Items that could not be read, for the report; the log has the reasons."""
+    return [f"{items[index].uid}: see the log" for index in indices]
 
 
 def _precision(config: Any) -> Any:

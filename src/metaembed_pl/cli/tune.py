@@ -192,7 +192,7 @@ def _num_finished(study: Any) -> int:
 
 def _try(optuna: Any, study: Any, trial: Any, space: Space, args: argparse.Namespace) -> None:
     """One trial, from its settings to its value."""
-    settings, name = _settings(trial, space), _name(trial)
+    settings, name = _settings(trial, space), trial.user_attrs.get("run") or _new_name(study)
     trial.set_user_attr("run", name)
     folder = args.out / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -274,6 +274,12 @@ def _print_best(optuna: Any, study: Any, space: Space, args: argparse.Namespace)
 def _name(trial: Any) -> str:
     """The name of a trial's run."""
     return trial.user_attrs.get("run", f"trial-{trial.number}")
+
+
+def _new_name(study: Any) -> str:
+    """A name for the trial that was asked for last; one that was resumed has two numbers."""
+    earlier = [int(_name(trial).removeprefix("trial-")) for trial in study.trials[:-1]]
+    return f"trial-{1 + max(earlier, default=-1)}"
 
 
 def _nested(settings: dict[str, Any]) -> dict[str, Any]:

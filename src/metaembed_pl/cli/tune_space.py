@@ -139,8 +139,9 @@ def refuse_faulty(file: Path, space: Space, configs: Sequence[str], given: Seque
             raise UserError("data.val: tune compares trials on validation sets, and there are none")
         trainer = recipe.config.trainer
         every, last = trainer.val_check_interval, trainer.max_steps
+        last *= trainer.accumulate_grad_batches  # validations are counted in batches
         if not settings:
-            num_steps = max(last, 0)
+            num_steps = max(trainer.max_steps, 0)
         if settings and isinstance(every, int) and 0 < last < every:
             raise UserError(
                 f"trainer.val_check_interval: {every} is above trainer.max_steps, {last}: "

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 
@@ -24,7 +25,10 @@ from metaembed_pl.data.plan import Plan, PlannedBatch
 from metaembed_pl.data.retrieval_set import RetrievalSet
 from metaembed_pl.data.shards import HEAD_BYTES, ShardedPairs
 from metaembed_pl.errors import BadSample, Unreachable, UserError
-from metaembed_pl.item import Pair
+from metaembed_pl.item import Item, Pair
+
+UNREADABLE = Item("unreadable")
+"""Encoded in the place of an item that is, so that all ranks encode equally many."""
 
 
 class TrainingBatches(IterableDataset):
@@ -134,7 +138,7 @@ class EvaluationBatches(Dataset):
     """One rank's batches of an evaluation set: first the candidates, then the queries.
 
     Every rank has equally many, so that collectives match: the last batches may repeat items, which
-    the metric counts once, by their index.
+    the metric counts once, by their index. Items that cannot be read count as missed.
     """
 
     def __init__(
@@ -159,8 +163,17 @@ class EvaluationBatches(Dataset):
     def __getitem__(self, i: int) -> EvalBatch:
         side, indices = self.batches[i]
         items = self.pool.candidates if side == "candidate" else self.pool.queries
-        inputs = self.process([items[index] for index in indices], side)
-        return EvalBatch(self.pool.name, side, torch.tensor(indices), inputs)
+        found: list[Item] = []
+        unread: dict[int, str] = {}
+        for row, index in enumerate(indices):
+            try:
+                item = items[index]
+                found.append(replace(item, image=item.load_image()))
+            except UserError as error:
+                found.append(UNREADABLE)
+                unread[row] = str(error)
+        inputs = self.process(found, side)
+        return EvalBatch(self.pool.name, side, torch.tensor(indices), inputs, unread)
 
 
 def _dealt(count: int, batch_size: int, rank: int, num_ranks: int) -> list[list[int]]:

@@ -110,7 +110,7 @@ def read_retrieval_set(
     unknown.warn()
     wanted = list(range(len(queries)))
     if where:
-        wanted = [i for i in wanted if where.items() <= queries.record(i).items()]
+        wanted = [i for i in wanted if _has(queries.record(i), where)]
     if where and not wanted:
         raise UserError(
             f"{queries.path}: none of {len(queries)} queries has {where}; {_there(queries, where)}"
@@ -331,6 +331,11 @@ class _Unknown:
                     file,
                     found[0][0],
                 )
+
+
+def _has(record: Mapping[str, Any], where: Mapping[str, str]) -> bool:
+    """Whether a query has these metadata; numbers are compared as text."""
+    return all(key in record and str(record[key]) == value for key, value in where.items())
 
 
 def _there(queries: StoredItems, where: Mapping[str, str]) -> str:

@@ -188,12 +188,21 @@ class TrainBatch(WithTensors):
 
 @dataclass
 class EvalBatch(WithTensors):
-    """Some queries or candidates of an evaluation set, with their numbers in it."""
+    """Some queries or candidates of an evaluation set, with their numbers in it.
+
+    Args:
+        dataset: its name.
+        side: of the items.
+        index: of each item in the set.
+        inputs: processed items.
+        unread: for rows whose item cannot be read, the reason; they hold another text.
+    """
 
     dataset: str
     side: Side
     index: Int[Tensor, " B"]
     inputs: dict[str, Tensor]
+    unread: dict[int, str] = field(default_factory=dict)
 
 
 def decoded(pair: Pair) -> Pair:

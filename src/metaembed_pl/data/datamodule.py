@@ -7,7 +7,6 @@ take turns by step, and the checkpoint stores the next step.
 import logging
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -32,9 +31,12 @@ from metaembed_pl.data.recipe_tables import RecipeTable
 from metaembed_pl.data.retrieval_set import RetrievalSet
 from metaembed_pl.data.shards import ShardedPairs
 from metaembed_pl.data.workers import Loader, workers_for
-from metaembed_pl.errors import UserError
+from metaembed_pl.errors import UserError, about_key
 
 log = logging.getLogger(__name__)
+
+LEAST = {"num_negatives": 0, "first_step": 0, "last_step": 1, "max_queries": 1, "max_candidates": 1}
+"""The smallest numbers that a source may have."""
 
 
 class _ResumingLoader(Loader):
@@ -94,16 +96,19 @@ class RetrievalDataModule(pl.LightningDataModule):
         mixing_temperature: float = 1.0,
     ):
         super().__init__()
-        counts = {"eval_batch_size": (eval_batch_size, 1), "num_negatives": (num_negatives, 0)}
-        counts |= {"num_workers": (num_workers, 0), "max_bad_samples": (max_bad_samples, 0)}
-        counts |= {"open_shards": (open_shards, 1), "steps_per_epoch": (steps_per_epoch, 1)}
-        least = {"num_negatives": 0, "first_step": 0, "last_step": 1}
-        least |= {"max_queries": 1, "max_candidates": 1}
+        counts = [
+            ("eval_batch_size", eval_batch_size, 1),
+            ("num_negatives", num_negatives, 0),
+            ("num_workers", num_workers, 0),
+            ("max_bad_samples", max_bad_samples, 0),
+            ("open_shards", open_shards, 1),
+            ("steps_per_epoch", steps_per_epoch, 1),
+        ]
         for source in [*(train or []), *(val or []), *(test or [])]:
             _ = source.table  # refuses invalid keys of tables
-            for name in least.keys() & vars(source):
-                counts[f"{source.path}: {name}"] = (getattr(source, name), least[name])
-        for name, (count, at_least) in counts.items():
+            for name in LEAST.keys() & vars(source):
+                counts.append((f"{source.path}: {name}", getattr(source, name), LEAST[name]))
+        for name, count, at_least in counts:
             if count is not None and count < at_least:
                 raise UserError(f"data: {name} must be at least {at_least}, got {count}")
         self.train_sources = train or []
@@ -143,12 +148,12 @@ class RetrievalDataModule(pl.LightningDataModule):
         if stage == "fit":
             self._open_training()
         for part in {"fit": ["val"], "validate": ["val"], "test": ["test"]}.get(stage, []):
-            with _of_key(f"data.{part}"):
+            with about_key(f"data.{part}"):
                 found = self._looked_at.pop(part, None) or self._look_at(part)
                 pairs = zip(self.eval_sources[part], found, strict=True)
                 self.eval_sets[part] = [open_eval_set(*source) for source in pairs]
         if stage == "fit":
-            with _of_key("data.test"):
+            with about_key("data.test"):
                 self._looked_at["test"] = self._look_at("test")
 
     def _look_at(self, part: str) -> list[RetrievalSet | ShardedPairs]:
@@ -283,14 +288,3 @@ class RetrievalDataModule(pl.LightningDataModule):
         self.next_step = state_dict["next_step"]
         self.num_drawn = Counter(state_dict.get("num_drawn", {}))
         self.bad_samples = {(s, k): reason for s, k, reason in state_dict["bad_samples"]}
-
-
-@contextmanager
-def _of_key(key: str) -> Iterator[None]:
-    """Names the key of the recipe in errors that do not."""
-    try:
-        yield
-    except UserError as error:
-        if str(error).startswith(key):
-            raise
-        raise UserError(f"{key}: {error}") from error

@@ -59,7 +59,8 @@ class RecipeTable:
             if preset is None or not preset.where:
                 known = ", ".join(name for name, known in PRESETS.items() if known.where)
                 raise UserError(f"{path}: presets with a place on the hub are {known}")
-            return cls(preset.where, columns or preset.columns, preset.files, held_out)
+            files = preset.files if files == "*" else files
+            return cls(preset.where, columns or preset.columns, files, held_out)
         if columns is not None or Path(path).suffix.lower() in TABLES:
             return cls(path, columns, files, held_out)
         if files != "*" or held_out:

@@ -54,8 +54,13 @@ def _of_folder(name: str, kind: str, folder: Path) -> Benchmark:
     if not found:
         expected = "corpus.jsonl" if kind == "beir" else "*.tar"
         raise UserError(f"{name}: expected {expected} in {folder} or in a folder right below it")
-    tasks = tuple(Task(path.resolve().name, str(path.resolve()), metric) for path in found)
-    return Benchmark(name, folder.resolve().name, tasks)
+    tasks = tuple(Task(_name(path), str(path.resolve()), metric) for path in found)
+    return Benchmark(name, _name(folder), tasks)
+
+
+def _name(folder: Path) -> str:
+    """Its own name, not that of what it is a link to, of which there may be several."""
+    return folder.absolute().name if folder.name != ".." else folder.resolve().name
 
 
 def _subfolders(folder: Path) -> Sequence[Path]:

@@ -210,15 +210,11 @@ def _rank_share(
     if not share.queries:
         return None
     queries, bad = encode_queries(model, share.queries, options.pace, options.on_progress)
-    is_good = torch.ones(len(queries))
-    is_good[list(bad)] = 0
     started = time.perf_counter()
     ranked = {}
     for number, budget in enumerate(budgets, start=1):
         found = rank_task(share, queries.to(model.device), store, budget)
-        values = {name: per_query * is_good for name, per_query in found.values.items()}
-        hits = [[] if query in bad else of_query for query, of_query in enumerate(found.hits)]
-        ranked[budget] = Ranked(values, hits)
+        ranked[budget] = found.finding_nothing(bad)
         options.on_progress("budgets", number, len(budgets))
     unreadable = [f"{share.queries[i].uid}: {why}" for i, why in sorted(bad.items())]
     first = queries[:NUM_ITEMS].clone()

@@ -5,7 +5,6 @@ Only the base model is built, without a language-model head: MetaEmbed uses the 
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from huggingface_hub.errors import StrictDataclassError
@@ -13,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerFast
 
 from metaembed_pl.data.shards import ShardedPairs
-from metaembed_pl.errors import UserError
+from metaembed_pl.errors import UserError, about_key
 from metaembed_pl.item import Pair
 from metaembed_pl.model.backbone_options import (
     checkpoint_activations,
@@ -88,10 +87,8 @@ class BackboneConfig:
 def build_processing(config: BackboneConfig, prompt: Prompt) -> Processing:
     """The preprocessing that goes with a backbone."""
     if config.path is not None:
-        try:
+        with about_key("model.backbone.path"):
             tokenizer, image_processor = load_processors(config.path, config.revision)
-        except UserError as error:
-            raise UserError(f"model.backbone.path: {error}") from error
         settings = AutoConfig.from_pretrained(config.path, revision=config.revision)
         family = family_of(settings.model_type)
         limits = config.min_pixels, config.max_pixels
@@ -193,7 +190,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, family: Family) -> An
 
 def _texts(sources: list[str]) -> Iterator[str]:
     for source in sources:
-        for pair in ShardedPairs(Path(source)):
+        for pair in ShardedPairs(source):
             yield from _pair_texts(pair)
 
 

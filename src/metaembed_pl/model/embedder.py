@@ -160,7 +160,8 @@ class MetaEmbedder(nn.Module):
         states = self._read(hidden, slot_index, inputs["attention_mask"], side)
         # bf16 would cost three digits of the score: project and normalise in fp32.
         states = states.to(self.meta_tokens.embedding.weight.dtype)
-        found = nn.functional.normalize(self.projection(states).float(), dim=-1)
+        with torch.autocast(states.device.type, enabled=False):
+            found = nn.functional.normalize(self.projection(states).float(), dim=-1)
         return found + vision.nothing_of(unused)
 
     def _read(

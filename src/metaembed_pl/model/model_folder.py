@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from metaembed_pl.data.remote import HUB_ID
-from metaembed_pl.errors import UserError
+from metaembed_pl.errors import UserError, about_key
 from metaembed_pl.files import read_json_object
 from metaembed_pl.model.backbone import BackboneConfig, build_backbone
 from metaembed_pl.model.hub_faults import why_not
@@ -45,6 +45,8 @@ def find_model_folder(name: str | Path, revision: str | None = None) -> Path:
         folder = _from_hub(str(name), revision)
     elif revision is not None and folder.exists():
         raise UserError(f"{name} is a folder: only a model on the hub has revisions")
+    if not folder.exists():
+        raise UserError(f"{name} does not exist: train or download it first")
     if not (folder / SETTINGS).is_file():
         raise UserError(
             f"{name} is not a model folder: it has no {SETTINGS}; "
@@ -96,7 +98,8 @@ def settings_to_start_from(
     Raises:
         UserError: the recipe differs from the folder.
     """
-    folder = find_model_folder(name)
+    with about_key("model.start_from"):
+        folder = find_model_folder(name)
     plain = {field.name: field.default for field in fields(BackboneConfig)}
     for key in SOURCE:
         if getattr(backbone, key) != plain[key]:

@@ -102,23 +102,28 @@ class ProgressLines(pl.Callback):
         self._speed = speed
         self._every = every_n_steps
         self._losses: list[float] = []
+        self._last_step = 0  # that has its line
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: TrainBatch, *_: Any
     ) -> None:
         """Logs step, mean loss since the last line, speed and time left."""
-        step = trainer.global_step
+        if not trainer.is_global_zero:
+            return
+        step = trainer.global_step  # the same for all batches that are accumulated
         self._losses.append(float(trainer.callback_metrics["train/loss"]))
-        if step % self._every == 0 and trainer.is_global_zero:
-            log.info(
-                "step %d of %d, loss %.3f, %d pairs/s, %s left",
-                step,
-                trainer.estimated_stepping_batches,
-                sum(self._losses) / len(self._losses),
-                self._speed.pairs_per_s,
-                self._speed.time_left(),
-            )
-            self._losses.clear()
+        if step % self._every or step == self._last_step:
+            return
+        log.info(
+            "step %d of %d, loss %.3f, %d pairs/s, %s left",
+            step,
+            trainer.estimated_stepping_batches,
+            sum(self._losses) / len(self._losses),
+            self._speed.pairs_per_s,
+            self._speed.time_left(),
+        )
+        self._last_step = step
+        self._losses.clear()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Logs the headline metric."""

@@ -3,7 +3,7 @@
 Q: queries    C: candidates    G: groups    B: rows of one update    R: vectors of a row    D: width
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -30,7 +30,8 @@ class RetrievalMetrics(Metric):
     Feed it each query and candidate by index, in any order, on any rank; a row that comes twice (a
     sampler that pads its last batch) counts once. `update` keeps the vectors, `compute` scores and
     leaves the values and hits of each query in `ranked`, by budget, and in `cosines`, by side, how
-    similar the vectors of an item are.
+    similar the vectors of an item are. Items that cannot be read are in `unread`, by side: no query
+    finds them, and they find nothing.
 
     Args:
         groups: nested budgets, smallest first.
@@ -67,6 +68,7 @@ class RetrievalMetrics(Metric):
         self.ks = tuple(ks)
         self.ranked: dict[Budget, Ranked] = {}
         self.cosines: dict[str, list[list[float]]] = {}
+        self.unread: dict[str, list[int]] = {}
         for side in ("query", "candidate"):
             self.add_state(f"{side}_index", [], dist_reduce_fx="cat")
             self.add_state(f"{side}_vectors", [], dist_reduce_fx="cat")
@@ -88,6 +90,7 @@ class RetrievalMetrics(Metric):
         side: Literal["query", "candidate"],
         index: Int[Tensor, " B"],
         embeddings: Float[Tensor, "B R D"],
+        unread: Collection[int] = (),
     ) -> None:
         """Keep the vectors of some queries or candidates.
 
@@ -95,6 +98,7 @@ class RetrievalMetrics(Metric):
             side: which of the two.
             index: place of each row among all queries, or all candidates.
             embeddings: unit vectors, at least as many a row as the largest group takes.
+            unread: rows whose item cannot be read.
 
         Raises:
             UserError: an index out of range, too few vectors, or vectors that are not finite.
@@ -114,8 +118,10 @@ class RetrievalMetrics(Metric):
             )
         if not embeddings.isfinite().all():
             raise UserError(f"{side} embeddings contain NaN or infinity and cannot be ranked")
+        kept = embeddings[:, :vectors].detach().float()
+        kept = kept.index_fill(0, torch.tensor([*unread], dtype=torch.long).to(kept.device), 0.0)
         getattr(self, f"{side}_index").append(index.long())
-        getattr(self, f"{side}_vectors").append(embeddings[:, :vectors].detach().float().flatten())
+        getattr(self, f"{side}_vectors").append(kept.flatten())
 
     def compute(self) -> dict[str, Float[Tensor, ""]]:
         """Means over queries, named `recall@1/4x8`, `mrr/4x8`, `ndcg@5/4x8` and so on.
@@ -124,6 +130,8 @@ class RetrievalMetrics(Metric):
             UserError: a query or candidate was never given, or scores are not finite.
         """
         queries, candidates = self._own_rows("query"), self._own_rows("candidate")
+        read = {"query": queries.flatten(1).any(1), "candidate": candidates.flatten(1).any(1)}
+        self.unread = {side: (~of).nonzero()[:, 0].tolist() for side, of in read.items()}
         step = max(1, SCORES_AT_A_TIME // (len(self.groups) * self.num_candidates))
         parts: dict[Budget, list[Ranked]] = {budget: [] for budget in self.budgets}
         for start in range(0, len(queries), step):
@@ -132,13 +140,16 @@ class RetrievalMetrics(Metric):
             itself = self.itself and self.itself[chunk]
             for budget, scores in self._scores(queries[chunk], candidates):
                 num_hits = NUM_HITS if budget in (self.budgets[0], self.budgets[-1]) else 0
-                found = rank(scores, self.relevant[chunk], gains, lists, itself, self.ks, num_hits)
-                parts[budget].append(found)
+                settings = gains, lists, itself, self.ks, num_hits, self.unread["candidate"]
+                parts[budget].append(rank(scores, self.relevant[chunk], *settings))
         self.cosines = {
-            "query": cosines(queries).tolist(),
-            "candidate": cosines(candidates).tolist(),
+            "query": cosines(queries[read["query"]]).tolist(),
+            "candidate": cosines(candidates[read["candidate"]]).tolist(),
         }
-        self.ranked = {budget: Ranked.joined(found) for budget, found in parts.items()}
+        self.ranked = {
+            budget: Ranked.joined(found).finding_nothing(self.unread["query"])
+            for budget, found in parts.items()
+        }
         return {
             f"{name}/{budget}": values.mean()
             for budget, found in self.ranked.items()

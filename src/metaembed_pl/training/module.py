@@ -147,6 +147,7 @@ class MetaEmbedModule(pl.LightningModule):
         self.headline = headline
         self.metrics: dict[str, dict[str, RetrievalMetrics]] = {}
         self._sources_seen: set[str] = set()
+        self._unread: set[str] = set()
         self._teacher: Teacher | None = None
         self.check_checkpoint: Callable[[dict[str, Any]], None] = _accept
 
@@ -349,6 +350,8 @@ class MetaEmbedModule(pl.LightningModule):
             return  # the norm is known after DeepSpeed's own step
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
+        if getattr(self.trainer.precision_plugin, "scaler", None) and not norm.isfinite():
+            return  # in fp16 the scaler skips such a step, and scales less from then on
         self._note_norm(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def on_train_batch_end(self, outputs: Any, batch: TrainBatch, batch_idx: int) -> None:
@@ -427,7 +430,13 @@ class MetaEmbedModule(pl.LightningModule):
 
     def _update(self, part: str, batch: EvalBatch) -> None:
         embeddings = self.embedder(batch.inputs, batch.side)
-        self.metrics[part][batch.dataset].update(batch.side, batch.index, embeddings)
+        for row, reason in batch.unread.items():
+            where = f"{batch.dataset}, {batch.side} {int(batch.index[row])}"
+            if where not in self._unread:
+                self._unread.add(where)
+                log.warning("%s cannot be read and counts as missed: %s", where, reason)
+        metrics = self.metrics[part][batch.dataset]
+        metrics.update(batch.side, batch.index, embeddings, batch.unread)
 
     def _finish(self, part: str) -> None:
         """Logs every metric and the headline, which selects the best checkpoint."""

@@ -13,7 +13,7 @@ import torch
 from metaembed_pl.budget import Budget, parse_groups
 from metaembed_pl.data.collate import TrainBatch
 from metaembed_pl.data.shards import ShardedPairs
-from metaembed_pl.errors import BadSample, UserError
+from metaembed_pl.errors import BadSample, UserError, about_key
 from metaembed_pl.model.embedder import MetaEmbedder
 from metaembed_pl.model.model_folder import find_model_folder, read_settings
 from metaembed_pl.model.processing import Processing
@@ -57,7 +57,8 @@ def refuse_other_inputs(folder: str, student: MetaEmbedder, but: Sequence[str] =
         student: the model in training; may be without weights.
         but: parts that are not compared.
     """
-    found = find_model_folder(folder)
+    with about_key("model.loss.teacher.model"):
+        found = find_model_folder(folder)
     settings = read_settings(found)
     processing = Processing.load(found / "processing")
     largest = parse_groups(settings["groups"])[-1]
