@@ -107,9 +107,11 @@ def _with_key(key: str, message: str, names: Collection[str]) -> str:
     'model.loss.query_spread.margin is a cosine'
     >>> _with_key("model.optimizer", "optimizer.lr must be positive", ["lr"])
     'model.optimizer.lr must be positive'
+    >>> _with_key("data", "data/pets: held_out is a share", ["train"])
+    'data: data/pets: held_out is a share'
     """
     for known in (key, key.rpartition(".")[2]):
-        if re.match(rf"{re.escape(known)}\b", message):
+        if re.match(rf"{re.escape(known)}[.:]", message):
             return key + message.removeprefix(known)
     between = "." if message.partition(" ")[0] in names else ": "
     return f"{key}{between}{message}"
