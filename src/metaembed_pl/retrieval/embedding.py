@@ -282,7 +282,7 @@ def _looks(
     store: "Store", items: Iterable["Entry | Item | str | dict"], again: bool, status: EmbedStatus
 ) -> Iterator[_Look]:
     before = type(store).open(store.folder)  # as it is now, whatever is added meanwhile
-    known, seen = set(before.ids), set()
+    seen: set[str] = set()
     for item in several(items, "items"):
         entry = Entry.of(item)
         status.seen += 1
@@ -290,11 +290,11 @@ def _looks(
             with suppress(OSError):  # deleted meanwhile: reported when it is read
                 stat = entry.file.stat()
                 entry.metadata["file_stamp"] = f"{stat.st_size} bytes, {stat.st_mtime_ns} ns"
-            entry = _with_own_id(before, entry, known, seen)
+            entry = _with_own_id(before, entry, seen)
         if entry.id in seen:
             continue
         seen.add(entry.id)
-        is_new = again or entry.id not in known
+        is_new = again or entry.id not in before
         if not is_new and entry.file is not None:
             is_new = _differs(before, entry.id, entry, "file_stamp")
         elif not is_new and _is_another(before, entry):
@@ -308,12 +308,12 @@ def _share_of(windows: Iterator[list[Entry]], rank: int, world: int) -> Iterator
         yield step[rank] if rank < len(step) else []
 
 
-def _with_own_id(store: "Store", entry: Entry, known: set[str], seen: set[str]) -> Entry:
+def _with_own_id(store: "Store", entry: Entry, seen: set[str]) -> Entry:
     """The entry of a file, under an id that no other file has: with as many folders as needed."""
     assert entry.file is not None
     id = entry.id
     for folder in entry.file.resolve().parents:
-        if id not in seen and not (id in known and _differs(store, id, entry, "file")):
+        if id not in seen and not (id in store and _differs(store, id, entry, "file")):
             break
         id = f"{folder.name}/{id}"
     return replace(entry, id=id)
