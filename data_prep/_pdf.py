@@ -39,7 +39,6 @@ class Document:
     """The content of a PDF.
 
     Args:
-        name: used in the ids of its pages.
         texts: the text layer of each page.
         outline: titles and the pages that they lead to, from 0, in the outline's order.
         titles: right pages by title, without listings.
@@ -47,7 +46,6 @@ class Document:
         listings: pages of the table of contents and of the index.
     """
 
-    name: str
     texts: list[str]
     outline: list[tuple[str, int]]
     titles: dict[str, list[int]] = field(default_factory=dict)
@@ -100,7 +98,7 @@ def read_document(path: Path) -> Document:
             title = " ".join((bookmark.get_title() or "").split())
             if title and page is not None and 0 <= page < len(texts):
                 outline.append((title, page))
-    return Document(path.stem, texts, outline)
+    return Document(texts, outline)
 
 
 def render(path: Path, page: int, side: int, target: Path) -> str | None:

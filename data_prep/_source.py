@@ -128,6 +128,20 @@ def declare_source(
         )
 
 
+def declare_split(parser: argparse.ArgumentParser, things: str) -> None:
+    """Add the flags of scripts that split data of your own: --name and --held-out."""
+    parser.add_argument(
+        "--name", help="the source's name in metrics and logs (default: the folder's)"
+    )
+    parser.add_argument(
+        "--held-out",
+        type=float,
+        default=0.1,
+        metavar="SHARE",
+        help=f"share of {things} held out for testing (default: 0.1)",
+    )
+
+
 def make_and_print(product: Product, options: argparse.Namespace) -> None:
     """Make a product, and print a summary."""
     how = {field.name: getattr(options, field.name) for field in fields(Making)}

@@ -27,7 +27,7 @@ from functools import partial
 from pathlib import Path
 
 from metaembed_pl.data.product import Draft, Product
-from metaembed_pl.data_prep._source import run
+from metaembed_pl.data_prep._source import declare_split, run
 from metaembed_pl.errors import UserError
 from metaembed_pl.files import as_on_disk
 from metaembed_pl.item import read_json_lines
@@ -175,14 +175,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     add("--from", dest="where", type=Path, required=True, help="folder of pictures")
     add("--out", type=Path, required=True, help="folder to write train/ and test/ to")
     add("--text", choices=TEXTS, default="auto", help="where texts come from (default: auto)")
-    add("--name", help="the source's name in metrics and logs (default: the folder's)")
-    add(
-        "--held-out",
-        type=float,
-        default=0.1,
-        metavar="SHARE",
-        help="share of the pictures held out for testing (default: 0.1)",
-    )
+    declare_split(parser, "the pictures")
 
 
 main = partial(run, "folder", __doc__, products, declare)

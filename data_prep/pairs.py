@@ -39,7 +39,7 @@ from pathlib import Path
 from metaembed_pl.data.mapping import PRESETS, Preset, open_rows
 from metaembed_pl.data.product import Product
 from metaembed_pl.data.tables import parse_columns
-from metaembed_pl.data_prep._source import run
+from metaembed_pl.data_prep._source import declare_split, run
 from metaembed_pl.errors import UserError
 from metaembed_pl.files import refuse_special_file
 
@@ -90,14 +90,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
     add("--files", default="*", metavar="PATTERN", help="with --from: such as data/train-*")
     add("--preset", choices=tuple(PRESETS), help="a published dataset with known columns")
     add("--out", type=Path, required=True, help="folder to write train/ and test/ to")
-    add("--name", help="the source's name in metrics and logs (default: the folder's)")
-    add(
-        "--held-out",
-        type=float,
-        default=0.1,
-        metavar="SHARE",
-        help="share of candidates held out for testing (default: 0.1)",
-    )
+    declare_split(parser, "candidates")
     add("--base64", action="store_true", help="pictures are base64, not paths")
 
 

@@ -43,7 +43,7 @@ from metaembed_pl.data.shard_index import sha256_of
 from metaembed_pl.data_prep._pdf import Document, read_document, render
 from metaembed_pl.data_prep._retrieval import Record, RetrievalDraft
 from metaembed_pl.data_prep._retrieval import make as make_benchmark
-from metaembed_pl.data_prep._source import main_of, make_and_print
+from metaembed_pl.data_prep._source import declare_split, main_of, make_and_print
 from metaembed_pl.errors import UserError
 from metaembed_pl.files import write_text
 from metaembed_pl.picture import files_below
@@ -392,14 +392,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="hard negatives per pair (default: 2)",
     )
-    add("--name", help="the source's name in metrics and logs (default: the folder's)")
-    add(
-        "--held-out",
-        type=float,
-        default=0.1,
-        metavar="SHARE",
-        help="share of queries held out for testing (default: 0.1)",
-    )
+    declare_split(parser, "queries")
 
 
 main = partial(main_of, "pdf", __doc__, build, declare)
