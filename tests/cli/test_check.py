@@ -157,7 +157,7 @@ def test_all_faults_are_told_at_once_with_the_nearest_key(recipe, capsys):
     for fault in (
         "model.lay_out: no such key; did you mean 'layout'?",
         "model.optimizer.lrr: no such key; did you mean 'lr'?",
-        "model.optimizer: optimizer.warmup is a share of all steps, 0 to below 1, got 2",
+        "model.optimizer.warmup is a share of all steps, 0 to below 1, got 2",
         "model.loss.temperature: expected a number, got 'hot'",
         "data.train[0].first_step: expected an integer, got 'soon'",
         "data.train[0].wieght: no such key; did you mean 'weight'?",

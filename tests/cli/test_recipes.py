@@ -247,7 +247,7 @@ def test_options_that_a_recipe_only_offers_are_valid_for_its_model(path):
     place = FOLDER / "configs" / values["backbone"]["path"]
     width = AutoConfig.from_pretrained(place).get_text_config().hidden_size
     for line in OPTION.findall(path.read_text()):
-        config = made(yaml.safe_load(line)["loss"], LossConfig)
+        config = made(yaml.safe_load(line)["loss"], LossConfig, "model.loss")
         check_widths(Objective(values["groups"], config).widths, width)
         for number in re.findall(r"([\d,]+) components", line):
             assert int(number.replace(",", "")) == width

@@ -131,7 +131,7 @@ def test_the_best_settings_are_a_recipe_that_the_printed_command_trains_with(
         (
             {"model.loss.quantization": [None, {"bits": 8}, {"bits": 3}]},
             {},
-            "model.loss: quantization.bits is 8 or 1, got 3",
+            "model.loss.quantization.bits is 8 or 1, got 3",
         ),
         (
             {"trainer.max_steps": [6, 2000]},

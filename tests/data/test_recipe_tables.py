@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 
 import pytest
 import yaml
@@ -107,6 +108,17 @@ def test_what_is_no_table_is_one_line(given, message):
     with pytest.raises(UserError, match=message) as refused:
         opened(**given)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(("to_train", "to_test"), [(0.1, 0.2), (0.2, 0.1), (0.0, 0.1), (0.1, 0.0)])
+def test_nothing_is_trained_on_and_evaluated_under_two_shares(to_train, to_test):
+    train = TrainSource("x.csv", columns=COLUMNS, held_out=to_train)
+    others = [EvalSource("x.csv", columns=COLUMNS, held_out=to_train), EvalSource("y.csv")]
+    RetrievalDataModule([train], others)
+    test = EvalSource("x.csv", columns=COLUMNS, held_out=to_test)
+    told = f"x.csv has held_out {to_train:g} to train and {to_test:g} to evaluate on"
+    with pytest.raises(UserError, match=re.escape(told)):
+        RetrievalDataModule([train], others, [test])
 
 
 def test_too_many_bad_pairs_name_the_command_with_the_flags(tmp_path):

@@ -9,6 +9,7 @@ from metaembed_pl.cli.main import main
 from metaembed_pl.data.beir import RetrievalSetWriter
 from metaembed_pl.errors import UserError
 from metaembed_pl.evaluation.baselines import (
+    Baseline,
     MtebBaseline,
     SentenceTransformersBaseline,
     load_baseline,
@@ -80,6 +81,17 @@ def test_a_model_of_mtebs_scores_as_it_does_by_itself(root, tmp_path):
     found = metrics(theirs, root, tmp_path / "theirs", Budget(3, 4))
     ours = metrics(tiny.embedder(), root, tmp_path / "ours", Budget(2, 4))
     assert list(found.values()) == pytest.approx(list(ours.values()), abs=1e-9)
+
+
+def test_a_candidate_without_vectors_scores_nothing():
+    class Given(Baseline):
+        def vectors_of(self, items, side):
+            return [torch.ones(2, 3), torch.ones(0, 3)]
+
+    model = Given("given", "maxsim", Budget(2, 4), 3, torch.device("cpu"))
+    full, empty = model.encode_candidate([Item("moon"), Item("sun")])
+    assert full.eq(1).all()
+    assert empty.eq(0).all()
 
 
 def dense(folder):

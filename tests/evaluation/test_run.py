@@ -12,6 +12,7 @@ from PIL import Image
 import tiny
 from metaembed_pl.data.beir import RetrievalSetWriter, read_retrieval_set
 from metaembed_pl.errors import UserError
+from metaembed_pl.evaluation.maps_picture import _pictured
 from metaembed_pl.evaluation.outcome import Outcome
 from metaembed_pl.evaluation.registry import open_benchmark
 from metaembed_pl.evaluation.report import write_report
@@ -270,3 +271,19 @@ def test_the_report_has_tables_pictures_and_warnings_in_one_file(sets, tmp_path,
     monkeypatch.setattr("metaembed_pl.evaluation.maps_picture.patch_attention", lambda *_: None)
     write_report(found, pools, out, model=model)
     assert "uses cross-attention" in (out / "report.md").read_text()
+
+
+def test_the_maps_mark_what_the_query_matches_at_the_largest_budget_that_was_evaluated(
+    sets, tmp_path
+):
+    model = tiny.embedder()
+    benchmark = open_benchmark(f"beir:{sets}/pages", sets)
+    found = evaluate(model, benchmark, parse_budgets("2x4", model.groups), settings(sets, tmp_path))
+    looks = [*_pictured(found.tasks[0], benchmark.tasks[0].open(sets), model, "2x4")]
+    assert looks
+    for look in looks:
+        query = model.encode_query([look.query])[0, :2]
+        candidate = model.encode_candidate([look.candidate])[0, :4]
+        assert look.matched == sorted(
+            {max(range(4), key=lambda c: q @ candidate[c]) for q in query}
+        )

@@ -25,6 +25,7 @@ from metaembed_pl.data.recipe_sources import (
     look_at_eval_set,
     open_eval_set,
     refuse_missing,
+    refuse_other_shares,
     refuse_same_names,
 )
 from metaembed_pl.data.recipe_tables import RecipeTable
@@ -116,6 +117,7 @@ class RetrievalDataModule(pl.LightningDataModule):
         if test is None:
             test = [replace(source, max_queries=None, max_candidates=None) for source in val]
         self.eval_sources = {"val": val, "test": test}
+        refuse_other_shares(self.train_sources, [*val, *test])
         self.global_batch_size = global_batch_size
         self.eval_batch_size = eval_batch_size
         self.num_negatives = num_negatives

@@ -34,8 +34,8 @@ class DataSource:
         candidate_instruction: placed before the text of each candidate.
         columns: for a table: its columns by key, such as `{query: question, positive: answer}`.
         files: for a table: pattern of its files, such as `data/train-*`.
-        held_out: for a table: share of its candidates to evaluate on and not to train on; 0: all
-            are used for both.
+        held_out: for a table: share of its candidates to evaluate on and not to train on, the same
+            wherever the recipe names the table; 0: all are used for both.
     """
 
     path: str
@@ -155,6 +155,27 @@ def refuse_missing(key: str, sources: Sequence[DataSource]) -> None:
             f"{key}: {len(missing)} of {len(sources)} folders of shards are missing: "
             f"{', '.join(missing[:3])}{others}; prepare the data first"
         )
+
+
+def refuse_other_shares(train: Sequence[DataSource], evaluation: Sequence[DataSource]) -> None:
+    """Refuses a table with two shares held out: the smaller one trains on what is evaluated.
+
+    Args:
+        train: sources to train on.
+        evaluation: sources to evaluate on.
+
+    Raises:
+        UserError: names the first such table.
+    """
+    for source in train:
+        for other in evaluation:
+            same = source.table and other.table == replace(source.table, held_out=other.held_out)
+            if same and source.held_out != other.held_out:
+                raise UserError(
+                    f"data: {source.path} has held_out {source.held_out:g} to train and "
+                    f"{other.held_out:g} to evaluate on, so that some candidates would be in both: "
+                    "give it the same held_out everywhere"
+                )
 
 
 def look_at_eval_set(source: EvalSource) -> RetrievalSet | ShardedPairs:

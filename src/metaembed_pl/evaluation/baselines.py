@@ -105,7 +105,7 @@ class Baseline:
                     f"{count}: use a larger --vectors RQxRC, such as --vectors {MANY}"
                 )
             found[place, : len(vectors)] = vectors
-            if side == "candidate":
+            if side == "candidate" and len(vectors):  # without vectors, its score is 0
                 found[place, len(vectors) :] = vectors[0]
         return found
 

@@ -15,6 +15,7 @@ from metaembed_pl.evaluation.outcome import Outcome, TaskOutcome, unread
 from metaembed_pl.evaluation.scoring import uids
 from metaembed_pl.evaluation.sheet import CELL, GAP, MARGIN, draw_item, draw_query, new_sheet, write
 from metaembed_pl.item import Item
+from metaembed_pl.late_interaction import narrowed
 from metaembed_pl.model.embedder import MetaEmbedder
 from metaembed_pl.model.patches import patch_attention
 
@@ -87,6 +88,7 @@ def _pictured(
     task: TaskOutcome, pool: RetrievalSet, model: MetaEmbedder, budget: str
 ) -> Iterator[Looks]:
     is_right = task.values[f"precision@1/{budget}"]
+    r_q, r_c, width = Budget.parse(budget)
     bad = unread(task.bad_queries + task.bad_candidates)
     ids = uids(pool.candidates)
     shown = [
@@ -101,8 +103,9 @@ def _pictured(
         maps = None if candidate.image is None else patch_attention(model, candidate, "candidate")
         if maps is None:
             continue
-        asked = model.encode_query([pool.queries[query]])[0, : Budget.parse(budget).r_q]
-        matched = (asked @ model.encode_candidate([candidate])[0].T).argmax(dim=1)
+        asked = narrowed(model.encode_query([pool.queries[query]])[0, :r_q], width)
+        answers = narrowed(model.encode_candidate([candidate])[0, :r_c], width)
+        matched = (asked @ answers.T).argmax(dim=1)
         yield Looks(
             pool.queries[query], candidate, maps[:NUM_MAPS].numpy(), matched.unique().tolist()
         )
