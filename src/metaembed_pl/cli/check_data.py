@@ -77,7 +77,7 @@ def look_at(data: RetrievalDataModule, num_ranks: int) -> Data:
     for part, sources in data.eval_sources.items():
         found = _open(sources, f"data.{part}", look_at_eval_set, faults, notes)
         try:
-            refuse_same_names(f"data.{part}", *(zip(*found, strict=True) if found else ([], [])))
+            refuse_same_names(f"data.{part}", found)
         except UserError as error:
             faults.append(str(error))
     counts = [

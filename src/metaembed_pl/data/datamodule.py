@@ -162,7 +162,7 @@ class RetrievalDataModule(pl.LightningDataModule):
         sources, key = self.eval_sources[part], f"data.{part}"
         refuse_missing(key, sources)
         found = [*map(look_at_eval_set, sources)]
-        refuse_same_names(key, sources, found)
+        refuse_same_names(key, zip(sources, found, strict=True))
         return found
 
     def _open_training(self) -> None:

@@ -1,7 +1,7 @@
 """What a recipe trains and evaluates on: shards, tables and retrieval sets."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -158,7 +158,7 @@ def refuse_missing(key: str, sources: Sequence[DataSource]) -> None:
 
 
 def refuse_other_shares(train: Sequence[DataSource], evaluation: Sequence[DataSource]) -> None:
-    """Refuses a table with two shares held out: the smaller one trains on what is evaluated.
+    """Refuses a table with two values of `held_out`: it would be trained on what it is tested with.
 
     Args:
         train: sources to train on.
@@ -202,25 +202,24 @@ def look_at_eval_set(source: EvalSource) -> RetrievalSet | ShardedPairs:
 
 
 def refuse_same_names(
-    key: str, sources: Sequence[EvalSource], found: Sequence[RetrievalSet | ShardedPairs]
+    key: str, opened: Iterable[tuple[EvalSource, RetrievalSet | ShardedPairs]]
 ) -> None:
-    """Refuses sets with one name, by which metrics and batches are told apart.
+    """Refuses two sets of the same name: metrics and batches are identified by it.
 
     Args:
         key: of the recipe, such as `data.val`.
-        sources: its value.
-        found: what `look_at_eval_set` gives for each.
+        opened: its sources, each with what `look_at_eval_set` gives for it.
 
     Raises:
         UserError: names the first two.
     """
     paths: dict[str, str] = {}
-    for source, one in zip(sources, found, strict=True):
+    for source, one in opened:
         name = source.name or one.name
         if name in paths:
             raise UserError(
-                f"{key}: {paths[name]} and {source.path} are both called {name!r}, and metrics are "
-                "told apart by names: give one of them another `name`"
+                f"{key}: {paths[name]} and {source.path} are both called {name!r}, but each set "
+                "needs a name of its own for its metrics: give one of them another `name`"
             )
         paths[name] = source.path
 

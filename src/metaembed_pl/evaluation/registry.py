@@ -59,7 +59,7 @@ def _of_folder(name: str, kind: str, folder: Path) -> Benchmark:
 
 
 def _name(folder: Path) -> str:
-    """Its own name, not that of what it is a link to, of which there may be several."""
+    """The name of the folder itself: several links may lead to the same folder."""
     return folder.absolute().name if folder.name != ".." else folder.resolve().name
 
 
